@@ -1,0 +1,1 @@
+"""What we report: predictions, significance, the report."""

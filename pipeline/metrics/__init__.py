@@ -1,0 +1,54 @@
+"""Text metrics: BLEU, chrF, TER, ROUGE, exact match, token F1, those of the `evaluate` library, and anyone's own."""
+
+import difflib
+import importlib
+from typing import Any
+
+from pipeline.metrics.types import Metric, Score
+
+__all__ = ["METRIC_NAMES", "Metric", "Score", "load_metric"]
+
+METRIC_NAMES = ("bleu", "chrf", "ter", "rouge1", "rouge2", "rougeL", "exact_match", "token_f1")
+
+_CHOICES = (
+    f"there are: {', '.join(METRIC_NAMES)}, evaluate:NAME for one of the evaluate library, and the dotted path of "
+    "your own (package.module.Thing)"
+)
+
+
+def load_metric(name: str, language: str | None = None, **options: Any) -> Metric:
+    """The metric called `name`: one of `METRIC_NAMES`, `evaluate:NAME_OR_PATH`, or `package.module.Thing`.
+
+    `language` is the language of the texts (an ISO 639-1 code), from which built-in metrics choose their tokenizer.
+    `options` go to the metric. `Thing` is a class or function that gives a `Metric` when called with the options.
+
+    Raises:
+        ValueError: an unknown name or option, or something the metric needs is missing; one sentence that says which.
+    """
+    if name in METRIC_NAMES:
+        module = "rouge" if name.startswith("rouge") else name
+        return importlib.import_module(f"pipeline.metrics.{module}").load(name, language, **options)
+    if name.startswith("evaluate:"):
+        return importlib.import_module("pipeline.metrics.evaluate_library").load(name, **options)
+    if "." in name:
+        return _load_dotted(name, options)
+    lower_case = {known.lower(): known for known in METRIC_NAMES}
+    close = difflib.get_close_matches(name.lower(), lower_case, n=1)
+    hint = f"did you mean {lower_case[close[0]]!r}? " if close else ""
+    raise ValueError(f"unknown metric {name!r}; {hint}{_CHOICES}")
+
+
+def _load_dotted(name: str, options: dict[str, Any]) -> Metric:
+    module, _, thing = name.rpartition(".")
+    try:
+        make = getattr(importlib.import_module(module), thing)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"metric {name!r} cannot be imported ({error}); {_CHOICES}") from error
+    try:
+        metric = make(**options)
+    except TypeError as error:
+        raise ValueError(f"metric {name!r} cannot be called with the options {options!r} ({error})") from error
+    if not isinstance(metric, Metric):
+        members = "name, signature, higher_is_better, sample_scores, resampled_scores and corpus_score"
+        raise ValueError(f"metric {name!r} gave a {type(metric).__name__}, which is no metric: it needs {members}")
+    return metric

@@ -1,0 +1,78 @@
+"""A metric of sacreBLEU behind `Metric`: Post, A Call for Clarity in Reporting BLEU Scores (2018)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from sacrebleu.metrics.base import Metric as Scorer
+
+from pipeline.metrics.checks import check_examples
+from pipeline.metrics.resampling import resampled_sums, score_with_interval
+from pipeline.metrics.types import Score
+
+
+@dataclass(frozen=True)
+class SacrebleuMetric:
+    """Corpus scores by `corpus`, sample scores by `sentence`, both sacreBLEU scorers with results from 0 to 100.
+
+    Where lower is better (TER), a sample score is 1 minus the error rate, and 0 for error rates above 1.
+    """
+
+    name: str
+    signature: str
+    higher_is_better: bool
+    corpus: Scorer
+    sentence: Scorer
+
+    def sample_scores(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+        """One number in [0, 1] for each example, higher is better; see `Metric`."""
+        check_examples(predictions, references)
+        scores = [
+            self.sentence.sentence_score(prediction, list(texts)).score / 100
+            for prediction, texts in zip(predictions, references, strict=True)
+        ]
+        # Rounding takes a perfect BLEU a little above 1.
+        bounded = [min(max(score, 0.0), 1.0) for score in scores]
+        return bounded if self.higher_is_better else [1 - score for score in bounded]
+
+    def resampled_scores(
+        self, predictions: Sequence[str], references: Sequence[Sequence[str]], indices: np.ndarray
+    ) -> np.ndarray:
+        """The corpus score [R] of each row of `indices` [R, N]; see `Metric`.
+
+        BLEU, chrF and TER are functions of sums over the examples, so each text is matched once, not once for each
+        resample. sacreBLEU has no public way to reach the sums: these are its only private names used here.
+        """
+        check_examples(predictions, references)
+        statistics = self.corpus._extract_corpus_statistics(list(predictions), _streams(references))
+        totals = resampled_sums(np.array(statistics, dtype=np.float64), indices)
+        return np.array([self.corpus._compute_score_from_stats(total).score for total in totals.tolist()])
+
+    def corpus_score(
+        self,
+        predictions: Sequence[str],
+        references: Sequence[Sequence[str]],
+        n_bootstrap: int = 1000,
+        confidence: float = 0.95,
+        seed: int = 0,
+    ) -> Score:
+        """sacreBLEU's score over all examples, with a bootstrap interval; see `Metric`."""
+        check_examples(predictions, references)
+        value = self.corpus.corpus_score(list(predictions), _streams(references)).score
+        return replace(score_with_interval(self, predictions, references, n_bootstrap, confidence, seed), value=value)
+
+
+def settings(scorer: Scorer) -> str:
+    """The part of sacreBLEU's signature that does not depend on the data."""
+    # sacreBLEU tells a signature only after it has seen references.
+    scorer.corpus_score([""], [[""]])
+    return str(scorer.get_signature()).removeprefix("nrefs:1|")
+
+
+def _streams(references: Sequence[Sequence[str]]) -> list[list[str | None]]:
+    """`references` as sacreBLEU reads them: stream k holds the k-th reference of every example.
+
+    None stands where an example has fewer; sacreBLEU leaves it out, while "" would count as a reference of length 0.
+    """
+    width = max(len(texts) for texts in references)
+    return [[texts[k] if k < len(texts) else None for texts in references] for k in range(width)]

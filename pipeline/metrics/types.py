@@ -1,0 +1,66 @@
+"""The types every metric shares."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Score:
+    """A corpus score with its bootstrap interval, on the metric's conventional scale (0 to 100 for built-in metrics).
+
+    `low` and `high` are percentiles of the resampled scores; without resamples both equal `value`. `signature` says
+    all that is needed to compute the same number again, in sacreBLEU's notation (`key:value|key:value`).
+    """
+
+    value: float
+    low: float
+    high: float
+    signature: str
+
+
+@runtime_checkable
+class Metric(Protocol):
+    """A text metric over N examples, each with a prediction and at least one reference.
+
+    All three methods take `predictions` (N texts) and `references` (N lists of texts, of any lengths from 1) and raise
+    ValueError for no examples, for unequal lengths and for an example without a reference.
+    """
+
+    @property
+    def name(self) -> str:
+        """The name the metric was asked for by."""
+        ...
+
+    @property
+    def signature(self) -> str:
+        """The settings that determine the numbers."""
+        ...
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Which way the corpus score points; sample scores always point up."""
+        ...
+
+    def sample_scores(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+        """One number for each example, higher is better; in [0, 1] for the built-in metrics."""
+        ...
+
+    def resampled_scores(
+        self, predictions: Sequence[str], references: Sequence[Sequence[str]], indices: np.ndarray
+    ) -> np.ndarray:
+        """The corpus score [R] of each resample; `indices` [R, N] holds the example numbers of each."""
+        ...
+
+    def corpus_score(
+        self,
+        predictions: Sequence[str],
+        references: Sequence[Sequence[str]],
+        n_bootstrap: int = 1000,
+        confidence: float = 0.95,
+        seed: int = 0,
+    ) -> Score:
+        """The score over all examples, with a bootstrap interval that covers `confidence`."""
+        ...

@@ -1,0 +1,1 @@
+"""Networks and text <-> tokens: loading, tiny from-scratch models, the shared model, generation."""

@@ -1,0 +1,132 @@
+"""Load tokenizers and causal language models from a directory or the Hub, and describe their LoRA adapter."""
+
+import os
+from pathlib import Path
+
+import torch
+from huggingface_hub.utils import HfHubHTTPError
+from peft import LoraConfig, PeftModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from pipeline.models.config import ModelConfig
+
+ADAPTER_FILE = "adapter_config.json"
+
+
+class ModelNotFoundError(ValueError):
+    """A model directory or Hub id that cannot be read; the message names the key and the fix."""
+
+
+def check_model_path(path: str, key: str) -> None:
+    """Refuse a path or Hub id that cannot be a model here, in one sentence naming `key`, before anything is loaded.
+
+    Raises:
+        ModelNotFoundError: a directory without a model in it, or a Hub id while the Hub cannot be reached and the
+            model is not in the local cache.
+    """
+    directory = Path(path).expanduser()
+    if directory.is_dir():
+        if not (directory / "config.json").is_file() and not (directory / ADAPTER_FILE).is_file():
+            raise ModelNotFoundError(f"{key}: the directory {path!r} holds no model (no config.json in it)")
+        return
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise ModelNotFoundError(f"{key}: no directory {path!r}; give an existing model directory or a Hub id")
+    try:
+        _load_config(path)
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise ModelNotFoundError(
+            f"{key}: {path!r} is not a local directory and could not be read from the Hugging Face Hub "
+            f"({_reason(error)}); give the path of a model directory, or go online to download it once"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        return "HF_HUB_OFFLINE is set and it is not in the local cache"
+    return str(error).strip().splitlines()[0].rstrip(".")[:160]
+
+
+def _load_config(path: str, revision: str = "main", trust_remote_code: bool = False) -> PretrainedConfig:
+    return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def load_config(path: str | Path, config: ModelConfig) -> PretrainedConfig:
+    """The model's configuration, without its weights."""
+    return _load_config(str(path), config.model_revision, config.trust_remote_code)
+
+
+def load_tokenizer(path: str | Path, config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model. One without a pad token pads with EOS, which the masks keep apart from real EOS.
+
+    Raises:
+        ValueError: the tokenizer has no EOS token, so completions could never end.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(
+        str(path), revision=config.model_revision, trust_remote_code=config.trust_remote_code
+    )
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"model: the tokenizer of {str(path)!r} has no EOS token, so no completion could ever end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def load_model(path: str | Path, config: ModelConfig) -> PreTrainedModel:
+    """A causal language model with plain weights, on the CPU; a peft adapter directory is merged into its base.
+
+    Raises:
+        ValueError: an encoder-decoder model, which this release does not train.
+    """
+    if (Path(path) / ADAPTER_FILE).is_file():
+        return merge_adapter(path, config)
+    model_config = load_config(path, config)
+    if model_config.is_encoder_decoder:
+        raise ValueError(
+            f"model: {str(path)!r} is an encoder-decoder ({model_config.model_type}); "
+            "this release trains causal (decoder-only) models"
+        )
+    return AutoModelForCausalLM.from_pretrained(
+        str(path),
+        config=model_config,
+        revision=config.model_revision,
+        trust_remote_code=config.trust_remote_code,
+        dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
+        attn_implementation=config.attn_implementation,
+    )
+
+
+def merge_adapter(path: str | Path, config: ModelConfig) -> PreTrainedModel:
+    """The base model an adapter was trained on, with the adapter's weights added into it."""
+    lora = LoraConfig.from_pretrained(str(path))
+    base = load_model(lora.base_model_name_or_path, config)
+    return PeftModel.from_pretrained(base, str(path)).merge_and_unload()
+
+
+def load_policy(path: str | Path, base: str | Path, config: ModelConfig) -> PreTrainedModel:
+    """A trained policy with plain weights: the adapter in `path` merged into `base`, or the whole model in `path`."""
+    if (Path(path) / ADAPTER_FILE).is_file():
+        return PeftModel.from_pretrained(load_model(base, config), str(path)).merge_and_unload()
+    return load_model(path, config)
+
+
+def lora_config(config: ModelConfig) -> LoraConfig:
+    """The peft adapter a recipe's `lora_*` keys describe."""
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.lora_target_modules,
+        modules_to_save=config.lora_modules_to_save,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        bias="none",
+    )

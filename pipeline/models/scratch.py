@@ -1,0 +1,83 @@
+"""A tokenizer and a small random model made from a task's own text: what a run without a Hub starts from."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+from pipeline.models.config import FromScratchConfig
+
+PAD, BOS, EOS = "<pad>", "<s>", "</s>"
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE over `texts`: any text can be written and read back exactly; pad, bos and eos are distinct."""
+    tokenizer = Tokenizer(models.BPE())
+    # A leading space makes a word at the start of a text the same token as inside it.
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS)
+
+
+def build_from_scratch(config: FromScratchConfig, texts: Sequence[str], seed: int, directory: Path) -> Path:
+    """Train the tokenizer, draw the weights from `seed` and save both as a `from_pretrained` directory, once.
+
+    A directory built from the same configuration, texts and seed is left as it is. One process builds, others wait.
+    """
+    with PartialState().main_process_first():
+        digest = _digest(config, texts, seed)
+        marker = directory / "stage.json"
+        if not marker.is_file() or json.loads(marker.read_text()).get("fingerprint") != digest:
+            temporary = directory.with_name(directory.name + ".tmp")
+            for stale in (temporary, directory):
+                shutil.rmtree(stale, ignore_errors=True)
+            _build(config, texts, seed, temporary)
+            (temporary / "stage.json").write_text(json.dumps({"stage": "base", "fingerprint": digest}, indent=2))
+            temporary.rename(directory)
+    return directory
+
+
+def _digest(config: FromScratchConfig, texts: Iterable[str], seed: int) -> str:
+    digest = hashlib.sha256(json.dumps([asdict(config), seed], sort_keys=True).encode())
+    for text in texts:
+        digest.update(text.encode() + b"\0")
+    return digest.hexdigest()
+
+
+def _build(config: FromScratchConfig, texts: Iterable[str], seed: int, directory: Path) -> None:
+    tokenizer = train_tokenizer(texts, config.vocab_size)
+    tokenizer.model_max_length = config.max_position_embeddings
+    tokenizer.padding_side = "left"
+    model_config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden_size,
+        intermediate_size=config.feed_forward_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_attention_heads,
+        max_position_embeddings=config.max_position_embeddings,
+        tie_word_embeddings=config.tie_word_embeddings,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(model_config)
+    directory.mkdir(parents=True)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)

@@ -1,0 +1,79 @@
+"""Prompts and completions as padded tensors. Masks come from lengths, never from token ids: pad may equal EOS."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """`prompt_ids, prompt_mask [B, P]` padded left and `completion_ids, completion_mask [B, C]` padded right.
+
+    Masks are True on real tokens. Every completion has at least one token.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    completion_ids: Tensor
+    completion_mask: Tensor
+
+    @property
+    def lengths(self) -> Tensor:
+        """Real tokens of each row, prompt and completion together, [B]."""
+        return self.prompt_mask.sum(1) + self.completion_mask.sum(1)
+
+    def rows(self, index: Tensor) -> "Sequences":
+        """The rows at `index`, trimmed to the longest prompt and the longest completion among them."""
+        prompt = int(self.prompt_mask[index].sum(1).max())
+        completion = int(self.completion_mask[index].sum(1).max())
+        width = self.prompt_ids.shape[1]
+        return Sequences(
+            self.prompt_ids[index, width - prompt :],
+            self.prompt_mask[index, width - prompt :],
+            self.completion_ids[index, :completion],
+            self.completion_mask[index, :completion],
+        )
+
+    def __len__(self) -> int:
+        return self.prompt_ids.shape[0]
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """`ids, mask [B, longest]` with the padding before the tokens."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows], device=device)
+    return ids, mask
+
+
+def pad_right(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """`ids, mask [B, longest]` with the padding after the tokens."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([list(row) + [pad_id] * (width - len(row)) for row in rows], device=device)
+    mask = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows], device=device)
+    return ids, mask
+
+
+def make_sequences(
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    pad_id: int,
+    device: torch.device | str = "cpu",
+) -> Sequences:
+    """Pad token lists into one batch.
+
+    Raises:
+        ValueError: an empty prompt or an empty completion, which no position could predict or score.
+    """
+    for kind, rows in (("prompt", prompts), ("completion", completions)):
+        empty = [i for i, row in enumerate(rows) if len(row) == 0]
+        if empty:
+            raise ValueError(f"{kind} {empty[0]} has no tokens")
+    return Sequences(*pad_left(prompts, pad_id, device), *pad_right(completions, pad_id, device))
+
+
+def length_sorted_chunks(lengths: Tensor, size: int) -> list[Tensor]:
+    """Row indices in order of length, cut into chunks of `size`: rows of a chunk need little padding."""
+    return list(torch.argsort(lengths, stable=True).split(size))

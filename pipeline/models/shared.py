@@ -1,0 +1,176 @@
+"""One base model in every role of PPO: policy (adapter on), reference (adapter off) and value (a head on the policy)."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from pipeline.models.sequences import Sequences
+
+# Rows of [tokens, vocabulary] that exist at once while log-probs are taken, in numbers (64 MiB of float32).
+LOGIT_BUDGET = 2**24
+
+
+@dataclass(frozen=True)
+class TokenOutputs:
+    """What the policy says of each completion token: `logprobs, entropies, values [B, C]`, 0 where the mask is False."""
+
+    logprobs: Tensor
+    entropies: Tensor
+    values: Tensor
+
+
+class SharedModel(nn.Module):
+    """Policy, reference policy and value function over one causal language model without dropout.
+
+    With a `lora` config the base is frozen, the policy is base plus adapter, and the reference is the base alone. With
+    None the whole model is trained, and a frozen copy of it is the reference. Temperature divides the logits of
+    policy and reference alike.
+    """
+
+    def __init__(self, model: PreTrainedModel, lora: LoraConfig | None, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.temperature = temperature
+        if lora is None:
+            self._frozen = [copy.deepcopy(model).requires_grad_(False).eval()]  # in a list: not a submodule
+            self.network: PreTrainedModel | PeftModel = model
+        else:
+            self._frozen = []
+            self.network = get_peft_model(model, lora)
+        self.value_head = nn.Linear(model.config.get_text_config().hidden_size, 1)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+        remove_dropout(self)
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The language model itself, with the adapter's layers inside it."""
+        return self.network.get_base_model() if isinstance(self.network, PeftModel) else self.network
+
+    def forward(self, sequences: Sequences) -> TokenOutputs:
+        """Log-prob, entropy (nats) and value of each completion token under the policy."""
+        states = self._states(self.causal_lm, sequences)
+        mask = sequences.completion_mask
+        logprobs, entropies = self._token_logprobs(self.causal_lm, states, sequences)
+        # The head computes in its own precision, whatever autocast does to the trunk.
+        with torch.autocast(states.device.type, enabled=False):
+            values = self.value_head(states.to(self.value_head.weight.dtype)).squeeze(-1)
+        return TokenOutputs(_scatter(logprobs, mask), _scatter(entropies, mask), values * mask)
+
+    @torch.no_grad()
+    def reference_logprobs(self, sequences: Sequences) -> Tensor:
+        """Log-prob [B, C] of each completion token under the reference policy."""
+        with self.reference() as model:
+            states = self._states(model, sequences)
+            return _scatter(self._token_logprobs(model, states, sequences)[0], sequences.completion_mask)
+
+    @contextmanager
+    def reference(self) -> Iterator[PreTrainedModel]:
+        """The reference policy as a language model."""
+        if self._frozen:
+            yield self._frozen[0]
+        else:
+            with self.network.disable_adapter():
+                yield self.causal_lm
+
+    def to(self, *args, **kwargs) -> "SharedModel":
+        """Move the frozen copy, which is not a submodule, along."""
+        for model in self._frozen:
+            model.to(*args, **kwargs)
+        return super().to(*args, **kwargs)
+
+    def save_pretrained(self, directory: Path) -> None:
+        """The policy as peft or transformers save it, and the value head beside it."""
+        self.network.save_pretrained(directory)
+        save_file(
+            {k: v.contiguous() for k, v in self.value_head.state_dict().items()}, directory / "value_head.safetensors"
+        )
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Name -> tensor of everything that is trained, on the CPU."""
+        return {name: p.detach().cpu().clone() for name, p in self.named_parameters() if p.requires_grad}
+
+    def load_trainable_state(self, state: dict[str, Tensor]) -> None:
+        """Put back what `trainable_state` gave.
+
+        Raises:
+            ValueError: names that are missing or unknown.
+        """
+        own = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        if own.keys() != state.keys():
+            raise ValueError(f"the saved weights differ from the model in {sorted(own.keys() ^ state.keys())[:3]}")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(state[name])
+
+    def _states(self, model: PreTrainedModel, sequences: Sequences) -> Tensor:
+        """[B, C, H]: state t has read the prompt and t completion tokens; the last token is never read."""
+        completion = sequences.completion_ids.shape[1]
+        ids = torch.cat([sequences.prompt_ids, sequences.completion_ids[:, :-1]], dim=1)
+        mask = torch.cat([sequences.prompt_mask, sequences.completion_mask[:, :-1]], dim=1)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        output = model.base_model(input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False)
+        return output.last_hidden_state[:, -completion:]
+
+    def _token_logprobs(self, model: PreTrainedModel, states: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies of the real completion tokens, [N] each, without keeping [N, V]."""
+        mask = sequences.completion_mask
+        hidden, targets = states[mask], sequences.completion_ids[mask]
+        head = model.get_output_embeddings()
+        rows = max(1, LOGIT_BUDGET // model.config.get_text_config().vocab_size)
+        if hidden.shape[0] <= rows:
+            return _score(head, hidden, targets, self.temperature)
+        parts = [
+            checkpoint(_score, head, h, t, self.temperature, use_reentrant=False)
+            for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)
+        ]
+        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+
+def _score(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-prob and entropy, in float32, of `targets [N]` given `hidden [N, H]`."""
+    logits = head(hidden).float() / temperature
+    logprobs = torch.log_softmax(logits, dim=-1)
+    with torch.no_grad():
+        entropies = -(logprobs.exp() * logprobs).sum(-1)
+    return logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropies
+
+
+def _scatter(values: Tensor, mask: Tensor) -> Tensor:
+    """[N] values of the real tokens to [B, C], 0 elsewhere."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+
+
+def remove_dropout(model: nn.Module) -> None:
+    """Switch every dropout off: the first ratio of PPO is 1 only if training computes what the rollout computed."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "attention_dropout", "activation_dropout", "attn_dropout", "layerdrop"):
+            if isinstance(vars(module).get(name), float):
+                setattr(module, name, 0.0)
+
+
+@torch.no_grad()
+def check_trunk_and_head(model: PreTrainedModel) -> None:
+    """Refuse a model whose logits are more than its LM head on its trunk, which is how PPO computes them.
+
+    Raises:
+        ValueError: the logits differ (a model that scales or caps them), naming the model type.
+    """
+    ids = torch.arange(1, 5, device=model.device).unsqueeze(0)
+    own = model(input_ids=ids, use_cache=False).logits
+    ours = model.get_output_embeddings()(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    if not torch.allclose(own.float(), ours.float(), rtol=1e-3, atol=1e-3):
+        raise ValueError(
+            f"model: {model.config.model_type!r} changes its logits after the LM head (scaling or soft-capping), "
+            "which PPO here does not reproduce; choose another model"
+        )

@@ -1,0 +1,78 @@
+"""Text to token ids and back: the only place where a prompt is rendered, so every stage reads the same tokens."""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+Messages = list[dict[str, str]]
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | Messages]) -> list[list[int]]:
+    """Token ids of each prompt, plain text or chat `messages`, with nothing padded or truncated.
+
+    Chat prompts go through the tokenizer's chat template with its generation prompt. Plain prompts get the special
+    tokens the tokenizer puts *before* a text (a BOS); an EOS it would append is removed, because the model has to
+    continue a prompt, not to see it ended.
+
+    Raises:
+        ValueError: chat messages and a tokenizer without a chat template.
+    """
+    return [_encode_chat(tokenizer, p) if isinstance(p, list) else _encode_plain(tokenizer, p) for p in prompts]
+
+
+def encode_completions(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str | Messages],
+    completions: Sequence[str | Messages],
+) -> list[list[int]]:
+    """Token ids of each completion, ending with EOS: what the model should write after `encode_prompts(prompts)`.
+
+    Prompt and completion are tokenised apart, so no token merges across the boundary and the ids seen in training
+    are the ids generation starts from.
+    """
+    return [_encode_completion(tokenizer, p, c) for p, c in zip(prompts, completions, strict=True)]
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[Sequence[int]]) -> list[str]:
+    """Texts of token ids, without special tokens and surrounding white space."""
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return [text.strip() for text in texts]
+
+
+def _encode_plain(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    ids = tokenizer(prompt)["input_ids"]
+    while ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token):
+        ids = ids[:-1]
+    return ids
+
+
+def _encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages, generation_prompt: bool = True) -> list[int]:
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"the data holds chat messages, but the tokenizer {tokenizer.name_or_path!r} has no chat template: "
+            "use a chat model, or give a plain-text prompt template in task.prompt"
+        )
+    return tokenizer.apply_chat_template(
+        messages, add_generation_prompt=generation_prompt, tokenize=True, return_dict=True
+    )["input_ids"]
+
+
+def _encode_completion(
+    tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, completion: str | Messages
+) -> list[int]:
+    if isinstance(prompt, str):
+        ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
+        return [*ids, tokenizer.eos_token_id]
+    if isinstance(completion, str):
+        completion = [{"role": "assistant", "content": completion}]
+    start = _encode_chat(tokenizer, prompt)
+    whole = _encode_chat(tokenizer, prompt + completion, generation_prompt=False)
+    if whole[: len(start)] != start:
+        raise ValueError(
+            f"the chat template of {tokenizer.name_or_path!r} renders a prompt differently once it is answered, "
+            "so training and generation would read different prompts; use another template"
+        )
+    ids = whole[len(start) :]
+    if tokenizer.eos_token_id in ids:  # templates often write a newline after the end-of-turn token
+        return ids[: len(ids) - ids[::-1].index(tokenizer.eos_token_id)]
+    return [*ids, tokenizer.eos_token_id]

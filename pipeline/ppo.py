@@ -1,0 +1,65 @@
+"""PPO from the SFT model with the recipe's rewards; the policy is an adapter over the SFT model.
+
+accelerate launch pipeline/ppo.py recipes/quickstart.yaml 'ppo.rewards=[{name: constant}]' name=control
+"""
+
+import sys
+from collections.abc import Sequence
+
+from datasets import Dataset
+
+from pipeline.metrics import load_metric
+from pipeline.models.loading import load_model, load_tokenizer, lora_config
+from pipeline.recipe import Recipe, parse_stage_arguments
+from pipeline.rewards import build_rewards
+from pipeline.run_directory import RunDirectory
+from pipeline.stage import run_stage, sft_model_path
+from pipeline.tasks import Task, load_task
+from pipeline.trainers.ppo import PPOTrainer
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the stage; 0 when its artefact is complete."""
+    recipe = parse_stage_arguments(argv, __doc__)
+    return run_stage(recipe, "ppo", train)
+
+
+def train(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
+    """Train the policy and save the best one."""
+    task = load_task(recipe.task.name, recipe.task.config)
+    path = sft_model_path(recipe, run)
+    trainer = PPOTrainer(
+        model=load_model(path, recipe.model),
+        args=recipe.ppo,
+        processing_class=load_tokenizer(path, recipe.model),
+        reward_funcs=build_rewards(recipe.ppo.rewards, task.language),
+        train_dataset=task.train,
+        eval_dataset=task.validation,
+        peft_config=lora_config(recipe.model),
+        output_dir=run.ppo,
+        seed=recipe.seed,
+        compute_metrics=held_out_metrics(recipe, task),
+    )
+    state = trainer.train()
+    trainer.save_model(run.ppo)
+    return {
+        "steps": state.step,
+        "episodes": state.step * trainer.batch_size,
+        "best_step": state.best_step,
+        f"best_{recipe.ppo.metric_for_best_model}": state.best_metric,
+    }
+
+
+def held_out_metrics(recipe: Recipe, task: Task):
+    """The `eval.metrics` as corpus scores of the held-out completions, for the curves."""
+    metrics = [load_metric(m.name, task.language, **m.options) for m in recipe.eval.metrics]
+
+    def compute(completions: list[str], rows: Dataset) -> dict[str, float]:
+        references = list(rows["references"])
+        return {m.name: m.corpus_score(completions, references, n_bootstrap=1).value for m in metrics}
+
+    return compute
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,20 @@
+"""One line of `ppo.rewards`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """What PPO is paid for: a metric by name, `constant`, or the dotted path of a function; `options` go to it."""
+
+    name: str
+    weight: float = 1.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ValueError("ppo.rewards: a reward needs a name")
+        if self.weight == 0:
+            raise ValueError(f"ppo.rewards: {self.name!r} has weight 0, so it would change nothing: remove it")

@@ -1,0 +1,52 @@
+"""Supervised fine-tuning on TRL's SFTTrainer, merged into a plain model directory.
+
+accelerate launch pipeline/sft.py recipes/quickstart.yaml sft.num_train_epochs=2
+"""
+
+import sys
+from collections.abc import Sequence
+
+from peft import PeftModel
+
+from pipeline.models.loading import load_model, load_tokenizer, lora_config
+from pipeline.recipe import Recipe, parse_stage_arguments
+from pipeline.run_directory import RunDirectory
+from pipeline.stage import base_model_path, run_stage
+from pipeline.tasks import load_task
+from pipeline.trainers.sft import build_sft_trainer, last_checkpoint, sft_arguments
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the stage; 0 when its artefact is complete."""
+    recipe = parse_stage_arguments(argv, __doc__)
+    return run_stage(recipe, "sft", train)
+
+
+def train(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
+    """Train, then save the model as plain weights."""
+    task = load_task(recipe.task.name, recipe.task.config)
+    base = base_model_path(recipe, run, task)
+    arguments = sft_arguments(recipe.sft.arguments, run.sft, recipe.seed)
+    trainer = build_sft_trainer(
+        load_model(base, recipe.model),
+        arguments,
+        load_tokenizer(base, recipe.model),
+        task.train,
+        task.validation,
+        lora_config(recipe.model) if recipe.sft.use_peft else None,
+        run.sft / "metrics.jsonl",
+    )
+    result = trainer.train(resume_from_checkpoint=last_checkpoint(arguments))
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if isinstance(model, PeftModel):
+        model = model.merge_and_unload()
+    if trainer.is_world_process_zero():
+        model.save_pretrained(run.sft)
+        trainer.processing_class.save_pretrained(run.sft)
+    trainer.accelerator.wait_for_everyone()
+    best = trainer.state.best_metric
+    return {"train_loss": result.training_loss, "steps": trainer.state.global_step, "best_eval_loss": best}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,76 @@
+"""What the stage scripts share: when a stage may run, where its models are, how it ends."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from datasets.utils.logging import disable_progress_bar
+from transformers.utils import logging as transformers_logging
+
+from pipeline.models.scratch import build_from_scratch
+from pipeline.recipe import Recipe
+from pipeline.run_directory import RunDirectory, begin_stage, finish_stage, missing_input, stage_status
+from pipeline.tasks import Task
+
+StageBody = Callable[[Recipe, RunDirectory], dict[str, object]]
+
+
+def run_stage(recipe: Recipe, stage: str, body: StageBody) -> int:
+    """Run `body` between the stage's begin and end records; the exit code: 0 done, 1 failed, 2 cannot start.
+
+    A failure that the user can mend (ValueError, OSError) is one sentence; RELAY_TRACEBACK=1 shows where it arose.
+    """
+    run, state = RunDirectory.of(recipe), PartialState(cpu=not torch.accelerator.is_available())
+    quiet_libraries()
+    # Every process decides before the main one writes anything.
+    problem, status = missing_input(recipe, stage), stage_status(run, recipe, stage)
+    state.wait_for_everyone()
+    if problem or status == "complete":
+        if state.is_main_process:
+            print(f"error: {problem}" if problem else f"{stage}: already complete in {run.stage(stage)}", file=sys.stderr)
+        return 2 if problem else 0
+    try:
+        if state.is_main_process:
+            moved = begin_stage(run, recipe, stage)
+            if moved:
+                print(f"{stage}: the earlier result, made with other settings, is now in {moved}", file=sys.stderr)
+        state.wait_for_everyone()
+        summary = body(recipe, run)
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("RELAY_TRACEBACK"):
+            traceback.print_exc()
+        print(f"error: {stage}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return 1
+    if state.is_main_process:
+        finish_stage(run, recipe, stage, processes=state.num_processes, **summary)
+    state.wait_for_everyone()
+    return 0
+
+
+def base_model_path(recipe: Recipe, run: RunDirectory, task: Task) -> Path | str:
+    """The model SFT starts from; a from-scratch one is built the first time it is asked for."""
+    if recipe.model.from_scratch is None:
+        return recipe.model.model_name_or_path
+    texts = [text for column in ("prompt", "completion") for text in map(plain_text, task.train[column])]
+    return build_from_scratch(recipe.model.from_scratch, texts, recipe.seed, run.base)
+
+
+def plain_text(value: object) -> str:
+    """The text of a prompt or completion, chat messages joined by newlines."""
+    return value if isinstance(value, str) else "\n".join(message["content"] for message in value)
+
+
+def sft_model_path(recipe: Recipe, run: RunDirectory) -> Path | str:
+    """The SFT model PPO starts from and is compared with."""
+    return recipe.ppo.sft_model_path if recipe.sft_is_external else run.sft
+
+
+def quiet_libraries() -> None:
+    """Leave the screen to what matters: loading and tokenising bars of a second are not it."""
+    disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()

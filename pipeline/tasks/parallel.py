@@ -1,0 +1,91 @@
+"""Plain parallel text: one file of source lines and one of target lines for each split, line by line."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.tasks.types import SPLITS, Task, TaskError, check_limits, make_split, render
+
+
+@dataclass(frozen=True)
+class Config:
+    """`source` and `target` are paths with `{split}` in them, below `data_dir`; relative paths start at the cwd."""
+
+    source: str
+    target: str
+    data_dir: str = "."
+    prompt: str = "{source}\n"
+    train: str = "train"
+    validation: str = "validation"
+    test: str = "test"
+    language: str | None = None
+    max_train_examples: int | None = None
+    max_validation_examples: int | None = None
+    max_test_examples: int | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("source", "target"):
+            if "{split}" not in getattr(self, key):
+                raise TaskError(
+                    f"task.{key}: {getattr(self, key)!r} has no {{split}} in it, such as data/{{split}}.en"
+                )
+        render(self.prompt, {"source": ""})
+        check_limits(
+            max_train_examples=self.max_train_examples,
+            max_validation_examples=self.max_validation_examples,
+            max_test_examples=self.max_test_examples,
+        )
+
+    def path(self, key: str, split: str) -> Path:
+        """Where the lines of `key` ("source" or "target") of a split are."""
+        return Path(self.data_dir).expanduser() / getattr(self, key).format(split=getattr(self, split))
+
+
+def files(config: Config) -> list[Path]:
+    """Every local file the task reads: a changed file makes a finished stage out of date.
+
+    Raises:
+        TaskError: one of them does not exist.
+    """
+    paths = [(key, config.path(key, split)) for split in SPLITS for key in ("source", "target")]
+    for key, path in paths:
+        if not path.is_file():
+            raise TaskError(f"task.{key}: no file {str(path)!r}; set task.data_dir to the folder that holds the data")
+    return [path for _, path in paths]
+
+
+def load(config: Config) -> Task:
+    """Read the six files into the three splits."""
+    limits = {split: getattr(config, f"max_{split}_examples") for split in SPLITS}
+    splits = {split: make_split(_read_split(config, split), split, limits[split]) for split in SPLITS}
+    return Task(**splits, language=config.language)
+
+
+def _read_split(config: Config, split: str) -> list[dict]:
+    files(config)
+    source, target = (_read_lines(config.path(key, split)) for key in ("source", "target"))
+    if len(source) != len(target):
+        raise TaskError(
+            f"task: {str(config.path('source', split))!r} has {len(source)} lines and "
+            f"{str(config.path('target', split))!r} has {len(target)}: parallel files must match line by line"
+        )
+    return [
+        {"prompt": render(config.prompt, {"source": s}), "completion": t, "references": [t], "source": s}
+        for s, t in zip(source, target, strict=True)
+        if s and t
+    ]
+
+
+def _read_lines(path: Path) -> list[str]:
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")  # a byte-order mark is accepted, and so is CRLF
+    except UnicodeDecodeError as error:
+        raise TaskError(
+            f"task: {str(path)!r} is not UTF-8 at byte {error.start}; convert it, "
+            "for example with iconv -f latin1 -t utf-8"
+        ) from error
+    # Not splitlines(): it also breaks at U+2028 and its kin, which would shift one side against the other.
+    lines = text.replace("\r\n", "\n").split("\n")
+    if lines[-1] == "":
+        lines.pop()
+    return [line.strip() for line in lines]

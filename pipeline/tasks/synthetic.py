@@ -1,0 +1,55 @@
+"""The embedded task: a generated English-German phrasebook, for runs without a network or any data."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.tasks.phrasebook import phrase_pairs
+from pipeline.tasks.types import SPLITS, Task, TaskError, check_limits, make_split, render
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of the three splits, which share no sentence; `data_seed` chooses the sentences, not the run's seed."""
+
+    train_examples: int = 4000
+    validation_examples: int = 256
+    test_examples: int = 512
+    data_seed: int = 0
+    prompt: str = "{source}\n"
+
+    def __post_init__(self) -> None:
+        check_limits(
+            train_examples=self.train_examples,
+            validation_examples=self.validation_examples,
+            test_examples=self.test_examples,
+        )
+        render(self.prompt, {"source": ""})
+
+
+def files(config: Config) -> list[Path]:
+    """No files: the grammar is in the package."""
+    return []
+
+
+def load(config: Config) -> Task:
+    """Generate the sentence pairs and cut them into splits."""
+    sizes = {split: getattr(config, f"{split}_examples") for split in SPLITS}
+    try:
+        pairs = phrase_pairs(sum(sizes.values()), config.data_seed)
+    except ValueError as error:
+        raise TaskError(f"task: {error}") from error
+    # Test and validation come first, so that more training examples leave the held-out sentences as they are.
+    cut, splits = 0, {}
+    for split in reversed(SPLITS):
+        chosen, cut = pairs[cut : cut + sizes[split]], cut + sizes[split]
+        rows = [
+            {
+                "prompt": render(config.prompt, {"source": english}),
+                "completion": german,
+                "references": [german],
+                "source": english,
+            }
+            for english, german in chosen
+        ]
+        splits[split] = make_split(rows, split, None)
+    return Task(**splits, language="de")

@@ -1,0 +1,1 @@
+"""How parameters change: the arguments TRL's SFTTrainer gets, and our PPOTrainer."""

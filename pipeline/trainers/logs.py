@@ -1,0 +1,73 @@
+"""What a person and a tracker see of a PPO run: progress bar, samples, metrics.jsonl, trackers."""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from accelerate import Accelerator
+from tqdm import tqdm
+
+
+class TrainingLog:
+    """One line of metrics.jsonl per log event, the same to each tracker, and a progress bar on the main process.
+
+    metrics.jsonl holds nothing that differs between two runs of the same seed; the bar shows the speed.
+    """
+
+    def __init__(self, accelerator: Accelerator, file: Path | None, total_steps: int, step: int = 0) -> None:
+        self.accelerator = accelerator
+        self.file = file if accelerator.is_main_process else None
+        self.bar = tqdm(
+            total=total_steps,
+            initial=step,
+            desc="PPO",
+            unit="step",
+            disable=not accelerator.is_main_process,
+            file=sys.stderr,
+            dynamic_ncols=True,
+        )
+        if self.file:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            lines = self.file.read_text().splitlines() if self.file.is_file() else []
+            kept = [line for line in lines if step > 0 and json.loads(line)["step"] <= step]
+            self.file.write_text("".join(line + "\n" for line in kept))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Record one event."""
+        if self.file:
+            with self.file.open("a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        if self.accelerator.trackers:
+            self.accelerator.log(dict(values), step=step)
+
+    def advance(self, values: Mapping[str, float]) -> None:
+        """One PPO step is done."""
+        self.bar.set_postfix_str(
+            f"reward {values['objective/scores']:.3f}, KL {values['objective/kl']:.3f}, "
+            f"length {values['objective/length']:.1f}",
+            refresh=False,
+        )
+        self.bar.update()
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        if self.accelerator.is_main_process:
+            self.bar.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        """End the bar and the trackers."""
+        self.bar.close()
+        if self.accelerator.trackers:
+            self.accelerator.end_training()
+
+
+def sample_line(step: int, prompt: object, completion: str, score: float) -> str:
+    """One sampled episode on a line."""
+    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    return f"step {step}: {_short(text)} -> {_short(completion)} (score {score:.3f})"
+
+
+def _short(text: str, width: int = 70) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: width - 1] + "…"

@@ -1,0 +1,167 @@
+"""What one PPO step collects and learns from."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.models.sequences import Sequences, length_sorted_chunks
+from pipeline.models.shared import SharedModel
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One batch of episodes on this process, before any update.
+
+    `logprobs, ref_logprobs, values, entropies [B, C]`; `scores [B]` is the weighted sum of the rewards;
+    `rewards` has each reward's own values [B] by name, NaN where a function had nothing to say.
+    """
+
+    prompts: Sequence[object]
+    completions: Sequence[str]
+    sequences: Sequences
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    values: Tensor
+    entropies: Tensor
+    scores: Tensor
+    rewards: dict[str, Tensor]
+    finished: Tensor
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What the update needs: `logprobs, values, advantages, returns [B, C]` beside the sequences."""
+
+    sequences: Sequences
+    logprobs: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+    def rows(self, index: Tensor) -> "Experience":
+        """The episodes at `index`, trimmed to the longest of them."""
+        sequences = self.sequences.rows(index)
+        width = sequences.completion_ids.shape[1]
+        parts = (part[index, :width] for part in (self.logprobs, self.values, self.advantages, self.returns))
+        return Experience(sequences, *parts)
+
+    def mini_batches(self, count: int, generator: torch.Generator) -> list["Experience"]:
+        """The episodes in `count` random mini-batches. With one, the order stays: it would only change rounding."""
+        if count == 1:
+            return [self]
+        order = torch.randperm(len(self.sequences), generator=generator).to(self.logprobs.device)
+        return [self.rows(part) for part in order.chunk(count)]
+
+    def micro_batches(self, size: int) -> list["Experience"]:
+        """At most `size` episodes at a time, sorted by length and trimmed, so that little of it is padding."""
+        return [self.rows(index) for index in length_sorted_chunks(self.sequences.lengths, size)]
+
+    @property
+    def num_tokens(self) -> int:
+        """Real completion tokens."""
+        return int(self.sequences.completion_mask.sum())
+
+
+@torch.no_grad()
+def score_tokens(model: SharedModel, sequences: Sequences, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Policy log-probs, reference log-probs, values and entropies [B, C], in the micro-batches the update will use.
+
+    The same rows together give the same rounding, so that the update's first ratio is exactly 1.
+    """
+    results = [torch.zeros(sequences.completion_mask.shape, device=sequences.completion_ids.device) for _ in range(4)]
+    for index in length_sorted_chunks(sequences.lengths, size):
+        part = sequences.rows(index)
+        width = part.completion_ids.shape[1]
+        outputs = model(part)
+        reference = model.reference_logprobs(part)
+        for result, tensor in zip(
+            results, (outputs.logprobs, reference, outputs.values, outputs.entropies), strict=True
+        ):
+            result[index, :width] = tensor.to(result.dtype)
+    logprobs, ref_logprobs, values, entropies = results
+    return logprobs, ref_logprobs, values, entropies
+
+
+STATISTICS = (
+    "objective/scores",
+    "objective/kl",
+    "objective/entropy",
+    "objective/non_score_reward",
+    "objective/rlhf_reward",
+    "objective/length",
+    "objective/finished",
+)
+
+
+def rollout_sums(rollout: Rollout, returns: Tensor, kl_coef: float) -> Tensor:
+    """Sums over this process's episodes, in float64, that `rollout_statistics` turns into means when added up."""
+    mask = rollout.sequences.completion_mask
+    kl = ((rollout.logprobs - rollout.ref_logprobs) * mask).sum(1)
+    penalty = -kl_coef * kl
+    entropy = (rollout.entropies * mask).sum(1)
+    finished = rollout.finished.to(kl.device).float()
+    per_episode = (rollout.scores, kl, entropy, penalty, rollout.scores + penalty, mask.sum(1), finished)
+    sums = [torch.as_tensor(float(len(mask)))] + [values.double().sum() for values in per_episode]
+    sums.append(rollout.scores.double().square().sum())
+    error = (returns - rollout.values)[mask].double()
+    chosen = returns[mask].double()
+    sums += [error.sum(), error.square().sum(), chosen.sum(), chosen.square().sum(), mask.sum()]
+    for values in rollout.rewards.values():
+        sums += [values.nan_to_num(0.0).double().sum(), (~values.isnan()).sum()]
+    return torch.stack([value.double().cpu() for value in sums])
+
+
+def rollout_statistics(sums: Sequence[float], rewards: Sequence[str]) -> dict[str, float]:
+    """Means over the episodes of all processes, under TRL's names; KL and entropy are nats per episode."""
+    episodes, means, square = sums[0], sums[1 : 1 + len(STATISTICS)], sums[1 + len(STATISTICS)]
+    stats = {name: value / episodes for name, value in zip(STATISTICS, means, strict=True)}
+    stats["objective/scores_std"] = max(0.0, square / episodes - stats["objective/scores"] ** 2) ** 0.5
+    error, error_square, value, value_square, tokens = sums[2 + len(STATISTICS) : 7 + len(STATISTICS)]
+    variance = value_square / tokens - (value / tokens) ** 2
+    residual = error_square / tokens - (error / tokens) ** 2
+    stats["val/explained_variance"] = 1 - residual / variance if variance > 1e-12 else 0.0
+    rest = sums[7 + len(STATISTICS) :]
+    for number, name in enumerate(rewards):
+        total, count = rest[2 * number : 2 * number + 2]
+        stats[f"reward/{name}"] = total / count if count else float("nan")
+    return stats
+
+
+def nanmean(values: Sequence[float]) -> float:
+    """Mean of the numbers that are not NaN, NaN if there are none."""
+    present = [value for value in values if value == value]
+    return sum(present) / len(present) if present else float("nan")
+
+
+def prompt_order(size: int, seed: int) -> Callable[[int], int]:
+    """`position -> row`: every epoch is a new permutation of `size` rows, drawn from `seed` and the epoch alone.
+
+    Nothing has to be saved to go on at a position after a restart.
+    """
+    cache: dict[int, list[int]] = {}
+
+    def row(position: int) -> int:
+        epoch, offset = divmod(position, size)
+        if epoch not in cache:
+            for old in [e for e in cache if e < epoch - 1]:
+                del cache[old]
+            generator = torch.Generator().manual_seed(_mix(seed, epoch))
+            cache[epoch] = torch.randperm(size, generator=generator).tolist()
+        return cache[epoch][offset]
+
+    return row
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of one process's sampling in one PPO step."""
+    return _mix(_mix(seed, step + 1), rank + 1)
+
+
+def _mix(a: int, b: int) -> int:
+    """A well-spread 63-bit seed from two numbers (SplitMix64's finaliser)."""
+    z = (a * 0x9E3779B97F4A7C15 + b * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) & (2**64 - 1)
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
+    return (z ^ (z >> 31)) >> 1
