@@ -5,16 +5,14 @@ import dataclasses
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeline.evaluation.config import EvalConfig, MetricConfig
-from pipeline.metrics import load_metric
 from pipeline.models.config import ModelConfig
-from pipeline.models.loading import check_model_path
+from pipeline.recipe_checks import check_recipe
 from pipeline.recipe_sections import (
     TOP_LEVEL,
     SFTSection,
@@ -26,10 +24,23 @@ from pipeline.recipe_sections import (
     refuse_unsupported,
 )
 from pipeline.recipe_yaml import Document, RecipeError, did_you_mean, read_document
-from pipeline.rewards import build_rewards
 from pipeline.rewards.config import RewardConfig
 from pipeline.tasks import TASK_NAMES, parallel, synthetic, task_module
 from pipeline.trainers.config import PPOConfig
+
+__all__ = [
+    "Recipe",
+    "RecipeError",
+    "SFTSection",
+    "TaskSection",
+    "check_recipe",
+    "exit_with_error",
+    "load_checked_recipe",
+    "load_recipe",
+    "parse_stage_arguments",
+    "recipe_values",
+    "split_recipe_argument",
+]
 
 DEFAULT_RECIPE = Path("recipes/quickstart.yaml")
 MAX_SEED = 2**32 - 1
@@ -54,7 +65,7 @@ class Recipe:
     task: TaskSection
     sft: SFTSection
     ppo: PPOConfig | None = None
-    eval: EvalConfig = EvalConfig()
+    eval: EvalConfig = field(default_factory=EvalConfig)
     source: Document | None = field(default=None, compare=False, repr=False)  # where it was written, for messages
 
     def __post_init__(self) -> None:
@@ -193,113 +204,6 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
-def check_recipe(recipe: Recipe, num_processes: int = 1) -> None:
-    """Look at everything a run of several hours would otherwise fail on late; no model is loaded.
-
-    Raises:
-        RecipeError: a model, file, metric or reward that is not there, sizes that cannot work, an option without
-            effect, or an output directory that cannot be written.
-    """
-    document = recipe.source or Document("recipe")
-    try:
-        if recipe.model.model_name_or_path is not None:
-            check_model_path(recipe.model.model_name_or_path, "model.model_name_or_path")
-        if recipe.sft_is_external:
-            check_model_path(recipe.ppo.sft_model_path, "ppo.sft_model_path")
-        task_module(recipe.task.name).files(recipe.task.config)
-    except ValueError as error:
-        raise document.restate(error) from error
-    _check_idle_options(recipe, document)
-    _check_lengths(recipe, document)
-    _check_batches(recipe, num_processes, document)
-    _check_best_metric(recipe, document)
-    _check_metrics_and_rewards(recipe, document)
-    _check_writable(recipe, document)
-
-
-def _check_idle_options(recipe: Recipe, document: Document) -> None:
-    if recipe.ppo is not None and recipe.ppo.run_name is not None and not recipe.ppo.report_to:
-        raise document.error(("ppo", "run_name"), "it would do nothing, because report_to is empty; set ppo.report_to")
-    if recipe.sft.use_peft or (recipe.ppo is not None and recipe.ppo.use_peft):
-        return
-    for f in dataclasses.fields(ModelConfig):
-        if f.name.startswith(("lora_", "use_rslora", "use_dora")) and getattr(recipe.model, f.name) != f.default:
-            raise document.error(("model", f.name), "it would do nothing, because no stage has use_peft: true")
-
-
-def _check_lengths(recipe: Recipe, document: Document) -> None:
-    scratch = recipe.model.from_scratch
-    if scratch is None:
-        return
-    limit = scratch.max_position_embeddings
-    rule = f"model.from_scratch.max_position_embeddings ({limit})"
-    max_length = recipe.sft.arguments.get("max_length")
-    if max_length is not None and max_length > limit:
-        raise document.error(("sft", "max_length"), f"must be at most {rule}, found {max_length}")
-    generated = {("eval", "max_new_tokens"): recipe.eval.max_new_tokens}
-    if recipe.ppo is not None:
-        generated = {("ppo", "response_length"): recipe.ppo.response_length, **generated}
-    for path, length in generated.items():
-        if length >= limit:
-            raise document.error(path, f"must be below {rule} to leave room for the prompt, found {length}")
-
-
-def _check_batches(recipe: Recipe, num_processes: int, document: Document) -> None:
-    for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-        if recipe.sft.arguments.get(key, 1) < 1:
-            raise document.error(("sft", key), f"must be at least 1, found {recipe.sft.arguments[key]}")
-    examples = recipe.training_examples
-    if recipe.ppo is None or examples is None:
-        return
-    size = recipe.ppo.batch_size(num_processes)
-    if size > examples:
-        raise document.error(
-            ("ppo", "per_device_train_batch_size"),
-            f"one PPO batch is {recipe.ppo.per_device_train_batch_size} x gradient_accumulation_steps "
-            f"{recipe.ppo.gradient_accumulation_steps} x {num_processes} processes = {size} prompts, "
-            f"but there are {examples} training examples; lower one of them",
-        )
-
-
-def _check_best_metric(recipe: Recipe, document: Document) -> None:
-    chosen = {"sft": recipe.sft.arguments.get("metric_for_best_model")}
-    if recipe.ppo is not None:
-        chosen["ppo"] = recipe.ppo.metric_for_best_model
-    for section, name in chosen.items():
-        if name is not None and not name.startswith("eval_"):
-            raise document.error(
-                (section, "metric_for_best_model"),
-                f"must be a logged evaluation metric, which starts with eval_, found {name!r}; "
-                f"did you mean 'eval_{name}'?",
-            )
-
-
-def _check_metrics_and_rewards(recipe: Recipe, document: Document) -> None:
-    for index, metric in enumerate(recipe.eval.metrics):
-        try:
-            load_metric(metric.name, recipe.language, **metric.options)
-        except (ValueError, TypeError) as error:
-            raise document.restate(error, ("eval", "metrics", index)) from error
-    for index, reward in enumerate(recipe.ppo.rewards if recipe.ppo is not None else ()):
-        try:
-            build_rewards([reward], recipe.language)
-        except (ValueError, TypeError) as error:
-            raise document.restate(error, ("ppo", "rewards", index)) from error
-
-
-def _check_writable(recipe: Recipe, document: Document) -> None:
-    """Write and remove a file where the run directory is or will be; no directory is left behind."""
-    target = Path(recipe.output_dir).expanduser() / recipe.name
-    existing = next(p for p in (target, *target.absolute().parents) if p.exists())
-    try:
-        with tempfile.TemporaryFile(dir=existing) as file:
-            file.write(b"relay")
-    except OSError as error:
-        raise document.error(
-            ("output_dir",), f"cannot write to {str(existing)!r} ({error.strerror}); choose another directory"
-        ) from error
-
-
 def parse_stage_arguments(argv: Sequence[str], description: str) -> Recipe:
     """The checked recipe of a stage's command line, `[RECIPE] [section.key=value ...]`.
 
@@ -313,10 +217,21 @@ def parse_stage_arguments(argv: Sequence[str], description: str) -> Recipe:
     arguments = parser.parse_args(argv)
     path, overrides = split_recipe_argument([arguments.recipe or "", *arguments.overrides])
     try:
-        recipe = load_recipe(path, overrides)
-        check_recipe(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+        return load_checked_recipe(path, overrides, int(os.environ.get("WORLD_SIZE", "1")))
     except RecipeError as error:
         exit_with_error(str(error))
+
+
+def load_checked_recipe(path: str | Path, overrides: Sequence[str], num_processes: int) -> Recipe:
+    """`load_recipe` and `check_recipe` for a program: dotted paths are also looked up in the current directory.
+
+    Raises:
+        RecipeError: as those two.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # last, so that nothing there replaces a library
+    recipe = load_recipe(path, overrides)
+    check_recipe(recipe, num_processes)
     return recipe
 
 

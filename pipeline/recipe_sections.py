@@ -250,7 +250,7 @@ def _build_line(cls: type, value: str | dict[str, Any], path: KeyPath, document:
                 (*path, key), f"unknown key{hint} (an option of that name goes into options: {{{key}: ...}})"
             )
     if values.get("name") == "learned":
-        raise document.error((*path, "name"), f"a learned reward cannot be used: {NO_REWARD_STAGE}")
+        raise document.error(path, f"a learned reward cannot be used: {NO_REWARD_STAGE}")
     return build_section(cls, {**values, "options": {**extra, **given}}, path, document)
 
 

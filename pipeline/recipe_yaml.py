@@ -160,7 +160,8 @@ class _Reader:
         return self.label or f"{self.document.file}:{event.start_mark.line + 1}"
 
     def _value(self, event: NodeEvent, path: KeyPath) -> Any:
-        self.document.places[path] = self._place(event)
+        if path:  # what is wrong with a recipe as a whole is in the file, not on its first line
+            self.document.places[path] = self._place(event)
         if isinstance(event, AliasEvent):
             if event.anchor not in self.anchors:
                 raise self.document.error(path, f"the alias *{event.anchor} stands before or inside its anchor")

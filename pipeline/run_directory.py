@@ -23,6 +23,8 @@ from pipeline.tasks import task_module
 STAGES = ("sft", "ppo", "eval")
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "sacrebleu", "trl-relay")
 STARTED, FINISHED = "started.json", "stage.json"
+ABSENT = "absent"
+STATE = ("fingerprint", "settings", "inputs")  # what both record
 
 Status = Literal["complete", "partial", "changed", "absent"]
 
@@ -103,13 +105,24 @@ def stage_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
 
 
 def stage_inputs(recipe: Recipe, stage: str) -> dict[str, str]:
-    """The state of each local file and model directory a stage reads, by its path."""
+    """The state of everything on disk that a stage reads, by path, or by name for the stages before it.
+
+    An earlier stage counts as it was made, not by its settings: made again, it gives other weights.
+    """
     inputs = {str(p): _digest_file(p) for p in task_module(recipe.task.name).files(recipe.task.config)}
     models = [recipe.model.model_name_or_path]
     if recipe.sft_is_external and stage != "sft":
         models.append(recipe.ppo.sft_model_path)
     local = [Path(model).expanduser() for model in models if model is not None]
-    return inputs | {str(p): _digest_model(p) for p in local if p.is_dir()}
+    inputs |= {str(p): _digest_model(p) for p in local if p.is_dir()}
+    directory = RunDirectory.of(recipe)
+    return inputs | {name: _digest_model(directory.stage(name)) for name in needed_stages(recipe, stage)}
+
+
+def needed_stages(recipe: Recipe, stage: str) -> list[str]:
+    """The stages of this run whose results a stage reads."""
+    needed = [] if stage == "sft" or recipe.sft_is_external else ["sft"]
+    return [*needed, "ppo"] if stage == "eval" and "ppo" in recipe.eval.systems else needed
 
 
 def stage_fingerprint(recipe: Recipe, stage: str) -> str:
@@ -136,10 +149,11 @@ def _digest_file(path: Path) -> str:
 
 
 def _digest_model(directory: Path) -> str:
-    """The fingerprint of a stage that made the model, else the sizes and times of its files."""
-    finished = _read_json(directory / FINISHED)
-    if "fingerprint" in finished:
-        return str(finished["fingerprint"])
+    """The record of the stage that made a model; without one, the sizes and times of the files."""
+    if (directory / FINISHED).is_file():
+        return _digest_file(directory / FINISHED)
+    if not directory.is_dir():
+        return ABSENT
     files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(directory.iterdir()) if p.is_file()]
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
@@ -162,16 +176,17 @@ def begin_stage(directory: RunDirectory, recipe: Recipe, stage: str) -> Path | N
 def finish_stage(directory: RunDirectory, recipe: Recipe, stage: str, **summary: Any) -> Path:
     """Write `stage.json`, the last file of a stage: only a stage that has it is complete; one process calls it.
 
-    `seconds` are those since the last `begin_stage` unless the summary has its own.
+    The fingerprint is that of `begin_stage`, whatever was edited since. `seconds` are those since then unless the
+    summary has its own.
     """
-    started = _read_json(directory.stage(stage) / STARTED).get("started_at", time.time())
+    started = _read_json(directory.stage(stage) / STARTED)
     record = {
-        "seconds": round(time.time() - started, 3),
+        "seconds": round(time.time() - started.get("started_at", time.time()), 3),
         **summary,
         "stage": stage,
         "finished_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
-        **_state(recipe, stage),
+        **({key: started[key] for key in STATE} if "fingerprint" in started else _state(recipe, stage)),
     }
     file = directory.stage(stage) / FINISHED
     _write(file, json.dumps(record, indent=2) + "\n")
@@ -179,11 +194,8 @@ def finish_stage(directory: RunDirectory, recipe: Recipe, stage: str, **summary:
 
 
 def _state(recipe: Recipe, stage: str) -> dict[str, Any]:
-    return {
-        "fingerprint": stage_fingerprint(recipe, stage),
-        "settings": stage_settings(recipe, stage),
-        "inputs": stage_inputs(recipe, stage),
-    }
+    values = (stage_fingerprint(recipe, stage), stage_settings(recipe, stage), stage_inputs(recipe, stage))
+    return dict(zip(STATE, values, strict=True))
 
 
 def _write(file: Path, text: str) -> None:
@@ -216,15 +228,20 @@ def setting_differences(directory: RunDirectory, recipe: Recipe, stage: str) -> 
     """What differs between the settings a stage was made with and the recipe's: `ppo.kl_coef: 0.05 -> 0.1`."""
     files = [directory.stage(stage) / name for name in (FINISHED, STARTED)]
     old = next((_read_json(file) for file in files if file.exists()), {})
-    before, after = old.get("settings", {}), stage_settings(recipe, stage)
+    if "settings" not in old:
+        return ["its record cannot be read"]
+    before, after = old["settings"], stage_settings(recipe, stage)
     lines = [
         f"{key}: {_shown(before, key)} -> {_shown(after, key)}"
-        for key in dict.fromkeys([*before, *after])
+        for key in dict.fromkeys([*after, *before])
         if _shown(before, key) != _shown(after, key)
     ]
     old_inputs, new_inputs = old.get("inputs", {}), stage_inputs(recipe, stage)
-    changed = [path for path in new_inputs if path in old_inputs and old_inputs[path] != new_inputs[path]]
-    return lines + [f"{path}: its contents changed" for path in changed]
+    for path, state in new_inputs.items():
+        if path in old_inputs and old_inputs[path] != state:
+            change = "its contents changed" if path not in STAGES else "gone" if state == ABSENT else "made again"
+            lines.append(f"{path}: {change}")
+    return lines
 
 
 def _shown(settings: Mapping[str, Any], key: str) -> str:
@@ -251,12 +268,7 @@ def stage_command(recipe: Recipe, stage: str) -> str:
 def missing_input(recipe: Recipe, stage: str) -> str | None:
     """Why a stage cannot start yet, with the command that makes what it lacks; None if it can."""
     directory = RunDirectory.of(recipe)
-    needed = [] if recipe.sft_is_external or stage == "sft" else ["sft"]
-    if stage == "eval" and "ppo" in recipe.eval.systems:
-        needed.append("ppo")
-    if stage == "eval" and not {"sft", "ppo"} & set(recipe.eval.systems):
-        needed = []
-    for name in needed:
+    for name in needed_stages(recipe, stage):
         status, place = stage_status(directory, recipe, name), directory.stage(name)
         if status == "complete":
             continue

@@ -2,8 +2,9 @@
 
 Letters say what goes with what. Nouns: P person, p person who is somebody's, Q relative, A animal, K fruit,
 F other countable food, M uncountable food, D drink, f sold fresh, R print, L things one writes, T object, C clothes,
-V vehicle, B building, U sight, N place at home or outdoors, W furniture, O can be opened, E electric, J baked,
-H cooked, Y lies, Z stands. Places: h at home, t institution, s shop, n outdoors, c town, w water, r where one orders.
+V vehicle, B building, U sight, N place at home or outdoors, W furniture, c seats and beds, O can be opened,
+E electric, J baked, H cooked, Y lies, Z stands. Places: h at home, t institution, s shop, n outdoors, c town,
+w water, r where one orders, a where one arrives.
 """
 
 from dataclasses import dataclass
@@ -139,14 +140,13 @@ MODALS = {
 CONTRACTIONS = {"in dem": "im", "in das": "ins", "an dem": "am", "an das": "ans", "zu dem": "zum", "zu der": "zur"}
 RELATIONS = (("on", "auf"), ("under", "unter"), ("next to", "neben"), ("in front of", "vor"), ("behind", "hinter"))
 VEHICLES = (("by train", "mit dem Zug"), ("by car", "mit dem Auto"), ("by bicycle", "mit dem Fahrrad"))
-DEGREES = (("very", "sehr"), ("too", "zu"), ("rather", "ziemlich"), ("not", "nicht"), ("", ""))
+DEGREES = (("very", "sehr"), ("rather", "ziemlich"), ("not", "nicht"), ("", ""))
 
-UNITS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
-ENGLISH_UNITS = [*UNITS.split(), "seventeen", "eighteen", "nineteen"]
-ENGLISH_TENS = "- ten twenty thirty forty fifty sixty seventy eighty ninety".split()
-EINER = "null ein zwei drei vier fünf sechs sieben acht neun zehn elf zwölf dreizehn vierzehn fünfzehn sechzehn"
-GERMAN_UNITS = [*EINER.split(), "siebzehn", "achtzehn", "neunzehn"]
-GERMAN_TENS = "- zehn zwanzig dreißig vierzig fünfzig sechzig siebzig achtzig neunzig".split()
+# 0 to 19 and the tens of each language.
+NUMBER_TABLE = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+    seventeen eighteen nineteen;- ten twenty thirty forty fifty sixty seventy eighty ninety;
+    null ein zwei drei vier fünf sechs sieben acht neun zehn elf zwölf dreizehn vierzehn fünfzehn sechzehn
+    siebzehn achtzehn neunzehn;- zehn zwanzig dreißig vierzig fünfzig sechzig siebzig achtzig neunzig"""
 
 # English singular and plural, German singular, gender (w: masculine and weak), plural; "-" for a plural not used.
 NOUN_TABLE = {
@@ -167,13 +167,15 @@ NOUN_TABLE = {
         duck ducks Ente f Enten; bear bears Bär w Bären; donkey donkeys Esel m Esel""",
     "Kf": """apple apples Apfel m Äpfel; tomato tomatoes Tomate f Tomaten; pear pears Birne f Birnen;
         strawberry strawberries Erdbeere f Erdbeeren; cherry cherries Kirsche f Kirschen""",
-    "FfH": "egg eggs Ei n Eier; potato potatoes Kartoffel f Kartoffeln; sausage sausages Wurst f Würste",
+    "FfH": "egg eggs Ei n Eier; potato potatoes Kartoffel f Kartoffeln",
+    "Ff": "sausage sausages Wurst f Würste",
     "FJ": "cake cakes Kuchen m Kuchen; biscuit biscuits Keks m Kekse; roll rolls Brötchen n Brötchen",
     "Mf": "meat - Fleisch n -; fish - Fisch m -; salad - Salat m -; cheese - Käse m -",
     "M": "chocolate - Schokolade f -; honey - Honig m -",
     "MJf": "bread - Brot n -",
     "MH": "soup - Suppe f -; rice - Reis m -",
-    "D": "milk - Milch f -; water - Wasser n -; coffee - Kaffee m -; tea - Tee m -; beer - Bier n -; juice - Saft m -",
+    "D": """milk - Milch f -; water - Wasser n -; coffee - Kaffee m -; tea - Tee m -; juice - Saft m -;
+        lemonade - Limonade f -""",
     "RY": """book books Buch n Bücher; newspaper newspapers Zeitung f Zeitungen; novel novels Roman m Romane;
         magazine magazines Zeitschrift f Zeitschriften""",
     "LY": """letter letters Brief m Briefe; report reports Bericht m Berichte; poem poems Gedicht n Gedichte;
@@ -196,8 +198,8 @@ NOUN_TABLE = {
     "B": "house houses Haus n Häuser",
     "BU": """church churches Kirche f Kirchen; bridge bridges Brücke f Brücken; tower towers Turm m Türme;
         castle castles Schloss n Schlösser""",
-    "W": """table tables Tisch m Tische; chair chairs Stuhl m Stühle; bed beds Bett n Betten;
-        bench benches Bank f Bänke; desk desks Schreibtisch m Schreibtische""",
+    "W": "table tables Tisch m Tische; desk desks Schreibtisch m Schreibtische",
+    "Wc": "chair chairs Stuhl m Stühle; bed beds Bett n Betten; bench benches Bank f Bänke",
 }
 
 # English, German, classes of nouns (S: a passing state, so that it goes with a time), comparatives where used.
@@ -218,10 +220,10 @@ ADJECTIVE_TABLE = """big groß ATVBFKWN bigger größer; tall groß P taller gr�
     brown braun ACTW; grey grau ACV; fresh frisch f fresher frischer; ripe reif K riper reifer;
     sweet süß K sweeter süßer; sour sauer K; delicious köstlich FKM; good gut MDR better besser; cold kalt D;
     hot heiß D hotter heißer; valuable wertvoll TR; clean sauber TCV; dirty schmutzig TCV dirtier schmutziger;
-    wet nass C; comfortable bequem CW; quiet ruhig N quieter ruhiger; dark dunkel U"""
+    wet nass C; comfortable bequem Cc; quiet ruhig N quieter ruhiger; dark dunkel U"""
 STEMS = {"müde": "müd", "teuer": "teur", "sauer": "saur", "dunkel": "dunkl"}
-COLOURS = frozenset("red blue green yellow black white brown grey".split())
-SIZES = frozenset("big small old new beautiful".split())
+COLOURS = frozenset({"red", "blue", "green", "yellow", "black", "white", "brown", "grey"})
+SIZES = frozenset({"big", "small", "old", "new", "beautiful"})
 
 # English/-ing past, German/third person, participle, object classes, places. "~": event, "=": state, "^": animals too,
 # "an-": separable prefix, "ist:": perfect with sein, "!": the place is needed.
@@ -237,7 +239,7 @@ VERB_TABLE = {
         read read lesen/liest gelesen RL hnt; write wrote schreiben geschrieben L h;
         eat ate essen/isst gegessen KFM h; drink drank trinken getrunken D h; cook cooked kochen gekocht H h;
         bake baked backen gebacken J h; order ordered bestellen bestellt FMD r;
-        draw drew zeichnen/zeichnet gezeichnet ABP n;
+        draw drew zeichnen gezeichnet ABP n;
         open opened öffnen geöffnet O -; take took nehmen/nimmt genommen TKF -;
         meet met treffen/trifft getroffen P nts; greet greeted begrüßen begrüßt P -;
         ask asked fragen gefragt P -; watch watched beobachten beobachtet PA n;
@@ -263,18 +265,17 @@ VERB_TABLE = {
         =live lived wohnen gewohnt - !c; ^sit/sitting sat sitzen gesessen - !hn; ^stand stood stehen gestanden - !nt;
         wait waited warten gewartet - tsn; ^play played spielen gespielt - hn; dance danced tanzen getanzt - hn;
         sing sang singen gesungen - hnt; laugh laughed lachen gelacht - -; cry cried weinen geweint - -;
-        smoke smoked rauchen geraucht - hn; ^swim/swimming swam schwimmen ist:geschwommen - w;
-        study studied lernen gelernt - ht; stay stayed bleiben ist:geblieben - !ht;
-        get_up/getting got auf-stehen ist:aufgestanden - -; arrive arrived an-kommen ist:angekommen - tc;
-        go_shopping went ein-kaufen eingekauft - s; watch_television watched fern-sehen/sieht ferngesehen - h;
-        have_breakfast had frühstücken gefrühstückt - h""",
+        ^swim/swimming swam schwimmen ist:geschwommen - w; study studied lernen gelernt - ht;
+        stay stayed bleiben ist:geblieben - !ht; get_up/getting got auf-stehen ist:aufgestanden - -;
+        arrive arrived an-kommen ist:angekommen - a; go_shopping went ein-kaufen eingekauft - s;
+        watch_television watched fern-sehen/sieht ferngesehen - h; have_breakfast had frühstücken gefrühstückt - h""",
     "motion": """go went gehen ist:gegangen - htsnc; drive drove fahren/fährt ist:gefahren - tsc;
         ^run/running ran laufen/läuft ist:gelaufen - hn; travel/travelling travelled reisen ist:gereist - c;
         come came kommen ist:gekommen - htsn; return returned zurück-kehren ist:zurückgekehrt - tc""",
     "laying": "put/putting put legen gelegt Y -",
     "standing": "put/putting put stellen gestellt Z -",
-    "lying": "lie/lying lay liegen gelegen Y -",
-    "upright": "stand stood stehen gestanden Z -",
+    "lying": "=lie/lying lay liegen gelegen Y -",
+    "upright": "=stand stood stehen gestanden Z -",
     "owned": "=belong_to belonged gehören gehört P -",
     "weather": "rain rained regnen geregnet - -; snow snowed schneien geschneit - -",
     "saying": "say said sagen gesagt - -; know knew wissen gewusst - -; think thought glauben geglaubt - -",
@@ -282,14 +283,18 @@ VERB_TABLE = {
     "being": "be was sein/ist ist:gewesen - -",
 }
 
+# How often the frames in which something is done occur.
+FRAME_WEIGHTS = {"transitive": 8, "dative": 2, "giving": 3, "prepositional": 2, "intransitive": 3, "motion": 3}
+
 # English at, to, noun; German at, to, noun, gender; letters of the place; classes of the noun.
-PLACE_TABLE = """in into garden in in Garten m h N; in into kitchen in in Küche f h N;
-    on onto balcony auf auf Balkon m h N; in to park in in Park m n N; in into forest in in Wald m n N;
-    at to lake an an See m nw N; at to beach an an Strand m n N; in to school in in Schule f t B;
-    in to library in in Bibliothek f t B; in to hospital in in Krankenhaus n t B; at to station an zu Bahnhof m t B;
-    at to airport an zu Flughafen m t B; in to museum in in Museum n t BU; in to office in in Büro n t B;
-    in to supermarket in in Supermarkt m s B; at to market auf auf Markt m s N; in to bakery in in Bäckerei f s B;
-    in to restaurant in in Restaurant n r BU; in to city in in Stadt f c N; in to village in in Dorf n c N"""
+PLACE_TABLE = """in into garden in in Garten m h N; in into kitchen in in Küche f h N; in to park in in Park m n N;
+    on onto balcony auf auf Balkon m h N; in into forest in in Wald m n N; at to river an an Fluss m n N;
+    in to lake in an See m w N; in to sea in an Meer n w N; at to beach an an Strand m n N;
+    in to school in zu Schule f t B; in to library in in Bibliothek f t B; in to hospital in in Krankenhaus n t B;
+    at to station an zu Bahnhof m ta B; at to airport an zu Flughafen m ta B; in to museum in zu Museum n t BU;
+    in to office in in Büro n t B; in to supermarket in in Supermarkt m s B; at to market auf auf Markt m s N;
+    in to bakery in zu Bäckerei f s B; in to restaurant in in Restaurant n r BU; in to city in in Stadt f ca N;
+    in to village in in Dorf n ca N"""
 
 # When (p past, f future, h again and again, n now; "!" also in a negated clause), English, German.
 TIME_TABLE = """p!|yesterday|gestern;p!|last week|letzte Woche;p!|last Monday|letzten Montag;
@@ -321,10 +326,9 @@ def _adjective(english: str, german: str, classes: str, *comparatives: str) -> A
     return Adjective(english, german, STEMS.get(german, german), classes, *pair)
 
 
-def _third(stem: str) -> str:
-    """The third person singular of a regular verb; "arbeit-t" and "öffn-t" cannot be said without an e."""
-    crowded = stem[-1] in "mn" and stem[-2] not in "aeiouäöümnrlh"
-    return stem + ("et" if stem[-1] in "dt" or crowded else "t")
+def regular_t(stem: str) -> str:
+    """A stem with the ending -t; "arbeit-t" and "öffn-t" cannot be said without an e."""
+    return stem + ("et" if stem.endswith(("d", "t", "ffn", "gn", "chn")) else "t")
 
 
 def _verb(fields: list[str]) -> Verb:
@@ -340,7 +344,7 @@ def _verb(fields: list[str]) -> Verb:
         past=past,
         ing=ing or head.removesuffix("e") + "ing",
         german=german,
-        third=third or _third(german.removesuffix("n").removesuffix("e")),
+        third=third or regular_t(german.removesuffix("n").removesuffix("e")),
         participle=participle,
         prefix=prefix,
         auxiliary="sein" if auxiliary else "haben",
@@ -359,6 +363,7 @@ def _place(fields: list[str]) -> Place:
     return Place(noun, english_at, english_to, german_at, german_to, letter)
 
 
+ENGLISH_UNITS, ENGLISH_TENS, GERMAN_UNITS, GERMAN_TENS = _records(NUMBER_TABLE)
 NOUNS = [_noun(fields, classes) for classes, table in NOUN_TABLE.items() for fields in _records(table)]
 ADJECTIVES = [_adjective(*fields) for fields in _records(ADJECTIVE_TABLE)]
 VERBS = {frame: [_verb(fields) for fields in _records(table)] for frame, table in VERB_TABLE.items()}

@@ -1,0 +1,135 @@
+"""What a run of several hours would otherwise fail on late: files, models, names and sizes that do not go together."""
+
+import dataclasses
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.metrics import load_metric
+from pipeline.models.config import ModelConfig
+from pipeline.models.loading import check_model_path
+from pipeline.recipe_yaml import Document, KeyPath
+from pipeline.rewards import build_rewards
+from pipeline.rewards.config import RewardConfig
+from pipeline.tasks import task_module
+
+if TYPE_CHECKING:
+    from pipeline.recipe import Recipe
+
+
+def check_recipe(recipe: "Recipe", num_processes: int = 1) -> None:
+    """Look at everything a run of several hours would otherwise fail on late; no model is loaded.
+
+    Raises:
+        RecipeError: a model, file, metric or reward that is not there, sizes that cannot work, an option without
+            effect, or an output directory that cannot be written.
+    """
+    document = recipe.source or Document("recipe")
+    try:
+        if recipe.model.model_name_or_path is not None:
+            check_model_path(recipe.model.model_name_or_path, "model.model_name_or_path")
+        if recipe.sft_is_external:
+            check_model_path(recipe.ppo.sft_model_path, "ppo.sft_model_path")
+        task_module(recipe.task.name).files(recipe.task.config)
+    except ValueError as error:
+        raise document.restate(error) from error
+    _check_idle_options(recipe, document)
+    _check_lengths(recipe, document)
+    _check_batches(recipe, num_processes, document)
+    _check_best_metric(recipe, document)
+    _check_metrics_and_rewards(recipe, document)
+    _check_writable(recipe, document)
+
+
+def _check_idle_options(recipe: "Recipe", document: Document) -> None:
+    if recipe.ppo is not None and recipe.ppo.run_name is not None and not recipe.ppo.report_to:
+        raise document.error(("ppo", "run_name"), "it would do nothing, because report_to is empty; set ppo.report_to")
+    if recipe.sft.use_peft or (recipe.ppo is not None and recipe.ppo.use_peft):
+        return
+    for f in dataclasses.fields(ModelConfig):
+        if f.name.startswith(("lora_", "use_rslora", "use_dora")) and getattr(recipe.model, f.name) != f.default:
+            raise document.error(("model", f.name), "it would do nothing, because no stage has use_peft: true")
+
+
+def _check_lengths(recipe: "Recipe", document: Document) -> None:
+    scratch = recipe.model.from_scratch
+    if scratch is None:
+        return
+    limit = scratch.max_position_embeddings
+    rule = f"model.from_scratch.max_position_embeddings ({limit})"
+    max_length = recipe.sft.arguments.get("max_length")
+    if max_length is not None and max_length > limit:
+        raise document.error(("sft", "max_length"), f"must be at most {rule}, found {max_length}")
+    generated = {("eval", "max_new_tokens"): recipe.eval.max_new_tokens}
+    if recipe.ppo is not None:
+        generated = {("ppo", "response_length"): recipe.ppo.response_length, **generated}
+    for path, length in generated.items():
+        if length >= limit:
+            raise document.error(path, f"must be below {rule} to leave room for the prompt, found {length}")
+
+
+def _check_batches(recipe: "Recipe", num_processes: int, document: Document) -> None:
+    for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if recipe.sft.arguments.get(key, 1) < 1:
+            raise document.error(("sft", key), f"must be at least 1, found {recipe.sft.arguments[key]}")
+    examples = recipe.training_examples
+    if recipe.ppo is None or examples is None:
+        return
+    size = recipe.ppo.batch_size(num_processes)
+    if size > examples:
+        raise document.error(
+            ("ppo", "per_device_train_batch_size"),
+            f"one PPO batch is {recipe.ppo.per_device_train_batch_size} x gradient_accumulation_steps "
+            f"{recipe.ppo.gradient_accumulation_steps} x processes {num_processes} = {size} prompts, "
+            f"but there are {examples} training examples; lower one of them",
+        )
+
+
+def _check_best_metric(recipe: "Recipe", document: Document) -> None:
+    chosen = {"sft": recipe.sft.arguments.get("metric_for_best_model")}
+    if recipe.ppo is not None:
+        chosen["ppo"] = recipe.ppo.metric_for_best_model
+    for section, name in chosen.items():
+        if name is not None and not name.startswith("eval_"):
+            raise document.error(
+                (section, "metric_for_best_model"),
+                f"must be a logged evaluation metric, which starts with eval_, found {name!r}; "
+                f"did you mean 'eval_{name}'?",
+            )
+
+
+def _check_metrics_and_rewards(recipe: "Recipe", document: Document) -> None:
+    for index, metric in enumerate(recipe.eval.metrics):
+        try:
+            load_metric(metric.name, recipe.language, **metric.options)
+        except (ValueError, TypeError) as error:
+            raise document.restate(error, ("eval", "metrics", index)) from error
+    rewards = recipe.ppo.rewards if recipe.ppo is not None else ()
+    try:
+        build_rewards(rewards, recipe.language)
+    except (ValueError, TypeError) as error:
+        raise document.restate(error, _refused_reward(rewards, recipe.language)) from error
+
+
+def _refused_reward(rewards: Sequence[RewardConfig], language: str | None) -> KeyPath:
+    """The key path of the reward that cannot be built, or of all of them where each can be built alone."""
+    for index, reward in enumerate(rewards):
+        try:
+            build_rewards([reward], language)
+        except (ValueError, TypeError):
+            return ("ppo", "rewards", index)
+    return ("ppo", "rewards")
+
+
+def _check_writable(recipe: "Recipe", document: Document) -> None:
+    """Write and remove a file where the run directory is or will be; no directory is left behind."""
+    target = Path(recipe.output_dir).expanduser() / recipe.name
+    existing = next(p for p in (target, *target.absolute().parents) if p.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing) as file:
+            file.write(b"relay")
+    except OSError as error:
+        raise document.error(
+            ("output_dir",), f"cannot write to {str(existing)!r} ({error.strerror}); choose another directory"
+        ) from error

@@ -1,0 +1,186 @@
+"""The paired bootstrap: by hand, against sacreBLEU, and in simulations whose truth is known."""
+
+import random
+import time
+
+import numpy as np
+import pytest
+from sacrebleu.metrics import BLEU
+from sacrebleu.significance import PairedTest
+
+from pipeline.evaluation.significance import Comparison, paired_bootstrap, paired_bootstrap_means
+from pipeline.metrics import METRIC_NAMES, load_metric
+from pipeline.metrics.resampling import bootstrap_indices
+
+WORDS = [f"w{i}" for i in range(50)]
+
+
+def sentences(n: int, seed: int, length: int = 12) -> list[str]:
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=length)) for _ in range(n)]
+
+
+def noisy(texts: list[str], rate: float, seed: int) -> list[str]:
+    """Each word replaced with probability `rate`."""
+    rng = random.Random(seed)
+    return [" ".join(rng.choice(WORDS) if rng.random() < rate else word for word in text.split()) for text in texts]
+
+
+def test_p_value_by_hand(monkeypatch):
+    """B is better on examples 0 and 1, worse on 2; delta 1/3. The five resamples' means: three of 1/3, -1/3 and -1.
+
+    Their mean is -1/15, so they lie 2/5 (three times), 4/15 and 14/15 from it: four at least 1/3, and
+    p = (1 + 4) / (5 + 1).
+    """
+    rows = np.array([[0, 1, 2], [2, 0, 1], [0, 0, 2], [0, 2, 2], [2, 2, 2]])
+    monkeypatch.setattr("pipeline.evaluation.significance.bootstrap_indices", lambda *_: rows)
+    comparison = paired_bootstrap_means([0, 0, 1], [1, 1, 0], n_resamples=5)
+    assert comparison.delta == pytest.approx(1 / 3)
+    assert comparison.p_value == pytest.approx(5 / 6)
+    # The 2.5th percentile of -1, -1/3, 1/3, 1/3, 1/3 lies a tenth of the way from the first to the second.
+    assert comparison.low == pytest.approx(-1 + 0.1 * 2 / 3)
+    assert comparison.high == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("name", METRIC_NAMES)
+def test_identical_predictions_give_no_difference(name):
+    references = sentences(12, seed=1)
+    predictions = noisy(references, 0.3, seed=2)
+    comparison = paired_bootstrap(load_metric(name), predictions, predictions, [[r] for r in references], 50)
+    assert comparison == Comparison(0.0, 0.0, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("name", ["bleu", "chrf", "ter", "rougeL", "token_f1"])
+def test_real_improvement_is_found_in_the_right_direction(name):
+    references = sentences(80, seed=3)
+    worse, better = noisy(references, 0.4, seed=4), noisy(references, 0.2, seed=5)
+    metric = load_metric(name)
+    references = [[text] for text in references]
+    forwards = paired_bootstrap(metric, worse, better, references, 300, seed=6)
+    backwards = paired_bootstrap(metric, better, worse, references, 300, seed=6)
+    assert forwards.p_value == backwards.p_value == 1 / 301
+    assert (forwards.delta > 0) == metric.higher_is_better
+    assert forwards.low < forwards.delta < forwards.high
+    assert (forwards.low > 0) if metric.higher_is_better else (forwards.high < 0)
+    assert (backwards.delta, backwards.low, backwards.high) == pytest.approx(
+        (-forwards.delta, -forwards.high, -forwards.low)
+    )
+
+
+def test_delta_is_the_difference_of_the_corpus_scores():
+    references = [[text, text[::-1]] for text in sentences(20, seed=7)]
+    firsts = [texts[0] for texts in references]
+    a, b = noisy(firsts, 0.5, seed=8), noisy(firsts, 0.4, seed=9)
+    for name in METRIC_NAMES:
+        metric = load_metric(name)
+        value_a, value_b = (metric.corpus_score(texts, references, n_bootstrap=0).value for texts in (a, b))
+        assert paired_bootstrap(metric, a, b, references, 10).delta == pytest.approx(value_b - value_a, abs=1e-12)
+
+
+def test_result_is_determined_by_the_seed():
+    references = sentences(30, seed=10)
+    a, b = noisy(references, 0.3, seed=11), noisy(references, 0.3, seed=12)
+    metric, references = load_metric("bleu"), [[text] for text in references]
+    first, again, other = (paired_bootstrap(metric, a, b, references, 200, seed) for seed in (1, 1, 2))
+    assert first == again
+    assert (first.low, first.high) != (other.low, other.high)
+    assert first.delta == other.delta
+
+
+def test_agreement_with_sacrebleu(monkeypatch):
+    """sacreBLEU's randomisation test is two-sided, as ours is. Its bootstrap looks at one side: half our p.
+
+    It counts |d| - mean|d| > |delta|, which only resamples that favour the better system can reach.
+    """
+    monkeypatch.setenv("SACREBLEU_SEED", "12345")
+    references = sentences(150, seed=13)
+    a, b = noisy(references, 0.30, seed=14), noisy(references, 0.28, seed=16)
+    ours = paired_bootstrap(load_metric("bleu"), a, b, [[text] for text in references], 2000, seed=12345)
+
+    def sacrebleu_p(test_type: str) -> float:
+        test = PairedTest([("a", a), ("b", b)], {"BLEU": BLEU()}, [references], test_type, n_samples=2000)
+        return test()[1]["BLEU"][1].p_value
+
+    assert 0.1 < ours.p_value < 0.2  # far enough from 0 that half of it is another number
+    assert ours.p_value == pytest.approx(sacrebleu_p("ar"), abs=0.03)
+    assert ours.p_value / 2 == pytest.approx(sacrebleu_p("bs"), abs=0.02)
+
+
+def test_both_systems_see_the_same_resamples():
+    """B is A plus one, so the difference is the same in every resample: certain, though the values scatter widely."""
+    values = np.random.default_rng(17).normal(scale=100, size=50)
+    comparison = paired_bootstrap_means(values, values + 1, 200)
+    assert (comparison.delta, comparison.low, comparison.high) == pytest.approx((1, 1, 1))
+    assert comparison.p_value == 1 / 201
+
+
+def test_p_is_not_below_that_of_a_coin_for_a_handful_of_examples():
+    """Three examples that all favour B: three coins agree one time in four."""
+    assert paired_bootstrap_means([0, 0, 0], [1, 2, 3]).p_value == 0.25
+    assert paired_bootstrap_means([0.0], [5.0]).p_value == 1.0
+    assert paired_bootstrap(load_metric("exact_match"), ["no"], ["yes"], [["yes"]]).p_value == 1.0
+
+
+def test_false_positive_rate_of_means():
+    """Two equally good systems, 400 times: p < 0.05 about 20 times, with a standard deviation of 4.4."""
+    rng = np.random.default_rng(18)
+    difficulty = rng.normal(size=(400, 60))
+    a, b = difficulty + rng.normal(size=(400, 60)), difficulty + rng.normal(size=(400, 60))
+    p_values = np.array([paired_bootstrap_means(a[i], b[i], 200, seed=i).p_value for i in range(400)])
+    assert 8 <= (p_values < 0.05).sum() <= 36
+    assert 0.42 < p_values.mean() < 0.58
+
+
+def test_false_positive_rate_of_bleu():
+    """Two systems with the same noise, 100 times on 40 sentences: p < 0.05 about 5 times."""
+    false_positives = 0
+    for trial in range(100):
+        references = sentences(40, seed=1000 + trial)
+        a, b = noisy(references, 0.3, seed=2000 + trial), noisy(references, 0.3, seed=3000 + trial)
+        comparison = paired_bootstrap(load_metric("bleu"), a, b, [[text] for text in references], 100, seed=trial)
+        false_positives += comparison.p_value < 0.05
+    assert 1 <= false_positives <= 13
+
+
+def test_power_grows_with_the_examples():
+    """A difference of half a standard deviation is found nearly always with 100 examples, seldom with 10."""
+    rng = np.random.default_rng(19)
+
+    def found(n_examples: int) -> int:
+        differences = rng.normal(loc=0.5, size=(40, n_examples))
+        p_values = [paired_bootstrap_means(np.zeros(n_examples), row, 200).p_value for row in differences]
+        return sum(p < 0.05 for p in p_values)
+
+    assert found(100) >= 38
+    assert found(10) <= 30
+
+
+def test_bleu_of_a_thousand_sentences_is_fast():
+    references = sentences(1000, seed=20, length=20)
+    a, b = noisy(references, 0.3, seed=21), noisy(references, 0.3, seed=22)
+    start = time.process_time()
+    paired_bootstrap(load_metric("bleu"), a, b, [[text] for text in references], 1000)
+    assert time.process_time() - start < 5
+
+
+def test_unusable_input_is_refused():
+    metric = load_metric("exact_match")
+    with pytest.raises(ValueError, match="no examples"):
+        paired_bootstrap(metric, [], [], [])
+    with pytest.raises(ValueError, match="1 predictions for 2 lists"):
+        paired_bootstrap(metric, ["a", "b"], ["a"], [["a"], ["b"]])
+    with pytest.raises(ValueError, match="at least one resample, found 0"):
+        paired_bootstrap(metric, ["a"], ["a"], [["a"]], n_resamples=0)
+    with pytest.raises(ValueError, match="no examples"):
+        paired_bootstrap_means([], [])
+    with pytest.raises(ValueError, match="found 1 and 2"):
+        paired_bootstrap_means([1.0], [1.0, 2.0])
+    with pytest.raises(ValueError, match=r"values of example 1 are not finite: 2.0 and nan$"):
+        paired_bootstrap_means([1.0, 2.0], [1.0, float("nan")])
+
+
+def test_indices_are_within_range_and_repeat():
+    indices = bootstrap_indices(7, 100, seed=0)
+    assert indices.shape == (100, 7)
+    assert set(np.unique(indices)) == set(range(7))
+    assert any(len(set(row)) < 7 for row in indices.tolist())
