@@ -154,8 +154,12 @@ def _build_task(values: object, document: Document) -> TaskSection:
         raise document.error(
             ("task", "name"), f"{str(error).removeprefix('task.name: ')}{did_you_mean(name, TASK_NAMES)}"
         ) from error
-    except AttributeError as error:
-        raise document.error(("task", "name"), f"the module {name!r} has no Config, files and load") from error
+    except AttributeError:
+        config_class = None
+    if not dataclasses.is_dataclass(config_class):
+        raise document.error(
+            ("task", "name"), f"the module {name!r} has no dataclass Config; it needs files and load too"
+        )
     return TaskSection(name, build_section(config_class, keys, ("task",), document))
 
 

@@ -56,6 +56,7 @@ ACTS_ONLY_WITH: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "save_steps": ("save_strategy", ("steps",)),
     "logging_steps": ("logging_strategy", ("steps",)),
     "packing_strategy": ("packing", (True,)),
+    "label_smoothing_factor": ("loss_type", ("nll",)),
 }
 
 
@@ -173,8 +174,12 @@ def _check_conflicts(arguments: Mapping[str, Any], document: Document) -> None:
             )
     if "num_train_epochs" in arguments and effective["max_steps"] > 0:
         raise document.error(("sft", "num_train_epochs"), "it would do nothing, because max_steps is set; keep one")
-    if "run_name" in arguments and effective["report_to"] in ("none", "[]", [], ["none"], None):
+    reported = effective["report_to"] or []
+    trackers = {reported} if isinstance(reported, str) else set(reported)
+    if "run_name" in arguments and not trackers - {"none"}:
         raise document.error(("sft", "run_name"), "it would do nothing, because report_to is none; set sft.report_to")
+    if "project" in arguments and not trackers & {"trackio", "all"}:
+        raise document.error(("sft", "project"), "it would do nothing: only report_to: trackio reads it")
     for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
         new = old.replace("gradient", "activation")
         if old in arguments and arguments.get(new) is not None:
@@ -232,7 +237,7 @@ def _converted(value: Any, option: Any, path: KeyPath, document: Document) -> An
         return origin(convert(v, item, (*path, i), document) for i, v in enumerate(value))
     if option in (RewardConfig, MetricConfig):
         return _build_line(option, value, path, document)
-    if origin is dict and arguments:
+    if origin in (dict, Mapping) and arguments:
         return {key: convert(v, arguments[1], (*path, key), document) for key, v in value.items()}
     return build_section(option, value, path, document) if is_dataclass(option) else value
 

@@ -117,8 +117,7 @@ def plan_stages(recipe: Recipe, only: str | None, start: str | None, force: bool
         elif stage not in chosen:
             plan.append(PlannedStage(stage, "not selected", f"--only {only}" if only else f"--from {start}"))
         else:
-            earlier = next((p.stage for p in plan if p.launches), None)
-            plan.append(plan_stage(directory, recipe, stage, force, earlier))
+            plan.append(plan_stage(directory, recipe, stage, force))
     return plan
 
 
@@ -132,8 +131,8 @@ def not_needed(recipe: Recipe) -> dict[str, str]:
     return absent
 
 
-def plan_stage(directory: RunDirectory, recipe: Recipe, stage: str, force: bool, earlier: str | None) -> PlannedStage:
-    """What to do with a selected stage; `earlier` is a stage before it that runs, so that it has to start anew."""
+def plan_stage(directory: RunDirectory, recipe: Recipe, stage: str, force: bool) -> PlannedStage:
+    """What to do with a selected stage. One that stands on a stage that is made again counts as changed."""
     status, place = stage_status(directory, recipe, stage), directory.stage(stage)
     if status == "absent":
         return PlannedStage(stage, "run", "not started yet")
@@ -144,8 +143,6 @@ def plan_stage(directory: RunDirectory, recipe: Recipe, stage: str, force: bool,
         return PlannedStage(stage, "run", f"changed since {place} was made: {changes}", replaces=True)
     if force:
         return PlannedStage(stage, "run", "--force", replaces=True)
-    if earlier is not None:
-        return PlannedStage(stage, "run", f"{earlier} runs before it", replaces=True)
     if status == "partial":
         return PlannedStage(stage, "resume", "interrupted with the same settings")
     return PlannedStage(stage, "skip", "complete and unchanged")

@@ -116,7 +116,8 @@ def stage_inputs(recipe: Recipe, stage: str) -> dict[str, str]:
     local = [Path(model).expanduser() for model in models if model is not None]
     inputs |= {str(p): _digest_model(p) for p in local if p.is_dir()}
     directory = RunDirectory.of(recipe)
-    return inputs | {name: _digest_model(directory.stage(name)) for name in needed_stages(recipe, stage)}
+    records = {name: directory.stage(name) / FINISHED for name in needed_stages(recipe, stage)}
+    return inputs | {name: _digest_file(record) if record.is_file() else ABSENT for name, record in records.items()}
 
 
 def needed_stages(recipe: Recipe, stage: str) -> list[str]:
@@ -152,8 +153,6 @@ def _digest_model(directory: Path) -> str:
     """The record of the stage that made a model; without one, the sizes and times of the files."""
     if (directory / FINISHED).is_file():
         return _digest_file(directory / FINISHED)
-    if not directory.is_dir():
-        return ABSENT
     files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(directory.iterdir()) if p.is_file()]
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
@@ -239,7 +238,9 @@ def setting_differences(directory: RunDirectory, recipe: Recipe, stage: str) -> 
     old_inputs, new_inputs = old.get("inputs", {}), stage_inputs(recipe, stage)
     for path, state in new_inputs.items():
         if path in old_inputs and old_inputs[path] != state:
-            change = "its contents changed" if path not in STAGES else "gone" if state == ABSENT else "made again"
+            change = (
+                "its contents changed" if path not in STAGES else "not finished" if state == ABSENT else "made again"
+            )
             lines.append(f"{path}: {change}")
     return lines
 

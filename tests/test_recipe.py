@@ -149,7 +149,7 @@ def test_numbers_and_text_reach_the_configs_as_written():
             "nor the dotted path of a module; did you mean 'parallel'?",
         ),
         ({"line5": "task: {name: json.decoder}"}, "recipe.yaml:5: task.name: "
-         "the module 'json.decoder' has no Config, files and load"),
+         "the module 'json.decoder' has no dataclass Config; it needs files and load too"),
         ({"line5": "task: {train_examples: 3}"}, "recipe.yaml:5: task.name: missing: this key is needed"),
         (
             {"line5": "task: {name: synthetic, train_examples: 0}"},
@@ -225,6 +225,7 @@ def test_refusals_name_file_line_key_and_fix(lines, message):
             "sft.packing_strategy=bfd",
             "sft.packing_strategy: it would do nothing, because packing is false; set sft.packing: true or remove it",
         ),
+        ("sft.project=x", "sft.project: it would do nothing: only report_to: trackio reads it"),
         ("sft.run_name=x", "sft.run_name: it would do nothing, because report_to is none; set sft.report_to"),
         ("eval.systems=[base, foo]", "eval.systems: 'foo' is not one of base, sft, ppo"),
         ("ppo.lam=2", "ppo.lam: must be in [0, 1], found 2.0"),
@@ -354,7 +355,7 @@ def test_some_reasons():
 def test_every_accepted_key_of_sft_config_takes_its_own_default():
     """A type that could not be checked would refuse the value TRL itself uses."""
     fields = [f for f in dataclasses.fields(trl.SFTConfig) if f.name not in REFUSED_SFT_KEYS]
-    idle = {"eval_steps", "save_steps", "packing_strategy", "run_name", "activation_checkpointing"}
+    idle = {"eval_steps", "save_steps", "packing_strategy", "run_name", "project"}
     for f in fields:
         if f.name.startswith("hub_") or f.name in idle or f.default in (dataclasses.MISSING, None):
             continue

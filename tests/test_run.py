@@ -55,9 +55,12 @@ if behaviour != "good":
 
 @pytest.fixture(autouse=True)
 def directory(tmp_path, monkeypatch):
-    """Each test in a directory of its own with a recipe and its data."""
+    """Each test in a directory of its own with a recipe and its data, as on a machine without accelerators."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 0)
+    monkeypatch.setattr(process_group, "default_config_file", "none.yaml")
     Path("recipe.yaml").write_text(RECIPE)
     for split in ("train", "validation", "test"):
         for side in ("en", "de"):
@@ -212,7 +215,7 @@ def test_stages_after_one_that_runs_start_anew(behaviour, capsys):
     assert run.main(["recipe.yaml"]) == 0
     output = capsys.readouterr().out
     assert plan(output)["sft"] == ("resume", "interrupted with the same settings")
-    assert plan(output)["ppo"][0] == "run"
+    assert plan(output)["ppo"] == ("run", "changed since runs/demo/ppo was made: sft: not finished")
     assert launched() == ["sft", "ppo", "eval"]
     assert sorted(p.name for p in Path("runs/demo").glob("*.outdated-*")) == ["eval.outdated-1", "ppo.outdated-1"]
 
@@ -290,7 +293,6 @@ def test_options_after_two_dashes_reach_accelerate(monkeypatch):
 
 def test_accelerate_starts_a_stage_on_a_cpu_without_noise(monkeypatch, tmp_path):
     """No warning about options that were left to it, all threads, arguments as they are, no traceback of its own."""
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.setattr(run, "__file__", str(tmp_path / "run.py"))
     Path("sft.py").write_text(
         "import os, sys\nprint(sys.argv[1:], os.environ['ACCELERATE_USE_CPU'], os.environ['OMP_NUM_THREADS'])\n"
@@ -303,7 +305,6 @@ def test_accelerate_starts_a_stage_on_a_cpu_without_noise(monkeypatch, tmp_path)
 
 
 def test_launch_options_follow_the_machine(monkeypatch):
-    monkeypatch.setattr(process_group, "default_config_file", "none.yaml")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     common = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     for devices, expected in ((1, ["--num_processes", "1"]), (4, ["--multi_gpu", "--num_processes", "4"])):
@@ -314,9 +315,7 @@ def test_launch_options_follow_the_machine(monkeypatch):
     assert default_launch_options() == []
 
 
-def test_the_number_of_processes_is_the_one_accelerate_starts(monkeypatch):
-    monkeypatch.setattr(process_group, "default_config_file", "none.yaml")
-    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 0)
+def test_the_number_of_processes_is_the_one_accelerate_starts():
     Path("several.yaml").write_text(
         "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_processes: 3\n"
     )

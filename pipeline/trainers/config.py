@@ -43,6 +43,8 @@ class PPOConfig:
     bf16: bool | None = None  # None: on accelerators that support it
 
     response_length: int = 53
+    num_generations: int = 1  # completions of each prompt in a rollout
+    group_baseline: bool = False  # subtract the mean score of the prompt's other completions from each score
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -73,7 +75,7 @@ class PPOConfig:
     def __post_init__(self) -> None:
         positive = (
             "total_episodes per_device_train_batch_size gradient_accumulation_steps num_ppo_epochs num_mini_batches "
-            "local_rollout_forward_batch_size response_length logging_steps save_total_limit"
+            "local_rollout_forward_batch_size num_generations response_length logging_steps save_total_limit"
         )
         for name in positive.split():
             _require(getattr(self, name) >= 1, name, "must be at least 1", getattr(self, name))
@@ -101,6 +103,19 @@ class PPOConfig:
             "num_mini_batches",
             f"must divide gradient_accumulation_steps ({self.gradient_accumulation_steps})",
             self.num_mini_batches,
+        )
+        _require(
+            self.per_device_train_batch_size * self.gradient_accumulation_steps % self.num_generations == 0,
+            "num_generations",
+            "must divide per_device_train_batch_size x gradient_accumulation_steps "
+            f"({self.per_device_train_batch_size * self.gradient_accumulation_steps})",
+            self.num_generations,
+        )
+        _require(
+            not self.group_baseline or self.num_generations >= 2,
+            "group_baseline",
+            "needs num_generations of at least 2",
+            self.num_generations,
         )
         _require(bool(self.rewards), "rewards", "at least one reward is needed, such as [{name: bleu}]", "none")
 

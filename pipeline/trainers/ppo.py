@@ -34,6 +34,7 @@ from pipeline.trainers.objective import (
     kl_penalty,
     moments,
     ppo_loss,
+    subtract_group_baseline,
     token_rewards,
     whiten,
 )
@@ -173,9 +174,10 @@ class PPOTrainer:
 
     def prompt_rows(self, step: int) -> list[int]:
         """Which training rows this process answers in a step. Data smaller than a batch is passed several times."""
-        local = self.batch_size // self.accelerator.num_processes
-        start = step * self.batch_size + self.accelerator.process_index * local
-        return [self._prompt_at(position) for position in range(start, start + local)]
+        every, copies = self.batch_size // self.args.num_generations, self.args.num_generations
+        local = every // self.accelerator.num_processes
+        start = step * every + self.accelerator.process_index * local
+        return [self._prompt_at(position) for position in range(start, start + local) for _ in range(copies)]
 
     def collect_rollout(self, rows: Sequence[int]) -> Rollout:
         """Answer the prompts of `rows` with the current policy and score the answers; no gradient."""
@@ -230,7 +232,10 @@ class PPOTrainer:
         """Turn scores and KL into an advantage and a return for each token, and the statistics of the rollout."""
         args, mask = self.args, rollout.sequences.completion_mask
         kl = kl_penalty(rollout.logprobs, rollout.ref_logprobs, args.kl_estimator)
-        rewards = token_rewards(rollout.scores, kl, mask, args.kl_coef)
+        scores = rollout.scores
+        if args.group_baseline:
+            scores = subtract_group_baseline(scores, args.num_generations)
+        rewards = token_rewards(scores, kl, mask, args.kl_coef)
         if args.whiten_rewards:
             rewards = whiten(rewards, mask, self._moments(rewards, mask), shift_mean=False)
         advantages, returns = advantages_and_returns(rewards, rollout.values, mask, args.gamma, args.lam)
