@@ -10,6 +10,7 @@ SCHEDULERS = tuple(
     s.value for s in SchedulerType if s.value in ("linear", "cosine", "constant", "constant_with_warmup")
 )
 KL_ESTIMATORS = ("k1", "k3")
+REWARD_SHAPING = ("none", "prefix")
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class PPOConfig:
     response_length: int = 53
     num_generations: int = 1  # completions of each prompt in a rollout
     group_baseline: bool = False  # subtract the mean score of the prompt's other completions from each score
+    reward_shaping: str = "none"  # prefix: pay each token the change it makes to the score of the text so far
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -91,6 +93,12 @@ class PPOConfig:
             _require(0 <= getattr(self, name) <= 1, name, "must be in [0, 1]", getattr(self, name))
         _require(
             self.kl_estimator in KL_ESTIMATORS, "kl_estimator", f"must be one of {KL_ESTIMATORS}", self.kl_estimator
+        )
+        _require(
+            self.reward_shaping in REWARD_SHAPING,
+            "reward_shaping",
+            f"must be one of {REWARD_SHAPING}",
+            self.reward_shaping,
         )
         _require(
             self.lr_scheduler_type in SCHEDULERS,

@@ -44,12 +44,16 @@ def subtract_group_baseline(scores: Tensor, size: int) -> Tensor:
     return (groups - others).reshape(-1)
 
 
-def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
-    """`-kl_coef * kl` at each token, plus `scores [B]` at each episode's last real token. [B, C]."""
-    rewards = -kl_coef * kl * mask
-    last = mask.sum(1) - 1
-    rewards[torch.arange(len(scores), device=scores.device), last] += scores
-    return rewards
+def spread_scores(scores: Tensor, mask: Tensor) -> Tensor:
+    """`scores [B]` at each episode's last real token, 0 elsewhere. [B, C]."""
+    spread = torch.zeros(mask.shape, dtype=scores.dtype, device=scores.device)
+    spread[torch.arange(len(scores), device=scores.device), mask.sum(1) - 1] = scores
+    return spread
+
+
+def token_rewards(token_scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
+    """`token_scores - kl_coef * kl` at each real token, 0 elsewhere. All [B, C]."""
+    return (token_scores - kl_coef * kl) * mask
 
 
 def advantages_and_returns(

@@ -34,6 +34,7 @@ from pipeline.trainers.objective import (
     kl_penalty,
     moments,
     ppo_loss,
+    spread_scores,
     subtract_group_baseline,
     token_rewards,
     whiten,
@@ -192,8 +193,13 @@ class PPOTrainer:
         scores, rewards = self.score(self.train_dataset.select(rows), texts, completions)
         ends = eos_token_ids(self.shared.causal_lm, self.tokenizer)
         finished = torch.tensor([completion[-1] in ends for completion in completions])
+        token_scores = spread_scores(scores, sequences.completion_mask.cpu())
+        if args.reward_shaping == "prefix":
+            token_scores = self.prefix_scores(rows, completions, scores, token_scores)
         if args.missing_eos_penalty is not None:
-            scores = scores - args.missing_eos_penalty * (~finished)
+            penalty = args.missing_eos_penalty * (~finished)
+            scores = scores - penalty
+            token_scores = token_scores - spread_scores(penalty, sequences.completion_mask.cpu())
         with self.accelerator.autocast():
             logprobs, ref_logprobs, values, entropies = score_tokens(
                 self.shared, sequences, args.per_device_train_batch_size
@@ -207,6 +213,7 @@ class PPOTrainer:
             values=values,
             entropies=entropies,
             scores=scores.to(self.accelerator.device),
+            token_scores=token_scores.to(self.accelerator.device),
             rewards=rewards,
             finished=finished,
         )
@@ -228,14 +235,36 @@ class PPOTrainer:
         rewards = score_all(self.rewards, prompts, as_completions(prompts, completions), columns)
         return combine(self.rewards, rewards), rewards
 
+    def prefix_scores(
+        self, rows: Sequence[int], completions: Sequence[Sequence[int]], scores: Tensor, last: Tensor
+    ) -> Tensor:
+        """What each token adds to the score of the text so far, [B, C]; the sum over a completion is its score.
+
+        This is potential-based shaping (Ng et al. 1999) with the score of a prefix as its potential: with gamma 1 the
+        best policy stays the same, and a token is paid where it counts (Bahdanau et al. 2017, arXiv:1607.07086).
+        """
+        spans = [(i, t) for i, ids in enumerate(completions) for t in range(1, len(ids))]
+        if not spans:
+            return last
+        prefixes = [completions[i][:t] for i, t in spans]
+        repeated = self.train_dataset.select([rows[i] for i, _ in spans])
+        potentials = torch.zeros(last.shape[0], last.shape[1] + 1)
+        index = torch.tensor(spans)
+        potentials[index[:, 0], index[:, 1]] = self.score(repeated, decode(self.tokenizer, prefixes), prefixes)[0]
+        lengths = torch.tensor([len(ids) for ids in completions])
+        potentials[torch.arange(len(completions)), lengths] = scores
+        inside = torch.arange(last.shape[1]) < lengths.unsqueeze(1)
+        return (potentials[:, 1:] - potentials[:, :-1]) * inside
+
     def compute_advantages(self, rollout: Rollout) -> tuple[Experience, dict[str, float]]:
         """Turn scores and KL into an advantage and a return for each token, and the statistics of the rollout."""
         args, mask = self.args, rollout.sequences.completion_mask
         kl = kl_penalty(rollout.logprobs, rollout.ref_logprobs, args.kl_estimator)
-        scores = rollout.scores
+        token_scores = rollout.token_scores
         if args.group_baseline:
-            scores = subtract_group_baseline(scores, args.num_generations)
-        rewards = token_rewards(scores, kl, mask, args.kl_coef)
+            centred = subtract_group_baseline(rollout.scores, args.num_generations)
+            token_scores = token_scores + spread_scores(centred - rollout.scores, mask)
+        rewards = token_rewards(token_scores, kl, mask, args.kl_coef)
         if args.whiten_rewards:
             rewards = whiten(rewards, mask, self._moments(rewards, mask), shift_mean=False)
         advantages, returns = advantages_and_returns(rewards, rollout.values, mask, args.gamma, args.lam)

@@ -14,7 +14,8 @@ from pipeline.models.shared import SharedModel
 class Rollout:
     """One batch of episodes on this process, before any update.
 
-    `logprobs, ref_logprobs, values, entropies [B, C]`; `scores [B]` is the weighted sum of the rewards;
+    `logprobs, ref_logprobs, values, entropies [B, C]`; `scores [B]` is the weighted sum of the rewards, and
+    `token_scores [B, C]` what each token is paid of it (all at the last token without shaping);
     `rewards` has each reward's own values [B] by name, NaN where a function had nothing to say.
     """
 
@@ -26,6 +27,7 @@ class Rollout:
     values: Tensor
     entropies: Tensor
     scores: Tensor
+    token_scores: Tensor
     rewards: dict[str, Tensor]
     finished: Tensor
 
