@@ -17,7 +17,7 @@ class MetricConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """How the systems are compared on the test split. Decoding is the same for all: beam search, or greedy at 1 beam."""
+    """How the systems are compared on the test split. Decoding is the same for all: beam search, greedy at 1 beam."""
 
     systems: tuple[str, ...] = SYSTEMS
     metrics: tuple[MetricConfig, ...] = (MetricConfig("bleu"), MetricConfig("chrf"))

@@ -54,7 +54,9 @@ def predict(
         divergence = _token_sums(model, make_sequences(prompts, completions, pad, device), batch_size, sft)
     ends, texts = eos_token_ids(model, tokenizer), decode(tokenizer, completions)
     return [
-        Prediction(index, texts[i], completions[i], completions[i][-1] in ends, nats[i], len(targets[i]), divergence[i])
+        Prediction(
+            index, texts[i], completions[i], completions[i][-1] in ends, nats[i], len(targets[i]), divergence[i]
+        )
         for i, index in enumerate(indices)
     ]
 
@@ -102,11 +104,16 @@ def cross_entropy(predictions: Sequence[Prediction]) -> tuple[float, float]:
 def save_predictions(
     path: Path, predictions: Sequence[Prediction], rows: Dataset, rewards: dict[str, list[float]], score: list[float]
 ) -> None:
-    """One JSON line per test example: prompt, references, completion, rewards and figures."""
+    """One JSON line per test example: prompt, references, completion, figures, rewards (null where none applies)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         for i, prediction in enumerate(predictions):
             row = rows[prediction.index]
-            line = {"prompt": row["prompt"], "references": row["references"], **asdict(prediction), "score": score[i]}
-            line["rewards"] = {name: values[i] for name, values in rewards.items()}
+            line = {"prompt": row["prompt"], "references": row["references"], **asdict(prediction)}
+            line["score"] = score[i] if score else None
+            line["rewards"] = {name: _finite(values[i]) for name, values in rewards.items()}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -20,14 +20,15 @@ class System:
     """One system's figures on the test split.
 
     `mean_reward` and `cumulative_reward` are the mean and the sum of the weighted reward over the test completions,
-    None without a `ppo:` section; `rewards` the mean of each part. `cross_entropy` (nats per token) and `perplexity`
-    are those of the references. `kl_to_sft` is in nats per completion, `length` in tokens, EOS included.
+    None without a `ppo:` section; `rewards` the mean of each part, None where it never applied. `cross_entropy`
+    (nats per token) and `perplexity` are those of the references. `kl_to_sft` is in nats per completion, `length` in
+    tokens, EOS included.
     """
 
     metrics: dict[str, Score]
     mean_reward: float | None
     cumulative_reward: float | None
-    rewards: dict[str, float]
+    rewards: dict[str, float | None]
     cross_entropy: float
     perplexity: float
     kl_to_sft: float | None
@@ -38,7 +39,7 @@ class System:
 
 @dataclass(frozen=True)
 class SystemComparison:
-    """System `b` against system `a`: `delta` = b - a, its interval, and the two-sided p-value of a paired bootstrap."""
+    """System `b` against system `a`: `delta` = b - a, its interval, and a paired bootstrap's two-sided p-value."""
 
     a: str
     b: str
@@ -75,11 +76,12 @@ def score_system(
     texts = [prediction.completion for prediction in predictions]
     nats, perplexity = cross_entropy(predictions)
     divergence = [p.kl_to_sft for p in predictions if p.kl_to_sft is not None]
+    applicable = {name: [value for value in values if value == value] for name, values in rewards.items()}
     return System(
         metrics={m.name: m.corpus_score(texts, references, n_bootstrap, confidence, seed) for m in metrics},
         mean_reward=_mean(scores) if scores else None,
         cumulative_reward=float(sum(scores)) if scores else None,
-        rewards={name: _mean([v for v in values if v == v]) for name, values in rewards.items()},
+        rewards={name: _mean(found) if found else None for name, found in applicable.items()},
         cross_entropy=nats,
         perplexity=perplexity,
         kl_to_sft=_mean(divergence) if divergence else None,
@@ -124,7 +126,9 @@ def verdict(comparisons: Sequence[SystemComparison], metric: Metric) -> str:
     return f"PPO is {'better' if gain > 0 else 'worse'} than SFT: {figures}."
 
 
-def find_warnings(predictions: Mapping[str, Sequence[Prediction]], comparisons: Sequence[SystemComparison]) -> list[str]:
+def find_warnings(
+    predictions: Mapping[str, Sequence[Prediction]], comparisons: Sequence[SystemComparison]
+) -> list[str]:
     """What a reader of the scores should know."""
     warnings = []
     for a, b in sorted({(c.a, c.b) for c in comparisons}):
@@ -143,8 +147,9 @@ def find_warnings(predictions: Mapping[str, Sequence[Prediction]], comparisons: 
 def write_report(report: EvaluationReport, samples: Sequence[Mapping[str, str]], directory: Path) -> None:
     """report.json for machines and report.md for people; `samples` are rows of column -> text."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "report.json").write_text(json.dumps(asdict(report), indent=2, ensure_ascii=False) + "\n")
-    (directory / "report.md").write_text(to_markdown(report, samples))
+    text = json.dumps(asdict(report), indent=2, ensure_ascii=False) + "\n"
+    (directory / "report.json").write_text(text, encoding="utf-8")
+    (directory / "report.md").write_text(to_markdown(report, samples), encoding="utf-8")
 
 
 def to_markdown(report: EvaluationReport, samples: Sequence[Mapping[str, str]]) -> str:

@@ -54,7 +54,7 @@ def _reason(error: Exception) -> str:
 
 
 def _load_config(path: str, revision: str = "main", trust_remote_code: bool = False) -> PretrainedConfig:
-    return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    return AutoConfig.from_pretrained(os.path.expanduser(path), revision=revision, trust_remote_code=trust_remote_code)
 
 
 def load_config(path: str | Path, config: ModelConfig) -> PretrainedConfig:
@@ -69,7 +69,7 @@ def load_tokenizer(path: str | Path, config: ModelConfig) -> PreTrainedTokenizer
         ValueError: the tokenizer has no EOS token, so completions could never end.
     """
     tokenizer = AutoTokenizer.from_pretrained(
-        str(path), revision=config.model_revision, trust_remote_code=config.trust_remote_code
+        os.path.expanduser(path), revision=config.model_revision, trust_remote_code=config.trust_remote_code
     )
     if tokenizer.eos_token_id is None:
         raise ValueError(f"model: the tokenizer of {str(path)!r} has no EOS token, so no completion could ever end")
@@ -85,6 +85,7 @@ def load_model(path: str | Path, config: ModelConfig) -> PreTrainedModel:
     Raises:
         ValueError: an encoder-decoder model, which this release does not train.
     """
+    path = os.path.expanduser(path)
     if (Path(path) / ADAPTER_FILE).is_file():
         return merge_adapter(path, config)
     model_config = load_config(path, config)

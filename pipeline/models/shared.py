@@ -1,4 +1,4 @@
-"""One base model in every role of PPO: policy (adapter on), reference (adapter off) and value (a head on the policy)."""
+"""One base model in every role of PPO: policy (adapter on), reference (adapter off), value (a head on the policy)."""
 
 import copy
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ LOGIT_BUDGET = 2**24
 
 @dataclass(frozen=True)
 class TokenOutputs:
-    """What the policy says of each completion token: `logprobs, entropies, values [B, C]`, 0 where the mask is False."""
+    """What the policy says of each completion token: `logprobs, entropies, values [B, C]`, 0 where masked."""
 
     logprobs: Tensor
     entropies: Tensor
@@ -45,7 +45,7 @@ class SharedModel(nn.Module):
         else:
             self._frozen = []
             self.network = get_peft_model(model, lora)
-        self.value_head = nn.Linear(model.config.get_text_config().hidden_size, 1)
+        self.value_head = nn.Linear(model.get_output_embeddings().weight.shape[1], 1)  # OPT may project hidden_size
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         remove_dropout(self)
@@ -154,8 +154,8 @@ def remove_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name in ("dropout", "attention_dropout", "activation_dropout", "attn_dropout", "layerdrop"):
-            if isinstance(vars(module).get(name), float):
+        for name, value in vars(module).items():  # residual_dropout, hidden_dropout, layerdrop: names differ by model
+            if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
 
 
@@ -166,9 +166,11 @@ def check_trunk_and_head(model: PreTrainedModel) -> None:
     Raises:
         ValueError: the logits differ (a model that scales or caps them), naming the model type.
     """
-    ids = torch.arange(1, 5, device=model.device).unsqueeze(0)
+    ids, training = torch.arange(1, 5, device=model.device).unsqueeze(0), model.training
+    model.eval()  # dropout would make any two passes differ
     own = model(input_ids=ids, use_cache=False).logits
     ours = model.get_output_embeddings()(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    model.train(training)
     if not torch.allclose(own.float(), ours.float(), rtol=1e-3, atol=1e-3):
         raise ValueError(
             f"model: {model.config.model_type!r} changes its logits after the LM head (scaling or soft-capping), "

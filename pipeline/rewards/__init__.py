@@ -3,10 +3,11 @@
 import importlib
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,7 +68,7 @@ def build_rewards(configs: Sequence[RewardConfig], language: str | None = None) 
 
 def _function(config: RewardConfig, language: str | None) -> RewardFunction:
     if config.name == "constant":
-        return constant_reward(**config.options)
+        return _make(constant_reward, config)
     if config.name in METRIC_NAMES or ":" in config.name:
         return metric_reward(load_metric(config.name, language, **config.options))
     if "." not in config.name:
@@ -81,11 +82,24 @@ def _function(config: RewardConfig, language: str | None) -> RewardFunction:
         function = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"ppo.rewards: cannot import {config.name!r} ({error})") from error
+    except Exception as error:  # a module of one's own may fail in any way
+        raise ValueError(f"ppo.rewards: cannot import {config.name!r} ({type(error).__name__}: {error})") from error
     if inspect.isclass(function) or config.options:
-        function = function(**config.options)
+        function = _make(function, config)
     if not callable(function):
         raise ValueError(f"ppo.rewards: {config.name!r} is a {type(function).__name__}, not a function")
     return function
+
+
+def _make(factory: Callable[..., RewardFunction], config: RewardConfig) -> RewardFunction:
+    """The reward function that a class or function makes of the options."""
+    try:
+        return factory(**config.options)
+    except Exception as error:  # as above
+        raise ValueError(
+            f"ppo.rewards: {config.name!r} cannot be made with the options {dict(config.options)!r} "
+            f"({type(error).__name__}: {error})"
+        ) from error
 
 
 def score_all(
@@ -107,29 +121,37 @@ def score_all(
 
 
 def _checked(name: str, result: object, completions: list) -> list[float]:
-    if isinstance(result, Tensor):
+    if isinstance(result, Tensor | np.ndarray):
         result = result.tolist()
-    if not isinstance(result, Sequence) or isinstance(result, str):
+    if not isinstance(result, Sequence) or isinstance(result, str | bytes):
         raise RewardError(
             f"reward {name!r} returned {type(result).__name__}, expected a list of {len(completions)} numbers"
         )
     if len(result) != len(completions):
-        raise RewardError(f"reward {name!r} returned {len(result)} values for {len(completions)} completions")
+        raise RewardError(
+            f"reward {name!r} returned {len(result)} values, expected one for each of {len(completions)} completions"
+        )
     values = []
     for index, (value, completion) in enumerate(zip(result, completions, strict=True)):
         if value is None:
             values.append(math.nan)
             continue
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
+        number = _number(value)
+        if number is None or not math.isfinite(number):
             raise RewardError(
-                f"reward {name!r} returned {value!r} for completion {index} ({_excerpt(completion)}), expected a number"
-            ) from None
-        if not math.isfinite(number):
-            raise RewardError(f"reward {name!r} returned {number} for completion {index} ({_excerpt(completion)})")
+                f"reward {name!r} returned {_excerpt(value)} for completion {index} ({_excerpt(completion)}), "
+                "expected a finite number or None"
+            )
         values.append(number)
     return values
+
+
+def _number(value: object) -> float | None:
+    """A number of any library as a float; None for what is none, a text with digits included."""
+    try:
+        return None if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several elements
+        return None
 
 
 def _excerpt(completion: object) -> str:
@@ -167,4 +189,5 @@ def check_rewards(rewards: Sequence[Reward], rows: dict[str, list]) -> None:
     """
     columns = {name: values for name, values in rows.items() if name not in ("prompt", "completion")}
     columns["completion_ids"] = [[0]] * len(rows["prompt"])
-    combine(rewards, score_all(rewards, rows["prompt"], rows["completion"], columns))
+    completions = as_completions(rows["prompt"], rows["completion"])
+    combine(rewards, score_all(rewards, rows["prompt"], completions, columns))

@@ -1,5 +1,6 @@
 """One line of `ppo.rewards`."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,5 +17,7 @@ class RewardConfig:
     def __post_init__(self) -> None:
         if not self.name:
             raise ValueError("ppo.rewards: a reward needs a name")
+        if not math.isfinite(self.weight):
+            raise ValueError(f"ppo.rewards: the weight of {self.name!r} must be finite, found {self.weight}")
         if self.weight == 0:
             raise ValueError(f"ppo.rewards: {self.name!r} has weight 0, so it would change nothing: remove it")

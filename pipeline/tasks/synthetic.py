@@ -6,6 +6,8 @@ from pathlib import Path
 from pipeline.tasks import grammar, lexicon, phrasebook
 from pipeline.tasks.types import SPLITS, Task, TaskError, check_limits, make_split, render
 
+POOL = 8768  # sentence pairs the held-out ones are drawn from, whatever the sizes: those of the default sizes
+
 
 @dataclass(frozen=True)
 class Config:
@@ -35,7 +37,7 @@ def load(config: Config) -> Task:
     """Generate the sentence pairs and cut them into splits."""
     sizes = {split: getattr(config, f"{split}_examples") for split in SPLITS}
     try:
-        pairs = phrasebook.phrase_pairs(sum(sizes.values()), config.data_seed)
+        pairs = _stable_pairs(sum(sizes.values()), config.data_seed)
     except ValueError as error:
         raise TaskError(f"task: {error}") from error
     # Test and validation come first, so that more training examples leave the held-out sentences as they are.
@@ -53,3 +55,17 @@ def load(config: Config) -> Task:
         ]
         splits[split] = make_split(rows, split, None)
     return Task(**splits, language="de")
+
+
+def _stable_pairs(count: int, seed: int) -> list[tuple[str, str]]:
+    """At least `count` sentence pairs, of which the first `POOL` are the same for every count.
+
+    A longer list of the phrasebook holds every shorter one of its seed, but in another order.
+
+    Raises:
+        ValueError: more pairs than the phrasebook has.
+    """
+    longer = phrasebook.phrase_pairs(count, seed) if count > POOL else []
+    pool = phrasebook.phrase_pairs(POOL, seed)
+    known = set(pool)
+    return pool + [pair for pair in longer if pair not in known]

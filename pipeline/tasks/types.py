@@ -18,7 +18,7 @@ class Task:
     """Three splits with the columns `prompt`, `completion` (the text SFT learns) and `references` (list of texts).
 
     `prompt` is a text or a list of chat messages. Every further column travels to the reward functions.
-    `language` is the language of the completions (an ISO 639-1 code), where known: metrics choose their tokenizer by it.
+    `language` is that of the completions (an ISO 639-1 code), where known: metrics choose their tokenizer by it.
     """
 
     train: Dataset
@@ -53,5 +53,5 @@ def render(template: str, row: dict[str, Any], key: str = "task.prompt") -> str:
         raise TaskError(
             f"{key}: no column {error.args[0]!r} for the template {template!r}; there are: {', '.join(map(str, row))}"
         ) from error
-    except (ValueError, IndexError) as error:
+    except (ValueError, IndexError, AttributeError, TypeError) as error:
         raise TaskError(f"{key}: the template {template!r} is not valid ({error}); write {{{{ for a brace") from error

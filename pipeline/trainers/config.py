@@ -86,9 +86,17 @@ class PPOConfig:
             _require(value is None or value >= 1, name, "must be at least 1", value)
         for name in ("learning_rate", "temperature", "max_grad_norm", "adam_epsilon", "cliprange", "cliprange_value"):
             _require(getattr(self, name) > 0, name, "must be above 0", getattr(self, name))
+        _require(
+            self.value_learning_rate is None or self.value_learning_rate > 0,
+            "value_learning_rate",
+            "must be above 0",
+            self.value_learning_rate,
+        )
         for name in ("kl_coef", "vf_coef", "weight_decay", "top_k", "warmup_steps", "num_sample_generations"):
             _require(getattr(self, name) >= 0, name, "must not be negative", getattr(self, name))
         _require(0 < self.top_p <= 1, "top_p", "must be in (0, 1]", self.top_p)
+        for name in ("adam_beta1", "adam_beta2"):
+            _require(0 <= getattr(self, name) < 1, name, "must be in [0, 1)", getattr(self, name))
         for name in ("gamma", "lam"):
             _require(0 <= getattr(self, name) <= 1, name, "must be in [0, 1]", getattr(self, name))
         _require(
@@ -105,6 +113,12 @@ class PPOConfig:
             "lr_scheduler_type",
             f"must be one of {SCHEDULERS}",
             self.lr_scheduler_type,
+        )
+        _require(
+            self.warmup_steps == 0 or self.lr_scheduler_type != "constant",
+            "warmup_steps",
+            "does nothing with lr_scheduler_type constant; use constant_with_warmup",
+            self.warmup_steps,
         )
         _require(
             self.gradient_accumulation_steps % self.num_mini_batches == 0,

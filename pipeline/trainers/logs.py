@@ -1,6 +1,7 @@
 """What a person and a tracker see of a PPO run: progress bar, samples, metrics.jsonl, trackers."""
 
 import json
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,7 +38,7 @@ class TrainingLog:
         """Record one event."""
         if self.file:
             with self.file.open("a") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
+                file.write(json_line(step, values))
         if self.accelerator.trackers:
             self.accelerator.log(dict(values), step=step)
 
@@ -60,6 +61,12 @@ class TrainingLog:
         self.bar.close()
         if self.accelerator.trackers:
             self.accelerator.end_training()
+
+
+def json_line(step: int, values: Mapping[str, object]) -> str:
+    """One log event as a line of metrics.jsonl; JSON has no word for NaN and infinity, so they are null."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    return json.dumps({"step": step, **finite}) + "\n"
 
 
 def sample_line(step: int, prompt: object, completion: str, score: float) -> str:

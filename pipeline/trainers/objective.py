@@ -74,7 +74,7 @@ def advantages_and_returns(
 
 
 def moments(values: Tensor, mask: Tensor) -> Tensor:
-    """`[count, sum, sum of squares]` of the real tokens, in float64: summed over processes they give global moments."""
+    """`[count, sum, sum of squares]` of the real tokens, in float64: summed over processes they are global moments."""
     chosen = values[mask].double()
     return torch.stack(
         [

@@ -86,7 +86,8 @@ class PPOTrainer:
             project_dir=str(self.output_dir),
         )
         set_seed(seed)  # python, numpy and torch, before the adapter is initialised
-        check_rewards(self.rewards, train_dataset[: min(2, len(train_dataset))])
+        first = train_dataset[: min(2, len(train_dataset))]
+        check_rewards(self.rewards, {"completion": [""] * len(first["prompt"]), **first})
         check_trunk_and_head(model)
         shared = SharedModel(model, peft_config if args.use_peft else None, args.temperature)
         if args.gradient_checkpointing:
@@ -140,10 +141,10 @@ class PPOTrainer:
         return self.output_dir / "checkpoints"
 
     def train(self, resume_from_checkpoint: bool = True) -> TrainerState:
-        """Run all PPO steps, from the newest checkpoint if there is one; the best policy is in the model at the end."""
+        """Run all PPO steps, from the newest checkpoint if there is one; the model ends as the best policy."""
         self._start(resume_from_checkpoint)
         if self.state.step == 0 and self.eval_dataset:
-            self._log_evaluation(0, self.evaluate())
+            self._log_evaluation(self.evaluate())
         while self.state.step < self.num_steps:
             rows = self.prompt_rows(self.state.step)
             rollout = self.collect_rollout(rows)
@@ -318,7 +319,7 @@ class PPOTrainer:
         }
 
     def _accumulate(self, mini_batch: Experience, count: int) -> Tensor:
-        """Gradients of one mini-batch with `count` tokens over all processes; returns its summed statistics, global."""
+        """Gradients of one mini-batch with `count` tokens over all processes; returns its global summed statistics."""
         args, sums = self.args, torch.zeros(6, device=self.accelerator.device)
         parts = mini_batch.micro_batches(args.per_device_train_batch_size)
         for number, part in enumerate(parts):
@@ -351,7 +352,7 @@ class PPOTrainer:
         return rollout_statistics(sums, [reward.name for reward in self.rewards])
 
     def evaluate(self) -> dict[str, float]:
-        """Greedy completions of the held-out prompts: each reward, their weighted sum `eval_reward`, length, metrics."""
+        """Greedy answers to the held-out prompts: each reward, their weighted sum `eval_reward`, length, metrics."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         rows = list(range(rank, len(self.eval_dataset), world))
         with self.accelerator.autocast():
@@ -372,10 +373,13 @@ class PPOTrainer:
             values |= {f"eval_{name}": value for name, value in metrics.items()}
         return values
 
-    def _log_evaluation(self, step: int, values: dict[str, float]) -> None:
-        self.log.write(step, values)
+    def _log_evaluation(self, values: dict[str, float]) -> None:
+        name = self.args.metric_for_best_model
+        if name not in values:
+            raise ValueError(f"ppo.metric_for_best_model: {name!r} is not one of {', '.join(values)}")
+        self.log.write(self.state.step, values)
         figures = ", ".join(f"{name.removeprefix('eval_')} {value:.3f}" for name, value in values.items())
-        self.log.say(f"step {step}: held-out {figures}")
+        self.log.say(f"step {self.state.step}: held-out {figures}")
 
     def _end_step(self, rollout: Rollout, stats: dict[str, float]) -> None:
         """Log, show a sample, evaluate and save, each when it is due."""
@@ -398,10 +402,8 @@ class PPOTrainer:
         return self.state.best_step == self.state.step
 
     def _log_and_compare(self, values: dict[str, float]) -> None:
-        self._log_evaluation(self.state.step, values)
+        self._log_evaluation(values)
         name = self.args.metric_for_best_model
-        if name not in values:
-            raise ValueError(f"ppo.metric_for_best_model: {name!r} is not one of {', '.join(values)}")
         sign, best = 1 if self.args.greater_is_better else -1, self.state.best_metric
         if best is None or sign * values[name] > sign * best:
             self.state = replace(self.state, best_metric=values[name], best_step=self.state.step)
@@ -431,7 +433,13 @@ class PPOTrainer:
 
 def _as_rewards(functions: Reward | Callable | Sequence[Reward | Callable]) -> list[Reward]:
     functions = functions if isinstance(functions, Sequence) else [functions]
-    return [f if isinstance(f, Reward) else Reward(getattr(f, "__name__", type(f).__name__), f) for f in functions]
+    rewards = [f if isinstance(f, Reward) else Reward(getattr(f, "__name__", type(f).__name__), f) for f in functions]
+    names = [reward.name for reward in rewards]
+    if len(set(names)) != len(names):  # they are logged by name
+        raise ValueError(
+            f"reward_funcs: each needs a name of its own, found {', '.join(names)}; use Reward(name, ...)"
+        )
+    return rewards
 
 
 def _head(dataset: Dataset | None, rows: int | None) -> Dataset | None:

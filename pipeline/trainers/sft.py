@@ -13,6 +13,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 from pipeline.models.text import encode_completions, encode_prompts
+from pipeline.trainers.logs import json_line
 
 DEFAULTS: Mapping[str, Any] = {
     "eval_strategy": "epoch",
@@ -45,7 +46,7 @@ def sft_arguments(arguments: Mapping[str, Any], output_dir: Path, seed: int) -> 
 
 
 def sft_dataset(tokenizer: PreTrainedTokenizerBase, split: Dataset, completion_only_loss: bool = True) -> Dataset:
-    """`input_ids` and `labels` (-100 where no loss is taken) of each example, prompt rendered as PPO will render it."""
+    """`input_ids` and `labels` (-100 where no loss is taken) of each example, prompt rendered as PPO renders it."""
     prompts = encode_prompts(tokenizer, split["prompt"])
     completions = encode_completions(tokenizer, split["prompt"], split["completion"])
     pairs = list(zip(prompts, completions, strict=True))
@@ -139,4 +140,4 @@ class MetricsFileCallback(TrainerCallback):
         """Append one event."""
         if state.is_world_process_zero:
             with self.path.open("a") as file:
-                file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+                file.write(json_line(state.global_step, logs or {}))

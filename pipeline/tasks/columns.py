@@ -1,0 +1,279 @@
+"""Any data set by its columns: a Hub id, json, jsonl, csv, tsv or parquet files, or a `save_to_disk` directory."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+
+import pyarrow
+from datasets import Dataset
+
+from pipeline.tasks.examples import placeholders, read_chat, read_prompt, read_references, read_rows, read_text
+from pipeline.tasks.tables import READERS, Table, check_hub, read_file, read_hub, read_saved
+from pipeline.tasks.types import RESERVED_COLUMNS, SPLITS, Task, TaskError, check_limits, make_split
+
+# What reward functions get under names of their own beside the columns.
+TAKEN_COLUMNS = (*RESERVED_COLUMNS, "prompts", "completions", "completion_ids")
+SAVED_MARKERS = ("dataset_dict.json", "dataset_info.json")
+SPLIT = re.compile(r"([^\[\]]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Where the rows are, and which columns make an example.
+
+    `path` is a local file (.json, .jsonl, .csv, .tsv, .parquet; `{split}` in it stands for the name of the split), a
+    directory written by `save_to_disk`, or a Hub id, which `subset` and `revision` belong to. Relative paths start at
+    `data_dir`; a path under a `data_dir` of one's own is never a Hub id. `train`, `validation` and `test` name the
+    splits of the data, or parts of one: `train[:90%]` and `train[90%:]`. A file without `{split}` is all `train`.
+
+    `prompt` and `completion` are each the name of a column that holds text, or a template with `{column}` in it;
+    `{answers[text][0]}` reaches into a column. `references` is such a name or template, of a text or a list of texts.
+    Without `completion` the first reference is the completion, without `references` the completion is the reference.
+
+    `messages` is a column of chat messages, each with a role and a content, in place of the three: the last assistant
+    message is the completion and those before it are the prompt; what follows it, and other keys of a message, are
+    left out. `system` is put in front of a chat that does not begin with a system message.
+
+    Every column of the data travels to the reward functions; one called like what they get anyway (TAKEN_COLUMNS) is
+    renamed: `prompt` to `data_prompt`. `language` is that of the completions.
+    """
+
+    path: str
+    data_dir: str = "."
+    subset: str | None = None
+    revision: str | None = None
+    train: str = "train"
+    validation: str = "validation"
+    test: str = "test"
+    prompt: str | None = None
+    completion: str | None = None
+    references: str | None = None
+    messages: str | None = None
+    system: str | None = None
+    language: str | None = None
+    max_train_examples: int | None = None
+    max_validation_examples: int | None = None
+    max_test_examples: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.path.strip():
+            raise TaskError("task.path: empty; give a file such as data/{split}.jsonl, or a Hub id")
+        for split in SPLITS:
+            if not SPLIT.fullmatch(getattr(self, split)):
+                raise TaskError(
+                    f"task.{split}: {getattr(self, split)!r} is not the name of a split or a part of one, "
+                    "such as train[:90%]"
+                )
+        self._check_columns()
+        check_limits(
+            max_train_examples=self.max_train_examples,
+            max_validation_examples=self.max_validation_examples,
+            max_test_examples=self.max_test_examples,
+        )
+
+    def _check_columns(self) -> None:
+        if (self.prompt is None) == (self.messages is None):
+            found = "neither" if self.prompt is None else "both"
+            raise TaskError(f"task: set exactly one of prompt and messages, found {found}")
+        if self.messages is None and self.completion is None and self.references is None:
+            raise TaskError("task: set completion or references, or both, found neither")
+        if self.messages is not None and self.completion is not None:
+            raise TaskError("task.completion: it would do nothing: the last assistant message is the completion")
+        if self.messages is None and self.system is not None:
+            raise TaskError("task.system: it would do nothing: only chats have a system message; set task.messages")
+        for key in ("prompt", "completion", "references"):
+            if (value := getattr(self, key)) is not None:
+                placeholders(value, key)
+
+    def local_path(self, split: str) -> Path:
+        """Where a split of the data is, if it is local."""
+        return Path(self.data_dir).expanduser() / Path(self.path.replace("{split}", split)).expanduser()
+
+    @property
+    def is_local(self) -> bool:
+        """Whether `path` is a file or directory, by its form or because it is there."""
+        looks_local = self.path.startswith((".", "/", "~")) or self.path.count("/") > 1 or "{split}" in self.path
+        has_suffix = Path(self.path).suffix.lower() in READERS
+        return looks_local or has_suffix or self.data_dir != "." or self.local_path("").exists()
+
+
+def files(config: Config) -> list[Path]:
+    """Every local file the task reads: a changed file makes a finished stage out of date. None for the Hub.
+
+    Raises:
+        TaskError: one does not exist or has no format known here; a Hub data set that cannot be had; an option that
+            does nothing for this path.
+    """
+    if not config.is_local:
+        check_hub(config.path, config.subset, config.revision)
+        return []
+    for key in ("subset", "revision"):
+        if getattr(config, key) is not None:
+            raise TaskError(f"task.{key}: it would do nothing: {config.path!r} is local, and only Hub data has it")
+    found: dict[Path, None] = {}
+    for split in SPLITS:
+        path = config.local_path(_split_name(config, split))
+        if path.is_dir():
+            _check_saved(path)
+            inside = (p for p in sorted(path.rglob("*")) if p.is_file() and not p.name.startswith("cache-"))
+            found |= dict.fromkeys(inside)
+        else:
+            _check_file(config, split, path)
+            found[path] = None
+    return list(found)
+
+
+def _split_name(config: Config, split: str) -> str:
+    return SPLIT.fullmatch(getattr(config, split))[1]
+
+
+def _check_saved(directory: Path) -> None:
+    if not any((directory / name).is_file() for name in SAVED_MARKERS):
+        suffixes = sorted({p.suffix for p in directory.iterdir() if p.suffix.lower() in READERS})
+        example = directory / f"{{split}}{suffixes[0] if suffixes else '.jsonl'}"
+        raise TaskError(
+            f"task.path: the directory {str(directory)!r} was not written by save_to_disk; "
+            f"give a file, such as {str(example)!r}"
+        )
+
+
+def _check_file(config: Config, split: str, path: Path) -> None:
+    if not path.is_file():
+        suffix = path.suffix
+        near = sorted(p.name for p in path.parent.glob(f"*{suffix}")) if suffix and path.parent.is_dir() else []
+        there = f"; there are: {', '.join(near[:5])}{', ...' if len(near) > 5 else ''}" if near else ""
+        advice = f"name the split in task.{split}" if near else "set task.data_dir to the folder that holds the data"
+        raise TaskError(f"task.path: no file {str(path)!r} for the {split} split{there}; {advice}")
+    if path.suffix.lower() not in READERS:
+        raise TaskError(f"task.path: {str(path)!r} is in no known format; its name must end in {', '.join(READERS)}")
+    if "{split}" not in config.path and _split_name(config, split) != "train":
+        raise TaskError(
+            f"task.{split}: {config.path!r} is one file, all of it train, found {getattr(config, split)!r}; "
+            "name a part of it, such as train[80%:90%], or put {split} into task.path"
+        )
+
+
+def load(config: Config) -> Task:
+    """Read the data and make its three splits, which share no row.
+
+    Raises:
+        TaskError: as `files`; a column that is not there; values that give no example, with the rows they are in.
+    """
+    files(config)
+    tables = _tables(config)
+    bounds = {split: _bounds(getattr(config, split), len(tables[split].rows)) for split in SPLITS}
+    _check_disjoint(config, bounds)
+    splits = {}
+    for split in SPLITS:
+        (start, stop), limit = bounds[split], getattr(config, f"max_{split}_examples")
+        if start >= stop:
+            table = tables[split]
+            raise TaskError(
+                f"task.{split}: {getattr(config, split)!r} is empty: {table.place} has {len(table.rows)} rows"
+            )
+        splits[split] = _make_split(config, split, tables[split].part(start, min(stop, start + (limit or stop))))
+    return Task(**splits, language=config.language)
+
+
+def _tables(config: Config) -> dict[str, Table]:
+    names = {split: _split_name(config, split) for split in SPLITS}
+    if not config.is_local:
+        found = read_hub(config.path, config.subset, config.revision)
+        return {split: _named(found, name, split) for split, name in names.items()}
+    paths = {split: config.local_path(name) for split, name in names.items()}
+    read = {path: read_saved(path) if path.is_dir() else {"": read_file(path)} for path in set(paths.values())}
+    # A file is one split whatever its name, and so is each directory of a path with {split} in it.
+    return {
+        split: next(iter(read[path].values()))
+        if len(read[path]) == 1 and (path.is_file() or "{split}" in config.path)
+        else _named(read[path], names[split], split)
+        for split, path in paths.items()
+    }
+
+
+def _named(tables: dict[str, Table], name: str, split: str) -> Table:
+    if name not in tables:
+        raise TaskError(
+            f"task.{split}: the data has no split {name!r}; there are: {', '.join(tables)}; "
+            f"name one of them, or a part such as {next(iter(tables))}[90%:]"
+        )
+    return tables[name]
+
+
+def _bounds(expression: str, size: int) -> tuple[int, int]:
+    """First row and the row after the last of `name[from:to]`."""
+    ends = [_row(text, size) for text in SPLIT.fullmatch(expression).groups()[1:]]
+    start, stop, _ = slice(*ends).indices(size)
+    return start, stop
+
+
+def _row(text: str | None, size: int) -> int | None:
+    if text is None or not text.endswith("%"):
+        return None if text is None else int(text)
+    return round(int(text[:-1]) * size / 100)
+
+
+def _check_disjoint(config: Config, bounds: dict[str, tuple[int, int]]) -> None:
+    for a, b in combinations(SPLITS, 2):
+        shared = min(bounds[a][1], bounds[b][1]) - max(bounds[a][0], bounds[b][0])
+        if _split_name(config, a) == _split_name(config, b) and shared > 0:
+            raise TaskError(
+                f"task.{b}: {getattr(config, b)!r} shares {shared} rows with task.{a}, {getattr(config, a)!r}; "
+                "name parts that do not overlap, such as train[:90%] and train[90%:]"
+            )
+
+
+def _make_split(config: Config, split: str, table: Table) -> Dataset:
+    names = _new_names(table.columns)
+    prompts, completions, references = _examples(config, table)
+    rows = [
+        {"prompt": prompt, "completion": completion, "references": texts}
+        | {names[column]: row.get(column) for column in table.columns}
+        for prompt, completion, texts, row in zip(prompts, completions, references, table.rows, strict=True)
+    ]
+    try:
+        return make_split(rows, split, None)
+    except (pyarrow.ArrowException, ValueError, TypeError, OverflowError) as error:
+        column = next((c for c in table.columns if not _fits([row.get(c) for row in table.rows])), table.columns[0])
+        raise TaskError(
+            f"task: the column {column!r} of {table.place} does not hold values of one type "
+            f"({' '.join(str(error).split())}); mend it, or remove it from the data"
+        ) from error
+
+
+def _fits(values: list) -> bool:
+    try:
+        Dataset.from_dict({"column": values})
+    except (pyarrow.ArrowException, ValueError, TypeError, OverflowError):
+        return False
+    return True
+
+
+def _new_names(columns: Sequence[str]) -> dict[str, str]:
+    names: dict[str, str] = {}
+    for column in columns:
+        name = column
+        while name in TAKEN_COLUMNS or (name != column and name in columns):
+            name = f"data_{name}"
+        names[column] = name
+    return names
+
+
+def _examples(config: Config, table: Table) -> tuple[list, list[str], list[list[str]]]:
+    """Prompts, completions and references of all rows."""
+    references = None
+    if config.references is not None:
+        references = read_rows(table, "references", config.references, read_references)
+    if config.messages is not None:
+        chats = read_rows(table, "messages", config.messages, partial(read_chat, system=config.system))
+        prompts, completions = [chat[:-1] for chat in chats], [chat[-1]["content"] for chat in chats]
+    else:
+        prompts = read_rows(table, "prompt", config.prompt, read_prompt)
+        if config.completion is None:
+            completions = [texts[0] for texts in references]
+        else:
+            completions = read_rows(table, "completion", config.completion, read_text)
+    return prompts, completions, references or [[completion] for completion in completions]

@@ -1,0 +1,171 @@
+"""One row of data -> prompt, completion and references, by column names and templates."""
+
+import difflib
+import re
+from collections.abc import Callable
+from string import Formatter
+from typing import Any, TypeVar
+
+from pipeline.tasks.tables import Table
+from pipeline.tasks.types import TaskError
+
+T = TypeVar("T")
+Message = dict[str, str]
+
+
+class Unusable(ValueError):
+    """Why a row gives no example."""
+
+
+def placeholders(expression: str, key: str) -> list[str]:
+    """The `{fields}` of a template; none where `expression` is a column's name.
+
+    Raises:
+        TaskError: a stray brace, or a field without a name.
+    """
+    try:
+        names = [name for _, name, _, _ in Formatter().parse(expression) if name is not None]
+    except ValueError as error:
+        raise TaskError(
+            f"task.{key}: the template {expression!r} is not valid ({error}); write {{{{ for a brace"
+        ) from error
+    if not expression.strip() or not all(map(_column_of, names)):
+        raise TaskError(f"task.{key}: {expression!r} names no column; write its name, or a text with {{column}} in it")
+    return names
+
+
+def _column_of(field: str) -> str:
+    """`answers` of `answers[text][0]`."""
+    return re.split(r"[.\[]", field, maxsplit=1)[0]
+
+
+def read_rows(table: Table, key: str, expression: str, read: Callable[[str, dict[str, Any]], T]) -> list[T]:
+    """`read(expression, row)` of every row; `key` is the recipe's name for the expression.
+
+    Raises:
+        TaskError: a column that no row has, or rows whose values cannot be used: why, and where the first three are.
+    """
+    for column in list(map(_column_of, placeholders(expression, key))) or [expression]:
+        if column not in table.columns:
+            close = difflib.get_close_matches(column, table.columns, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise TaskError(
+                f"task.{key}: no column {column!r} in {table.place}; {hint}there are: {', '.join(table.columns)}"
+            )
+    values: list[T] = []
+    failures: dict[str, list[int]] = {}
+    for index, row in enumerate(table.rows):
+        try:
+            values.append(read(expression, row))
+        except Unusable as reason:
+            failures.setdefault(str(reason), []).append(index)
+    if failures:
+        reason, indices = next(iter(failures.items()))
+        raise TaskError(f"task.{key}: {reason}, in {table.where(indices)}")
+    return values
+
+
+def read_text(expression: str, row: dict[str, Any]) -> str:
+    """The text in the column `expression`, or the template filled with texts and numbers of the row.
+
+    Raises:
+        Unusable: a value is null or missing, or of another type.
+    """
+    names = placeholders(expression, "prompt")
+    if not names:
+        value = row.get(expression)
+        if isinstance(value, int | float):
+            raise Unusable(f"the column {expression!r} holds {_kind(value)}, not a text; write '{{{expression}}}'")
+        return _text(value, f"the column {expression!r}")
+    for name in names:
+        _text_or_number(_field(name, row), f"{{{name}}}")
+    try:
+        return expression.format(**row)
+    except (ValueError, LookupError) as error:
+        raise Unusable(f"the template {expression!r} cannot be filled ({error})") from error
+
+
+def read_prompt(expression: str, row: dict[str, Any]) -> str:
+    """As `read_text`, and more than white space: no position could predict the first token after nothing."""
+    text = read_text(expression, row)
+    if not text.strip():
+        raise Unusable("the prompt is blank")
+    return text
+
+
+def read_references(expression: str, row: dict[str, Any]) -> list[str]:
+    """The texts of a column or of one `{field}`, which holds a text or a list of them; or the filled template alone.
+
+    Raises:
+        Unusable: as `read_text`, or an empty list.
+    """
+    names = placeholders(expression, "references")
+    if names and expression != f"{{{names[0]}}}":
+        return [read_text(expression, row)]
+    value = _field(names[0], row) if names else row.get(expression)
+    if not isinstance(value, list):
+        return [read_text(expression, row)]
+    name = expression if names else f"the column {expression!r}"
+    if not value:
+        raise Unusable(f"{name} is an empty list, expected at least one text")
+    return [_text(item, f"the list in {name}") for item in value]
+
+
+def read_chat(column: str, row: dict[str, Any], system: str | None) -> list[Message]:
+    """The messages up to the last one of the assistant, `system` in front of those that have no system message.
+
+    Raises:
+        Unusable: no list of messages with a role and a content, no assistant message, or nothing before it.
+    """
+    messages = row.get(column)
+    if not isinstance(messages, list):
+        raise Unusable(f"the column {column!r} {_is(messages)}, expected a list of messages")
+    chat = [_message(message, column) for message in messages]
+    answers = [index for index, message in enumerate(chat) if message["role"] == "assistant"]
+    if not answers:
+        raise Unusable(f"the column {column!r} has no message of the role assistant")
+    if all(message["role"] == "system" for message in chat[: answers[-1]]):
+        raise Unusable(f"the column {column!r} has no message before the assistant's")
+    chat = chat[: answers[-1] + 1]
+    if system is not None and chat[0]["role"] != "system":
+        chat.insert(0, {"role": "system", "content": system})
+    return chat
+
+
+def _message(message: object, column: str) -> Message:
+    if not isinstance(message, dict):
+        raise Unusable(f"a message in the column {column!r} {_is(message)}, expected a role and a content")
+    if "role" not in message or "content" not in message:
+        raise Unusable(f"a message in the column {column!r} has {', '.join(message)}, expected role and content")
+    return {key: _text(message[key], f"the {key} of a message") for key in ("role", "content")}
+
+
+def _field(name: str, row: dict[str, Any]) -> Any:
+    outer = re.fullmatch(r"(.+)(?:\[[^\[]*\]|\.[^.\[]*)", name)
+    if outer and isinstance(_field(outer[1], row), str):
+        raise Unusable(f"{{{name}}} reaches into a text")  # {answer[0]} would be its first letter
+    try:
+        return Formatter().get_field(name, (), row)[0]
+    except (LookupError, AttributeError, TypeError, ValueError) as error:
+        raise Unusable(f"{{{name}}} is missing") from error
+
+
+def _text(value: object, name: str) -> str:
+    if not isinstance(value, str):
+        raise Unusable(f"{name} {_is(value)}, expected a text")
+    return value
+
+
+def _text_or_number(value: object, name: str) -> None:
+    if not isinstance(value, str | int | float):
+        raise Unusable(f"{name} {_is(value)}, expected a text or a number")
+
+
+def _is(value: object) -> str:
+    return "is null or missing" if value is None else f"holds {_kind(value)}"
+
+
+def _kind(value: object) -> str:
+    kinds = {str: "a text", bool: "true or false", list: "a list", dict: "a mapping"}
+    other = "a number" if isinstance(value, int | float) else f"a value of type {type(value).__name__}"
+    return kinds.get(type(value), other)

@@ -1,0 +1,120 @@
+"""A tiny language, and models of a few thousand weights that speak it: built in a second, offline, on the CPU."""
+
+import os
+
+# Before any library reads them: the suite never reaches for a network or an accelerator.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline.models.config import FromScratchConfig, ModelConfig
+from pipeline.models.loading import load_model, load_tokenizer
+from pipeline.models.scratch import build_from_scratch
+from pipeline.models.sequences import make_sequences
+from pipeline.models.text import encode_completions, encode_prompts
+
+COLOURS = ("red", "blue", "green", "white", "black")
+NUMBERS = ("one", "two", "three", "four", "five")
+PLACES = ("north", "south", "east", "west")
+
+
+def make_examples(count: int, seed: int) -> Dataset:
+    """Rows such as `say north east` -> `east red two`: the last place, then colours and numbers, equally likely."""
+    chance = random.Random(seed)
+    rows = []
+    for number in range(count):
+        places = chance.choices(PLACES, k=chance.randint(1, 4))
+        prompt = f"say {' '.join(places)}"
+        text = " ".join([places[-1], *chance.choices(COLOURS + NUMBERS, k=chance.randint(1, 4))])
+        rows.append({"prompt": prompt, "completion": text, "references": [text], "tag": f"{number} {prompt}"})
+    return Dataset.from_list(rows)
+
+
+@pytest.fixture(scope="session")
+def examples() -> Dataset:
+    """64 rows with prompt, completion, references and a tag that repeats the prompt."""
+    return make_examples(64, seed=0)
+
+
+@pytest.fixture(scope="session")
+def scratch_config() -> FromScratchConfig:
+    """About 20 000 weights in one layer."""
+    return FromScratchConfig(
+        vocab_size=320, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=64
+    )
+
+
+@pytest.fixture(scope="session")
+def model_config(scratch_config) -> ModelConfig:
+    """A `model:` section for the tiny model."""
+    return ModelConfig(from_scratch=scratch_config, lora_r=4, lora_alpha=8)
+
+
+@pytest.fixture(scope="session")
+def base_directory(examples, scratch_config, tmp_path_factory) -> Path:
+    """The tiny model with random weights, and its tokenizer."""
+    torch.set_num_threads(1)
+    texts = [*examples["prompt"], *examples["completion"]]
+    return build_from_scratch(scratch_config, texts, 0, tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.fixture(scope="session")
+def taught_directory(base_directory, model_config, tmp_path_factory) -> Path:
+    """The tiny model after it has learnt to answer with a few colours and numbers: the SFT model of these tests."""
+    model, tokenizer = load_model(base_directory, model_config), load_tokenizer(base_directory, model_config)
+    rows = make_examples(256, seed=1)
+    prompts = encode_prompts(tokenizer, rows["prompt"])
+    answers = encode_completions(tokenizer, rows["prompt"], rows["completion"])
+    sequences = make_sequences(prompts, answers, tokenizer.pad_token_id)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    torch.manual_seed(0)
+    for _ in range(20):
+        for index in torch.randperm(len(sequences)).split(32):
+            part = sequences.rows(index)
+            ids = torch.cat([part.prompt_ids, part.completion_ids], 1)
+            mask = torch.cat([part.prompt_mask, part.completion_mask], 1)
+            answered = torch.cat([torch.zeros_like(part.prompt_mask), part.completion_mask], 1)
+            labels = ids.masked_fill(~answered, -100)
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            model(input_ids=ids, attention_mask=mask.long(), position_ids=positions, labels=labels).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    directory = tmp_path_factory.mktemp("models") / "taught"
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def tokenizer(base_directory, model_config) -> PreTrainedTokenizerBase:
+    """The tiny model's tokenizer, as every stage loads it."""
+    return load_tokenizer(base_directory, model_config)
+
+
+@pytest.fixture
+def taught(taught_directory, model_config) -> Callable[[], PreTrainedModel]:
+    """Each call loads the taught model afresh."""
+    return lambda: load_model(taught_directory, model_config)
+
+
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps its settings for the life of a process; tests that choose others need them forgotten."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    def forget() -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    forget()
+    yield
+    forget()

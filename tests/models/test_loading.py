@@ -1,0 +1,150 @@
+"""Models and tokenizers from directories, and what is said where there is none."""
+
+import json
+import shutil
+import socket
+
+import pytest
+import torch
+from huggingface_hub import constants
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForSeq2SeqLM
+
+from pipeline.models.config import ModelConfig
+from pipeline.models.loading import (
+    ModelNotFoundError,
+    check_model_path,
+    load_model,
+    load_policy,
+    load_tokenizer,
+    lora_config,
+)
+
+IDS = torch.tensor([[5, 6, 7, 8, 9]])
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model.eval()(input_ids=IDS).logits
+
+
+@pytest.fixture
+def adapter(taught, tmp_path):
+    """An adapter with random weights over the taught model, in a directory; with its own logits."""
+    torch.manual_seed(0)
+    model = get_peft_model(taught(), LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter", logits(model)
+
+
+def test_a_hub_id_offline_is_one_sentence_that_names_the_key(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    connections = []
+    monkeypatch.setattr(socket.socket, "connect", lambda self, address: connections.append(address))
+    with pytest.raises(ModelNotFoundError) as error:
+        check_model_path("nobody/no-such-model", "model.model_name_or_path")
+    message = str(error.value)
+    assert message.startswith("model.model_name_or_path: 'nobody/no-such-model' is not a local directory")
+    assert "HF_HUB_OFFLINE is set" in message and "\n" not in message
+    assert not connections  # nothing waits for a network that is not there
+
+
+@pytest.mark.parametrize("path", ["./missing", "/nowhere/model", "~/missing-model", "runs/some/model"])
+def test_a_directory_that_is_not_there(path):
+    with pytest.raises(ModelNotFoundError, match="no directory") as error:
+        check_model_path(path, "ppo.sft_model_path")
+    assert str(error.value).startswith("ppo.sft_model_path: ") and path in str(error.value)
+
+
+def test_a_directory_without_a_model(tmp_path):
+    with pytest.raises(ModelNotFoundError, match=r"holds no model \(no config\.json in it\)"):
+        check_model_path(str(tmp_path), "model.model_name_or_path")
+
+
+def test_models_and_adapters_are_found(taught_directory, adapter):
+    check_model_path(str(taught_directory), "model.model_name_or_path")
+    check_model_path(str(adapter[0]), "model.model_name_or_path")
+
+
+def test_an_adapter_directory_is_merged_into_its_base(taught_directory, adapter, model_config, taught):
+    directory, expected = adapter
+    assert json.loads((directory / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        taught_directory
+    )
+    for model in (
+        load_model(directory, model_config),
+        load_policy(directory, taught_directory, model_config),
+    ):
+        assert not any("lora" in name for name, _ in model.named_modules())
+        torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    assert (logits(taught()) - expected).abs().max() > 0.01
+
+
+def test_a_policy_that_is_a_whole_model_is_loaded_as_it_is(taught_directory, base_directory, model_config, taught):
+    assert torch.equal(logits(load_policy(taught_directory, base_directory, model_config)), logits(taught()))
+
+
+def test_precision(taught_directory):
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16), ("auto", torch.float32)):
+        assert load_model(taught_directory, ModelConfig(str(taught_directory), dtype=name)).dtype == dtype
+
+
+def test_attention_implementation(taught_directory):
+    for name in ("eager", "sdpa"):
+        config = ModelConfig(str(taught_directory), attn_implementation=name)
+        assert load_model(taught_directory, config).config._attn_implementation == name
+
+
+def test_an_encoder_decoder_is_refused(tmp_path, model_config):
+    config = AutoConfig.for_model(
+        "t5", vocab_size=300, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
+    AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"encoder-decoder \(t5\)"):
+        load_model(tmp_path, model_config)
+
+
+def change_tokenizer(source, target, **changes):
+    """A copy of a tokenizer directory with other settings; None removes one."""
+    shutil.copytree(source, target)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (target / name).is_file():
+            settings = json.loads((target / name).read_text()) | changes
+            kept = {key: value for key, value in settings.items() if value is not None}
+            (target / name).write_text(json.dumps(kept))
+    return target
+
+
+def test_a_tokenizer_without_pad_pads_with_eos(base_directory, model_config, tmp_path):
+    assert load_tokenizer(base_directory, model_config).pad_token == "<pad>"
+    tokenizer = load_tokenizer(change_tokenizer(base_directory, tmp_path / "copy", pad_token=None), model_config)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    assert tokenizer.padding_side == "left"
+
+
+def test_a_tokenizer_without_eos_is_refused(base_directory, model_config, tmp_path):
+    directory = change_tokenizer(base_directory, tmp_path / "copy", eos_token=None)
+    with pytest.raises(ValueError, match="has no EOS token"):
+        load_tokenizer(directory, model_config)
+
+
+def test_lora_keys_reach_the_adapter(taught_directory):
+    config = ModelConfig(
+        str(taught_directory),
+        lora_r=3,
+        lora_alpha=7,
+        lora_dropout=0.25,
+        lora_target_modules=["q_proj"],
+        lora_modules_to_save=["lm_head"],
+        use_rslora=True,
+        use_dora=True,
+    )
+    found = lora_config(config)
+    assert (found.r, found.lora_alpha, found.lora_dropout) == (3, 7, 0.25)
+    assert found.target_modules == {"q_proj"} and found.modules_to_save == ["lm_head"]
+    assert found.use_rslora and found.use_dora

@@ -1,0 +1,544 @@
+"""Data sets by their columns: what is read, how columns become examples, and the words of every refusal."""
+
+import json
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import datasets
+import pytest
+from datasets import Dataset, DatasetDict
+from huggingface_hub.errors import HfHubHTTPError
+
+from pipeline.recipe import RecipeError, check_recipe, load_recipe
+from pipeline.rewards import Reward, score_all
+from pipeline.tasks import SPLITS, TaskError, columns, load_task, tables
+from pipeline.tasks.columns import Config
+
+ROWS = [{"question": f"Wer ist Nr. {n}?", "answer": f"Jürgen {n}", "n": n} for n in range(20)]
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """train, validation and test.jsonl with 4, 3 and 2 rows of their own."""
+    for split, (start, stop) in zip(SPLITS, ((0, 4), (4, 7), (7, 9)), strict=True):
+        write_lines(tmp_path / f"{split}.jsonl", ROWS[start:stop])
+    return tmp_path
+
+
+def config(folder, **changes):
+    values = {
+        "path": "{split}.jsonl",
+        "data_dir": str(folder),
+        "prompt": "Frage: {question}\n",
+        "completion": "answer",
+    }
+    return Config(**{**values, **changes})
+
+
+def single(path, **changes):
+    """A configuration for one file, cut in three, of which `train` is the whole but the last two rows."""
+    parts = {"train": "train[:-2]", "validation": "train[-2:-1]", "test": "train[-1:]"}
+    return Config(**{"path": str(path), **parts, "prompt": "{question}", "completion": "answer", **changes})
+
+
+def refusal(configuration):
+    with pytest.raises(TaskError) as raised:
+        load_task("columns", configuration)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def row_refusal(tmp_path, *rows, **changes):
+    """The refusal of some rows, which are lines 1, 2, ... of data.jsonl; two good rows follow."""
+    path = write_lines(tmp_path / "data.jsonl", [*rows, *ROWS[:2]])
+    return refusal(single(path, **changes)).replace(str(tmp_path), "")
+
+
+def test_files_by_split(folder):
+    task = load_task("columns", config(folder, language="de"))
+    assert [len(getattr(task, split)) for split in SPLITS] == [4, 3, 2]
+    assert task.train[1] == {
+        "prompt": "Frage: Wer ist Nr. 1?\n",
+        "completion": "Jürgen 1",
+        "references": ["Jürgen 1"],
+        **ROWS[1],
+    }
+    assert task.test["n"][:] == [7, 8] and task.language == "de"
+    assert columns.files(config(folder)) == [folder / f"{split}.jsonl" for split in SPLITS]
+
+
+def test_limits_keep_the_first_rows(folder):
+    task = load_task("columns", config(folder, max_train_examples=2, max_validation_examples=1, max_test_examples=9))
+    assert task.train["n"][:] == [0, 1] and task.validation["n"][:] == [4] and task.test["n"][:] == [7, 8]
+
+
+def test_an_edited_file_is_read_again(folder):
+    assert load_task("columns", config(folder)).test["completion"][0] == "Jürgen 7"
+    write_lines(folder / "test.jsonl", [{**ROWS[7], "answer": "Jürgen 0"}])  # the same size, within the same second
+    assert load_task("columns", config(folder)).test["completion"][:] == ["Jürgen 0"]
+
+
+CSV = "question,answer,n\n" + "".join(f'"Wer, ""ja"" wer\nist {n}?",Jürgen {n},{n}\n' for n in range(5))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", "\n\n".join(json.dumps(row) for row in ROWS[:5])),
+        ("a.JSONL", "\ufeff" + "\r\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS[:5]) + "\r\n"),
+        ("a.json", json.dumps(ROWS[:5], indent=1)),
+        ("a.json", json.dumps(ROWS[:5])),
+        ("a.json", "\n".join(json.dumps(row) for row in ROWS[:5])),
+        ("a.csv", "question,answer,n\n" + "".join(f"Wer ist Nr. {n}?,Jürgen {n},{n}\n" for n in range(5))),
+        ("a.csv", "\ufeffquestion,answer,n\r\n" + "".join(f"Wer ist Nr. {n}?,Jürgen {n},{n}\r\n" for n in range(5))),
+        ("a.tsv", "question\tanswer\tn\n" + "".join(f"Wer ist Nr. {n}?\tJürgen {n}\t{n}\n" for n in range(5))),
+    ],
+)
+def test_text_formats_give_the_same_examples(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content.encode())
+    task = load_task("columns", single(tmp_path / name))
+    assert task.train["prompt"][:] == [f"Wer ist Nr. {n}?" for n in range(3)]
+    assert task.test["completion"][:] == ["Jürgen 4"]
+    assert task.test["n"][0] == ("4" if name.endswith("sv") else 4)  # a CSV has texts only
+
+
+def test_line_separators_inside_a_text_do_not_break_a_row(tmp_path):
+    text = "one\u2028two\u0085three"
+    path = write_lines(tmp_path / "a.jsonl", [{"question": text, "answer": text}] * 3)
+    assert load_task("columns", single(path)).train[0]["prompt"] == text
+
+
+def test_quoted_csv_fields_may_hold_anything_and_be_long(tmp_path):
+    (tmp_path / "a.csv").write_text(CSV + f"{'x' * 200_000},NA,null\n", encoding="utf-8")
+    task = load_task("columns", single(tmp_path / "a.csv"))
+    assert task.train["prompt"][0] == 'Wer, "ja" wer\nist 0?'
+    assert len(task.test["prompt"][0]) == 200_000
+    assert task.test["completion"][0] == "NA" and task.test["n"][0] == "null"  # words, not missing values
+
+
+def test_parquet(tmp_path):
+    Dataset.from_list(ROWS).to_parquet(str(tmp_path / "a.parquet"))
+    task = load_task("columns", single(tmp_path / "a.parquet"))
+    assert len(task.train) == 18 and task.train[3]["n"] == 3 and task.train[3]["completion"] == "Jürgen 3"
+
+
+@pytest.mark.parametrize("kind", ["one data set", "with splits", "a directory per split"])
+def test_directories_of_save_to_disk(tmp_path, kind):
+    whole = Dataset.from_list(ROWS)
+    saved = DatasetDict({name: whole.select(range(n, n + 4)) for name, n in (("train", 0), ("dev", 4), ("test", 8))})
+    if kind == "with splits":
+        saved.save_to_disk(str(tmp_path / "data"))
+        configuration = config(tmp_path, path="data", validation="dev")
+    elif kind == "one data set":
+        whole.save_to_disk(str(tmp_path / "data"))
+        configuration = single(tmp_path / "data", train="train[:4]", validation="train[4:8]", test="train[8:12]")
+    else:
+        for name, part in saved.items():
+            part.save_to_disk(str(tmp_path / "data" / name))
+        configuration = config(tmp_path, path="data/{split}", validation="dev")
+    task = load_task("columns", configuration)
+    assert task.train["n"][:] == [0, 1, 2, 3]
+    assert task.validation["n"][:] == [4, 5, 6, 7]
+    assert task.test["n"][:] == [8, 9, 10, 11]
+    assert any(path.suffix == ".arrow" for path in columns.files(configuration))
+
+
+def test_parts_of_one_file(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", ROWS)
+    cut = {"train": "train[:85%]", "validation": "train[85%:18]", "test": "train[-2:]"}
+    task = load_task("columns", single(path, **cut))
+    assert task.train["n"][:] == list(range(17))
+    assert task.validation["n"][:] == [17] and task.test["n"][:] == [18, 19]
+
+
+def test_a_part_of_a_file_with_split_in_its_name(folder):
+    task = load_task("columns", config(folder, train="train[1:]", validation="train[:1]", test="test"))
+    assert task.train["n"][:] == [1, 2, 3] and task.validation["n"][:] == [0]
+
+
+@pytest.mark.parametrize(
+    ("cut", "message"),
+    [
+        ({"train": "train"}, "task.validation: 'train[-2:-1]' shares 1 rows with task.train, 'train'"),
+        ({"test": "train[:10%]"}, "task.test: 'train[:10%]' shares 2 rows with task.train, 'train[:-2]'"),
+        ({"test": "train[30:]"}, "task.test: 'train[30:]' is empty: 'a.jsonl' has 20 rows"),
+        ({"test": "test"}, "task.test: 'a.jsonl' is one file, all of it train, found 'test'; name a part of it"),
+        ({"test": "train[:x]"}, "task.test: 'train[:x]' is not the name of a split or a part of one"),
+    ],
+)  # fmt: skip
+def test_parts_that_cannot_be(tmp_path, monkeypatch, cut, message):
+    write_lines(tmp_path / "a.jsonl", ROWS)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TaskError) as raised:
+        load_task("columns", single("a.jsonl", **cut))
+    assert str(raised.value).startswith(message)
+
+
+def test_the_same_split_twice_is_refused(folder):
+    assert refusal(config(folder, validation="test")).startswith(
+        "task.test: 'test' shares 2 rows with task.validation, 'test'; name parts that do not overlap"
+    )
+
+
+def test_several_references_and_the_first_as_completion(tmp_path):
+    rows = [{"question": "q", "answers": ["first", "second"]}, {"question": "q", "answers": ["only"]}]
+    path = write_lines(tmp_path / "a.jsonl", rows * 2)
+    task = load_task("columns", single(path, completion=None, references="answers"))
+    assert task.train["references"][:] == [["first", "second"], ["only"]]
+    assert task.train["completion"][:] == ["first", "only"]
+    assert task.test["answers"][:] == [["only"]]  # the column itself travels along
+
+
+def test_completion_and_references_are_two_things(tmp_path):
+    path = write_lines(
+        tmp_path / "a.jsonl", [{"q": "x", "long": "the long", "short": "l", "k": {"all": ["l", "L"]}}] * 3
+    )
+    keys = {"prompt": "q", "completion": "{long} ({short})"}
+    assert load_task("columns", single(path, **keys, references="short")).train[0]["references"] == ["l"]
+    example = load_task("columns", single(path, **keys, references="{k[all]}")).train[0]
+    assert (example["completion"], example["references"]) == ("the long (l)", ["l", "L"])
+    assert load_task("columns", single(path, **keys, references="<{short}>")).train[0]["references"] == ["<l>"]
+
+
+def test_templates(tmp_path):
+    row = {"a": "x", "n": 3, "f": 0.25, "list": ["first", "second"], "map": {"key": "value"}, "my column": "mine"}
+    path = write_lines(tmp_path / "a.jsonl", [row] * 3)
+    template = "{a}{n} {f:.1f} {list[1]} {map[key]} {my column} {{literal}} {a!r:>5}"
+    example = load_task("columns", single(path, prompt=template, completion="{n}")).train[0]
+    assert example["prompt"] == "x3 0.2 second value mine {literal}   'x'"
+    assert example["completion"] == "3"
+
+
+CHAT = [
+    {"role": "user", "content": "Hallo"},
+    {"role": "assistant", "content": "Tag!"},
+    {"role": "user", "content": "Wie geht's?"},
+    {"role": "assistant", "content": "Gut 😀", "thinking": "hm"},
+    {"role": "user", "content": "Fein."},
+]
+
+
+def chat(tmp_path, messages, **keys):
+    path = write_lines(tmp_path / "chat.jsonl", [{"chat": messages, "id": n} for n in range(3)])
+    return single(path, prompt=None, completion=None, messages="chat", **keys)
+
+
+def test_chats_end_with_the_last_answer(tmp_path):
+    example = load_task("columns", chat(tmp_path, CHAT)).train[0]
+    assert example["prompt"] == CHAT[:3]
+    assert (example["completion"], example["references"]) == ("Gut 😀", ["Gut 😀"])
+
+
+def test_a_system_message_is_put_in_front_where_there_is_none(tmp_path):
+    own = [{"role": "system", "content": "Own."}, *CHAT]
+    assert load_task("columns", chat(tmp_path, CHAT, system="Be brief.")).train[0]["prompt"] == [
+        {"role": "system", "content": "Be brief."},
+        *CHAT[:3],
+    ]
+    assert load_task("columns", chat(tmp_path, own, system="Be brief.")).train[0]["prompt"] == own[:4]
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        (CHAT[:1], "task.messages: the column 'chat' has no message of the role assistant, in line 1 of "),
+        (CHAT[1:2], "task.messages: the column 'chat' has no message before the assistant's, in line 1 of "),
+        ([{"role": "system", "content": "."}, CHAT[1]], "task.messages: the column 'chat' has no message before the "),
+        ("Hallo", "task.messages: the column 'chat' holds a text, expected a list of messages, in line 1 of "),
+        (["Hallo"], "task.messages: a message in the column 'chat' holds a text, expected a role and a content, in "),
+        ([{"from": "human", "value": "Hi"}], "task.messages: a message in the column 'chat' has from, value, expected "
+         "role and content, in "),
+        ([{**CHAT[0], "content": None}], "task.messages: the content of a message is null or missing, expected "),
+        ([{**CHAT[0], "content": [{"type": "text", "text": "Hi"}]}], "task.messages: the content of a message holds a "
+         "list, expected a text, in "),
+    ],
+)  # fmt: skip
+def test_chats_that_cannot_be_used(tmp_path, messages, message):
+    assert refusal(chat(tmp_path, messages)).startswith(message)
+
+
+def test_every_other_column_reaches_the_rewards(tmp_path):
+    """Columns that are called like what a reward function gets anyway have another name there."""
+    taken = {
+        "prompt": "p",
+        "completion": "c",
+        "references": ["r"],
+        "prompts": 1,
+        "completion_ids": 2,
+        "data_prompt": 3,
+    }
+    path = write_lines(tmp_path / "a.jsonl", [ROWS[0], {**ROWS[1], **taken}, ROWS[2], ROWS[3]])
+    rows = load_task("columns", single(path)).train
+    assert rows["prompt"][0] == "Wer ist Nr. 0?" and rows["references"][0] == ["Jürgen 0"]
+    renamed = {"data_data_prompt": "p", "data_prompt": 3, "data_completion": "c", "data_references": ["r"]}
+    assert {name: rows[1][name] for name in renamed} == renamed
+    assert rows[0]["data_completion"] is None  # a column that only some rows have
+
+    def reward(prompts, completions, completion_ids, references, question, n, data_prompts, **others):
+        assert others.keys() == {"answer", *renamed, "data_completion_ids"}
+        return [float(value) for value in n]
+
+    values = {name: rows[name][:] for name in rows.column_names if name not in ("prompt", "completion")}
+    scores = score_all([Reward("r", reward)], rows["prompt"][:], ["a", "b"], {**values, "completion_ids": [[1], [2]]})
+    assert scores["r"].tolist() == [0, 1]
+
+
+def test_a_mapped_column_of_a_taken_name_is_no_clash(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [{"prompt": "p", "completion": "c", "references": ["c", "d"]}] * 3)
+    keys = {"prompt": "> {prompt}", "completion": "completion", "references": "references"}
+    example = load_task("columns", single(path, **keys)).train[0]
+    assert (example["prompt"], example["completion"], example["references"]) == ("> p", "c", ["c", "d"])
+    assert example["data_prompt"] == "p"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt": "{qestion}"}, "task.prompt: no column 'qestion' in '/train.jsonl'; did you mean 'question'? "
+         "there are: question, answer, n"),
+        ({"prompt": "{question.x[0]} {m[x]}"}, "task.prompt: no column 'm' in '/train.jsonl'; there are: "),
+        ({"completion": "zzz"}, "task.completion: no column 'zzz' in '/train.jsonl'; there are: question, answer, n"),
+        ({"references": "answers"}, "task.references: no column 'answers' in '/train.jsonl'; did you mean 'answer'?"),
+        ({"prompt": None, "completion": None, "messages": "chat"}, "task.messages: no column 'chat' in '/train"),
+    ],
+)  # fmt: skip
+def test_missing_columns(folder, change, message):
+    assert refusal(config(folder, **change)).replace(str(folder), "").startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("answer", "keys", "message"),
+    [
+        (None, {}, "task.completion: the column 'answer' is null or missing, expected a text, in line 1 of '/data."),
+        (5, {}, "task.completion: the column 'answer' holds a number, not a text; write '{answer}', in line 1 of "),
+        (["a"], {}, "task.completion: the column 'answer' holds a list, expected a text, in line 1 of "),
+        ({"a": 1}, {"completion": "<{answer}>"}, "task.completion: {answer} holds a mapping, expected a text or a "),
+        (None, {"prompt": "{answer}"}, "task.prompt: {answer} is null or missing, expected a text or a number"),
+        (["a"], {"prompt": "{answer[1]}"}, "task.prompt: {answer[1]} is missing, in line 1 of "),
+        ("ab", {"prompt": "{answer[0]}"}, "task.prompt: {answer[0]} reaches into a text, in line 1 of "),
+        ({"b": ["ab"]}, {"prompt": "{answer[b][0][0]}"}, "task.prompt: {answer[b][0][0]} reaches into a text, in "),
+        ("x", {"prompt": "{answer:.2f}"}, "task.prompt: the template '{answer:.2f}' cannot be filled ("),
+        (" \n", {"prompt": "answer"}, "task.prompt: the prompt is blank, in line 1 of "),
+        ([], {"references": "answer"}, "task.references: the column 'answer' is an empty list, expected at least "),
+        (["a", 1], {"references": "answer"}, "task.references: the list in the column 'answer' holds a number, "),
+        (None, {"references": "{answer}"}, "task.references: {answer} is null or missing, expected a text or a "),
+    ],
+)  # fmt: skip
+def test_values_that_cannot_be_used(tmp_path, answer, keys, message):
+    row = {"question": "q", "answer": answer}
+    keys = {"completion": None, **keys} if "references" in keys else keys
+    assert row_refusal(tmp_path, row, **keys).startswith(message)
+
+
+def test_the_first_three_places_are_named(tmp_path):
+    good, bad = ROWS[0], {"question": "q"}
+    message = row_refusal(tmp_path, good, bad, good, bad, {"question": "q", "answer": None}, bad, bad)
+    assert message.endswith("in lines 2, 4, 5 and 2 more of '/data.jsonl'")
+    Dataset.from_list([good, {**bad, "answer": None, "n": 1}, good, good]).to_parquet(str(tmp_path / "a.parquet"))
+    assert "in row 1 of " in refusal(single(tmp_path / "a.parquet"))
+    (tmp_path / "a.csv").write_text('question,answer\n"over\ntwo lines",x\n,y\n\nq,z\nq,z\n')
+    assert "blank, in line 4 of " in refusal(single(tmp_path / "a.csv"))
+
+
+def test_only_rows_that_are_used_have_to_be_good(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [ROWS[0], {"question": None}, ROWS[1], ROWS[2]])
+    assert len(load_task("columns", single(path, max_train_examples=1)).train) == 1
+    assert "line 2" in refusal(single(path))
+
+
+def test_a_travelling_column_of_several_types_is_named(tmp_path):
+    message = row_refusal(tmp_path, {**ROWS[0], "id": 1}, {**ROWS[1], "id": [1]})
+    assert message.startswith("task: the column 'id' of '/data.jsonl' does not hold values of one type (")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"question": "q"}\n\n{"question": "q" "answer": 1}\n', "task.path: /a.jsonl:3:18: not valid "
+         "JSON (Expecting ',' delimiter) near '{\"question\": \"q\" \"answer\": 1}'"),
+        ("a.jsonl", b'{"question": "q"}\n[1]\n', "task.path: /a.jsonl:2: expected an object {...}, found a list"),
+        ("a.json", b'[{"question": "q"},\n {"question": }]', "task.path: /a.json:2:15: not valid JSON (Expecting "),
+        ("a.json", b'{\n"data": []\n}', "task.path: '/a.json': expected a list of objects, one for each example, "
+         "found one object"),
+        ("a.json", b'[{"a": 1}, 2]', "task.path: '/a.json': expected a list of objects, one for each example, found a "
+         "list with a number"),
+        ("a.json", b"[]", "task.path: the file '/a.json' has no rows"),
+        ("a.jsonl", b"", "task.path: the file '/a.jsonl' is empty"),
+        ("a.jsonl", b"\n \n", "task.path: the file '/a.jsonl' has no rows"),
+        ("a.jsonl", '{"question": "Größe"}'.encode("latin1"), "task.path: /a.jsonl:1: not UTF-8 (byte 16); convert"),
+        ("a.csv", b"a,b\n1,2\n\xff,3\n", "task.path: /a.csv:3: not UTF-8 (byte 8); convert it, "),
+        ("a.csv", b"question,answer\n", "task.path: the file '/a.csv' has no rows"),
+        ("a.csv", b"Was?,Das.\nWer?,Der.\nWo?,Da.\nWie?,So.\n", "task.prompt: no column 'question' in '/a.csv'; there "
+         "are: Was?, Das."),
+        ("a.csv", b"question,answer\nq,a\n\nq,a,b\n", "task.path: /a.csv:4: found 3 fields, and the first line names "
+         "2 columns (question, answer)"),
+        ("a.csv", b"question,answer,question\nq,a,q\n", "task.path: /a.csv:1: the first line names the column "
+         "'question' twice"),
+        ("a.tsv", b'question\tanswer\nq\ta\n"q" he said\ta\n', "task.path: /a.tsv:3: not a valid row ("),
+        ("a.csv", b'question,answer\n"q,a\nq,a\n', "task.path: /a.csv:2: not a valid row ("),
+        ("a.parquet", b"question", "task.path: '/a.parquet' cannot be read as parquet ("),
+        ("a.txt", b"question", "task.path: '/a.txt' is in no known format; its name must end in .json, .jsonl, "),
+    ],
+)  # fmt: skip
+def test_broken_files(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    assert refusal(single(tmp_path / name)).replace(str(tmp_path), "").startswith(message)
+
+
+def test_missing_files(folder, tmp_path):
+    assert refusal(config(folder, validation="dev")) == (
+        f"task.path: no file '{folder}/dev.jsonl' for the validation split; there are: test.jsonl, train.jsonl, "
+        "validation.jsonl; name the split in task.validation"
+    )
+    assert refusal(config(folder, path="{split}.csv")) == (
+        f"task.path: no file '{folder}/train.csv' for the train split; set task.data_dir to the folder that holds the "
+        "data"
+    )
+    assert refusal(config(folder, path=str(folder))) == (
+        f"task.path: the directory '{folder}' was not written by save_to_disk; give a file, such as "
+        f"'{folder}/{{split}}.jsonl'"
+    )
+    DatasetDict({"train": Dataset.from_list(ROWS), "dev": Dataset.from_list(ROWS)}).save_to_disk(str(tmp_path / "d"))
+    assert refusal(config(folder, path=str(tmp_path / "d"))).startswith(
+        "task.validation: the data has no split 'validation'; there are: train, dev; name one of them, or a part such"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt": None}, "task: set exactly one of prompt and messages, found neither"),
+        ({"messages": "chat"}, "task: set exactly one of prompt and messages, found both"),
+        ({"completion": None}, "task: set completion or references, or both, found neither"),
+        ({"prompt": None, "messages": "chat"}, "task.completion: it would do nothing: the last assistant message is "),
+        ({"system": "Be brief."}, "task.system: it would do nothing: only chats have a system message"),
+        ({"prompt": "{question"}, "task.prompt: the template '{question' is not valid (expected '}' before end of "),
+        ({"prompt": "{}"}, "task.prompt: '{}' names no column"),
+        ({"completion": ""}, "task.completion: '' names no column"),
+        ({"path": " "}, "task.path: empty"),
+        ({"max_test_examples": 0}, "task.max_test_examples: must be at least 1, found 0"),
+    ],
+)  # fmt: skip
+def test_configurations_that_are_refused_before_any_file_is_read(folder, change, message):
+    with pytest.raises(TaskError) as raised:
+        config(folder, **change)
+    assert str(raised.value).startswith(message)
+
+
+@pytest.mark.parametrize("key", ["subset", "revision"])
+def test_hub_options_of_local_data_are_refused(folder, key):
+    assert refusal(config(folder, **{key: "x"})).startswith(
+        f"task.{key}: it would do nothing: '{{split}}.jsonl' is local"
+    )
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub whose answer a test sets, and which the environment allows to ask; no request leaves the machine."""
+    state = SimpleNamespace(answer=None, seconds=0.0, asked=[], loaded=[])
+
+    def dataset_info(self, name, revision=None, timeout=None):
+        state.asked.append((name, revision))
+        time.sleep(state.seconds)
+        if state.answer is not None:
+            raise state.answer
+
+    def load(name, subset=None, revision=None):
+        state.loaded.append((name, subset, revision, datasets.config.HF_HUB_OFFLINE))
+        parts = {split: Dataset.from_list(ROWS[4 * n : 4 * n + 4]) for n, split in enumerate(("train", "test"))}
+        return DatasetDict(parts)
+
+    state.load = load
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(tables.HfApi, "dataset_info", dataset_info)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **keys: state.load(*args, **keys))
+    tables.hub_reachable.cache_clear()
+    yield state
+    tables.hub_reachable.cache_clear()
+
+
+HUB = Config(
+    path="nobody/questions", subset="de", prompt="{question}", completion="answer",
+    train="train[:75%]", validation="train[75%:]",
+)  # fmt: skip
+
+
+def test_a_hub_data_set(hub):
+    task = load_task("columns", replace(HUB, revision="v1"))
+    assert [task.train["n"][:], task.validation["n"][:], task.test["n"][:]] == [[0, 1, 2], [3], [4, 5, 6, 7]]
+    assert hub.loaded == [("nobody/questions", "de", "v1", False)]
+    assert hub.asked == [("nobody/questions", "v1")]
+    assert columns.files(HUB) == []
+    assert refusal(replace(HUB, test="dev")).startswith(
+        "task.test: the data has no split 'dev'; there are: train, test; name one of them, or a part such as train["
+    )
+    assert "split 'train' of 'nobody/questions'" in refusal(replace(HUB, completion="reply"))
+
+
+def test_an_unknown_hub_data_set(hub):
+    response = SimpleNamespace(status_code=404, headers={}, request=None)
+    hub.answer = HfHubHTTPError("404 Repository Not Found", response=response)
+    assert refusal(HUB).startswith(
+        "task.path: 'nobody/questions' is neither a file or directory here nor a data set on "
+    )
+    assert not hub.loaded
+
+
+def test_an_unknown_subset(hub):
+    def load(*args, **keys):
+        raise ValueError("BuilderConfig 'de' not found. Available: ['en', 'fr']")
+
+    hub.load = load
+    message = refusal(HUB)
+    assert message.startswith("task.subset: 'nobody/questions' cannot be loaded") and "['en', 'fr']" in message
+    assert datasets.config.HF_HUB_OFFLINE is False
+
+
+def test_a_hub_that_does_not_answer_is_no_long_wait(hub, monkeypatch, tmp_path):
+    monkeypatch.setattr(tables, "PROBE_SECONDS", 0.2)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+    hub.seconds = 3
+    started = time.monotonic()
+    message = refusal(HUB)
+    assert message == (
+        "task.path: 'nobody/questions' is not here, the Hugging Face Hub does not answer, and no copy of it is "
+        "cached; give a local file such as data/{split}.jsonl, or go online to download it once"
+    )
+    assert time.monotonic() - started < 2
+    assert datasets.config.HF_HUB_OFFLINE is False
+
+
+@pytest.mark.parametrize("answer", [ConnectionError("no network"), "forbidden"])
+def test_offline_the_cached_copy_is_used(hub, monkeypatch, answer):
+    if answer == "forbidden":
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    else:
+        hub.answer = answer
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *args, **keys: None)  # it is in the cache
+    assert load_task("columns", HUB).test["n"][:] == [4, 5, 6, 7]
+    assert hub.loaded == [("nobody/questions", "de", None, True)]  # the library does not try the network again
+    assert bool(hub.asked) == (answer != "forbidden")
+    assert refusal(replace(HUB, revision="0123abc")).startswith(
+        "task.revision: the cached copy of 'nobody/questions' is not known to be '0123abc'"
+    )
+
+
+def test_a_recipe_with_columns(folder):
+    text = (
+        "name: demo\nmodel: {from_scratch: {hidden_size: 32, num_attention_heads: 2, vocab_size: 400}}\n"
+        f"task:\n  name: columns\n  path: {folder}/{{split}}.jsonl\n  prompt: 'Frage: {{question}}\\n'\n"
+        "  completion: answer\nppo: {rewards: [bleu], response_length: 8}\n"
+    )
+    (folder / "recipe.yaml").write_text(text)
+    recipe = load_recipe(folder / "recipe.yaml", [f"output_dir={folder}"])
+    check_recipe(recipe)
+    assert len(load_task(recipe.task.name, recipe.task.config).train) == 4
+    with pytest.raises(RecipeError, match=r"recipe\.yaml:6: task\.promt: unknown key; did you mean 'prompt'\?"):
+        (folder / "recipe.yaml").write_text(text.replace("prompt:", "promt:"))
+        load_recipe(folder / "recipe.yaml")

@@ -1,0 +1,217 @@
+"""PPO's arithmetic against numbers worked out by hand."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, tensor
+
+from pipeline.trainers.objective import (
+    advantages_and_returns,
+    kl_penalty,
+    moments,
+    ppo_loss,
+    spread_scores,
+    subtract_group_baseline,
+    token_rewards,
+    whiten,
+)
+
+JUNK = 7.25  # what stands behind the end of an episode, and must never count
+
+
+def close(found: Tensor, expected: list | Tensor, tolerance: float = 1e-6) -> None:
+    """Equal shape, and equal numbers but for rounding."""
+    torch.testing.assert_close(found, torch.as_tensor(expected, dtype=found.dtype), rtol=0, atol=tolerance)
+
+
+def test_kl_k1_is_the_difference_of_the_log_probabilities():
+    close(kl_penalty(tensor([[-1.0, -2.0]]), tensor([[-2.0, -1.5]]), "k1"), [[1.0, -0.5]])
+
+
+def test_kl_k3_is_never_negative():
+    # with d = ref - policy, k3 = e^d - 1 - d:  d = -1: e^-1 - 1 + 1 = 0.367879;  d = 0.5: e^0.5 - 1.5 = 0.148721
+    close(kl_penalty(tensor([[-1.0, -2.0, -3.0]]), tensor([[-2.0, -1.5, -3.0]]), "k3"), [[0.367879, 0.148721, 0.0]])
+
+
+def test_kl_estimators_agree_on_average():
+    policy, reference = tensor([0.7, 0.2, 0.1]).log(), tensor([0.5, 0.3, 0.2]).log()
+    exact = float((policy.exp() * (policy - reference)).sum())
+    for estimator in ("k1", "k3"):  # both are unbiased: their mean under the policy is the KL divergence
+        assert float((policy.exp() * kl_penalty(policy, reference, estimator)).sum()) == pytest.approx(exact, abs=1e-6)
+
+
+def test_scores_stand_at_the_last_real_token():
+    mask = tensor([[True, True, False], [True, False, False], [True, True, True]])
+    close(spread_scores(tensor([1.0, 2.0, 3.0]), mask), [[0, 1, 0], [2, 0, 0], [0, 0, 3]])
+
+
+def test_token_rewards():
+    mask = tensor([[True, True, False]])
+    kl = tensor([[2.0, -1.0, JUNK]])
+    # 0 - 0.1 * 2 = -0.2;  3 - 0.1 * -1 = 3.1;  nothing behind the end
+    close(token_rewards(spread_scores(tensor([3.0]), mask), kl, mask, 0.1), [[-0.2, 3.1, 0.0]])
+
+
+GAMMA, LAM = 0.9, 0.8
+REWARDS = tensor([[1.0, 2.0, JUNK], [0.0, 0.0, 1.0]])
+VALUES = tensor([[0.5, 1.0, JUNK], [0.2, 0.4, 0.6]])
+MASK = tensor([[True, True, False], [True, True, True]])
+# gamma * lam = 0.72. First row, two tokens:
+#   t=1: delta = 2 + 0.9 * 0 - 1.0 = 1.0;    A = 1.0
+#   t=0: delta = 1 + 0.9 * 1.0 - 0.5 = 1.4;  A = 1.4 + 0.72 * 1.0 = 2.12
+# Second row, three tokens:
+#   t=2: delta = 1 - 0.6 = 0.4;              A = 0.4
+#   t=1: delta = 0.9 * 0.6 - 0.4 = 0.14;     A = 0.14 + 0.72 * 0.4 = 0.428
+#   t=0: delta = 0.9 * 0.4 - 0.2 = 0.16;     A = 0.16 + 0.72 * 0.428 = 0.46816
+ADVANTAGES = [[2.12, 1.0, 0.0], [0.46816, 0.428, 0.4]]
+RETURNS = [[2.62, 2.0, 0.0], [0.66816, 0.828, 1.0]]  # advantage + value
+
+
+def test_advantages_by_hand():
+    advantages, returns = advantages_and_returns(REWARDS, VALUES, MASK, GAMMA, LAM)
+    close(advantages, ADVANTAGES)
+    close(returns, RETURNS)
+
+
+def test_advantages_at_the_corners():
+    # lam 0: one-step differences;  gamma = lam = 1: the sum of the rewards to come less the value
+    close(advantages_and_returns(REWARDS, VALUES, MASK, 1.0, 0.0)[0], [[1.5, 1.0, 0.0], [0.2, 0.2, 0.4]])
+    close(advantages_and_returns(REWARDS, VALUES, MASK, 1.0, 1.0)[0], [[2.5, 1.0, 0.0], [0.8, 0.6, 0.4]])
+    # gamma 0: only the token's own reward counts
+    close(advantages_and_returns(REWARDS, VALUES, MASK, 0.0, 0.9)[0], [[0.5, 1.0, 0.0], [-0.2, -0.4, 0.4]])
+
+
+def test_advantages_do_not_depend_on_padding():
+    wide = [torch.nn.functional.pad(part, (0, 4), value=JUNK) for part in (REWARDS, VALUES)]
+    mask = torch.nn.functional.pad(MASK, (0, 4), value=False)
+    advantages, returns = advantages_and_returns(*wide, mask, GAMMA, LAM)
+    close(advantages[:, :3], ADVANTAGES)
+    close(returns[:, :3], RETURNS)
+    assert not advantages[:, 3:].any() and not returns[:, 3:].any()
+
+
+def test_group_baseline_leaves_the_own_score_out():
+    # 1 - (2 + 6) / 2 = -3;  2 - (1 + 6) / 2 = -1.5;  6 - (1 + 2) / 2 = 4.5;  a group of equal scores has no signal
+    close(subtract_group_baseline(tensor([1.0, 2.0, 6.0, 5.0, 5.0, 5.0]), 3), [-3.0, -1.5, 4.5, 0.0, 0.0, 0.0])
+
+
+def test_group_baseline_of_a_pair():
+    close(subtract_group_baseline(tensor([1.0, 0.0, 0.25, 0.75]), 2), [1.0, -1.0, -0.5, 0.5])
+
+
+def test_whiten_by_hand():
+    values = tensor([[1.0, 2.0], [6.0, JUNK]])
+    mask = tensor([[True, True], [True, False]])
+    # mean 3, deviations -2, -1, 3, sample variance (4 + 1 + 9) / 2 = 7, standard deviation 2.645751
+    close(whiten(values, mask, moments(values, mask)), [[-0.755929, -0.377964], [1.133893, 0.0]])
+    # without the shift the mean stays 3
+    close(whiten(values, mask, moments(values, mask), shift_mean=False), [[2.244071, 2.622036], [4.133893, 0.0]])
+
+
+def test_whitening_statistics_are_global():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(8, 5, generator=generator) * 3 + 100
+    mask = torch.arange(5) < torch.tensor([5, 1, 3, 2, 4, 4, 2, 1]).unsqueeze(1)
+    whole = whiten(values, mask, moments(values, mask))
+    total = moments(values[:3], mask[:3]) + moments(values[3:], mask[3:])
+    parts = torch.cat([whiten(values[:3], mask[:3], total), whiten(values[3:], mask[3:], total)])
+    close(parts, whole)
+    assert whole[mask].mean().item() == pytest.approx(0, abs=1e-5)
+    assert whole[mask].std().item() == pytest.approx(1, abs=1e-5)
+    alone = whiten(values[:3], mask[:3], moments(values[:3], mask[:3]))
+    assert (alone - whole[:3]).abs().max() > 0.01  # the same rows by their own statistics are something else
+
+
+def test_whiten_is_finite_for_one_token_and_for_equal_values():
+    for values in (tensor([[3.0]]), tensor([[3.0, 3.0, 3.0]])):
+        mask = torch.ones(values.shape, dtype=torch.bool)
+        close(whiten(values, mask, moments(values, mask)), torch.zeros(values.shape), tolerance=1e-3)
+
+
+def one_token_loss(ratio: float, advantage: float, value=0.0, old_value=0.0, returns=0.0):
+    """The loss terms of a single token, and the gradient of the policy's with respect to its log-probability."""
+    logprob = tensor([[math.log(ratio) - 1.0]], requires_grad=True)
+    ones = torch.ones(1, 1)
+    terms = ppo_loss(
+        logprob,
+        -ones,
+        advantage * ones,
+        value * ones,
+        old_value * ones,
+        returns * ones,
+        ones.bool(),
+        cliprange=0.2,
+        cliprange_value=0.2,
+    )
+    terms.policy.backward()
+    return terms, logprob.grad.item()
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "clipped"),
+    [
+        (1.5, 2.0, -2.4, True),  # better than the clip pays for: -1.2 * 2
+        (1.5, -2.0, 3.0, False),  # a bad token got likelier: 1.5 * 2, the clip would hide it
+        (0.5, 2.0, -1.0, False),  # a good token got less likely: -0.5 * 2
+        (0.5, -2.0, 1.6, True),  # less likely than the clip pays for: 0.8 * 2
+        (1.1, 2.0, -2.2, False),
+        (0.9, -2.0, 1.8, False),
+        (1.0, 2.0, -2.0, False),
+    ],
+)
+def test_policy_loss_by_hand(ratio, advantage, loss, clipped):
+    terms, gradient = one_token_loss(ratio, advantage)
+    assert terms.policy.item() == pytest.approx(loss, abs=1e-5)
+    assert terms.policy_clipped.item() == float(clipped)
+    # d(-A e^(l - o)) / dl = -A * ratio, and nothing where it is clipped
+    assert gradient == pytest.approx(0.0 if clipped else -advantage * ratio, abs=1e-5)
+    assert terms.ratio.item() == pytest.approx(ratio, abs=1e-5)
+    assert terms.approx_kl.item() == pytest.approx(0.5 * math.log(ratio) ** 2, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("value", "old_value", "returns", "loss", "clipped"),
+    [
+        (1.0, 0.5, 2.0, 0.845, True),  # held at 0.7: 0.5 * (0.7 - 2)^2, more than 0.5 * (1 - 2)^2
+        (1.0, 0.5, 0.0, 0.5, False),  # went the wrong way: 0.5 * 1^2, more than the held 0.5 * 0.7^2
+        (0.0, 0.5, -1.0, 0.845, True),  # held at 0.3: 0.5 * (0.3 + 1)^2
+        (0.6, 0.5, 2.0, 0.98, False),  # inside the range: 0.5 * 1.4^2
+    ],
+)
+def test_value_loss_by_hand(value, old_value, returns, loss, clipped):
+    terms, _ = one_token_loss(1.0, 0.0, value, old_value, returns)
+    assert terms.value.item() == pytest.approx(loss, abs=1e-6)
+    assert terms.value_clipped.item() == float(clipped)
+
+
+def random_batch(rows: int, width: int) -> list[Tensor]:
+    """Log-probs, old log-probs, advantages, values, old values, returns and a mask with rows of every length."""
+    generator = torch.Generator().manual_seed(1)
+    parts = [torch.randn(rows, width, generator=generator) for _ in range(6)]
+    parts[1] = parts[0] + 0.3 * parts[1]
+    return [*parts, torch.arange(width) < (torch.arange(rows) % width + 1).unsqueeze(1)]
+
+
+def test_loss_sums_over_tokens_whatever_the_padding_and_the_split():
+    batch = random_batch(6, 4)
+    whole = ppo_loss(*batch, 0.2, 0.2)
+    wide = [torch.nn.functional.pad(part, (0, 3), value=JUNK) for part in batch[:-1]]
+    padded = ppo_loss(*wide, torch.nn.functional.pad(batch[-1], (0, 3), value=False), 0.2, 0.2)
+    first, second = (ppo_loss(*[part[rows] for part in batch], 0.2, 0.2) for rows in (slice(0, 2), slice(2, 6)))
+    for name in vars(whole):
+        expected = getattr(whole, name)
+        torch.testing.assert_close(getattr(padded, name), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(getattr(first, name) + getattr(second, name), expected, rtol=1e-5, atol=1e-5)
+    assert 0 < whole.policy_clipped < batch[-1].sum()
+    assert 0 < whole.value_clipped < batch[-1].sum()
+
+
+def test_loss_is_finite_on_one_token_and_on_a_ratio_that_exploded():
+    one = [part[:1, :1] for part in random_batch(1, 1)]
+    for logprob in (0.0, 500.0, -500.0):
+        logprobs = torch.full((1, 1), logprob, requires_grad=True)
+        terms = ppo_loss(logprobs, *one[1:], 0.2, 0.2)
+        (terms.policy + terms.value).backward()
+        assert all(torch.isfinite(value) for value in vars(terms).values())
+        assert torch.isfinite(logprobs.grad).all()
