@@ -155,6 +155,7 @@ def gradients_of(trainer, experience) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.filterwarnings("ignore:.*lr_scheduler")
 def test_micro_batches_and_accumulation_change_nothing(make_trainer):
     settings = {"num_ppo_epochs": 1, "max_grad_norm": 1e9}
     whole = make_trainer("whole", per_device_train_batch_size=8, gradient_accumulation_steps=1, **settings)
@@ -170,6 +171,7 @@ def test_micro_batches_and_accumulation_change_nothing(make_trainer):
     torch.testing.assert_close(second, first, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:.*lr_scheduler")
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted(make_trainer):
     trainer = make_trainer(num_mini_batches=2, num_ppo_epochs=1)
     _, experience = one_experience(trainer)
@@ -182,6 +184,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(make_trainer):
     assert not same(weights(trainer), before)  # the other mini-batch was learnt from
 
 
+@pytest.mark.filterwarnings("ignore:.*lr_scheduler")
 def test_gradients_that_are_never_finite_stop_the_run(make_trainer):
     trainer = make_trainer()
     _, experience = one_experience(trainer)

@@ -1,10 +1,9 @@
 """Every key of the `ppo:` section: what it refuses, and that it changes the run."""
 
 import dataclasses
-import sys
 
 import pytest
-from ppo_toys import SMALL, colours, read_metrics
+from ppo_toys import read_metrics
 
 from pipeline.recipe import load_recipe
 from pipeline.rewards import RewardConfig, build_rewards

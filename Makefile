@@ -1,0 +1,25 @@
+# Everything a fresh machine needs: `make quickstart` and `make test` create the virtual environment themselves.
+VENV ?= .venv
+PYTHON ?= python3
+RUN := $(VENV)/bin/python
+# The quickstart and the tests never need a network; offline mode makes sure of it.
+OFFLINE := HF_HUB_OFFLINE=1
+
+.PHONY: install quickstart test lint
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+quickstart: $(VENV)/.installed
+	$(OFFLINE) $(RUN) pipeline/run.py recipes/quickstart.yaml
+
+test: $(VENV)/.installed
+	$(OFFLINE) $(RUN) -m pytest
+
+lint: $(VENV)/.installed
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .

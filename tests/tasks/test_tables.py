@@ -1,0 +1,230 @@
+"""Files, saved directories and the Hub: what is read from each, and the words about what cannot be."""
+
+import json
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import datasets
+import pytest
+from column_data import ROWS, config, refusal, single, write_lines
+from datasets import Dataset, DatasetDict
+from huggingface_hub.errors import HfHubHTTPError
+
+from pipeline.tasks import columns, load_task, tables
+from pipeline.tasks.columns import Config
+
+CSV = "question,answer,n\n" + "".join(f'"Wer, ""ja"" wer\nist {n}?",Jürgen {n},{n}\n' for n in range(5))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", "\n\n".join(json.dumps(row) for row in ROWS[:5])),
+        ("a.JSONL", "\ufeff" + "\r\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS[:5]) + "\r\n"),
+        ("a.json", json.dumps(ROWS[:5], indent=1)),
+        ("a.json", json.dumps(ROWS[:5])),
+        ("a.json", "\n".join(json.dumps(row) for row in ROWS[:5])),
+        ("a.csv", "question,answer,n\n" + "".join(f"Wer ist Nr. {n}?,Jürgen {n},{n}\n" for n in range(5))),
+        ("a.csv", "\ufeffquestion,answer,n\r\n" + "".join(f"Wer ist Nr. {n}?,Jürgen {n},{n}\r\n" for n in range(5))),
+        ("a.tsv", "question\tanswer\tn\n" + "".join(f"Wer ist Nr. {n}?\tJürgen {n}\t{n}\n" for n in range(5))),
+    ],
+)
+def test_text_formats_give_the_same_examples(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content.encode())
+    task = load_task("columns", single(tmp_path / name))
+    assert task.train["prompt"][:] == [f"Wer ist Nr. {n}?" for n in range(3)]
+    assert task.test["completion"][:] == ["Jürgen 4"]
+    assert task.test["n"][0] == ("4" if name.endswith("sv") else 4)  # a CSV has texts only
+
+
+def test_line_separators_inside_a_text_do_not_break_a_row(tmp_path):
+    text = "one\u2028two\u0085three"
+    path = write_lines(tmp_path / "a.jsonl", [{"question": text, "answer": text}] * 3)
+    assert load_task("columns", single(path)).train[0]["prompt"] == text
+
+
+def test_quoted_csv_fields_may_hold_anything_and_be_long(tmp_path):
+    (tmp_path / "a.csv").write_text(CSV + f"{'x' * 200_000},NA,null\n", encoding="utf-8")
+    task = load_task("columns", single(tmp_path / "a.csv"))
+    assert task.train["prompt"][0] == 'Wer, "ja" wer\nist 0?'
+    assert len(task.test["prompt"][0]) == 200_000
+    assert task.test["completion"][0] == "NA" and task.test["n"][0] == "null"  # words, not missing values
+
+
+def test_parquet(tmp_path):
+    Dataset.from_list(ROWS).to_parquet(str(tmp_path / "a.parquet"))
+    task = load_task("columns", single(tmp_path / "a.parquet"))
+    assert len(task.train) == 18 and task.train[3]["n"] == 3 and task.train[3]["completion"] == "Jürgen 3"
+
+
+@pytest.mark.parametrize("kind", ["one data set", "with splits", "a directory per split"])
+def test_directories_of_save_to_disk(tmp_path, kind):
+    whole = Dataset.from_list(ROWS)
+    saved = DatasetDict({name: whole.select(range(n, n + 4)) for name, n in (("train", 0), ("dev", 4), ("test", 8))})
+    if kind == "with splits":
+        saved.save_to_disk(str(tmp_path / "data"))
+        configuration = config(tmp_path, path="data", validation="dev")
+    elif kind == "one data set":
+        whole.save_to_disk(str(tmp_path / "data"))
+        configuration = single(tmp_path / "data", train="train[:4]", validation="train[4:8]", test="train[8:12]")
+    else:
+        for name, part in saved.items():
+            part.save_to_disk(str(tmp_path / "data" / name))
+        configuration = config(tmp_path, path="data/{split}", validation="dev")
+    task = load_task("columns", configuration)
+    assert task.train["n"][:] == [0, 1, 2, 3]
+    assert task.validation["n"][:] == [4, 5, 6, 7]
+    assert task.test["n"][:] == [8, 9, 10, 11]
+    assert any(path.suffix == ".arrow" for path in columns.files(configuration))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"question": "q"}\n\n{"question": "q" "answer": 1}\n', "task.path: /a.jsonl:3:18: not valid "
+         "JSON (Expecting ',' delimiter) near '{\"question\": \"q\" \"answer\": 1}'"),
+        ("a.jsonl", b'{"question": "q"}\n[1]\n', "task.path: /a.jsonl:2: expected an object {...}, found a list"),
+        ("a.json", b'[{"question": "q"},\n {"question": }]', "task.path: /a.json:2:15: not valid JSON (Expecting "),
+        ("a.json", b'{\n"data": []\n}', "task.path: '/a.json': expected a list of objects, one for each example, "
+         "found one object"),
+        ("a.json", b'[{"a": 1}, 2]', "task.path: '/a.json': expected a list of objects, one for each example, found a "
+         "list with a number"),
+        ("a.json", b"[]", "task.path: the file '/a.json' has no rows"),
+        ("a.jsonl", b"", "task.path: the file '/a.jsonl' is empty"),
+        ("a.jsonl", b"\n \n", "task.path: the file '/a.jsonl' has no rows"),
+        ("a.jsonl", '{"question": "Größe"}'.encode("latin1"), "task.path: /a.jsonl:1: not UTF-8 (byte 16); convert"),
+        ("a.csv", b"a,b\n1,2\n\xff,3\n", "task.path: /a.csv:3: not UTF-8 (byte 8); convert it, "),
+        ("a.csv", b"question,answer\n", "task.path: the file '/a.csv' has no rows"),
+        ("a.csv", b"Was?,Das.\nWer?,Der.\nWo?,Da.\nWie?,So.\n", "task.prompt: no column 'question' in '/a.csv'; there "
+         "are: Was?, Das."),
+        ("a.csv", b"question,answer\nq,a\n\nq,a,b\n", "task.path: /a.csv:4: found 3 fields, and the first line names "
+         "2 columns (question, answer)"),
+        ("a.csv", b"question,answer,question\nq,a,q\n", "task.path: /a.csv:1: the first line names the column "
+         "'question' twice"),
+        ("a.tsv", b'question\tanswer\nq\ta\n"q" he said\ta\n', "task.path: /a.tsv:3: not a valid row ("),
+        ("a.csv", b'question,answer\n"q,a\nq,a\n', "task.path: /a.csv:2: not a valid row ("),
+        ("a.parquet", b"question", "task.path: '/a.parquet' cannot be read as parquet ("),
+        ("a.txt", b"question", "task.path: '/a.txt' is in no known format; its name must end in .json, .jsonl, "),
+    ],
+)  # fmt: skip
+def test_broken_files(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    assert refusal(single(tmp_path / name)).replace(str(tmp_path), "").startswith(message)
+
+
+def test_missing_files(folder, tmp_path):
+    assert refusal(config(folder, validation="dev")) == (
+        f"task.path: no file '{folder}/dev.jsonl' for the validation split; there are: test.jsonl, train.jsonl, "
+        "validation.jsonl; name the split in task.validation"
+    )
+    assert refusal(config(folder, path="{split}.csv")) == (
+        f"task.path: no file '{folder}/train.csv' for the train split; set task.data_dir to the folder that holds the "
+        "data"
+    )
+    assert refusal(config(folder, path=str(folder))) == (
+        f"task.path: the directory '{folder}' was not written by save_to_disk; give a file, such as "
+        f"'{folder}/{{split}}.jsonl'"
+    )
+    DatasetDict({"train": Dataset.from_list(ROWS), "dev": Dataset.from_list(ROWS)}).save_to_disk(str(tmp_path / "d"))
+    assert refusal(config(folder, path=str(tmp_path / "d"))).startswith(
+        "task.validation: the data has no split 'validation'; there are: train, dev; name one of them, or a part such"
+    )
+
+
+@pytest.mark.parametrize("key", ["subset", "revision"])
+def test_hub_options_of_local_data_are_refused(folder, key):
+    assert refusal(config(folder, **{key: "x"})).startswith(
+        f"task.{key}: it would do nothing: '{{split}}.jsonl' is local"
+    )
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub whose answer a test sets, and which the environment allows to ask; no request leaves the machine."""
+    state = SimpleNamespace(answer=None, seconds=0.0, asked=[], loaded=[])
+
+    def dataset_info(self, name, revision=None, timeout=None):
+        state.asked.append((name, revision))
+        time.sleep(state.seconds)
+        if state.answer is not None:
+            raise state.answer
+
+    def load(name, subset=None, revision=None):
+        state.loaded.append((name, subset, revision, datasets.config.HF_HUB_OFFLINE))
+        parts = {split: Dataset.from_list(ROWS[4 * n : 4 * n + 4]) for n, split in enumerate(("train", "test"))}
+        return DatasetDict(parts)
+
+    state.load = load
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(tables.HfApi, "dataset_info", dataset_info)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **keys: state.load(*args, **keys))
+    tables.hub_reachable.cache_clear()
+    yield state
+    tables.hub_reachable.cache_clear()
+
+
+HUB = Config(
+    path="nobody/questions", subset="de", prompt="{question}", completion="answer",
+    train="train[:75%]", validation="train[75%:]",
+)  # fmt: skip
+
+
+def test_a_hub_data_set(hub):
+    task = load_task("columns", replace(HUB, revision="v1"))
+    assert [task.train["n"][:], task.validation["n"][:], task.test["n"][:]] == [[0, 1, 2], [3], [4, 5, 6, 7]]
+    assert hub.loaded == [("nobody/questions", "de", "v1", False)]
+    assert hub.asked == [("nobody/questions", "v1")]
+    assert columns.files(HUB) == []
+    assert refusal(replace(HUB, test="dev")).startswith(
+        "task.test: the data has no split 'dev'; there are: train, test; name one of them, or a part such as train["
+    )
+    assert "split 'train' of 'nobody/questions'" in refusal(replace(HUB, completion="reply"))
+
+
+def test_an_unknown_hub_data_set(hub):
+    response = SimpleNamespace(status_code=404, headers={}, request=None)
+    hub.answer = HfHubHTTPError("404 Repository Not Found", response=response)
+    assert refusal(HUB).startswith(
+        "task.path: 'nobody/questions' is neither a file or directory here nor a data set on "
+    )
+    assert not hub.loaded
+
+
+def test_an_unknown_subset(hub):
+    def load(*args, **keys):
+        raise ValueError("BuilderConfig 'de' not found. Available: ['en', 'fr']")
+
+    hub.load = load
+    message = refusal(HUB)
+    assert message.startswith("task.subset: 'nobody/questions' cannot be loaded") and "['en', 'fr']" in message
+    assert datasets.config.HF_HUB_OFFLINE is False
+
+
+def test_a_hub_that_does_not_answer_is_no_long_wait(hub, monkeypatch, tmp_path):
+    monkeypatch.setattr(tables, "PROBE_SECONDS", 0.2)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+    hub.seconds = 3
+    started = time.monotonic()
+    message = refusal(HUB)
+    assert message == (
+        "task.path: 'nobody/questions' is not here, the Hugging Face Hub does not answer, and no copy of it is "
+        "cached; give a local file such as data/{split}.jsonl, or go online to download it once"
+    )
+    assert time.monotonic() - started < 2
+    assert datasets.config.HF_HUB_OFFLINE is False
+
+
+@pytest.mark.parametrize("answer", [ConnectionError("no network"), "forbidden"])
+def test_offline_the_cached_copy_is_used(hub, monkeypatch, answer):
+    if answer == "forbidden":
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    else:
+        hub.answer = answer
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *args, **keys: None)  # it is in the cache
+    assert load_task("columns", HUB).test["n"][:] == [4, 5, 6, 7]
+    assert hub.loaded == [("nobody/questions", "de", None, True)]  # the library does not try the network again
+    assert bool(hub.asked) == (answer != "forbidden")
+    assert refusal(replace(HUB, revision="0123abc")).startswith(
+        "task.revision: the cached copy of 'nobody/questions' is not known to be '0123abc'"
+    )
