@@ -3,6 +3,7 @@
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,3 +75,5 @@ def quiet_libraries() -> None:
     disable_progress_bar()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    # Renamings between trl and transformers, which a user of neither can act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

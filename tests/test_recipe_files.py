@@ -19,7 +19,6 @@ ROWS = {
 def test_a_recipe_is_read_and_named_like_its_file(path):
     recipe = load_recipe(path)
     assert recipe.name == path.stem
-    assert recipe.ppo is not None and recipe.eval.metrics
 
 
 @pytest.mark.parametrize("name", ROWS)

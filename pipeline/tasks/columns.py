@@ -145,7 +145,8 @@ def _check_file(config: Config, split: str, path: Path) -> None:
         suffix = path.suffix
         near = sorted(p.name for p in path.parent.glob(f"*{suffix}")) if suffix and path.parent.is_dir() else []
         there = f"; there are: {', '.join(near[:5])}{', ...' if len(near) > 5 else ''}" if near else ""
-        advice = f"name the split in task.{split}" if near else "set task.data_dir to the folder that holds the data"
+        named = near and "{split}" in config.path
+        advice = f"name the split in task.{split}" if named else "set task.data_dir to the folder that holds the data"
         raise TaskError(f"task.path: no file {str(path)!r} for the {split} split{there}; {advice}")
     if path.suffix.lower() not in READERS:
         raise TaskError(f"task.path: {str(path)!r} is in no known format; its name must end in {', '.join(READERS)}")
@@ -221,7 +222,7 @@ def _check_disjoint(config: Config, bounds: dict[str, tuple[int, int]]) -> None:
         shared = min(bounds[a][1], bounds[b][1]) - max(bounds[a][0], bounds[b][0])
         if _split_name(config, a) == _split_name(config, b) and shared > 0:
             raise TaskError(
-                f"task.{b}: {getattr(config, b)!r} shares {shared} rows with task.{a}, {getattr(config, a)!r}; "
+                f"task.{b}: {getattr(config, b)!r} shares {shared} row{'s' * (shared > 1)} with task.{a}, {getattr(config, a)!r}; "
                 "name parts that do not overlap, such as train[:90%] and train[90%:]"
             )
 
@@ -239,7 +240,7 @@ def _make_split(config: Config, split: str, table: Table) -> Dataset:
     except (pyarrow.ArrowException, ValueError, TypeError, OverflowError) as error:
         column = next((c for c in table.columns if not _fits([row.get(c) for row in table.rows])), table.columns[0])
         raise TaskError(
-            f"task: the column {column!r} of {table.place} does not hold values of one type "
+            f"task: the column {column!r} of {table.place} cannot be stored, as when its values are of several types "
             f"({' '.join(str(error).split())}); mend it, or remove it from the data"
         ) from error
 

@@ -37,6 +37,7 @@ def sft_arguments(arguments: Mapping[str, Any], output_dir: Path, seed: int) -> 
         settings["bf16"] = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     if settings["eval_strategy"] == "no" and "load_best_model_at_end" not in arguments:
         settings["load_best_model_at_end"] = False
+    settings.setdefault("disable_tqdm", False)  # transformers hides its bar where its log level is raised
     return SFTConfig(
         **settings,
         output_dir=str(output_dir / "checkpoints"),

@@ -49,7 +49,7 @@ def test_a_part_of_a_file_with_split_in_its_name(folder):
 @pytest.mark.parametrize(
     ("cut", "message"),
     [
-        ({"train": "train"}, "task.validation: 'train[-2:-1]' shares 1 rows with task.train, 'train'"),
+        ({"train": "train"}, "task.validation: 'train[-2:-1]' shares 1 row with task.train, 'train'"),
         ({"test": "train[:10%]"}, "task.test: 'train[:10%]' shares 2 rows with task.train, 'train[:-2]'"),
         ({"test": "train[30:]"}, "task.test: 'train[30:]' is empty: 'a.jsonl' has 20 rows"),
         ({"test": "test"}, "task.test: 'a.jsonl' is one file, all of it train, found 'test'; name a part of it"),
@@ -238,7 +238,9 @@ def test_only_rows_that_are_used_have_to_be_good(tmp_path):
 
 def test_a_travelling_column_of_several_types_is_named(tmp_path):
     message = row_refusal(tmp_path, {**ROWS[0], "id": 1}, {**ROWS[1], "id": [1]})
-    assert message.startswith("task: the column 'id' of '/data.jsonl' does not hold values of one type (")
+    assert message.startswith(
+        "task: the column 'id' of '/data.jsonl' cannot be stored, as when its values are of several "
+    )
 
 
 @pytest.mark.parametrize(
