@@ -32,7 +32,9 @@ def run_stage(recipe: Recipe, stage: str, body: StageBody) -> int:
     state.wait_for_everyone()
     if problem or status == "complete":
         if state.is_main_process:
-            print(f"error: {problem}" if problem else f"{stage}: already complete in {run.stage(stage)}", file=sys.stderr)
+            print(
+                f"error: {problem}" if problem else f"{stage}: already complete in {run.stage(stage)}", file=sys.stderr
+            )
         return 2 if problem else 0
     try:
         if state.is_main_process:

@@ -222,7 +222,8 @@ def _check_disjoint(config: Config, bounds: dict[str, tuple[int, int]]) -> None:
         shared = min(bounds[a][1], bounds[b][1]) - max(bounds[a][0], bounds[b][0])
         if _split_name(config, a) == _split_name(config, b) and shared > 0:
             raise TaskError(
-                f"task.{b}: {getattr(config, b)!r} shares {shared} row{'s' * (shared > 1)} with task.{a}, {getattr(config, a)!r}; "
+                f"task.{b}: {getattr(config, b)!r} shares {shared} row{'s' * (shared > 1)} with "
+                f"task.{a}, {getattr(config, a)!r}; "
                 "name parts that do not overlap, such as train[:90%] and train[90%:]"
             )
 

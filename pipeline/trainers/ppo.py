@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean as mean
 
 import torch
 from accelerate import Accelerator
@@ -40,14 +39,16 @@ from pipeline.trainers.objective import (
     whiten,
 )
 from pipeline.trainers.rollout import (
+    Answer,
     Experience,
     Rollout,
-    nanmean,
+    prefix_increments,
     prompt_order,
     rollout_statistics,
     rollout_sums,
     score_tokens,
     step_seed,
+    summarise_answers,
 )
 
 # A metric of the held-out completions: (completions, the rows they answer) -> name -> value.
@@ -196,7 +197,7 @@ class PPOTrainer:
         finished = torch.tensor([completion[-1] in ends for completion in completions])
         token_scores = spread_scores(scores, sequences.completion_mask.cpu())
         if args.reward_shaping == "prefix":
-            token_scores = self.prefix_scores(rows, completions, scores, token_scores)
+            token_scores = self.prefix_scores(rows, completions, scores)
         if args.missing_eos_penalty is not None:
             penalty = args.missing_eos_penalty * (~finished)
             scores = scores - penalty
@@ -236,26 +237,13 @@ class PPOTrainer:
         rewards = score_all(self.rewards, prompts, as_completions(prompts, completions), columns)
         return combine(self.rewards, rewards), rewards
 
-    def prefix_scores(
-        self, rows: Sequence[int], completions: Sequence[Sequence[int]], scores: Tensor, last: Tensor
-    ) -> Tensor:
-        """What each token adds to the score of the text so far, [B, C]; the sum over a completion is its score.
-
-        This is potential-based shaping (Ng et al. 1999) with the score of a prefix as its potential: with gamma 1 the
-        best policy stays the same, and a token is paid where it counts (Bahdanau et al. 2017, arXiv:1607.07086).
-        """
+    def prefix_scores(self, rows: Sequence[int], completions: Sequence[Sequence[int]], scores: Tensor) -> Tensor:
+        """What each token adds to the score of the text so far, [B, C]; the sum over a completion is its score."""
         spans = [(i, t) for i, ids in enumerate(completions) for t in range(1, len(ids))]
-        if not spans:
-            return last
         prefixes = [completions[i][:t] for i, t in spans]
         repeated = self.train_dataset.select([rows[i] for i, _ in spans])
-        potentials = torch.zeros(last.shape[0], last.shape[1] + 1)
-        index = torch.tensor(spans)
-        potentials[index[:, 0], index[:, 1]] = self.score(repeated, decode(self.tokenizer, prefixes), prefixes)[0]
-        lengths = torch.tensor([len(ids) for ids in completions])
-        potentials[torch.arange(len(completions)), lengths] = scores
-        inside = torch.arange(last.shape[1]) < lengths.unsqueeze(1)
-        return (potentials[:, 1:] - potentials[:, :-1]) * inside
+        potentials = self.score(repeated, decode(self.tokenizer, prefixes), prefixes)[0] if spans else torch.zeros(0)
+        return prefix_increments(spans, potentials, [len(ids) for ids in completions], scores)
 
     def compute_advantages(self, rollout: Rollout) -> tuple[Experience, dict[str, float]]:
         """Turn scores and KL into an advantage and a return for each token, and the statistics of the rollout."""
@@ -360,16 +348,13 @@ class PPOTrainer:
         texts = decode(self.tokenizer, completions)
         scores, rewards = self.score(self.eval_dataset.select(rows), texts, completions)
         ends = eos_token_ids(self.shared.causal_lm, self.tokenizer)
-        results = [
-            (row, text, float(score), {k: float(v[i]) for k, v in rewards.items()}, len(ids), ids[-1] in ends)
-            for i, (row, text, score, ids) in enumerate(zip(rows, texts, scores, completions, strict=True))
-        ]
-        results = sorted(gather_object(results))
-        values = {"eval_reward": mean([r[2] for r in results])}
-        values |= {f"eval_reward/{name}": nanmean([r[3][name] for r in results]) for name in rewards}
-        values |= {"eval_length": mean([r[4] for r in results]), "eval_finished": mean([float(r[5]) for r in results])}
+        finished = [ids[-1] in ends for ids in completions]
+        parts = [{name: float(values[i]) for name, values in rewards.items()} for i in range(len(rows))]
+        answers = zip(rows, texts, scores.tolist(), parts, map(len, completions), finished, strict=True)
+        results = sorted(gather_object([Answer(*answer) for answer in answers]), key=lambda answer: answer.row)
+        values = summarise_answers(results)
         if self.compute_metrics:
-            metrics = self.compute_metrics([r[1] for r in results], self.eval_dataset)
+            metrics = self.compute_metrics([answer.text for answer in results], self.eval_dataset)
             values |= {f"eval_{name}": value for name, value in metrics.items()}
         return values
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -131,10 +132,45 @@ def rollout_statistics(sums: Sequence[float], rewards: Sequence[str]) -> dict[st
     return stats
 
 
-def nanmean(values: Sequence[float]) -> float:
-    """Mean of the numbers that are not NaN, NaN if there are none."""
-    present = [value for value in values if value == value]
-    return sum(present) / len(present) if present else float("nan")
+@dataclass(frozen=True)
+class Answer:
+    """A greedy completion of one held-out prompt: its row, text, score, rewards by name, tokens, and if it ended."""
+
+    row: int
+    text: str
+    score: float
+    rewards: dict[str, float]
+    length: int
+    finished: bool
+
+
+def summarise_answers(answers: Sequence[Answer]) -> dict[str, float]:
+    """Means over the held-out prompts; a reward counts where it applies."""
+    values = {"eval_reward": fmean(answer.score for answer in answers)}
+    for name in answers[0].rewards:
+        present = [answer.rewards[name] for answer in answers if answer.rewards[name] == answer.rewards[name]]
+        values[f"eval_reward/{name}"] = fmean(present) if present else float("nan")
+    values["eval_length"] = fmean(answer.length for answer in answers)
+    values["eval_finished"] = fmean(answer.finished for answer in answers)
+    return values
+
+
+def prefix_increments(
+    spans: Sequence[tuple[int, int]], potentials: Tensor, lengths: Sequence[int], scores: Tensor
+) -> Tensor:
+    """What each token adds to the score of the text so far, [B, C], 0 behind the end.
+
+    `potentials[n]` is the score of the first `spans[n][1]` tokens of episode `spans[n][0]`; `scores [B]` those of the
+    whole texts; nothing written scores 0. This is potential-based shaping (Ng et al. 1999): with gamma 1 the best
+    policy stays the same, and a token is paid where it counts (Bahdanau et al. 2017, arXiv:1607.07086).
+    """
+    ends = torch.tensor(lengths)
+    table = torch.zeros(len(lengths), int(ends.max()) + 1)
+    if spans:
+        index = torch.tensor(spans)
+        table[index[:, 0], index[:, 1]] = potentials
+    table[torch.arange(len(lengths)), ends] = scores
+    return (table[:, 1:] - table[:, :-1]) * (torch.arange(table.shape[1] - 1) < ends.unsqueeze(1))
 
 
 def prompt_order(size: int, seed: int) -> Callable[[int], int]:

@@ -51,7 +51,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(build, mod
 
 @pytest.mark.parametrize(
     "change",
-    [{"seed": 1}, {"texts": [*TEXTS, "another word"]}, {"hidden_size": 64}, {"num_hidden_layers": 1}],
+    [{"seed": 1}, {"texts": [*TEXTS, "another word"]}, {"hidden_size": 64}, {"num_hidden_layers": 2}],
     ids=lambda change: next(iter(change)),
 )
 def test_a_change_of_what_it_depends_on_builds_it_again(build, model_config, change):
