@@ -136,7 +136,7 @@ def find_warnings(
             warnings.append(f"{a} and {b} wrote the same text for every prompt: are they the same model?")
     for name, items in predictions.items():
         empty = sum(not item.completion for item in items)
-        if empty:
+        if empty and name != "base":
             warnings.append(f"{name} wrote nothing for {empty} of {len(items)} prompts")
         unfinished = sum(not item.finished for item in items) / len(items)
         if unfinished > 0.1 and name != "base":

@@ -2,9 +2,10 @@
 
 import os
 from pathlib import Path
+from threading import Thread
 
 import torch
-from huggingface_hub.utils import HfHubHTTPError
+from huggingface_hub import HfApi, constants
 from peft import LoraConfig, PeftModel
 from transformers import (
     AutoConfig,
@@ -18,6 +19,7 @@ from transformers import (
 from pipeline.models.config import ModelConfig
 
 ADAPTER_FILE = "adapter_config.json"
+PROBE_SECONDS = 4.0
 
 
 class ModelNotFoundError(ValueError):
@@ -38,19 +40,42 @@ def check_model_path(path: str, key: str) -> None:
         return
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise ModelNotFoundError(f"{key}: no directory {path!r}; give an existing model directory or a Hub id")
-    try:
-        _load_config(path)
-    except (OSError, ValueError, HfHubHTTPError) as error:
+    if _is_cached(path):
+        return
+    problem = _hub_problem(path)
+    if problem:
         raise ModelNotFoundError(
             f"{key}: {path!r} is not a local directory and could not be read from the Hugging Face Hub "
-            f"({_reason(error)}); give the path of a model directory, or go online to download it once"
-        ) from error
+            f"({problem}); give the path of a model directory, or go online to download it once"
+        )
 
 
-def _reason(error: Exception) -> str:
-    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+def _is_cached(path: str) -> bool:
+    try:
+        AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _hub_problem(path: str) -> str | None:
+    """Why the Hub does not give a model, within PROBE_SECONDS; None if it does."""
+    if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set and it is not in the local cache"
-    return str(error).strip().splitlines()[0].rstrip(".")[:160]
+    answers: list[str | None] = []
+
+    def ask() -> None:
+        try:
+            HfApi().model_info(path, timeout=PROBE_SECONDS)
+            answers.append(None)
+        except Exception as error:  # whatever the network gives rise to
+            answers.append(" ".join(str(error).split()).rstrip(".")[:160])
+
+    # In a thread, because the time limit of a request does not cover the look-up of the host's name.
+    thread = Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(PROBE_SECONDS)
+    return answers[0] if answers else "no answer"
 
 
 def _load_config(path: str, revision: str = "main", trust_remote_code: bool = False) -> PretrainedConfig:

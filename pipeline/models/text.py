@@ -46,15 +46,18 @@ def _encode_plain(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     return ids
 
 
-def _encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages, generation_prompt: bool = True) -> list[int]:
+def _render_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages, generation_prompt: bool) -> str:
     if tokenizer.chat_template is None:
         raise ValueError(
             f"the data holds chat messages, but the tokenizer {tokenizer.name_or_path!r} has no chat template: "
             "use a chat model, or give a plain-text prompt template in task.prompt"
         )
-    return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=generation_prompt, tokenize=True, return_dict=True
-    )["input_ids"]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=generation_prompt, tokenize=False)
+
+
+def _encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
+    # The template writes the special tokens itself.
+    return tokenizer(_render_chat(tokenizer, messages, generation_prompt=True), add_special_tokens=False)["input_ids"]
 
 
 def _encode_completion(
@@ -65,14 +68,14 @@ def _encode_completion(
         return [*ids, tokenizer.eos_token_id]
     if isinstance(completion, str):
         completion = [{"role": "assistant", "content": completion}]
-    start = _encode_chat(tokenizer, prompt)
-    whole = _encode_chat(tokenizer, prompt + completion, generation_prompt=False)
-    if whole[: len(start)] != start:
+    start = _render_chat(tokenizer, prompt, generation_prompt=True)
+    whole = _render_chat(tokenizer, prompt + completion, generation_prompt=False)
+    if not whole.startswith(start):
         raise ValueError(
             f"the chat template of {tokenizer.name_or_path!r} renders a prompt differently once it is answered, "
             "so training and generation would read different prompts; use another template"
         )
-    ids = whole[len(start) :]
+    ids = tokenizer(whole[len(start) :], add_special_tokens=False)["input_ids"]
     if tokenizer.eos_token_id in ids:  # templates often write a newline after the end-of-turn token
         return ids[: len(ids) - ids[::-1].index(tokenizer.eos_token_id)]
     return [*ids, tokenizer.eos_token_id]

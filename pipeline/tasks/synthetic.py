@@ -30,7 +30,7 @@ class Config:
 
 def files(config: Config) -> list[Path]:
     """The grammar and its words: another version of them makes other sentences."""
-    return [Path(module.__file__) for module in (phrasebook, grammar, lexicon)]
+    return [Path(__file__), *(Path(module.__file__) for module in (phrasebook, grammar, lexicon))]
 
 
 def load(config: Config) -> Task:
