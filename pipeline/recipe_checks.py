@@ -76,12 +76,14 @@ def _check_batches(recipe: "Recipe", num_processes: int, document: Document) -> 
     examples = recipe.training_examples
     if recipe.ppo is None or examples is None:
         return
-    size = recipe.ppo.batch_size(num_processes)
+    copies = recipe.ppo.num_generations
+    size = recipe.ppo.batch_size(num_processes) // copies
     if size > examples:
+        shared = f" / num_generations {copies}" if copies > 1 else ""
         raise document.error(
             ("ppo", "per_device_train_batch_size"),
             f"one PPO batch is {recipe.ppo.per_device_train_batch_size} x gradient_accumulation_steps "
-            f"{recipe.ppo.gradient_accumulation_steps} x processes {num_processes} = {size} prompts, "
+            f"{recipe.ppo.gradient_accumulation_steps} x processes {num_processes}{shared} = {size} prompts, "
             f"but there are {examples} training examples; lower one of them",
         )
 

@@ -122,7 +122,7 @@ def test_narrow_sampling_is_greedy(model, tokenizer, prompts):
 
 def test_sampling_draws_from_the_whole_vocabulary(base_directory, model_config, tokenizer, prompts):
     model = load_model(base_directory, model_config).eval()  # random weights: nearly uniform over 320 tokens
-    found = sample(model, tokenizer, prompts * 20, 0)
+    found = sample(model, tokenizer, prompts[:1] * 100, 0)
     assert len({ids[0] for ids in found}) > 60  # transformers' own top_k of 50 would leave about 50
 
 

@@ -89,6 +89,14 @@ def test_a_policy_that_is_a_whole_model_is_loaded_as_it_is(taught_directory, bas
     assert torch.equal(logits(load_policy(taught_directory, base_directory, model_config)), logits(taught()))
 
 
+def test_a_tilde_is_the_home_directory(taught_directory, model_config, taught, monkeypatch):
+    monkeypatch.setenv("HOME", str(taught_directory.parent))
+    path = f"~/{taught_directory.name}"
+    check_model_path(path, "model.model_name_or_path")
+    assert load_tokenizer(path, model_config).eos_token == "</s>"
+    assert torch.equal(logits(load_model(path, model_config)), logits(taught()))
+
+
 def test_precision(taught_directory):
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16), ("auto", torch.float32)):
         assert load_model(taught_directory, ModelConfig(str(taught_directory), dtype=name)).dtype == dtype

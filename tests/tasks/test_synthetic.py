@@ -88,5 +88,10 @@ def test_more_sentences_than_there_are():
 
 
 def test_the_grammar_is_what_the_data_depends_on():
-    assert {path.name for path in synthetic.files(Config())} == {"synthetic.py", "phrasebook.py", "grammar.py", "lexicon.py"}
+    assert {path.name for path in synthetic.files(Config())} == {
+        "synthetic.py",
+        "phrasebook.py",
+        "grammar.py",
+        "lexicon.py",
+    }
     assert all(path.is_file() for path in synthetic.files(Config()))

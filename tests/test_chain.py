@@ -1,0 +1,115 @@
+"""The stage scripts on a tiny recipe, in one process: what they leave on disk, and how they refuse."""
+
+import json
+import sys
+
+import pytest
+
+from pipeline import eval as eval_stage
+from pipeline import ppo as ppo_stage
+from pipeline import sft as sft_stage
+from pipeline.models.config import ModelConfig
+from pipeline.models.loading import load_model, load_policy
+
+ENGLISH = ["a dog runs", "the cat sleeps", "we eat bread", "a bird sings"]
+GERMAN = ["ein Hund läuft", "die Katze schläft", "wir essen Brot", "ein Vogel singt"]
+RECIPE = """
+name: tiny
+output_dir: {root}/runs
+model:
+  from_scratch: {{hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, vocab_size: 300}}
+task: {{name: parallel, data_dir: {root}, source: "{{split}}.en", target: "{{split}}.de", language: de}}
+sft: {{num_train_epochs: 2, gradient_checkpointing: false, max_length: 64, learning_rate: 1e-2}}
+ppo:
+  rewards: [{reward}]
+  total_episodes: 16
+  per_device_train_batch_size: 4
+  gradient_accumulation_steps: 2
+  num_generations: 2
+  response_length: 8
+  learning_rate: 1e-2
+eval: {{metrics: [bleu, chrf], n_bootstrap: 50, num_samples: 2}}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A recipe file over four sentence pairs; call it with a reward."""
+
+    def write(reward="bleu", train=GERMAN * 3):
+        for split, target in (("train", train), ("validation", GERMAN), ("test", GERMAN)):
+            source = ENGLISH * 3 if split == "train" else ENGLISH
+            (tmp_path / f"{split}.en").write_text("\n".join(source) + "\n")
+            (tmp_path / f"{split}.de").write_text("\n".join(target) + "\n")
+        path = tmp_path / "tiny.yaml"
+        path.write_text(RECIPE.format(root=tmp_path, reward=reward))
+        return str(path)
+
+    return write
+
+
+def test_the_chain_leaves_what_the_readme_says(recipe, tmp_path, capsys):
+    path = recipe("{name: bleu}, {name: chrf, weight: 0.5}")
+    for stage in (sft_stage, ppo_stage, eval_stage):
+        assert stage.main([path]) == 0
+    run = tmp_path / "runs" / "tiny"
+    assert "# torch: " in (run / "recipe.yaml").read_text()
+    for stage in ("base", "sft", "ppo", "eval"):
+        assert (run / stage / "stage.json").is_file()
+    for stage in ("sft", "ppo"):
+        assert [json.loads(line) for line in (run / stage / "metrics.jsonl").read_text().splitlines()]
+        assert list((run / stage / "checkpoints").iterdir())
+
+    config = ModelConfig(model_name_or_path="unused")
+    sft, policy = load_model(run / "sft", config), load_policy(run / "ppo", run / "sft", config)
+    assert any((a != b).any() for a, b in zip(sft.parameters(), policy.parameters(), strict=True))
+
+    report = json.loads((run / "eval" / "report.json").read_text())
+    assert set(report["systems"]) == {"base", "sft", "ppo"}
+    for system in report["systems"].values():
+        assert set(system["metrics"]["bleu"]) == {"value", "low", "high", "signature"}
+        assert len((run / "eval" / system["predictions"]).read_text().splitlines()) == len(ENGLISH)
+        total = system["rewards"]["bleu"] + 0.5 * system["rewards"]["chrf"]
+        assert system["mean_reward"] == pytest.approx(total, abs=1e-6)
+        assert system["cumulative_reward"] == pytest.approx(4 * total, abs=1e-5)
+    assert report["systems"]["sft"]["kl_to_sft"] == 0
+    assert {(c["a"], c["b"], c["metric"]) for c in report["comparisons"]} >= {("sft", "ppo", "bleu")}
+    assert "| bleu |" in (run / "eval" / "report.md").read_text()
+
+    before = (run / "ppo" / "stage.json").read_text()
+    assert ppo_stage.main([path]) == 0
+    assert "ppo: already complete" in capsys.readouterr().err
+    assert (run / "ppo" / "stage.json").read_text() == before
+
+
+def test_a_stage_without_its_input_names_the_command(recipe, capsys):
+    path = recipe()
+    assert ppo_stage.main([path]) == 2
+    assert f"run: accelerate launch pipeline/sft.py {path}" in capsys.readouterr().err
+
+
+def test_parallel_files_of_unequal_length_are_one_sentence(recipe, capsys):
+    path = recipe(train=(GERMAN * 3)[:11])
+    assert sft_stage.main([path]) == 1
+    error = capsys.readouterr().err
+    assert "has 12 lines and" in error and "has 11: parallel files must match line by line" in error
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("raise RuntimeError('no reward today')", "raised RuntimeError: no reward today"),
+        ("return [1.0]", "returned 1 values, expected one for each of 2 completions"),
+        ("return [float('nan')] * len(completions)", "expected a finite number or None"),
+    ],
+)
+def test_a_broken_reward_stops_ppo_before_it_trains(recipe, tmp_path, monkeypatch, capsys, body, message):
+    (tmp_path / "broken_rewards.py").write_text(f"def reward(prompts, completions, **columns):\n    {body}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "broken_rewards", raising=False)
+    path = recipe("broken_rewards.reward")
+    assert sft_stage.main([path]) == 0
+    assert ppo_stage.main([path]) == 1
+    error = capsys.readouterr().err
+    assert "error: ppo: reward 'broken_rewards.reward'" in error and message in error
+    assert not (tmp_path / "runs" / "tiny" / "ppo" / "metrics.jsonl").exists()
