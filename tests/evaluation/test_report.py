@@ -247,10 +247,12 @@ def test_the_verdict_takes_the_p_value_at_its_word():
 
 
 def test_warnings():
-    texts = {"base": [""] * 3 + BAD[3:], "sft": MIXED, "ppo": MIXED}
+    empty = [""] * 3 + MIXED[3:]
+    texts = {"base": [""] * 12, "sft": empty, "ppo": empty}  # an untrained base says little, which is no news
     assert make_report(texts).warnings == [
         "sft and ppo wrote the same text for every prompt: are they the same model?",
-        "base wrote nothing for 3 of 12 prompts",
+        "sft wrote nothing for 3 of 12 prompts",
+        "ppo wrote nothing for 3 of 12 prompts",
     ]
     assert make_report({"base": BAD, "sft": MIXED, "ppo": GOOD}).warnings == []
 
