@@ -111,6 +111,18 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit(make_trainer):
     assert not same(found[0][0], found[2][0]) and found[0][1] != found[2][1]
 
 
+def test_sampling_follows_the_seed_and_the_step_alone(make_trainer):
+    trainer, found = make_trainer(), []
+    rows = trainer.prompt_rows(0)
+    for step in (0, 0, 1):
+        trainer.state = replace(trainer.state, step=step)
+        torch.manual_seed(len(found))
+        state = torch.random.get_rng_state()
+        found.append(trainer.collect_rollout(rows).completions)
+        assert torch.equal(torch.random.get_rng_state(), state)
+    assert found[0] == found[1] != found[2]
+
+
 def test_every_trained_weight_moves(make_trainer):
     trainer = make_trainer()
     before = weights(trainer)
@@ -153,6 +165,30 @@ def gradients_of(trainer, experience) -> dict[str, torch.Tensor]:
     trainer.optimizer.step = step
     trainer.update(experience)
     return found
+
+
+def test_mini_batches_are_drawn_anew_in_each_epoch(make_trainer):
+    _, experience = one_experience(make_trainer())
+    numbers = torch.arange(8.0).unsqueeze(1).expand_as(experience.values)  # which row it is
+    experience = replace(experience, values=numbers)
+    generator = torch.Generator().manual_seed(0)
+    epochs = [[part.values[:, 0].int().tolist() for part in experience.mini_batches(2, generator)] for _ in range(2)]
+    for parts in epochs:
+        assert [len(part) for part in parts] == [4, 4] and sorted(parts[0] + parts[1]) == list(range(8))
+    assert epochs[0] != epochs[1] and epochs[0] != [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert experience.mini_batches(1, generator) == [experience]
+
+
+def test_a_rollout_and_its_update_compute_the_same_rows_together(make_trainer):
+    trainer = make_trainer(num_ppo_epochs=1)
+    seen, forward = [], trainer.shared.forward
+    trainer.shared.forward = lambda sequences: seen.append(sequences.completion_ids.tolist()) or forward(sequences)
+    _, experience = one_experience(trainer)
+    collected = seen.copy()
+    seen.clear()
+    trainer.update(experience)
+    assert seen == collected  # equal rounding, so the first ratio is exactly 1 on any device
+    assert [len(rows) for rows in seen] == [4, 4]
 
 
 @pytest.mark.filterwarnings("ignore:.*lr_scheduler")
