@@ -30,9 +30,7 @@ class TrainingLog:
         )
         if self.file:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            lines = self.file.read_text().splitlines() if self.file.is_file() else []
-            kept = [line for line in lines if step > 0 and json.loads(line)["step"] <= step]
-            self.file.write_text("".join(line + "\n" for line in kept))
+            keep_lines(self.file, step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Record one event."""
@@ -61,6 +59,16 @@ class TrainingLog:
         self.bar.close()
         if self.accelerator.trackers:
             self.accelerator.end_training()
+
+
+def keep_lines(file: Path, step: int) -> None:
+    """Cut metrics.jsonl back to what a run at `step` had written: to nothing for a new one, else to that step.
+
+    A line that a kill or a full disk cut short belongs to what is dropped.
+    """
+    text = file.read_text() if file.is_file() and step > 0 else ""
+    whole = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    file.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
 
 
 def json_line(step: int, values: Mapping[str, object]) -> str:

@@ -1,6 +1,5 @@
 """Supervised fine-tuning: Relay's data and defaults for TRL's `SFTTrainer`."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 from pipeline.models.text import encode_completions, encode_prompts
-from pipeline.trainers.logs import json_line
+from pipeline.trainers.logs import json_line, keep_lines
 
 DEFAULTS: Mapping[str, Any] = {
     "eval_strategy": "epoch",
@@ -133,9 +132,7 @@ class MetricsFileCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """Keep only the lines up to the step training starts from."""
         if state.is_world_process_zero:
-            lines = self.path.read_text().splitlines() if self.path.is_file() else []
-            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step and state.global_step > 0]
-            self.path.write_text("".join(line + "\n" for line in kept))
+            keep_lines(self.path, state.global_step)
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         """Append one event."""

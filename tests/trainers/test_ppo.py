@@ -264,6 +264,8 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(make_trainer, examples,
 def test_the_restart_begins_at_the_checkpoint(make_trainer):
     first = make_trainer(save_steps=1, total_episodes=16)
     first.train()
+    with (first.output_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "epis')  # cut short
     resumed = make_trainer(save_steps=1, total_episodes=24)
     steps = []
     original = resumed.collect_rollout

@@ -213,7 +213,7 @@ class StopAfter(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def test_an_interrupted_run_continues(make_trainer):
+def test_an_interrupted_run_continues(make_trainer, tmp_path):
     settings = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 2, "eval_steps": 2}
     whole = make_trainer("whole", **settings)
     whole.train(resume_from_checkpoint=last_checkpoint(whole.args))
@@ -223,6 +223,8 @@ def test_an_interrupted_run_continues(make_trainer):
     with pytest.raises(KeyboardInterrupt):
         broken.train()
     assert [line["step"] for line in read_metrics(broken)] == [1, 2, 2, 3]
+    with (tmp_path / "broken" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')  # cut short
     resumed = make_trainer("broken", **settings)
     assert last_checkpoint(resumed.args).endswith("checkpoint-2")
     resumed.train(resume_from_checkpoint=last_checkpoint(resumed.args))
