@@ -1,5 +1,6 @@
 """Proximal policy optimisation of a causal language model on `accelerate`: act, credit, learn, log."""
 
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -162,7 +163,10 @@ class PPOTrainer:
         return self.state
 
     def _start(self, resume: bool) -> None:
-        found = list_checkpoints(self.checkpoints) if resume else []
+        if not resume and self.accelerator.is_main_process:
+            shutil.rmtree(self.checkpoints, ignore_errors=True)  # older, higher steps would outlive the new ones
+        self.accelerator.wait_for_everyone()
+        found = list_checkpoints(self.checkpoints)
         if found:
             checkpoint = load_checkpoint(found[-1])
             self.shared.load_trainable_state(checkpoint.weights)
@@ -260,7 +264,7 @@ class PPOTrainer:
         if args.whiten_advantages:
             advantages = whiten(advantages, mask, self._moments(advantages, mask))
         experience = Experience(rollout.sequences, rollout.logprobs, rollout.values, advantages, returns)
-        return experience, self._rollout_statistics(rollout, returns)
+        return experience, self._rollout_statistics(rollout, returns, args.kl_coef * kl)
 
     def _moments(self, values: Tensor, mask: Tensor) -> Tensor:
         return self.accelerator.reduce(moments(values, mask), reduction="sum")
@@ -334,8 +338,8 @@ class PPOTrainer:
         """Exchange gradients between processes with the last micro-batch only."""
         return nullcontext() if last else self.accelerator.no_sync(self.model)
 
-    def _rollout_statistics(self, rollout: Rollout, returns: Tensor) -> dict[str, float]:
-        sums = rollout_sums(rollout, returns, self.args.kl_coef).to(self.accelerator.device)
+    def _rollout_statistics(self, rollout: Rollout, returns: Tensor, penalties: Tensor) -> dict[str, float]:
+        sums = rollout_sums(rollout, returns, penalties).to(self.accelerator.device)
         sums = self.accelerator.reduce(sums, reduction="sum").tolist()
         return rollout_statistics(sums, [reward.name for reward in self.rewards])
 
@@ -380,11 +384,8 @@ class PPOTrainer:
         evaluates = bool(self.eval_dataset) and (step % every == 0 or step == total)
         if evaluates:
             self._log_and_compare(self.evaluate())
-        if (step % args.save_steps == 0 if args.save_steps else evaluates) or step == total or self._is_best():
+        if (step % args.save_steps == 0 if args.save_steps else evaluates) or step in (total, self.state.best_step):
             self.save_checkpoint()
-
-    def _is_best(self) -> bool:
-        return self.state.best_step == self.state.step
 
     def _log_and_compare(self, values: dict[str, float]) -> None:
         self._log_evaluation(values)

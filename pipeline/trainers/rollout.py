@@ -98,11 +98,14 @@ STATISTICS = (
 )
 
 
-def rollout_sums(rollout: Rollout, returns: Tensor, kl_coef: float) -> Tensor:
-    """Sums over this process's episodes, in float64, that `rollout_statistics` turns into means when added up."""
+def rollout_sums(rollout: Rollout, returns: Tensor, penalties: Tensor) -> Tensor:
+    """Sums over this process's episodes, in float64, that `rollout_statistics` turns into means when added up.
+
+    `penalties [B, C]` is what each token pays for its KL. The KL itself is the k1 estimate, unbiased whatever is paid.
+    """
     mask = rollout.sequences.completion_mask
     kl = ((rollout.logprobs - rollout.ref_logprobs) * mask).sum(1)
-    penalty = -kl_coef * kl
+    penalty = -(penalties * mask).sum(1)
     entropy = (rollout.entropies * mask).sum(1)
     finished = rollout.finished.to(kl.device).float()
     per_episode = (rollout.scores, kl, entropy, penalty, rollout.scores + penalty, mask.sum(1), finished)

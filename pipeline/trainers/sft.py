@@ -71,7 +71,8 @@ def build_sft_trainer(
     """TRL's trainer over tokenised splits; every log event is also a line of `metrics_file`."""
     completion_only = args.completion_only_loss is not False
     # TRL's fused LM head needs Triton to skip the tokens that carry no loss; without it, ours does.
-    fused = torch.cuda.is_available() or torch.xpu.is_available() or args.loss_type != "nll"
+    triton = torch.cuda.is_available() or torch.xpu.is_available()
+    fused = triton or args.loss_type != "nll" or args.router_aux_loss_coef
     trainer_class = SFTTrainer if fused else CompletionHeadSFTTrainer
     return trainer_class(
         model=model,
