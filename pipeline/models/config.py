@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-FROM_SCRATCH_ARCHITECTURES = ("llama",)
+FROM_SCRATCH_ARCHITECTURES = ("llama", "gpt_neox")
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 
@@ -10,23 +10,32 @@ DTYPES = ("float32", "bfloat16", "float16", "auto")
 class FromScratchConfig:
     """A small randomly initialised model with a BPE tokenizer trained on the task's own training text.
 
-    `hidden_size`, `intermediate_size` and the layer and head counts are those of `transformers.LlamaConfig`.
+    `llama` is the modern block (RMSNorm, SwiGLU) and has no dropout; `gpt_neox` has dropout after the embeddings, the
+    attention and the feed-forward layer, which a model trained for many epochs on little data needs. Sizes are those
+    of `transformers.LlamaConfig` and `transformers.GPTNeoXConfig`.
     """
 
     architecture: str = "llama"
     vocab_size: int = 6000
     hidden_size: int = 256
-    intermediate_size: int | None = None  # 8/3 of hidden_size, rounded up to a multiple of 32, as in Llama
+    intermediate_size: int | None = None  # llama: 8/3 of hidden_size, rounded up to 32; gpt_neox: 4 times
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
     max_position_embeddings: int = 512
     tie_word_embeddings: bool = True
+    dropout: float = 0.0  # gpt_neox only; PPO switches it off
 
     def __post_init__(self) -> None:
         if self.architecture not in FROM_SCRATCH_ARCHITECTURES:
             raise ValueError(
                 f"model.from_scratch.architecture: {self.architecture!r} is not one of "
                 f"{', '.join(FROM_SCRATCH_ARCHITECTURES)}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model.from_scratch.dropout: must be in [0, 1), found {self.dropout}")
+        if self.dropout and self.architecture == "llama":
+            raise ValueError(
+                f"model.from_scratch.dropout: llama has no dropout, found {self.dropout}; use architecture: gpt_neox"
             )
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
             if getattr(self, name) < 1:
@@ -45,7 +54,9 @@ class FromScratchConfig:
     @property
     def feed_forward_size(self) -> int:
         """Width of the feed-forward layers."""
-        return self.intermediate_size or -(-self.hidden_size * 8 // 3 // 32) * 32
+        if self.intermediate_size:
+            return self.intermediate_size
+        return 4 * self.hidden_size if self.architecture == "gpt_neox" else -(-self.hidden_size * 8 // 3 // 32) * 32
 
 
 @dataclass(frozen=True)

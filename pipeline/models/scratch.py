@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 from pipeline.models.config import FromScratchConfig
 
@@ -62,22 +62,34 @@ def _build(config: FromScratchConfig, texts: Iterable[str], seed: int, directory
     tokenizer = train_tokenizer(texts, config.vocab_size)
     tokenizer.model_max_length = config.max_position_embeddings
     tokenizer.padding_side = "left"
-    model_config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=config.hidden_size,
-        intermediate_size=config.feed_forward_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_attention_heads,
-        max_position_embeddings=config.max_position_embeddings,
-        tie_word_embeddings=config.tie_word_embeddings,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    model_config = _architecture(config, tokenizer)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(model_config)
     directory.mkdir(parents=True)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+
+
+def _architecture(config: FromScratchConfig, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
+    shared = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.feed_forward_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "max_position_embeddings": config.max_position_embeddings,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    if config.architecture == "llama":
+        return LlamaConfig(num_key_value_heads=config.num_attention_heads, **shared)
+    return GPTNeoXConfig(
+        hidden_dropout=config.dropout,
+        attention_dropout=config.dropout,
+        use_parallel_residual=False,  # the parallel form is for speed at scale; a shallow model learns better without
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
+        **shared,
+    )

@@ -106,3 +106,20 @@ def test_special_tokens_are_three_and_a_word_is_the_same_anywhere():
     tokenizer = train_tokenizer(TEXTS, 300)
     assert len({tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}) == 3
     assert tokenizer("cat")["input_ids"] == tokenizer("the cat")["input_ids"][len(tokenizer("the")["input_ids"]) :]
+
+
+def test_gpt_neox_has_dropout_in_training_only(build, model_config):
+    directory = build(architecture="gpt_neox", dropout=0.5)
+    model = load_model(directory, model_config)
+    ids = torch.arange(1, 9).unsqueeze(0)
+    assert model.config.model_type == "gpt_neox"
+    assert torch.equal(model.eval()(ids).logits, model(ids).logits)
+    assert not torch.equal(model.train()(ids).logits, model(ids).logits)
+    assert model.config.intermediate_size == 4 * model.config.hidden_size
+
+
+def test_dropout_needs_an_architecture_that_has_it(scratch_config):
+    with pytest.raises(ValueError, match=r"model.from_scratch.dropout: llama has no dropout, found 0.1; use archi"):
+        replace(scratch_config, dropout=0.1)
+    with pytest.raises(ValueError, match=r"model.from_scratch.dropout: must be in \[0, 1\), found 1"):
+        replace(scratch_config, architecture="gpt_neox", dropout=1.0)
