@@ -177,7 +177,7 @@ def test_numbers_of_any_library(result):
          "for each of its 3 tokens"),
         (torch.ones(2, 3), "returned a list of 3 for completion 1 ('Ein Hund'), expected one number for each of "),
         ([torch.ones(2), 1.0], "returned a list of 2 for completion 0 ("),
-        ([1.0, [1.0, float("nan")]], "returned [1.0, nan] for completion 1 ('Ein Hund'), expected a finite number for"),
+        ([1.0, [1.0, float("nan")]], "returned [1.0, nan] for completion 1 ('Ein Hund'), expected a finite number f"),
         ([1.0, [1.0, "2"]], "returned [1.0, '2'] for completion 1 ("),
         ([1.0, float("nan")], "returned nan for completion 1 ('Ein Hund'), expected a finite number or None"),
         ([float("-inf"), 1.0], "returned -inf for completion 0 ("),
