@@ -327,23 +327,21 @@ class PPOTrainer:
         figures = ", ".join(f"{name.removeprefix('eval_')} {value:.3f}" for name, value in values.items())
         self.log.say(f"step {self.state.step}: held-out {figures}")
 
+    def advance(self, rollout: Rollout, stats: dict[str, float]) -> None:
+        """Count the step, and move what adapts with it: the KL coefficient and the moments of the scores."""
+        args, seen = self.args, rollout.moments
+        moved = {"score_count": seen.count, "score_mean": seen.mean, "score_squares": seen.squares}
+        if args.kl_target is not None:
+            moved["kl_coef"] = adapted_kl_coef(
+                self.kl_coef, stats["objective/kl"], args.kl_target, self.batch_size, args.kl_horizon
+            )
+        self.state = replace(self.state, step=self.state.step + 1, **moved)
+
     def _end_step(self, rollout: Rollout, stats: dict[str, float]) -> None:
         """Log, show a sample, evaluate and save, each when it is due."""
         args, total = self.args, self.num_steps
-        step = self.state.step + 1
-        seen = rollout.moments
-        self.state = replace(
-            self.state,
-            step=step,
-            score_count=seen.count,
-            score_mean=seen.mean,
-            score_squares=seen.squares,
-        )
-        if args.kl_target is not None:
-            adapted = adapted_kl_coef(
-                self.kl_coef, stats["objective/kl"], args.kl_target, self.batch_size, args.kl_horizon
-            )
-            self.state = replace(self.state, kl_coef=adapted)
+        self.advance(rollout, stats)
+        step = self.state.step
         if step % args.logging_steps == 0 or step == total:
             self.log.write(step, {"episode": step * self.batch_size, **stats})
         self.log.advance(stats)
