@@ -150,7 +150,8 @@ def _check_ranges(args: PPOConfig) -> None:
     for names, rule, holds in rules:
         for name in names.split():
             value = getattr(args, name)
-            _require(value is None or (holds(value) and math.isfinite(value)), name, rule, value)
+            endless = value == math.inf and name != "max_grad_norm"  # whose inf switches clipping off
+            _require(value is None or (holds(value) and not endless), name, rule, value)
 
 
 def _check_sizes(args: PPOConfig) -> None:
