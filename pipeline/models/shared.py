@@ -45,7 +45,8 @@ class SharedModel(nn.Module):
         else:
             self._frozen = []
             self.network = get_peft_model(model, lora)
-        self.value_head = nn.Linear(model.get_output_embeddings().weight.shape[1], 1)  # OPT may project hidden_size
+        head = model.get_output_embeddings().weight  # its width is not always hidden_size: OPT may project
+        self.value_head = nn.Linear(head.shape[1], 1, dtype=torch.promote_types(head.dtype, torch.float32))
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         remove_dropout(self)
@@ -136,8 +137,9 @@ class SharedModel(nn.Module):
 
 
 def _score(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-prob and entropy, in float32, of `targets [N]` given `hidden [N, H]`."""
-    logits = head(hidden).float() / temperature
+    """Log-prob and entropy, in float32 or wider, of `targets [N]` given `hidden [N, H]`."""
+    logits = head(hidden)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     logprobs = torch.log_softmax(logits, dim=-1)
     with torch.no_grad():
         entropies = -(logprobs.exp() * logprobs).sum(-1)
