@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from pipeline.models.adapters import check_adapter
 from pipeline.models.sequences import Sequences
 
 # Rows of [tokens, vocabulary] that exist at once while log-probs are taken, in numbers (64 MiB of float32).
@@ -45,6 +46,7 @@ class SharedModel(nn.Module):
         else:
             self._frozen = []
             self.network = get_peft_model(model, lora)
+            check_adapter(self.network)
         head = model.get_output_embeddings().weight  # its width is not always hidden_size: OPT may project
         self.value_head = nn.Linear(head.shape[1], 1, dtype=torch.promote_types(head.dtype, torch.float32))
         nn.init.zeros_(self.value_head.weight)

@@ -16,9 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from pipeline.models.generation import Decoding, eos_token_ids, generate
 from pipeline.models.sequences import make_sequences
-from pipeline.models.shared import SharedModel, check_trunk_and_head
+from pipeline.models.shared import SharedModel
 from pipeline.models.text import decode, encode_prompts
-from pipeline.rewards import Reward, as_completions, check_rewards, combine, score_all
+from pipeline.rewards import Reward, as_completions, combine, score_all
 from pipeline.trainers.checkpoint import (
     Checkpoint,
     TrainerState,
@@ -26,6 +26,7 @@ from pipeline.trainers.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from pipeline.trainers.checks import check_model_and_data, check_start
 from pipeline.trainers.config import PPOConfig
 from pipeline.trainers.logs import TrainingLog, sample_line
 from pipeline.trainers.objective import (
@@ -88,9 +89,7 @@ class PPOTrainer:
             project_dir=str(self.output_dir),
         )
         set_seed(seed)  # python, numpy and torch, before the adapter is initialised
-        first = train_dataset[: min(2, len(train_dataset))]
-        check_rewards(self.rewards, {"completion": [""] * len(first["prompt"]), **first})
-        check_trunk_and_head(model)
+        check_model_and_data(model, processing_class, self.rewards, train_dataset)
         shared = SharedModel(model, peft_config if args.use_peft else None, args.temperature)
         if args.gradient_checkpointing:
             shared.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
@@ -99,6 +98,7 @@ class PPOTrainer:
         self._eval_prompt_ids = encode_prompts(processing_class, self.eval_dataset["prompt"]) if eval_dataset else []
         self._prompt_at = prompt_order(len(train_dataset), seed)
         self._prepare(shared)
+        check_start(self.shared, processing_class, self._prompt_ids, self._eval_prompt_ids, args, self.accelerator)
         self.state = TrainerState()
 
     def _prepare(self, shared: SharedModel) -> None:
