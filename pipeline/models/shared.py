@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from pipeline.models.adapters import check_adapter
 from pipeline.models.sequences import Sequences
 
 # Rows of [tokens, vocabulary] that exist at once while log-probs are taken, in numbers (64 MiB of float32).
@@ -54,6 +55,7 @@ class SharedModel(nn.Module):
         else:
             self._frozen = []
             self.network = get_peft_model(model, lora)
+            check_adapter(self.network)
         self.has_value_adapter = value_adapter
         if value_adapter:
             self.network.add_adapter(VALUE, lora)
@@ -63,7 +65,8 @@ class SharedModel(nn.Module):
             self.network.set_adapter(POLICY)
             for parameter in trained:
                 parameter.requires_grad_(True)
-        self.value_head = nn.Linear(model.get_output_embeddings().weight.shape[1], 1)  # OPT may project hidden_size
+        head = model.get_output_embeddings().weight  # its width is not always hidden_size: OPT may project
+        self.value_head = nn.Linear(head.shape[1], 1, dtype=torch.promote_types(head.dtype, torch.float32))
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         remove_dropout(self)
@@ -202,8 +205,9 @@ class SharedModel(nn.Module):
 def _score(
     head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, entropy_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """Log-prob and entropy, in float32, of `targets [N]` given `hidden [N, H]`."""
-    logits = head(hidden).float() / temperature
+    """Log-prob and entropy, in float32 or wider, of `targets [N]` given `hidden [N, H]`."""
+    logits = head(hidden)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     logprobs = torch.log_softmax(logits, dim=-1)
     with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         entropies = -(logprobs.exp() * logprobs).sum(-1)

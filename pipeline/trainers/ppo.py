@@ -15,9 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.models.generation import Decoding, finished, generate
 from pipeline.models.sequences import make_sequences
-from pipeline.models.shared import SharedModel, check_trunk_and_head
+from pipeline.models.shared import SharedModel
 from pipeline.models.text import decode, encode_prompts
-from pipeline.rewards import Reward, RewardError, Scores, as_completions, check_rewards, score_texts
+from pipeline.rewards import Reward, RewardError, Scores, as_completions, score_texts
 from pipeline.trainers.checkpoint import (
     Checkpoint,
     TrainerState,
@@ -25,6 +25,7 @@ from pipeline.trainers.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from pipeline.trainers.checks import check_model_and_data, check_start
 from pipeline.trainers.config import PPOConfig
 from pipeline.trainers.learner import Learner
 from pipeline.trainers.logs import TrainingLog, sample_line
@@ -88,9 +89,7 @@ class PPOTrainer:
             project_dir=str(self.output_dir),
         )
         set_seed(seed)  # python, numpy and torch, before the adapter is initialised
-        first = train_dataset[: min(2, len(train_dataset))]
-        check_rewards(self.rewards, {"completion": [""] * len(first["prompt"]), **first})
-        check_trunk_and_head(model)
+        check_model_and_data(model, processing_class, self.rewards, train_dataset)
         shared = SharedModel(
             model,
             peft_config if args.use_peft else None,
@@ -107,6 +106,7 @@ class PPOTrainer:
         self.learner = Learner(shared, args, self.accelerator)
         self.shared = self.learner.shared
         self.optimizer, self.scheduler = self.learner.optimizer, self.learner.scheduler
+        check_start(self.shared, processing_class, self._prompt_ids, self._eval_prompt_ids, args, self.accelerator)
         self.state = TrainerState()
 
     @property

@@ -78,16 +78,16 @@ def score_tokens(model: SharedModel, sequences: Sequences, size: int) -> tuple[T
 
     The same rows together give the same rounding, so that the update's first ratio is exactly 1.
     """
-    results = [torch.zeros(sequences.completion_mask.shape, device=sequences.completion_ids.device) for _ in range(4)]
+    results: list[Tensor] = []
     for index in length_sorted_chunks(sequences.lengths, size):
         part = sequences.rows(index)
         width = part.completion_ids.shape[1]
         outputs = model(part)
-        reference = model.reference_logprobs(part)
-        for result, tensor in zip(
-            results, (outputs.logprobs, reference, outputs.values, outputs.entropies), strict=True
-        ):
-            result[index, :width] = tensor.to(result.dtype)
+        tensors = (outputs.logprobs, model.reference_logprobs(part), outputs.values, outputs.entropies)
+        if not results:  # in the precision of the model
+            results = [tensor.new_zeros(sequences.completion_mask.shape) for tensor in tensors]
+        for result, tensor in zip(results, tensors, strict=True):
+            result[index, :width] = tensor
     logprobs, ref_logprobs, values, entropies = results
     return logprobs, ref_logprobs, values, entropies
 

@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
+from pipeline.models.adapters import check_adapter
 from pipeline.models.text import encode_completions, encode_prompts
 from pipeline.trainers.logs import json_line, keep_lines
 
@@ -74,7 +75,7 @@ def build_sft_trainer(
     triton = torch.cuda.is_available() or torch.xpu.is_available()
     fused = triton or args.loss_type != "nll" or args.router_aux_loss_coef
     trainer_class = SFTTrainer if fused else CompletionHeadSFTTrainer
-    return trainer_class(
+    trainer = trainer_class(
         model=model,
         args=args,
         processing_class=tokenizer,
@@ -83,6 +84,9 @@ def build_sft_trainer(
         peft_config=peft_config,
         callbacks=[MetricsFileCallback(metrics_file)],
     )
+    if isinstance(trainer.model, PeftModel):
+        check_adapter(trainer.model)
+    return trainer
 
 
 def last_checkpoint(args: SFTConfig) -> str | None:
