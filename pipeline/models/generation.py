@@ -4,20 +4,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from pipeline.models.decoding import Choose, Stop, decode_batch, supports_decode_loop
 from pipeline.models.sequences import length_sorted_chunks, pad_left
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How to write a completion of at most `max_new_tokens` tokens. `temperature` None: greedy, or beam search."""
+    """How to write a completion of at most `max_new_tokens` tokens. `temperature` None: greedy, or beam search.
+
+    No end is written before `min_new_tokens`, and a text that holds one of `stop_strings` ends there.
+    """
 
     max_new_tokens: int
     temperature: float | None = None
     top_k: int = 0
     top_p: float = 1.0
     num_beams: int = 1
+    min_new_tokens: int = 0
+    stop_strings: tuple[str, ...] = ()
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -27,7 +34,6 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     return sorted({tokenizer.eos_token_id, *declared})
 
 
-@torch.no_grad()
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -37,12 +43,96 @@ def generate(
 ) -> list[list[int]]:
     """Token ids of one completion for each prompt (lists of ids), in the order of the prompts.
 
-    A completion ends with an EOS token if the model wrote one, else it has `max_new_tokens` tokens. The model's saved
-    generation settings (penalties, forced tokens, sampling) are not used, so that a recipe alone decides.
+    A completion ends with an EOS token if the model wrote one, or with the token that completes a stop string, else it
+    has `max_new_tokens` tokens. The model's saved generation settings (penalties, forced tokens, sampling) are not
+    used, so that a recipe alone decides. A sampled token is a function of one uniform number of its own row and step,
+    drawn from torch's generator for all prompts at once, so neither `batch_size` nor other rows change a completion.
+
+    Raises:
+        FloatingPointError: the model's probabilities are not finite.
     """
     ends = eos_token_ids(model, tokenizer)
+    if decoding.num_beams > 1 or not supports_decode_loop(model):
+        return _generate_by_transformers(model, tokenizer, prompts, decoding, ends, batch_size)
+    draws = torch.rand(len(prompts), decoding.max_new_tokens) if decoding.temperature is not None else None
+    completions: list[list[int]] = [[] for _ in prompts]
+    for chunk in length_sorted_chunks(torch.tensor([len(p) for p in prompts]), batch_size):
+        rows = chunk.tolist()
+        choose = _chooser(decoding, ends, None if draws is None else draws[chunk].to(model.device))
+        written = decode_batch(
+            model,
+            [prompts[row] for row in rows],
+            tokenizer.pad_token_id,
+            decoding.max_new_tokens,
+            ends,
+            choose,
+            _stopper(tokenizer, decoding),
+        )
+        for row, tokens in zip(rows, written, strict=True):
+            completions[row] = tokens
+    return completions
+
+
+def _chooser(decoding: Decoding, ends: Sequence[int], draws: Tensor | None) -> Choose:
+    """How the next tokens are chosen; `draws [B, max_new_tokens]` are uniform numbers in [0, 1), None for greedy."""
+
+    def choose(logits: Tensor, step: int, rows: Tensor) -> Tensor:
+        if step < decoding.min_new_tokens:
+            logits[:, ends] = -torch.inf
+        return logits.argmax(-1) if draws is None else sample_tokens(logits, decoding, draws[rows, step])
+
+    return choose
+
+
+def sample_tokens(logits: Tensor, decoding: Decoding, draws: Tensor) -> Tensor:
+    """One token for each row of `logits [N, V]` by inverting its cumulative distribution at `draws [N]` in [0, 1)."""
+    logits, order = logits / decoding.temperature, None
+    if decoding.top_k or decoding.top_p < 1:
+        logits, order = logits.topk(min(decoding.top_k or logits.shape[-1], logits.shape[-1]))
+    # In float64, where sums over a large vocabulary keep what small probabilities add.
+    probabilities = torch.softmax(logits, dim=-1).double()
+    cumulative = probabilities.cumsum(-1)
+    if decoding.top_p < 1:  # the fewest likeliest tokens that together reach top_p
+        probabilities = probabilities.masked_fill(cumulative - probabilities >= decoding.top_p, 0.0)
+        cumulative = probabilities.cumsum(-1)
+    targets = draws.double().unsqueeze(-1) * cumulative[:, -1:]
+    index = torch.searchsorted(cumulative, targets, right=True)  # the first whose sum passes: never one of weight 0
+    if (index == logits.shape[-1]).any():
+        raise FloatingPointError("generation: the probabilities of the next token are not finite (NaN in the model)")
+    return (index if order is None else order.gather(-1, index)).squeeze(-1)
+
+
+def _stopper(tokenizer: PreTrainedTokenizerBase, decoding: Decoding) -> Stop | None:
+    """Which texts hold one of the stop strings, after at least `min_new_tokens`; None if there are none."""
+    if not decoding.stop_strings:
+        return None
+
+    def stop(rows: Tensor, written: Tensor) -> Tensor:
+        found = [_is_stopped(tokenizer, decoding, ids) for ids in written.tolist()]
+        return torch.tensor(found, device=written.device)
+
+    return stop
+
+
+def _is_stopped(tokenizer: PreTrainedTokenizerBase, decoding: Decoding, ids: list[int]) -> bool:
+    if not decoding.stop_strings or len(ids) < decoding.min_new_tokens:
+        return False
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return any(end in text for end in decoding.stop_strings)
+
+
+@torch.no_grad()
+def _generate_by_transformers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    ends: list[int],
+    batch_size: int,
+) -> list[list[int]]:
     config = GenerationConfig(
         max_new_tokens=decoding.max_new_tokens,
+        min_new_tokens=decoding.min_new_tokens or None,
         do_sample=decoding.temperature is not None,
         temperature=decoding.temperature,
         top_k=decoding.top_k if decoding.temperature is not None else None,
@@ -54,25 +144,16 @@ def generate(
     )
     # transformers fills unset fields from the model's own generation config, so ours takes its place meanwhile.
     saved, model.generation_config = model.generation_config, config
+    completions: list[list[int]] = [[] for _ in prompts]
     try:
-        return _generate_in_chunks(model, prompts, config, batch_size)
+        for chunk in length_sorted_chunks(torch.tensor([len(p) for p in prompts]), batch_size):
+            rows = chunk.tolist()
+            ids, mask = pad_left([prompts[row] for row in rows], config.pad_token_id, model.device)
+            output = model.generate(input_ids=ids, attention_mask=mask.long(), generation_config=config)
+            for row, tokens in zip(rows, output[:, ids.shape[1] :].tolist(), strict=True):
+                lengths = range(1, len(tokens))
+                stop = (n for n in lengths if tokens[n - 1] in ends or _is_stopped(tokenizer, decoding, tokens[:n]))
+                completions[row] = tokens[: next(stop, len(tokens))]
     finally:
         model.generation_config = saved
-
-
-def _generate_in_chunks(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], config: GenerationConfig, batch_size: int
-) -> list[list[int]]:
-    completions: list[list[int]] = [[] for _ in prompts]
-    for chunk in length_sorted_chunks(torch.tensor([len(p) for p in prompts]), batch_size):
-        rows = chunk.tolist()
-        ids, mask = pad_left([prompts[row] for row in rows], config.pad_token_id, model.device)
-        output = model.generate(input_ids=ids, attention_mask=mask.long(), generation_config=config)
-        for row, tokens in zip(rows, output[:, ids.shape[1] :].tolist(), strict=True):
-            completions[row] = _cut_after_eos(tokens, config.eos_token_id)
     return completions
-
-
-def _cut_after_eos(tokens: list[int], ends: Sequence[int]) -> list[int]:
-    stop = next((i for i, token in enumerate(tokens) if token in ends), len(tokens) - 1)
-    return tokens[: stop + 1]
