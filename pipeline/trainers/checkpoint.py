@@ -2,7 +2,8 @@
 
 import json
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -11,23 +12,7 @@ from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.trainers.checkpoint_files import (
-    keep_newest,
-    list_checkpoints,
-    new_checkpoint,
-    require_finite,
-    require_intact,
-)
-
-__all__ = [
-    "Checkpoint",
-    "TrainerState",
-    "list_checkpoints",
-    "load_checkpoint",
-    "load_tensors",
-    "save_checkpoint",
-    "state_size",
-]
+from pipeline.trainers.checkpoint_files import keep_newest, new_checkpoint, require_finite, require_intact
 
 STATE_FILE, WEIGHTS_FILE, OPTIMIZER_FILE = "trainer_state.json", "trainable.safetensors", "optimizer.pt"
 RANDOM_FILE = "random_state.pt"
@@ -107,8 +92,19 @@ def load_tensors(file: Path):
     Raises:
         ValueError: it holds anything else, which could run code.
     """
-    try:
+    with tensors_alone(file):
         return torch.load(file, map_location="cpu", weights_only=True)
+
+
+@contextmanager
+def tensors_alone(file: object) -> Iterator[None]:
+    """Say in a sentence what torch says when it refuses to unpickle an object.
+
+    Raises:
+        ValueError: naming `file`.
+    """
+    try:
+        yield
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{file} holds more than tensors and plain values, which could run code: it is not loaded; remove the "

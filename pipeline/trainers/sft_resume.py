@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
-from pipeline.trainers.checkpoint import load_tensors
+from pipeline.trainers.checkpoint import load_tensors, tensors_alone
 from pipeline.trainers.checkpoint_files import (
     check_space,
     clear_checkpoints,
@@ -56,7 +56,6 @@ class ResumableSFTTrainer(SFTTrainer):
             parts = load_tensors(Path(resume_from_checkpoint) / LOOP_FILE)["processes"]
             rank, world = self.args.process_index, self.args.world_size
             self._loop = of_this_process(parts, rank, world, resume_from_checkpoint)
-            load_tensors(Path(resume_from_checkpoint) / "optimizer.pt")  # says what is wrong with it in a sentence
         # One being written, and the best one, beside those that are kept.
         count = (self.args.save_total_limit or 1) + 1 + bool(self.args.load_best_model_at_end)
         check_space(checkpoints, self._checkpoint_size(), 1 if self.args.save_strategy == "no" else count)
@@ -111,6 +110,10 @@ class ResumableSFTTrainer(SFTTrainer):
             restore_random_state(self._loop["random_of_epoch" if inside else "random"])
         self._random_of_epoch = random_state()
         super()._run_epoch(**kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with tensors_alone(f"{checkpoint}/optimizer.pt or scheduler.pt"):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Called in the first epoch after a restart, when the data that were seen have been passed over."""

@@ -1,5 +1,6 @@
 """Kill -9 at any file of any save, the same call again: weights and log come out bit for bit the same."""
 
+import hashlib
 import json
 import os
 import random
@@ -13,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 from ppo_toys import colours, weights
+from safetensors.torch import load_file
 
 from pipeline.models.loading import lora_config
 from pipeline.trainers.checkpoint_files import list_checkpoints, newest_checkpoint
 from pipeline.trainers.logs import keep_lines
 from pipeline.trainers.sft import build_sft_trainer, last_checkpoint, sft_arguments
-from pipeline.trainers.stopping import Stopped, stop_signals
+from pipeline.trainers.stopping import Stopped, requested_stop, stop_signals
 
 SFT = {
     "per_device_train_batch_size": 4,
@@ -185,9 +187,138 @@ def test_a_signal_saves_after_the_step_and_the_run_ends_the_same(sft, ppo, tmp_p
     assert log_of(tmp_path / "broken") == log_of(tmp_path / "whole")
 
 
-def test_signals_are_noted_and_the_second_ctrl_c_aborts(fresh_accelerate):
-    from pipeline.trainers.stopping import requested_stop
+@pytest.mark.parametrize("kind", ["sft", "ppo"])
+def test_a_damaged_checkpoint_costs_one_interval(sft, ppo, tmp_path, capfd, kind):
+    train = {"sft": sft, "ppo": lambda output: ppo(output, save_steps=1)}[kind]
+    train("whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "broken")
+    before, last = list_checkpoints(tmp_path / "broken" / "checkpoints")[-2:]
+    os.truncate(last / "optimizer.pt", 100)
+    capfd.readouterr()
+    train("broken")
+    said = capfd.readouterr().err
+    assert f"{last} is damaged and not used: optimizer.pt has 100 bytes instead of" in said
+    assert f"continuing from {before}" in said
+    assert same_weights(tmp_path / "broken.pt", tmp_path / "whole.pt")
+    assert log_of(tmp_path / "broken") == log_of(tmp_path / "whole")
 
+
+@pytest.mark.parametrize("kind", ["sft", "ppo"])
+def test_what_a_checkpoint_lacks_is_listed(sft, ppo, tmp_path, kind):
+    train = {"sft": sft, "ppo": ppo}[kind]
+    train("run")
+    names = {"sft": ["loop_state.pt", "optimizer.pt", "scheduler.pt"], "ppo": ["optimizer.pt", "random_state.pt"]}[
+        kind
+    ]
+    for name in names:
+        (list_checkpoints(tmp_path / "run" / "checkpoints")[-1] / name).unlink()
+    with pytest.raises(ValueError, match=rf"lacks {', '.join(names)}: put back what is missing"):
+        train("run")
+
+
+@pytest.mark.parametrize("kind", ["sft", "ppo"])
+def test_the_best_checkpoint_is_checked_too(sft, ppo, tmp_path, kind):
+    """The first checkpoint is made the best."""
+    metric = iter([0, 5, 1, 1, 1])
+
+    def script(trainer):
+        trainer.compute_metrics = lambda completions, rows: {"scripted": next(metric)}
+
+    train = {
+        "sft": lambda: sft("run", greater_is_better=True),  # the highest loss
+        "ppo": lambda: ppo("run", before=script, metric_for_best_model="eval_scripted", eval_steps=1),
+    }[kind]
+    train()
+    first = list_checkpoints(tmp_path / "run" / "checkpoints")[0]
+    weights_file = next(first.glob("*.safetensors"))
+    content = bytearray(weights_file.read_bytes())
+    content[-1] ^= 1  # one bit
+    weights_file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{first.name}' is damaged: {weights_file.name} does not have the checksum"):
+        train()
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "loop_state.pt", "scheduler.pt"])
+def test_a_malicious_sft_checkpoint_is_not_run(sft, tmp_path, name):
+    sft("run")
+    path, mark = list_checkpoints(tmp_path / "run" / "checkpoints")[-1], tmp_path / "mark"
+    torch.save(Malice(mark), path / name)
+    manifest = json.loads((path / "manifest.json").read_text())
+    size, digest = (path / name).stat().st_size, hashlib.sha256((path / name).read_bytes()).hexdigest()
+    (path / "manifest.json").write_text(json.dumps({**manifest, name: {"bytes": size, "sha256": digest}}))
+    with pytest.raises(ValueError, match=rf"{name}.* holds more than tensors and plain values"):
+        sft("run")
+    assert not mark.exists()
+    assert not list(path.glob("*.bin"))  # nor do we write pickles of objects
+
+
+class Malice:
+    """Unpickled, it makes a directory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [("loss", "step 3: the loss is not finite"), ("gradient", "step 3: the gradient is not finite")],
+)
+def test_a_loss_or_gradient_that_is_not_finite_ends_sft(sft, tmp_path, monkeypatch, where, message):
+    settings = {**STEPS, "save_steps": 1, "eval_steps": 1}
+
+    def spoil(trainer):
+        compute_loss = trainer.compute_loss
+
+        def spoiled(model, inputs, **options):
+            loss = compute_loss(model, inputs, **options)
+            if trainer.state.global_step != 2 or not model.training:
+                return loss
+            if where == "loss":
+                return loss * float("nan")
+            parameter = next(p for p in model.parameters() if p.requires_grad)
+            return loss + torch.sqrt((parameter * 0).sum())  # finite, with an infinite slope
+
+        trainer.compute_loss = spoiled
+
+    with pytest.raises(FloatingPointError, match=rf"{message}, so no step is made and nothing saved; lower sft\."):
+        sft("run", before=spoil, **settings)
+    checkpoints = list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert [path.name for path in checkpoints] == ["checkpoint-1", "checkpoint-2"]
+    adapter = load_file(checkpoints[-1] / "adapter_model.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in adapter.values())
+
+
+def test_sft_weights_that_are_not_finite_are_not_saved(sft, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"step 1: .*lora_.* is not finite, nothing is saved"):
+        sft("run", learning_rate=float("inf"), save_strategy="steps", save_steps=1, eval_strategy="no")
+    assert list_checkpoints(tmp_path / "run" / "checkpoints") == []
+
+
+@pytest.mark.parametrize("kind", ["sft", "ppo"])
+def test_a_disk_without_room_is_refused_before_the_first_step(sft, ppo, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 999, 999))
+    with pytest.raises(
+        OSError, match=r"no room for the checkpoints in .*run/checkpoints: 4 of about [\d,]+ bytes need"
+    ):
+        {"sft": sft, "ppo": ppo}[kind]("run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_the_estimated_size_is_near_the_true_one(sft, ppo, tmp_path, monkeypatch):
+    estimates = []
+    monkeypatch.setattr(
+        "pipeline.trainers.sft_resume.check_space", lambda directory, size, count: estimates.append(size)
+    )
+    sft("run", peft=False, max_steps=1)
+    (path,) = list_checkpoints(tmp_path / "run" / "checkpoints")
+    true = sum((path / name).stat().st_size for name in ("model.safetensors", "optimizer.pt"))
+    assert 0.8 * true < estimates[0] < 1.05 * true
+
+
+def test_signals_are_noted_and_the_second_ctrl_c_aborts(fresh_accelerate):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with stop_signals():
         assert requested_stop() is None
