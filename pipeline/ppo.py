@@ -16,6 +16,7 @@ from pipeline.run_directory import RunDirectory
 from pipeline.stage import run_stage, sft_model_path
 from pipeline.tasks import Task, load_task
 from pipeline.trainers.ppo import PPOTrainer
+from pipeline.trainers.stopping import stop_signals
 
 
 def main(argv: Sequence[str]) -> int:
@@ -40,7 +41,8 @@ def train(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
         seed=recipe.seed,
         compute_metrics=held_out_metrics(recipe, task),
     )
-    state = trainer.train()
+    with stop_signals():
+        state = trainer.train()
     trainer.save_model(run.ppo)
     return {
         "steps": state.step,
