@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from pipeline.models.sequences import Sequences
 
 # Rows of [tokens, vocabulary] that exist at once while log-probs are taken, in numbers (64 MiB of float32).
 LOGIT_BUDGET = 2**24
+POLICY, VALUE = "default", "value"  # peft's adapter names; it calls the first one default
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,20 @@ class SharedModel(nn.Module):
 
     With a `lora` config the base is frozen, the policy is base plus adapter, and the reference is the base alone. With
     None the whole model is trained, and a frozen copy of it is the reference. Temperature divides the logits of
-    policy and reference alike.
+    policy and reference alike. The value head reads the policy's last hidden states or, with `value_adapter`, those of
+    a second adapter, which costs a second pass and leaves the policy's alone.
     """
 
-    def __init__(self, model: PreTrainedModel, lora: LoraConfig | None, temperature: float = 1.0) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        lora: LoraConfig | None,
+        temperature: float = 1.0,
+        value_adapter: bool = False,
+        entropy_gradient: bool = False,
+    ) -> None:
         super().__init__()
-        self.temperature = temperature
+        self.temperature, self.entropy_gradient = temperature, entropy_gradient
         if lora is None:
             self._frozen = [copy.deepcopy(model).requires_grad_(False).eval()]  # in a list: not a submodule
             self.network: PreTrainedModel | PeftModel = model
@@ -47,6 +56,15 @@ class SharedModel(nn.Module):
             self._frozen = []
             self.network = get_peft_model(model, lora)
             check_adapter(self.network)
+        self.has_value_adapter = value_adapter
+        if value_adapter:
+            self.network.add_adapter(VALUE, lora)
+            trained = [p for p in self.network.parameters() if p.requires_grad]
+            self.network.set_adapter(VALUE)
+            trained += [p for p in self.network.parameters() if p.requires_grad]
+            self.network.set_adapter(POLICY)
+            for parameter in trained:
+                parameter.requires_grad_(True)
         head = model.get_output_embeddings().weight  # its width is not always hidden_size: OPT may project
         self.value_head = nn.Linear(head.shape[1], 1, dtype=torch.promote_types(head.dtype, torch.float32))
         nn.init.zeros_(self.value_head.weight)
@@ -63,6 +81,9 @@ class SharedModel(nn.Module):
         states = self._states(self.causal_lm, sequences)
         mask = sequences.completion_mask
         logprobs, entropies = self._token_logprobs(self.causal_lm, states, sequences)
+        if self.has_value_adapter:
+            with self._value_adapter():
+                states = self._states(self.causal_lm, sequences)
         # The head computes in its own precision, whatever autocast does to the trunk.
         with torch.autocast(states.device.type, enabled=False):
             values = self.value_head(states.to(self.value_head.weight.dtype)).squeeze(-1)
@@ -81,8 +102,37 @@ class SharedModel(nn.Module):
         if self._frozen:
             yield self._frozen[0]
         else:
-            with self.network.disable_adapter():
+            with self._trainable_kept(), self.network.disable_adapter():
                 yield self.causal_lm
+
+    @contextmanager
+    def _value_adapter(self) -> Iterator[None]:
+        """The value's adapter in the place of the policy's."""
+        with self._trainable_kept():
+            self.network.set_adapter(VALUE)
+        try:
+            yield
+        finally:
+            with self._trainable_kept():
+                self.network.set_adapter(POLICY)
+
+    @contextmanager
+    def _trainable_kept(self) -> Iterator[None]:
+        """peft freezes the adapters it switches off; a backward pass would then leave them without gradients."""
+        trained = [p for p in self.network.parameters() if p.requires_grad]
+        try:
+            yield
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute layers in the backward pass, each under the adapter that was active in its forward pass."""
+        self.causal_lm.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": self._checkpoint_contexts})
+
+    def _checkpoint_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        active = self.has_value_adapter and self.network.active_adapter == VALUE
+        return nullcontext(), self._value_adapter() if active else nullcontext()
 
     def to(self, *args, **kwargs) -> "SharedModel":
         """Move the frozen copy, which is not a submodule, along."""
@@ -90,9 +140,23 @@ class SharedModel(nn.Module):
             model.to(*args, **kwargs)
         return super().to(*args, **kwargs)
 
+    def value_parameters(self) -> list[nn.Parameter]:
+        """What only the value function uses: its head, and its adapter where it has one."""
+        adapter = [p for name, p in self.network.named_parameters() if p.requires_grad and f".{VALUE}." in name]
+        return [*self.value_head.parameters(), *(adapter if self.has_value_adapter else [])]
+
+    def policy_parameters(self) -> list[nn.Parameter]:
+        """Everything else that is trained."""
+        value = {id(p) for p in self.value_parameters()}
+        return [p for p in self.parameters() if p.requires_grad and id(p) not in value]
+
     def save_pretrained(self, directory: Path) -> None:
         """The policy as peft or transformers save it, and the value head beside it."""
-        self.network.save_pretrained(directory)
+        if self.has_value_adapter:
+            self.network.save_pretrained(directory, selected_adapters=[POLICY])
+            self.network.save_pretrained(directory, selected_adapters=[VALUE])
+        else:
+            self.network.save_pretrained(directory)
         save_file(
             {k: v.contiguous() for k, v in self.value_head.state_dict().items()}, directory / "value_head.safetensors"
         )
@@ -130,20 +194,22 @@ class SharedModel(nn.Module):
         head = model.get_output_embeddings()
         rows = max(1, LOGIT_BUDGET // model.config.get_text_config().vocab_size)
         if hidden.shape[0] <= rows:
-            return _score(head, hidden, targets, self.temperature)
+            return _score(head, hidden, targets, self.temperature, self.entropy_gradient)
         parts = [
-            checkpoint(_score, head, h, t, self.temperature, use_reentrant=False)
+            checkpoint(_score, head, h, t, self.temperature, self.entropy_gradient, use_reentrant=False)
             for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)
         ]
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
 
-def _score(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _score(
+    head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, entropy_gradient: bool
+) -> tuple[Tensor, Tensor]:
     """Log-prob and entropy, in float32 or wider, of `targets [N]` given `hidden [N, H]`."""
     logits = head(hidden)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     logprobs = torch.log_softmax(logits, dim=-1)
-    with torch.no_grad():
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         entropies = -(logprobs.exp() * logprobs).sum(-1)
     return logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropies
 

@@ -21,21 +21,24 @@ __all__ = [
     "RewardConfig",
     "RewardError",
     "RewardFunction",
+    "Scores",
     "build_rewards",
     "check_rewards",
     "combine",
     "score_all",
+    "score_texts",
 ]
 
 
 class RewardFunction(Protocol):
     """TRL's GRPO reward signature: one number for each completion, or None where the function does not apply.
 
-    `prompts` and `completions` are texts (for chat data, message lists); `completion_ids` their token ids; every
+    A list with one number for each of the completion's tokens pays those tokens; its sum is the score. `prompts` and
+    `completions` are texts (for chat data, message lists); `completion_ids` their token ids; every
     column of the data set arrives by name, aligned, `references` among them.
     """
 
-    def __call__(self, prompts: list, completions: list, **columns: list) -> list[float | None]:
+    def __call__(self, prompts: list, completions: list, **columns: list) -> list[float | list[float] | None]:
         """Score the completions."""
         ...
 
@@ -102,25 +105,95 @@ def _make(factory: Callable[..., RewardFunction], config: RewardConfig) -> Rewar
         ) from error
 
 
-def score_all(
-    rewards: Sequence[Reward], prompts: list, completions: list, columns: dict[str, list]
-) -> dict[str, Tensor]:
-    """Each reward's values [B] by name; NaN where a function returned None.
+@dataclass(frozen=True)
+class Scores:
+    """What the rewards said of a batch of completions.
+
+    `total [B]` is the weighted sum; `parts` has each reward's values [B] by name, NaN where a function returned None;
+    `token_parts` has, for a reward that paid single tokens, a list of numbers for each completion (None: not paid).
+    """
+
+    total: Tensor
+    parts: dict[str, Tensor]
+    token_parts: dict[str, list[list[float] | None]]
+
+    def by_token(self, rewards: Sequence["Reward"], lengths: Sequence[int]) -> Tensor:
+        """Where the total is paid, [B, longest]: at the tokens a function named, else at the last; rows sum to it."""
+        spread = torch.zeros(len(lengths), max(lengths))
+        last = torch.tensor(lengths) - 1
+        for reward in rewards:
+            lists = self.token_parts.get(reward.name, [None] * len(lengths))
+            for row, numbers in enumerate(lists):
+                if numbers is not None:
+                    spread[row, : len(numbers)] += reward.weight * torch.tensor(numbers)
+            whole = torch.tensor([numbers is None for numbers in lists])
+            values = self.parts[reward.name].nan_to_num(0.0) * whole
+            spread[torch.arange(len(lengths)), last] += reward.weight * values
+        return spread
+
+
+def score_texts(rewards: Sequence[Reward], prompts: list, completions: list, columns: dict[str, list]) -> Scores:
+    """Every reward's values and their weighted sum.
 
     Raises:
-        RewardError: a function raised, or its result is not one finite number or None for each completion.
+        RewardError: a function raised, or its result is not, for each completion, one finite number, None, or a list
+            of one finite number for each of its tokens; or a completion that no reward applies to.
     """
-    scores = {}
+    parts, token_parts = {}, {}
     for reward in rewards:
         try:
             result = reward.function(prompts=prompts, completions=completions, **columns)
         except Exception as error:
             raise RewardError(f"reward {reward.name!r} raised {type(error).__name__}: {error}") from error
-        scores[reward.name] = torch.tensor(_checked(reward.name, result, completions), dtype=torch.float32)
-    return scores
+        result = _as_list(reward.name, result, completions)
+        if any(_is_list(value) for value in result):
+            lists = _token_values(reward.name, result, completions, columns["completion_ids"])
+            token_parts[reward.name] = lists
+            result = [
+                value if tokens is None else math.fsum(tokens) for value, tokens in zip(result, lists, strict=True)
+            ]
+        parts[reward.name] = torch.tensor(_checked(reward.name, result, completions), dtype=torch.float32)
+    return Scores(combine(rewards, parts), parts, token_parts)
 
 
-def _checked(name: str, result: object, completions: list) -> list[float]:
+def score_all(
+    rewards: Sequence[Reward], prompts: list, completions: list, columns: dict[str, list]
+) -> dict[str, Tensor]:
+    """Each reward's values [B] by name: `score_texts(...).parts`."""
+    return score_texts(rewards, prompts, completions, columns).parts
+
+
+def _is_list(value: object) -> bool:
+    if isinstance(value, Tensor | np.ndarray):
+        return value.ndim > 0 and int(np.prod(value.shape)) != 1  # one element is a number, whatever its shape
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _token_values(
+    name: str, result: Sequence[object], completions: list, completion_ids: Sequence[Sequence[int]]
+) -> list[list[float] | None]:
+    """The per-token lists of a result; None where a completion got a single number or None."""
+    lists: list[list[float] | None] = []
+    for index, (value, ids) in enumerate(zip(result, completion_ids, strict=True)):
+        if not _is_list(value):
+            lists.append(None)
+            continue
+        numbers = [_number(item) for item in value]
+        if len(numbers) != len(ids):
+            raise RewardError(
+                f"reward {name!r} returned a list of {len(numbers)} for completion {index} "
+                f"({_excerpt(completions[index])}), expected one number for each of its {len(ids)} tokens"
+            )
+        if any(number is None or not math.isfinite(number) for number in numbers):
+            raise RewardError(
+                f"reward {name!r} returned {_excerpt(value)} for completion {index} "
+                f"({_excerpt(completions[index])}), expected a finite number for each token"
+            )
+        lists.append(numbers)
+    return lists
+
+
+def _as_list(name: str, result: object, completions: list) -> Sequence[object]:
     if isinstance(result, Tensor | np.ndarray):
         result = result.tolist()
     if not isinstance(result, Sequence) or isinstance(result, str | bytes):
@@ -131,6 +204,10 @@ def _checked(name: str, result: object, completions: list) -> list[float]:
         raise RewardError(
             f"reward {name!r} returned {len(result)} values, expected one for each of {len(completions)} completions"
         )
+    return result
+
+
+def _checked(name: str, result: Sequence[object], completions: list) -> list[float]:
     values = []
     for index, (value, completion) in enumerate(zip(result, completions, strict=True)):
         if value is None:
@@ -190,4 +267,4 @@ def check_rewards(rewards: Sequence[Reward], rows: dict[str, list]) -> None:
     columns = {name: values for name, values in rows.items() if name not in ("prompt", "completion")}
     columns["completion_ids"] = [[0]] * len(rows["prompt"])
     completions = as_completions(rows["prompt"], rows["completion"])
-    combine(rewards, score_all(rewards, rows["prompt"], completions, columns))
+    score_texts(rewards, rows["prompt"], completions, columns)

@@ -1,5 +1,6 @@
 """PPO's settings: the `ppo:` section."""
 
+import math
 from dataclasses import dataclass
 
 from transformers import SchedulerType
@@ -10,7 +11,10 @@ SCHEDULERS = tuple(
     s.value for s in SchedulerType if s.value in ("linear", "cosine", "constant", "constant_with_warmup")
 )
 KL_ESTIMATORS = ("k1", "k3")
+KL_PLACEMENTS = ("reward", "loss")
 REWARD_SHAPING = ("none", "prefix")
+SCORE_SCALING = ("none", "running", "reference")
+VALUE_MODELS = ("head", "adapter")
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class PPOConfig:
 
     learning_rate: float = 1e-4
     value_learning_rate: float | None = None  # None: learning_rate
+    value_model: str = "head"  # on the policy's last hidden states, or over an adapter of its own: a second pass
+    value_warmup_steps: int = 0  # PPO steps in which only the value function learns
     lr_scheduler_type: str = "linear"
     warmup_steps: int = 0
     adam_beta1: float = 0.9
@@ -50,17 +56,29 @@ class PPOConfig:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_new_tokens: int = 0
+    stop_strings: tuple[str, ...] = ()  # a completion ends behind the first of them, as it does with EOS
 
     kl_coef: float = 0.05
     kl_estimator: str = "k1"
+    kl_placement: str = "reward"  # loss: kl_coef x KL is a term of the loss, with the gradient of k3
+    kl_target: float | None = None  # nats per episode: kl_coef follows it (Ziegler et al. 2019)
+    kl_horizon: int = 10_000  # episodes in which it doubles at most by 20 % steps
+    target_kl: float | None = None  # nats per token: the PPO epochs of a rollout end beyond 1.5 times it
     cliprange: float = 0.2
+    cliprange_high: float | None = None  # None: cliprange
+    dual_clip: float | None = None  # the ratio counts at most this much where the advantage is negative
+    entropy_coef: float = 0.0
     vf_coef: float = 0.1
     cliprange_value: float = 0.2
     gamma: float = 1.0
     lam: float = 0.95
     whiten_rewards: bool = False
     whiten_advantages: bool = True
-    missing_eos_penalty: float | None = None
+    score_scaling: str = "none"  # divide scores by their standard deviation: of all so far, or of the first rollout
+    score_clip: float | None = None  # scores stay within +- this, after scaling
+    missing_eos_penalty: float | None = None  # subtracted from the score of a completion that did not end
+    missing_eos_score: float | None = None  # instead of that score
 
     logging_steps: int = 1
     eval_steps: int | None = None  # None: ten times a run
@@ -75,71 +93,11 @@ class PPOConfig:
     run_name: str | None = None
 
     def __post_init__(self) -> None:
-        positive = (
-            "total_episodes per_device_train_batch_size gradient_accumulation_steps num_ppo_epochs num_mini_batches "
-            "local_rollout_forward_batch_size num_generations response_length logging_steps save_total_limit"
-        )
-        for name in positive.split():
-            _require(getattr(self, name) >= 1, name, "must be at least 1", getattr(self, name))
-        for name in ("eval_steps", "eval_examples", "save_steps"):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, name, "must be at least 1", value)
-        for name in ("learning_rate", "temperature", "max_grad_norm", "adam_epsilon", "cliprange", "cliprange_value"):
-            _require(getattr(self, name) > 0, name, "must be above 0", getattr(self, name))
-        _require(
-            self.value_learning_rate is None or self.value_learning_rate > 0,
-            "value_learning_rate",
-            "must be above 0",
-            self.value_learning_rate,
-        )
-        for name in ("kl_coef", "vf_coef", "weight_decay", "top_k", "warmup_steps", "num_sample_generations"):
-            _require(getattr(self, name) >= 0, name, "must not be negative", getattr(self, name))
-        _require(0 < self.top_p <= 1, "top_p", "must be in (0, 1]", self.top_p)
-        for name in ("adam_beta1", "adam_beta2"):
-            _require(0 <= getattr(self, name) < 1, name, "must be in [0, 1)", getattr(self, name))
-        for name in ("gamma", "lam"):
-            _require(0 <= getattr(self, name) <= 1, name, "must be in [0, 1]", getattr(self, name))
-        _require(
-            self.kl_estimator in KL_ESTIMATORS, "kl_estimator", f"must be one of {KL_ESTIMATORS}", self.kl_estimator
-        )
-        _require(
-            self.reward_shaping in REWARD_SHAPING,
-            "reward_shaping",
-            f"must be one of {REWARD_SHAPING}",
-            self.reward_shaping,
-        )
-        _require(
-            self.lr_scheduler_type in SCHEDULERS,
-            "lr_scheduler_type",
-            f"must be one of {SCHEDULERS}",
-            self.lr_scheduler_type,
-        )
-        _require(
-            self.warmup_steps == 0 or self.lr_scheduler_type != "constant",
-            "warmup_steps",
-            "does nothing with lr_scheduler_type constant; use constant_with_warmup",
-            self.warmup_steps,
-        )
-        _require(
-            self.gradient_accumulation_steps % self.num_mini_batches == 0,
-            "num_mini_batches",
-            f"must divide gradient_accumulation_steps ({self.gradient_accumulation_steps})",
-            self.num_mini_batches,
-        )
-        _require(
-            self.per_device_train_batch_size * self.gradient_accumulation_steps % self.num_generations == 0,
-            "num_generations",
-            "must divide per_device_train_batch_size x gradient_accumulation_steps "
-            f"({self.per_device_train_batch_size * self.gradient_accumulation_steps})",
-            self.num_generations,
-        )
-        _require(
-            not self.group_baseline or self.num_generations >= 2,
-            "group_baseline",
-            "needs num_generations of at least 2",
-            self.num_generations,
-        )
-        _require(bool(self.rewards), "rewards", "at least one reward is needed, such as [{name: bleu}]", "none")
+        _check_ranges(self)
+        for name, choices in CHOICES.items():
+            _require(getattr(self, name) in choices, name, f"must be one of {choices}", getattr(self, name))
+        _check_sizes(self)
+        _check_combinations(self)
 
     def batch_size(self, num_processes: int) -> int:
         """Episodes of one rollout over all processes."""
@@ -152,6 +110,128 @@ class PPOConfig:
     def num_optimizer_steps(self, num_processes: int) -> int:
         """Optimizer steps of the run."""
         return self.num_steps(num_processes) * self.num_ppo_epochs * self.num_mini_batches
+
+
+CHOICES = {
+    "lr_scheduler_type": SCHEDULERS,
+    "kl_estimator": KL_ESTIMATORS,
+    "kl_placement": KL_PLACEMENTS,
+    "reward_shaping": REWARD_SHAPING,
+    "score_scaling": SCORE_SCALING,
+    "value_model": VALUE_MODELS,
+}
+AT_LEAST_ONE = (
+    "total_episodes per_device_train_batch_size gradient_accumulation_steps num_ppo_epochs num_mini_batches "
+    "local_rollout_forward_batch_size num_generations response_length logging_steps save_total_limit kl_horizon "
+    "eval_steps eval_examples save_steps"
+)
+ABOVE_ZERO = (
+    "learning_rate value_learning_rate temperature max_grad_norm adam_epsilon cliprange cliprange_value "
+    "cliprange_high kl_target target_kl score_clip missing_eos_penalty"
+)
+NOT_NEGATIVE = (
+    "kl_coef vf_coef entropy_coef weight_decay top_k warmup_steps value_warmup_steps min_new_tokens "
+    "num_sample_generations"
+)
+
+
+def _check_ranges(args: PPOConfig) -> None:
+    """Each number on its own; None stands for a default or for off."""
+    rules = (
+        (AT_LEAST_ONE, "must be at least 1", lambda v: v >= 1),
+        (ABOVE_ZERO, "must be above 0", lambda v: v > 0),
+        (NOT_NEGATIVE, "must not be negative", lambda v: v >= 0),
+        ("top_p", "must be in (0, 1]", lambda v: 0 < v <= 1),
+        ("adam_beta1 adam_beta2", "must be in [0, 1)", lambda v: 0 <= v < 1),
+        ("gamma lam", "must be in [0, 1]", lambda v: 0 <= v <= 1),
+        ("dual_clip", "must be above 1", lambda v: v > 1),
+        ("missing_eos_score", "must be finite", math.isfinite),
+    )
+    for names, rule, holds in rules:
+        for name in names.split():
+            value = getattr(args, name)
+            endless = value == math.inf and name != "max_grad_norm"  # whose inf switches clipping off
+            _require(value is None or (holds(value) and not endless), name, rule, value)
+
+
+def _check_sizes(args: PPOConfig) -> None:
+    """Batches divide."""
+    accumulation = args.gradient_accumulation_steps
+    per_process = args.per_device_train_batch_size * accumulation
+    _require(
+        accumulation % args.num_mini_batches == 0,
+        "num_mini_batches",
+        f"must divide gradient_accumulation_steps ({accumulation})",
+        args.num_mini_batches,
+    )
+    _require(
+        per_process % args.num_generations == 0,
+        "num_generations",
+        f"must divide per_device_train_batch_size x gradient_accumulation_steps ({per_process})",
+        args.num_generations,
+    )
+    _require(
+        args.min_new_tokens < args.response_length,
+        "min_new_tokens",
+        f"must be below response_length ({args.response_length})",
+        args.min_new_tokens,
+    )
+
+
+def _check_combinations(args: PPOConfig) -> None:
+    """Options that need another one, or exclude it: what would do nothing is refused."""
+    _require(bool(args.rewards), "rewards", "at least one reward is needed, such as [{name: bleu}]", "none")
+    _require(
+        args.warmup_steps == 0 or args.lr_scheduler_type != "constant",
+        "warmup_steps",
+        "does nothing with lr_scheduler_type constant; use constant_with_warmup",
+        args.warmup_steps,
+    )
+    _require(
+        not args.group_baseline or args.num_generations >= 2,
+        "group_baseline",
+        "needs num_generations of at least 2",
+        args.num_generations,
+    )
+    _require(
+        args.kl_placement == "reward" or args.kl_estimator == "k3",
+        "kl_placement",
+        "loss needs kl_estimator k3 (the gradient of k1 is 0 on average)",
+        args.kl_estimator,
+    )
+    _require(
+        args.kl_target is None or args.kl_coef > 0,
+        "kl_target",
+        "needs a kl_coef above 0 to start from",
+        args.kl_coef,
+    )
+    _require(
+        args.kl_horizon == PPOConfig.kl_horizon or args.kl_target is not None,
+        "kl_horizon",
+        "does nothing without kl_target",
+        args.kl_horizon,
+    )
+    _require(
+        args.dual_clip is None or args.dual_clip > 1 + (args.cliprange_high or args.cliprange),
+        "dual_clip",
+        "must be above 1 + cliprange_high, or the clip below it never acts",
+        args.dual_clip,
+    )
+    _require(
+        args.value_model == "head" or args.use_peft,
+        "value_model",
+        "adapter needs ppo.use_peft: true",
+        args.value_model,
+    )
+    _require(
+        args.missing_eos_penalty is None or args.missing_eos_score is None,
+        "missing_eos_score",
+        "replaces the score that missing_eos_penalty would be subtracted from; keep one",
+        args.missing_eos_score,
+    )
+    _require(all(args.stop_strings), "stop_strings", "must not hold an empty text", args.stop_strings)
+    empty_warmup = args.value_warmup_steps > 0 and args.vf_coef == 0
+    _require(not empty_warmup, "value_warmup_steps", "does nothing with vf_coef 0", args.value_warmup_steps)
 
 
 def _require(holds: bool, name: str, rule: str, found: object) -> None:

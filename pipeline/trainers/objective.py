@@ -10,13 +10,35 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# exp(20) is 5e8: beyond that a ratio says only that something broke, and would overflow in the loss.
+MAX_LOG_RATIO = 20.0
+
+
+@dataclass(frozen=True)
+class Clipping:
+    """How far an update may move: ratios within [1 - low, 1 + high], values within +- `value` of the old ones.
+
+    `dual` bounds what a token with a negative advantage can cost, whose ratio is otherwise unbounded above (Ye et al.
+    2020, arXiv:1912.09729). `high` above `low` leaves unlikely tokens room to grow (Yu et al. 2025, arXiv:2503.14476).
+    """
+
+    low: float = 0.2
+    high: float = 0.2
+    value: float = 0.2
+    dual: float | None = None
+
 
 @dataclass(frozen=True)
 class LossTerms:
-    """Sums over the tokens of a micro-batch, to be divided by the tokens of the whole mini-batch."""
+    """Sums over the tokens of a micro-batch, to be divided by the tokens of the whole mini-batch.
+
+    `policy`, `value`, `entropy` and `reference_kl` carry gradients; the rest are statistics.
+    """
 
     policy: Tensor
     value: Tensor
+    entropy: Tensor
+    reference_kl: Tensor
     approx_kl: Tensor
     policy_clipped: Tensor
     value_clipped: Tensor
@@ -31,6 +53,7 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor
     log_ratio = ref_logprobs - logprobs
     if estimator == "k1":
         return -log_ratio
+    log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return torch.expm1(log_ratio) - log_ratio
 
 
@@ -98,30 +121,47 @@ def whiten(values: Tensor, mask: Tensor, total: Tensor, shift_mean: bool = True)
 
 def ppo_loss(
     logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
     values: Tensor,
+    entropies: Tensor,
+    old_logprobs: Tensor,
+    ref_logprobs: Tensor,
     old_values: Tensor,
+    advantages: Tensor,
     returns: Tensor,
     mask: Tensor,
-    cliprange: float,
-    cliprange_value: float,
+    clipping: Clipping,
 ) -> LossTerms:
-    """The clipped surrogate and the clipped value loss, summed over real tokens. All inputs [B, C]."""
-    # exp(20) is 5e8: beyond that a ratio says only that something broke, and would overflow in the loss.
-    log_ratio = ((logprobs - old_logprobs) * mask).clamp(-20.0, 20.0)
+    """The clipped surrogate, the clipped value loss, entropy and KL to the reference (k3), summed over real tokens.
+
+    All inputs [B, C]. The first three carry gradients.
+    """
+    log_ratio = ((logprobs - old_logprobs) * mask).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.exp()
     unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1.0 - cliprange, 1.0 + cliprange)
-    bounded = torch.minimum(torch.maximum(values, old_values - cliprange_value), old_values + cliprange_value)
+    clipped = -advantages * ratio.clamp(1.0 - clipping.low, 1.0 + clipping.high)
+    policy = torch.maximum(unclipped, clipped)
+    if clipping.dual is not None:
+        policy = torch.where(advantages < 0, torch.minimum(policy, -advantages * clipping.dual), policy)
+    bounded = torch.minimum(torch.maximum(values, old_values - clipping.value), old_values + clipping.value)
     value_unclipped = (values - returns).square()
     value_clipped = (bounded - returns).square()
     weights = mask.to(logprobs.dtype)
     return LossTerms(
-        policy=(torch.maximum(unclipped, clipped) * weights).sum(),
+        policy=(policy * weights).sum(),
         value=0.5 * (torch.maximum(value_unclipped, value_clipped) * weights).sum(),
+        entropy=(entropies * weights).sum(),
+        reference_kl=(kl_penalty(logprobs * mask, ref_logprobs * mask, "k3") * weights).sum(),
         approx_kl=(0.5 * log_ratio.detach().square() * weights).sum(),
-        policy_clipped=((clipped > unclipped) * weights).sum(),
+        policy_clipped=((policy != unclipped) * weights).sum(),
         value_clipped=((value_clipped > value_unclipped) * weights).sum(),
         ratio=(ratio.detach() * weights).sum(),
     )
+
+
+def adapted_kl_coef(kl_coef: float, kl: float, target: float, episodes: int, horizon: int) -> float:
+    """The KL coefficient after a batch whose KL was `kl` nats per episode (Ziegler et al. 2019, section 2.2).
+
+    The relative error is clipped to +- 0.2, so that `horizon` episodes change the coefficient by 20 % at most.
+    """
+    error = min(0.2, max(-0.2, kl / target - 1))
+    return kl_coef * (1 + error * episodes / horizon)

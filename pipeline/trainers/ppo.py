@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,13 +11,13 @@ from accelerate.utils import gather_object, set_seed
 from datasets import Dataset
 from peft import LoraConfig
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.models.generation import Decoding, eos_token_ids, generate
+from pipeline.models.generation import Decoding, finished, generate
 from pipeline.models.sequences import make_sequences
 from pipeline.models.shared import SharedModel
 from pipeline.models.text import decode, encode_prompts
-from pipeline.rewards import Reward, as_completions, combine, score_all
+from pipeline.rewards import Reward, RewardError, Scores, as_completions, score_texts
 from pipeline.trainers.checkpoint import (
     Checkpoint,
     TrainerState,
@@ -28,13 +27,13 @@ from pipeline.trainers.checkpoint import (
 )
 from pipeline.trainers.checks import check_model_and_data, check_start
 from pipeline.trainers.config import PPOConfig
+from pipeline.trainers.learner import Learner
 from pipeline.trainers.logs import TrainingLog, sample_line
 from pipeline.trainers.objective import (
-    LossTerms,
+    adapted_kl_coef,
     advantages_and_returns,
     kl_penalty,
     moments,
-    ppo_loss,
     spread_scores,
     subtract_group_baseline,
     token_rewards,
@@ -52,6 +51,7 @@ from pipeline.trainers.rollout import (
     step_seed,
     summarise_answers,
 )
+from pipeline.trainers.scores import Moments, judge_unfinished, moments_of, score_sums, transform_scores
 
 # A metric of the held-out completions: (completions, the rows they answer) -> name -> value.
 ComputeMetrics = Callable[[list[str], Dataset], dict[str, float]]
@@ -90,42 +90,24 @@ class PPOTrainer:
         )
         set_seed(seed)  # python, numpy and torch, before the adapter is initialised
         check_model_and_data(model, processing_class, self.rewards, train_dataset)
-        shared = SharedModel(model, peft_config if args.use_peft else None, args.temperature)
+        shared = SharedModel(
+            model,
+            peft_config if args.use_peft else None,
+            args.temperature,
+            value_adapter=args.value_model == "adapter",
+            entropy_gradient=args.entropy_coef > 0,
+        )
         if args.gradient_checkpointing:
-            shared.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+            shared.enable_gradient_checkpointing()
         shared.train()
         self._prompt_ids = encode_prompts(processing_class, train_dataset["prompt"])
         self._eval_prompt_ids = encode_prompts(processing_class, self.eval_dataset["prompt"]) if eval_dataset else []
         self._prompt_at = prompt_order(len(train_dataset), seed)
-        self._prepare(shared)
+        self.learner = Learner(shared, args, self.accelerator)
+        self.shared = self.learner.shared
+        self.optimizer, self.scheduler = self.learner.optimizer, self.learner.scheduler
         check_start(self.shared, processing_class, self._prompt_ids, self._eval_prompt_ids, args, self.accelerator)
         self.state = TrainerState()
-
-    def _prepare(self, shared: SharedModel) -> None:
-        args = self.args
-        value_parameters = list(shared.value_head.parameters())
-        head = {id(p) for p in value_parameters}
-        policy_parameters = [p for p in shared.parameters() if p.requires_grad and id(p) not in head]
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": policy_parameters},
-                {"params": value_parameters, "lr": args.value_learning_rate or args.learning_rate},
-            ],
-            lr=args.learning_rate,
-            betas=(args.adam_beta1, args.adam_beta2),
-            eps=args.adam_epsilon,
-            weight_decay=args.weight_decay,
-        )
-        shared.to(self.accelerator.device)
-        self.model, self.optimizer = self.accelerator.prepare(shared, optimizer)
-        self.shared: SharedModel = self.accelerator.unwrap_model(self.model)
-        # Not prepared: accelerate would step it once per process, and the schedule would end early.
-        self.scheduler = get_scheduler(
-            args.lr_scheduler_type,
-            self.optimizer,
-            num_warmup_steps=args.warmup_steps,
-            num_training_steps=args.num_optimizer_steps(self.accelerator.num_processes),
-        )
 
     @property
     def batch_size(self) -> int:
@@ -188,24 +170,16 @@ class PPOTrainer:
 
     def collect_rollout(self, rows: Sequence[int]) -> Rollout:
         """Answer the prompts of `rows` with the current policy and score the answers; no gradient."""
-        args = self.args
-        decoding = Decoding(args.response_length, args.temperature, args.top_k, args.top_p)
+        args, device = self.args, self.accelerator.device
         prompts = [self._prompt_ids[row] for row in rows]
         with torch.random.fork_rng(), self.accelerator.autocast():
             torch.manual_seed(step_seed(self.seed, self.state.step, self.accelerator.process_index))
-            completions = self._generate(prompts, decoding)
-        sequences = make_sequences(prompts, completions, self.tokenizer.pad_token_id, self.accelerator.device)
+            completions = self._generate(prompts, sampling(args))
         texts = decode(self.tokenizer, completions)
-        scores, rewards = self.score(self.train_dataset.select(rows), texts, completions)
-        ends = eos_token_ids(self.shared.causal_lm, self.tokenizer)
-        finished = torch.tensor([completion[-1] in ends for completion in completions])
-        token_scores = spread_scores(scores, sequences.completion_mask.cpu())
-        if args.reward_shaping == "prefix":
-            token_scores = self.prefix_scores(rows, completions, scores)
-        if args.missing_eos_penalty is not None:
-            penalty = args.missing_eos_penalty * (~finished)
-            scores = scores - penalty
-            token_scores = token_scores - spread_scores(penalty, sequences.completion_mask.cpu())
+        ended = torch.tensor(finished(self.shared.causal_lm, self.tokenizer, completions, args.stop_strings))
+        said = self.score(self.train_dataset.select(rows), texts, completions)
+        scores, token_scores, seen = self._paid_scores(rows, completions, said, ended)
+        sequences = make_sequences(prompts, completions, self.tokenizer.pad_token_id, device)
         with self.accelerator.autocast():
             logprobs, ref_logprobs, values, entropies = score_tokens(
                 self.shared, sequences, args.per_device_train_batch_size
@@ -218,11 +192,31 @@ class PPOTrainer:
             ref_logprobs=ref_logprobs,
             values=values,
             entropies=entropies,
-            scores=scores.to(self.accelerator.device),
-            token_scores=token_scores.to(self.accelerator.device),
-            rewards=rewards,
-            finished=finished,
+            scores=scores.to(device),
+            token_scores=token_scores.to(device),
+            rewards=said.parts,
+            finished=ended,
+            moments=seen,
         )
+
+    def _paid_scores(
+        self, rows: Sequence[int], completions: Sequence[Sequence[int]], said: Scores, ended: Tensor
+    ) -> tuple[Tensor, Tensor, Moments]:
+        """What PPO is paid: scores [B], the same by token [B, C], and the moments of all raw scores so far."""
+        args, lengths = self.args, [len(ids) for ids in completions]
+        scores, token_scores = said.total, said.by_token(self.rewards, lengths)
+        if args.reward_shaping == "prefix":
+            token_scores = self.prefix_scores(rows, completions, said)
+        seen = Moments(self.state.score_count, self.state.score_mean, self.state.score_squares)
+        if args.score_scaling == "running" or (args.score_scaling == "reference" and not seen.count):
+            sums = score_sums(scores).to(self.accelerator.device)
+            seen = seen.merged(moments_of(self.accelerator.reduce(sums, reduction="sum")))
+        deviation = 1.0 if args.score_scaling == "none" else seen.deviation
+        scores, token_scores = transform_scores(scores, token_scores, deviation, args.score_clip)
+        scores, token_scores = judge_unfinished(
+            scores, token_scores, ended, torch.tensor(lengths), args.missing_eos_penalty, args.missing_eos_score
+        )
+        return scores, token_scores, seen
 
     def _generate(self, prompts: Sequence[Sequence[int]], decoding: Decoding) -> list[list[int]]:
         self.shared.eval()
@@ -231,23 +225,30 @@ class PPOTrainer:
         self.shared.train()
         return completions
 
-    def score(
-        self, rows: Dataset, completions: Sequence[str], completion_ids: Sequence[Sequence[int]]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted score [B] of completions, and each reward's values [B] by name."""
+    def score(self, rows: Dataset, completions: Sequence[str], completion_ids: Sequence[Sequence[int]]) -> Scores:
+        """What the rewards say of completions to the prompts of `rows`, which have the data set's columns."""
         columns = {name: rows[name] for name in rows.column_names if name not in ("prompt", "completion")}
         columns = {name: list(values) for name, values in columns.items()} | {"completion_ids": list(completion_ids)}
         prompts = list(rows["prompt"])
-        rewards = score_all(self.rewards, prompts, as_completions(prompts, completions), columns)
-        return combine(self.rewards, rewards), rewards
+        return score_texts(self.rewards, prompts, as_completions(prompts, completions), columns)
 
-    def prefix_scores(self, rows: Sequence[int], completions: Sequence[Sequence[int]], scores: Tensor) -> Tensor:
-        """What each token adds to the score of the text so far, [B, C]; the sum over a completion is its score."""
+    def prefix_scores(self, rows: Sequence[int], completions: Sequence[Sequence[int]], said: Scores) -> Tensor:
+        """What each token adds to the score of the text so far, [B, C]; the sum over a completion is its score.
+
+        Raises:
+            RewardError: a reward pays single tokens itself.
+        """
+        if said.token_parts:
+            raise RewardError(
+                f"reward {next(iter(said.token_parts))!r} pays single tokens itself, which ppo.reward_shaping: prefix "
+                "does from scores of whole texts; keep one"
+            )
         spans = [(i, t) for i, ids in enumerate(completions) for t in range(1, len(ids))]
         prefixes = [completions[i][:t] for i, t in spans]
         repeated = self.train_dataset.select([rows[i] for i, _ in spans])
-        potentials = self.score(repeated, decode(self.tokenizer, prefixes), prefixes)[0] if spans else torch.zeros(0)
-        return prefix_increments(spans, potentials, [len(ids) for ids in completions], scores)
+        texts = decode(self.tokenizer, prefixes)
+        potentials = self.score(repeated, texts, prefixes).total if spans else torch.zeros(0)
+        return prefix_increments(spans, potentials, [len(ids) for ids in completions], said.total)
 
     def compute_advantages(self, rollout: Rollout) -> tuple[Experience, dict[str, float]]:
         """Turn scores and KL into an advantage and a return for each token, and the statistics of the rollout."""
@@ -257,104 +258,60 @@ class PPOTrainer:
         if args.group_baseline:
             centred = subtract_group_baseline(rollout.scores, args.num_generations)
             token_scores = token_scores + spread_scores(centred - rollout.scores, mask)
-        rewards = token_rewards(token_scores, kl, mask, args.kl_coef)
+        paid = self.kl_coef if args.kl_placement == "reward" else 0.0
+        rewards = token_rewards(token_scores, kl, mask, paid)
         if args.whiten_rewards:
             rewards = whiten(rewards, mask, self._moments(rewards, mask), shift_mean=False)
         advantages, returns = advantages_and_returns(rewards, rollout.values, mask, args.gamma, args.lam)
         if args.whiten_advantages:
             advantages = whiten(advantages, mask, self._moments(advantages, mask))
-        experience = Experience(rollout.sequences, rollout.logprobs, rollout.values, advantages, returns)
-        return experience, self._rollout_statistics(rollout, returns, args.kl_coef * kl)
+        experience = Experience(
+            rollout.sequences, rollout.logprobs, rollout.ref_logprobs, rollout.values, advantages, returns
+        )
+        return experience, self._rollout_statistics(rollout, returns, paid * kl)
 
     def _moments(self, values: Tensor, mask: Tensor) -> Tensor:
         return self.accelerator.reduce(moments(values, mask), reduction="sum")
 
     def update(self, experience: Experience) -> dict[str, float]:
-        """`num_ppo_epochs` passes of `num_mini_batches` optimizer steps over the experience."""
-        args, totals, tokens, norms, skipped = self.args, torch.zeros(6), 0, [], 0
-        first_ratio = float("nan")
-        generator = torch.Generator().manual_seed(
-            step_seed(self.seed, self.state.step, self.accelerator.process_index)
-        )
-        for epoch in range(args.num_ppo_epochs):
-            for number, mini_batch in enumerate(experience.mini_batches(args.num_mini_batches, generator)):
-                count = int(
-                    self.accelerator.reduce(torch.tensor(mini_batch.num_tokens, device=self.accelerator.device))
-                )
-                sums = self._accumulate(mini_batch, count)
-                norm = self.accelerator.clip_grad_norm_(self.shared.parameters(), args.max_grad_norm)
-                norms.append(float(norm))
-                if torch.isfinite(norm):
-                    self.optimizer.step()
-                else:
-                    skipped += 1
-                self.scheduler.step()
-                self.optimizer.zero_grad()
-                totals, tokens = totals + sums, tokens + count
-                if epoch == number == 0:
-                    first_ratio = float(sums[5]) / count
-        if skipped == len(norms):
+        """`num_ppo_epochs` passes of `num_mini_batches` optimizer steps over the experience.
+
+        Raises:
+            FloatingPointError: no optimizer step could be made, because no gradient was finite.
+        """
+        seed = step_seed(self.seed, self.state.step, self.accelerator.process_index)
+        value_only = self.state.step < self.args.value_warmup_steps
+        done = self.learner.update(experience, seed, self.kl_coef, value_only)
+        if done.skipped and not done.steps:
             raise FloatingPointError(
-                f"PPO step {self.state.step + 1}: the gradient was not finite in all {skipped} optimizer steps; "
+                f"PPO step {self.state.step + 1}: the gradient was not finite in all {done.skipped} optimizer steps; "
                 "lower ppo.learning_rate, or set ppo.bf16: false"
             )
-        self.state = replace(self.state, skipped_steps=self.state.skipped_steps + skipped)
-        names = ("loss/policy_avg", "loss/value_avg", "policy/approxkl_avg", "policy/clipfrac_avg", "val/clipfrac_avg")
-        means = dict(zip(names, (totals[:5] / tokens).tolist(), strict=True))
-        return {
-            **means,
-            "val/ratio": float(totals[5] / tokens),
-            "val/ratio_first": first_ratio,
-            "policy/grad_norm": sum(norms) / len(norms),
-            "policy/skipped_steps": float(self.state.skipped_steps),
-            "lr": self.scheduler.get_last_lr()[0],
-        }
-
-    def _accumulate(self, mini_batch: Experience, count: int) -> Tensor:
-        """Gradients of one mini-batch with `count` tokens over all processes; returns its global summed statistics."""
-        args, sums = self.args, torch.zeros(6, device=self.accelerator.device)
-        parts = mini_batch.micro_batches(args.per_device_train_batch_size)
-        for number, part in enumerate(parts):
-            with self._synchronised(last=number == len(parts) - 1), self.accelerator.autocast():
-                outputs = self.model(part.sequences)
-                terms = ppo_loss(
-                    outputs.logprobs,
-                    part.logprobs,
-                    part.advantages,
-                    outputs.values,
-                    part.values,
-                    part.returns,
-                    part.sequences.completion_mask,
-                    args.cliprange,
-                    args.cliprange_value,
-                )
-                # DDP averages over processes, so their number turns its mean back into the sum.
-                loss = (terms.policy + args.vf_coef * terms.value) * self.accelerator.num_processes / count
-                self.accelerator.backward(loss)
-            sums += _stack(terms)
-        return self.accelerator.reduce(sums, reduction="sum").cpu()
-
-    def _synchronised(self, last: bool) -> AbstractContextManager:
-        """Exchange gradients between processes with the last micro-batch only."""
-        return nullcontext() if last else self.accelerator.no_sync(self.model)
+        self.state = replace(self.state, skipped_steps=self.state.skipped_steps + done.skipped)
+        return done.stats | {"policy/skipped_steps": float(self.state.skipped_steps)}
 
     def _rollout_statistics(self, rollout: Rollout, returns: Tensor, penalties: Tensor) -> dict[str, float]:
-        sums = rollout_sums(rollout, returns, penalties).to(self.accelerator.device)
+        sums = rollout_sums(rollout, returns, penalties, self.args.num_generations).to(self.accelerator.device)
         sums = self.accelerator.reduce(sums, reduction="sum").tolist()
-        return rollout_statistics(sums, [reward.name for reward in self.rewards])
+        stats = rollout_statistics(sums, [reward.name for reward in self.rewards])
+        return stats | {"objective/kl_coef": self.kl_coef}
+
+    @property
+    def kl_coef(self) -> float:
+        """The KL coefficient of this step."""
+        return self.args.kl_coef if self.state.kl_coef is None else self.state.kl_coef
 
     def evaluate(self) -> dict[str, float]:
         """Greedy answers to the held-out prompts: each reward, their weighted sum `eval_reward`, length, metrics."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         rows = list(range(rank, len(self.eval_dataset), world))
         with self.accelerator.autocast():
-            completions = self._generate([self._eval_prompt_ids[r] for r in rows], Decoding(self.args.response_length))
+            completions = self._generate([self._eval_prompt_ids[r] for r in rows], greedy(self.args))
         texts = decode(self.tokenizer, completions)
-        scores, rewards = self.score(self.eval_dataset.select(rows), texts, completions)
-        ends = eos_token_ids(self.shared.causal_lm, self.tokenizer)
-        finished = [ids[-1] in ends for ids in completions]
-        parts = [{name: float(values[i]) for name, values in rewards.items()} for i in range(len(rows))]
-        answers = zip(rows, texts, scores.tolist(), parts, map(len, completions), finished, strict=True)
+        said = self.score(self.eval_dataset.select(rows), texts, completions)
+        ended = finished(self.shared.causal_lm, self.tokenizer, completions, self.args.stop_strings)
+        parts = [{name: float(values[i]) for name, values in said.parts.items()} for i in range(len(rows))]
+        answers = zip(rows, texts, said.total.tolist(), parts, map(len, completions), ended, strict=True)
         results = sorted(gather_object([Answer(*answer) for answer in answers]), key=lambda answer: answer.row)
         values = summarise_answers(results)
         if self.compute_metrics:
@@ -370,11 +327,21 @@ class PPOTrainer:
         figures = ", ".join(f"{name.removeprefix('eval_')} {value:.3f}" for name, value in values.items())
         self.log.say(f"step {self.state.step}: held-out {figures}")
 
+    def advance(self, rollout: Rollout, stats: dict[str, float]) -> None:
+        """Count the step, and move what adapts with it: the KL coefficient and the moments of the scores."""
+        args, seen = self.args, rollout.moments
+        moved = {"score_count": seen.count, "score_mean": seen.mean, "score_squares": seen.squares}
+        if args.kl_target is not None:
+            moved["kl_coef"] = adapted_kl_coef(
+                self.kl_coef, stats["objective/kl"], args.kl_target, self.batch_size, args.kl_horizon
+            )
+        self.state = replace(self.state, step=self.state.step + 1, **moved)
+
     def _end_step(self, rollout: Rollout, stats: dict[str, float]) -> None:
         """Log, show a sample, evaluate and save, each when it is due."""
         args, total = self.args, self.num_steps
-        step = self.state.step + 1
-        self.state = replace(self.state, step=step)
+        self.advance(rollout, stats)
+        step = self.state.step
         if step % args.logging_steps == 0 or step == total:
             self.log.write(step, {"episode": step * self.batch_size, **stats})
         self.log.advance(stats)
@@ -428,6 +395,23 @@ def _as_rewards(functions: Reward | Callable | Sequence[Reward | Callable]) -> l
     return rewards
 
 
+def sampling(args: PPOConfig) -> Decoding:
+    """How a rollout is written."""
+    return Decoding(
+        args.response_length,
+        args.temperature,
+        args.top_k,
+        args.top_p,
+        min_new_tokens=args.min_new_tokens,
+        stop_strings=args.stop_strings,
+    )
+
+
+def greedy(args: PPOConfig) -> Decoding:
+    """How held-out prompts are answered."""
+    return Decoding(args.response_length, min_new_tokens=args.min_new_tokens, stop_strings=args.stop_strings)
+
+
 def _head(dataset: Dataset | None, rows: int | None) -> Dataset | None:
     return dataset.select(range(min(rows, len(dataset)))) if dataset and rows else dataset
 
@@ -436,13 +420,3 @@ def _use_bf16(args: PPOConfig) -> bool:
     if args.bf16 is None:
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     return args.bf16
-
-
-def _stack(terms: LossTerms) -> Tensor:
-    return (
-        torch.stack(
-            [terms.policy, terms.value, terms.approx_kl, terms.policy_clipped, terms.value_clipped, terms.ratio]
-        )
-        .detach()
-        .float()
-    )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pipeline.models.sequences import Sequences, length_sorted_chunks
 from pipeline.models.shared import SharedModel
+from pipeline.trainers.scores import Moments, prompts_without_signal
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class Rollout:
 
     `logprobs, ref_logprobs, values, entropies [B, C]`; `scores [B]` is the weighted sum of the rewards, and
     `token_scores [B, C]` what each token is paid of it (all at the last token without shaping);
-    `rewards` has each reward's own values [B] by name, NaN where a function had nothing to say.
+    `rewards` has each reward's own values [B] by name, NaN where a function had nothing to say. `moments` are those of
+    all scores so far, before scaling.
     """
 
     prompts: Sequence[object]
@@ -31,14 +33,16 @@ class Rollout:
     token_scores: Tensor
     rewards: dict[str, Tensor]
     finished: Tensor
+    moments: Moments
 
 
 @dataclass(frozen=True)
 class Experience:
-    """What the update needs: `logprobs, values, advantages, returns [B, C]` beside the sequences."""
+    """What the update needs: `logprobs, ref_logprobs, values, advantages, returns [B, C]` beside the sequences."""
 
     sequences: Sequences
     logprobs: Tensor
+    ref_logprobs: Tensor
     values: Tensor
     advantages: Tensor
     returns: Tensor
@@ -47,7 +51,8 @@ class Experience:
         """The episodes at `index`, trimmed to the longest of them."""
         sequences = self.sequences.rows(index)
         width = sequences.completion_ids.shape[1]
-        parts = (part[index, :width] for part in (self.logprobs, self.values, self.advantages, self.returns))
+        every = (self.logprobs, self.ref_logprobs, self.values, self.advantages, self.returns)
+        parts = (part[index, :width] for part in every)
         return Experience(sequences, *parts)
 
     def mini_batches(self, count: int, generator: torch.Generator) -> list["Experience"]:
@@ -98,10 +103,11 @@ STATISTICS = (
 )
 
 
-def rollout_sums(rollout: Rollout, returns: Tensor, penalties: Tensor) -> Tensor:
+def rollout_sums(rollout: Rollout, returns: Tensor, penalties: Tensor, generations: int) -> Tensor:
     """Sums over this process's episodes, in float64, that `rollout_statistics` turns into means when added up.
 
-    `penalties [B, C]` is what each token pays for its KL. The KL itself is the k1 estimate, unbiased whatever is paid.
+    `penalties [B, C]` is what each token pays for its KL, which itself is the k1 estimate, unbiased whatever is paid;
+    `generations` neighbouring rows answer one prompt.
     """
     mask = rollout.sequences.completion_mask
     kl = ((rollout.logprobs - rollout.ref_logprobs) * mask).sum(1)
@@ -111,6 +117,7 @@ def rollout_sums(rollout: Rollout, returns: Tensor, penalties: Tensor) -> Tensor
     per_episode = (rollout.scores, kl, entropy, penalty, rollout.scores + penalty, mask.sum(1), finished)
     sums = [torch.as_tensor(float(len(mask)))] + [values.double().sum() for values in per_episode]
     sums.append(rollout.scores.double().square().sum())
+    sums += [prompts_without_signal(rollout.scores, generations), torch.tensor(len(mask) / generations)]
     error = (returns - rollout.values)[mask].double()
     chosen = returns[mask].double()
     sums += [error.sum(), error.square().sum(), chosen.sum(), chosen.square().sum(), mask.sum()]
@@ -124,11 +131,13 @@ def rollout_statistics(sums: Sequence[float], rewards: Sequence[str]) -> dict[st
     episodes, means, square = sums[0], sums[1 : 1 + len(STATISTICS)], sums[1 + len(STATISTICS)]
     stats = {name: value / episodes for name, value in zip(STATISTICS, means, strict=True)}
     stats["objective/scores_std"] = max(0.0, square / episodes - stats["objective/scores"] ** 2) ** 0.5
-    error, error_square, value, value_square, tokens = sums[2 + len(STATISTICS) : 7 + len(STATISTICS)]
+    flat, prompts = sums[2 + len(STATISTICS) : 4 + len(STATISTICS)]
+    stats["objective/no_signal"] = flat / prompts
+    error, error_square, value, value_square, tokens = sums[4 + len(STATISTICS) : 9 + len(STATISTICS)]
     variance = value_square / tokens - (value / tokens) ** 2
     residual = error_square / tokens - (error / tokens) ** 2
     stats["val/explained_variance"] = 1 - residual / variance if variance > 1e-12 else 0.0
-    rest = sums[7 + len(STATISTICS) :]
+    rest = sums[9 + len(STATISTICS) :]
     for number, name in enumerate(rewards):
         total, count = rest[2 * number : 2 * number + 2]
         stats[f"reward/{name}"] = total / count if count else float("nan")

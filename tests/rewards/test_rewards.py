@@ -17,6 +17,7 @@ from pipeline.rewards import (
     check_rewards,
     combine,
     score_all,
+    score_texts,
 )
 
 PROMPTS = ["Sag es:", "Noch einmal:"]
@@ -172,9 +173,12 @@ def test_numbers_of_any_library(result):
         ([1.0], "returned 1 values, expected one for each of 2 completions"),
         (torch.ones(3), "returned 3 values, expected one for each of 2 completions"),
         ([1.0, "0.5"], "returned '0.5' for completion 1 ('Ein Hund'), expected a finite number or None"),
-        ([[1.0], [0.5]], "returned [1.0] for completion 0 ('Die Katze saß auf der Matte.'), expected a finite number"),
-        (torch.ones(2, 3), "returned [1.0, 1.0, 1.0] for completion 0 ("),
-        ([torch.ones(2), 1.0], "returned tensor([1., 1.]) for completion 0 ("),
+        ([[1.0], 0.5], "returned a list of 1 for completion 0 ('Die Katze saß auf der Matte.'), expected one number "
+         "for each of its 3 tokens"),
+        (torch.ones(2, 3), "returned a list of 3 for completion 1 ('Ein Hund'), expected one number for each of "),
+        ([torch.ones(2), 1.0], "returned a list of 2 for completion 0 ("),
+        ([1.0, [1.0, float("nan")]], "returned [1.0, nan] for completion 1 ('Ein Hund'), expected a finite number f"),
+        ([1.0, [1.0, "2"]], "returned [1.0, '2'] for completion 1 ("),
         ([1.0, float("nan")], "returned nan for completion 1 ('Ein Hund'), expected a finite number or None"),
         ([float("-inf"), 1.0], "returned -inf for completion 0 ("),
         (torch.tensor([0.0, float("nan")]), "returned nan for completion 1 ("),
@@ -182,10 +186,20 @@ def test_numbers_of_any_library(result):
         ([1.0, {"score": 1}], "returned {'score': 1} for completion 1 ("),
     ],
     ids=lambda value: None if isinstance(value, str) and value.startswith("returned") else repr(value)[:30],
-)
+)  # fmt: skip
 def test_results_that_are_refused(result, message):
     assert refusal(result).startswith(f"reward 'mine' {message}")
     assert len(refusal(result)) < 300
+
+
+def test_a_reward_may_pay_single_tokens():
+    tokens = Reward("tokens", lambda **_: [[0.5, 0.0, -1.0], None], weight=2.0)
+    whole = Reward("whole", lambda **_: [0.25, 1.0])
+    scores = score_texts([tokens, whole], PROMPTS, COMPLETIONS, COLUMNS)
+    assert scores.parts["tokens"][0] == -0.5 and scores.parts["tokens"].isnan().tolist() == [False, True]
+    assert scores.total.tolist() == [-0.75, 1.0]
+    # 2 * [0.5, 0, -1] and 0.25 at the last of three tokens; 1.0 at the last of two
+    assert scores.by_token([tokens, whole], [3, 2]).tolist() == [[1.0, 0.0, -1.75], [0.0, 1.0, 0.0]]
 
 
 def test_a_function_that_raises():

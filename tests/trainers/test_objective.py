@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, tensor
 
 from pipeline.trainers.objective import (
+    Clipping,
+    adapted_kl_coef,
     advantages_and_returns,
     kl_penalty,
     moments,
@@ -129,20 +131,24 @@ def test_whiten_is_finite_for_one_token_and_for_equal_values():
         close(whiten(values, mask, moments(values, mask)), torch.zeros(values.shape), tolerance=1e-3)
 
 
-def one_token_loss(ratio: float, advantage: float, value=0.0, old_value=0.0, returns=0.0):
+CLIPPING = Clipping(low=0.2, high=0.2, value=0.2)
+
+
+def one_token_loss(ratio: float, advantage: float, value=0.0, old_value=0.0, returns=0.0, clipping=CLIPPING):
     """The loss terms of a single token, and the gradient of the policy's with respect to its log-probability."""
     logprob = tensor([[math.log(ratio) - 1.0]], requires_grad=True)
     ones = torch.ones(1, 1)
     terms = ppo_loss(
-        logprob,
-        -ones,
-        advantage * ones,
-        value * ones,
-        old_value * ones,
-        returns * ones,
-        ones.bool(),
-        cliprange=0.2,
-        cliprange_value=0.2,
+        logprobs=logprob,
+        values=value * ones,
+        entropies=ones,
+        old_logprobs=-ones,
+        ref_logprobs=-ones,
+        old_values=old_value * ones,
+        advantages=advantage * ones,
+        returns=returns * ones,
+        mask=ones.bool(),
+        clipping=clipping,
     )
     terms.policy.backward()
     return terms, logprob.grad.item()
@@ -186,19 +192,19 @@ def test_value_loss_by_hand(value, old_value, returns, loss, clipped):
 
 
 def random_batch(rows: int, width: int) -> list[Tensor]:
-    """Log-probs, old log-probs, advantages, values, old values, returns and a mask with rows of every length."""
+    """The arguments of ppo_loss in its order, and a mask with rows of every length."""
     generator = torch.Generator().manual_seed(1)
-    parts = [torch.randn(rows, width, generator=generator) for _ in range(6)]
-    parts[1] = parts[0] + 0.3 * parts[1]
+    parts = [torch.randn(rows, width, generator=generator) for _ in range(8)]
+    parts[3] = parts[0] + 0.3 * parts[3]
     return [*parts, torch.arange(width) < (torch.arange(rows) % width + 1).unsqueeze(1)]
 
 
 def test_loss_sums_over_tokens_whatever_the_padding_and_the_split():
     batch = random_batch(6, 4)
-    whole = ppo_loss(*batch, 0.2, 0.2)
+    whole = ppo_loss(*batch, CLIPPING)
     wide = [torch.nn.functional.pad(part, (0, 3), value=JUNK) for part in batch[:-1]]
-    padded = ppo_loss(*wide, torch.nn.functional.pad(batch[-1], (0, 3), value=False), 0.2, 0.2)
-    first, second = (ppo_loss(*[part[rows] for part in batch], 0.2, 0.2) for rows in (slice(0, 2), slice(2, 6)))
+    padded = ppo_loss(*wide, torch.nn.functional.pad(batch[-1], (0, 3), value=False), CLIPPING)
+    first, second = (ppo_loss(*[part[rows] for part in batch], CLIPPING) for rows in (slice(0, 2), slice(2, 6)))
     for name in vars(whole):
         expected = getattr(whole, name)
         torch.testing.assert_close(getattr(padded, name), expected, rtol=1e-5, atol=1e-5)
@@ -211,7 +217,54 @@ def test_loss_is_finite_on_one_token_and_on_a_ratio_that_exploded():
     one = [part[:1, :1] for part in random_batch(1, 1)]
     for logprob in (0.0, 500.0, -500.0):
         logprobs = torch.full((1, 1), logprob, requires_grad=True)
-        terms = ppo_loss(logprobs, *one[1:], 0.2, 0.2)
-        (terms.policy + terms.value).backward()
+        terms = ppo_loss(logprobs, *one[1:], CLIPPING)
+        (terms.policy + terms.value + terms.reference_kl).backward()
         assert all(torch.isfinite(value) for value in vars(terms).values())
         assert torch.isfinite(logprobs.grad).all()
+
+
+def test_the_upper_clip_may_differ_from_the_lower():
+    wide = Clipping(low=0.2, high=0.6, value=0.2)
+    for ratio, advantage, loss, clipped in ((1.5, 2.0, -3.0, False), (1.7, 2.0, -3.2, True), (0.5, -2.0, 1.6, True)):
+        terms, _ = one_token_loss(ratio, advantage, clipping=wide)
+        assert terms.policy.item() == pytest.approx(loss, abs=1e-5)
+        assert terms.policy_clipped.item() == float(clipped)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "clipped"),
+    [
+        (5.0, -2.0, 6.0, True),  # held at 3 * 2 instead of 5 * 2, without gradient
+        (2.5, -2.0, 5.0, False),
+        (0.5, -2.0, 1.6, True),  # the lower clip acts as ever
+        (5.0, 2.0, -2.4, True),  # and so does the upper
+    ],
+)
+def test_dual_clip_by_hand(ratio, advantage, loss, clipped):
+    terms, gradient = one_token_loss(ratio, advantage, clipping=Clipping(0.2, 0.2, 0.2, dual=3.0))
+    assert terms.policy.item() == pytest.approx(loss, abs=1e-5)
+    assert terms.policy_clipped.item() == float(clipped)
+    assert gradient == pytest.approx(0.0 if clipped else -advantage * ratio, abs=1e-5)
+
+
+def test_entropy_and_kl_to_the_reference_are_sums_over_real_tokens():
+    logprobs = tensor([[-1.0, -2.0, JUNK]], requires_grad=True)
+    reference, zeros = tensor([[-2.0, -1.5, -JUNK]]), torch.zeros(1, 3)
+    mask = tensor([[True, True, False]])
+    terms = ppo_loss(
+        logprobs, zeros, tensor([[0.5, 0.25, JUNK]]), logprobs.detach(), reference, zeros, zeros, zeros, mask, CLIPPING
+    )
+    assert terms.entropy.item() == 0.75
+    # k3, as above: 0.367879 + 0.148721;  d k3 / d logprob = 1 - e^(ref - logprob): 1 - e^-1, 1 - e^0.5
+    assert terms.reference_kl.item() == pytest.approx(0.516600, abs=1e-5)
+    terms.reference_kl.backward()
+    close(logprobs.grad, [[0.632121, -0.648721, 0.0]])
+
+
+def test_the_kl_coefficient_follows_its_target():
+    # error (9 - 6) / 6 = 0.5, clipped to 0.2; 0.05 * (1 + 0.2 * 256 / 10000)
+    assert adapted_kl_coef(0.05, 9.0, 6.0, 256, 10_000) == pytest.approx(0.050256)
+    # error -0.1: 0.05 * (1 - 0.1 * 256 / 10000)
+    assert adapted_kl_coef(0.05, 5.4, 6.0, 256, 10_000) == pytest.approx(0.049872)
+    assert adapted_kl_coef(0.05, 0.0, 6.0, 256, 10_000) == pytest.approx(0.05 * (1 - 0.2 * 0.0256))
+    assert adapted_kl_coef(0.05, 6.0, 6.0, 256, 10_000) == 0.05

@@ -36,6 +36,11 @@ def one_experience(trainer):
         {"temperature": 1.7, "top_p": 0.9, "top_k": 20},
         {"use_peft": False},
         {"gradient_checkpointing": True},
+        {"value_model": "adapter"},
+        {"value_model": "adapter", "gradient_checkpointing": True},
+        {"min_new_tokens": 3},
+        {"stop_strings": ("e",)},
+        {"kl_placement": "loss", "kl_estimator": "k3"},
         {"bf16": True, "learning_rate": 5e-2},
     ],
     ids=lambda settings: ",".join(settings) or "defaults",
@@ -234,8 +239,23 @@ class Interruption(RuntimeError):
 
 @pytest.mark.parametrize(
     ("settings", "stop"),
-    [({"save_steps": 2}, 3), ({"save_steps": 2, "use_peft": False}, 2), ({"num_mini_batches": 2}, 1)],
-    ids=["between checkpoints", "full", "first"],
+    [
+        ({"save_steps": 2}, 3),
+        ({"save_steps": 2, "use_peft": False}, 2),
+        ({"num_mini_batches": 2}, 1),
+        (
+            {
+                "save_steps": 1,
+                "value_model": "adapter",
+                "kl_target": 1.0,
+                "kl_horizon": 50,
+                "score_scaling": "running",
+            },
+            2,
+        ),
+        ({"save_steps": 1, "value_warmup_steps": 3, "target_kl": 0.01, "score_scaling": "reference"}, 2),
+    ],
+    ids=["between checkpoints", "full", "first", "running statistics", "warm-up"],
 )
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(make_trainer, examples, settings, stop):
     settings = {"total_episodes": 32, "validation": examples.select(range(6)), "eval_steps": 1, **settings}

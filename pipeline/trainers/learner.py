@@ -1,0 +1,139 @@
+"""PPO's update: optimizer, schedule, and passes over an experience in mini-batches and micro-batches."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import get_scheduler
+
+from pipeline.models.shared import SharedModel
+from pipeline.trainers.config import PPOConfig
+from pipeline.trainers.objective import Clipping, LossTerms, ppo_loss
+from pipeline.trainers.rollout import Experience
+
+TERMS = tuple(field.name for field in fields(LossTerms))
+EARLY_STOP_FACTOR = 1.5  # as stable-baselines3 and TRL 0.11 read target_kl
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one update did: statistics to log, and how many optimizer steps it made, and skipped for bad gradients."""
+
+    stats: dict[str, float]
+    steps: int
+    skipped: int
+
+
+class Learner:
+    """The trained parameters of a shared model with their optimizer and learning-rate schedule."""
+
+    def __init__(self, shared: SharedModel, args: PPOConfig, accelerator: Accelerator) -> None:
+        self.args, self.accelerator = args, accelerator
+        policy, value = shared.policy_parameters(), shared.value_parameters()
+        optimizer = torch.optim.AdamW(
+            [{"params": policy}, {"params": value, "lr": args.value_learning_rate or args.learning_rate}],
+            lr=args.learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+            weight_decay=args.weight_decay,
+        )
+        shared.to(accelerator.device)
+        self.model, self.optimizer = accelerator.prepare(shared, optimizer)
+        self.shared: SharedModel = accelerator.unwrap_model(self.model)
+        # Not prepared: accelerate would step it once per process, and the schedule would end early.
+        self.scheduler = get_scheduler(
+            args.lr_scheduler_type,
+            self.optimizer,
+            num_warmup_steps=args.warmup_steps,
+            num_training_steps=args.num_optimizer_steps(accelerator.num_processes),
+        )
+        self.clipping = Clipping(
+            args.cliprange, args.cliprange_high or args.cliprange, args.cliprange_value, args.dual_clip
+        )
+
+    def update(self, experience: Experience, seed: int, kl_coef: float, value_only: bool = False) -> Update:
+        """`num_ppo_epochs` passes of `num_mini_batches` optimizer steps; `seed` draws the mini-batches.
+
+        With `value_only` the policy's gradients are dropped. The schedule moves by the planned number of steps even
+        where `target_kl` ends the passes early, so that it ends with the run.
+        """
+        args, generator = self.args, torch.Generator().manual_seed(seed)
+        totals, tokens, norms, steps = torch.zeros(len(TERMS)), 0, [], 0
+        first_ratio, stopped = float("nan"), False
+        for _ in range(args.num_ppo_epochs):
+            for mini_batch in experience.mini_batches(args.num_mini_batches, generator):
+                if not stopped:
+                    count = self._global_tokens(mini_batch)
+                    sums = self._accumulate(mini_batch, count, kl_coef)
+                    means = dict(zip(TERMS, (sums / count).tolist(), strict=True))
+                    first_ratio = means["ratio"] if not norms and not tokens else first_ratio
+                    totals, tokens = totals + sums, tokens + count
+                    stopped = args.target_kl is not None and means["approx_kl"] > EARLY_STOP_FACTOR * args.target_kl
+                    if not stopped:
+                        norms.append(self._clip(value_only))
+                        if norms[-1] == norms[-1] and norms[-1] != float("inf"):
+                            self.optimizer.step()
+                            steps += 1
+                    self.optimizer.zero_grad()
+                self.scheduler.step()
+        means = dict(zip(TERMS, (totals / tokens).tolist(), strict=True))
+        stats = {
+            "loss/policy_avg": means["policy"],
+            "loss/value_avg": means["value"],
+            "policy/approxkl_avg": means["approx_kl"],
+            "policy/clipfrac_avg": means["policy_clipped"],
+            "val/clipfrac_avg": means["value_clipped"],
+            "val/ratio": means["ratio"],
+            "val/ratio_first": first_ratio,
+            "policy/entropy_avg": means["entropy"],
+            "policy/grad_norm": sum(norms) / max(1, len(norms)),
+            "policy/optimizer_steps": float(steps),
+            "lr": self.scheduler.get_last_lr()[0],
+        }
+        return Update(stats, steps, len(norms) - steps)
+
+    def _global_tokens(self, mini_batch: Experience) -> int:
+        return int(self.accelerator.reduce(torch.tensor(mini_batch.num_tokens, device=self.accelerator.device)))
+
+    def _clip(self, value_only: bool) -> float:
+        """Clip the gradient; its norm before, over what is trained."""
+        if value_only:
+            for parameter in self.shared.policy_parameters():
+                parameter.grad = None
+        return float(self.accelerator.clip_grad_norm_(self.shared.parameters(), self.args.max_grad_norm))
+
+    def _accumulate(self, mini_batch: Experience, count: int, kl_coef: float) -> Tensor:
+        """Gradients of a mini-batch with `count` tokens over all processes; returns the global sums of `TERMS`."""
+        args, sums = self.args, torch.zeros(len(TERMS), device=self.accelerator.device)
+        loss_kl_coef = kl_coef if args.kl_placement == "loss" else 0.0
+        parts = mini_batch.micro_batches(args.per_device_train_batch_size)
+        for number, part in enumerate(parts):
+            with self._synchronised(last=number == len(parts) - 1), self.accelerator.autocast():
+                outputs = self.model(part.sequences)
+                terms = ppo_loss(
+                    outputs.logprobs,
+                    outputs.values,
+                    outputs.entropies,
+                    part.logprobs,
+                    part.ref_logprobs,
+                    part.values,
+                    part.advantages,
+                    part.returns,
+                    part.sequences.completion_mask,
+                    self.clipping,
+                )
+                loss = terms.policy + args.vf_coef * terms.value
+                if args.entropy_coef:
+                    loss = loss - args.entropy_coef * terms.entropy
+                if loss_kl_coef:
+                    loss = loss + loss_kl_coef * terms.reference_kl
+                # DDP averages over processes, so their number turns its mean back into the sum.
+                self.accelerator.backward(loss * self.accelerator.num_processes / count)
+            sums += torch.stack([getattr(terms, name).detach().float() for name in TERMS])
+        return self.accelerator.reduce(sums, reduction="sum").cpu()
+
+    def _synchronised(self, last: bool) -> AbstractContextManager:
+        """Exchange gradients between processes with the last micro-batch only."""
+        return nullcontext() if last else self.accelerator.no_sync(self.model)
