@@ -219,9 +219,22 @@ def test_the_head_reads_completion_tokens_alone_and_logits_are_not_kept(make_tra
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         for part in experience.micro_batches(4):
-            trainer.model(part.sequences)
+            trainer.shared(part.sequences)
     assert sum(rows) == experience.num_tokens and max(rows) == 3
     assert not any(tensor.shape[-1:] == (vocabulary,) and tensor.dim() == 2 for tensor in kept)
+
+
+@pytest.mark.parametrize("generations", [1, 2, 4])
+def test_prompts_without_a_signal_are_counted(make_trainer, generations):
+    def scripted(values):
+        return lambda prompts, completions, **columns: values[: len(prompts)]
+
+    shares = []
+    # of 4 pairs 3 are flat, of 2 fours 1; then a batch of nothing but 0.1, which rounds
+    for number, values in enumerate(([1.0, 1.0, 1.0, 0.0, 2.0, 2.0, 2.0, 2.0], [0.1] * 8, [1000.1] * 8)):
+        trainer = make_trainer(str(number), scripted(values), num_generations=generations)
+        shares.append(trainer.compute_advantages(rollout_of(trainer))[1]["objective/no_signal"])
+    assert shares == [{1: 0.0, 2: 0.75, 4: 0.5}[generations], 1.0, 1.0]
 
 
 def reds(prompts, completions, **columns):
