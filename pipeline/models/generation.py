@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from pipeline.models.decoding import Choose, Stop, decode_batch, supports_decode_loop
 from pipeline.models.sequences import length_sorted_chunks, pad_left
 
 
@@ -13,7 +15,7 @@ from pipeline.models.sequences import length_sorted_chunks, pad_left
 class Decoding:
     """How to write a completion of at most `max_new_tokens` tokens. `temperature` None: greedy, or beam search.
 
-    No EOS is written before `min_new_tokens`; a completion ends behind the first of `stop_strings` its text contains.
+    No end is written before `min_new_tokens`, and a text that holds one of `stop_strings` ends there.
     """
 
     max_new_tokens: int
@@ -32,7 +34,6 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     return sorted({tokenizer.eos_token_id, *declared})
 
 
-@torch.no_grad()
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -42,72 +43,128 @@ def generate(
 ) -> list[list[int]]:
     """Token ids of one completion for each prompt (lists of ids), in the order of the prompts.
 
-    A completion ends with an EOS token if the model wrote one, behind a stop string, or at `max_new_tokens`. The
-    model's saved generation settings (penalties, forced tokens, sampling) are not used: a recipe alone decides.
+    A completion ends with an EOS token if the model wrote one, or with the token that completes a stop string, else it
+    has `max_new_tokens` tokens. The model's saved generation settings (penalties, forced tokens, sampling) are not
+    used, so that a recipe alone decides. A sampled token is a function of one uniform number of its own row and step,
+    drawn from torch's generator for all prompts at once, so neither `batch_size` nor other rows change a completion.
+
+    Raises:
+        FloatingPointError: the model's probabilities are not finite.
     """
     ends = eos_token_ids(model, tokenizer)
-    config = GenerationConfig(
-        max_new_tokens=decoding.max_new_tokens,
-        do_sample=decoding.temperature is not None,
-        temperature=decoding.temperature,
-        top_k=decoding.top_k if decoding.temperature is not None else None,
-        top_p=decoding.top_p if decoding.temperature is not None else None,
-        num_beams=decoding.num_beams,
-        min_new_tokens=decoding.min_new_tokens or None,
-        stop_strings=list(decoding.stop_strings) or None,
-        eos_token_id=ends,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-    )
-    # transformers fills unset fields from the model's own generation config, so ours takes its place meanwhile.
-    saved, model.generation_config = model.generation_config, config
-    try:
-        return _generate_in_chunks(model, tokenizer, prompts, config, batch_size)
-    finally:
-        model.generation_config = saved
+    if decoding.num_beams > 1 or not supports_decode_loop(model):
+        return _generate_by_transformers(model, tokenizer, prompts, decoding, ends, batch_size)
+    draws = torch.rand(len(prompts), decoding.max_new_tokens) if decoding.temperature is not None else None
+    completions: list[list[int]] = [[] for _ in prompts]
+    for chunk in length_sorted_chunks(torch.tensor([len(p) for p in prompts]), batch_size):
+        rows = chunk.tolist()
+        choose = _chooser(decoding, ends, None if draws is None else draws[chunk].to(model.device))
+        written = decode_batch(
+            model,
+            [prompts[row] for row in rows],
+            tokenizer.pad_token_id,
+            decoding.max_new_tokens,
+            ends,
+            choose,
+            _stopper(tokenizer, decoding),
+        )
+        for row, tokens in zip(rows, written, strict=True):
+            completions[row] = tokens
+    return completions
 
 
 def finished(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     completions: Sequence[Sequence[int]],
-    stop_strings: Sequence[str] = (),
+    decoding: Decoding,
 ) -> list[bool]:
     """Whether each completion ended by itself, with EOS or a stop string, rather than at the token limit."""
     ends = eos_token_ids(model, tokenizer)
-    return [ids[-1] in ends or _contains(tokenizer, ids, stop_strings) for ids in completions]
+    return [ids[-1] in ends or _is_stopped(tokenizer, decoding, ids) for ids in completions]
 
 
-def _contains(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stop_strings: Sequence[str]) -> bool:
-    if not stop_strings:
+def _chooser(decoding: Decoding, ends: Sequence[int], draws: Tensor | None) -> Choose:
+    """How the next tokens are chosen; `draws [B, max_new_tokens]` are uniform numbers in [0, 1), None for greedy."""
+
+    def choose(logits: Tensor, step: int, rows: Tensor) -> Tensor:
+        if step < decoding.min_new_tokens:
+            logits[:, ends] = -torch.inf
+        return logits.argmax(-1) if draws is None else sample_tokens(logits, decoding, draws[rows, step])
+
+    return choose
+
+
+def sample_tokens(logits: Tensor, decoding: Decoding, draws: Tensor) -> Tensor:
+    """One token for each row of `logits [N, V]` by inverting its cumulative distribution at `draws [N]` in [0, 1)."""
+    logits, order = logits / decoding.temperature, None
+    if decoding.top_k or decoding.top_p < 1:
+        logits, order = logits.topk(min(decoding.top_k or logits.shape[-1], logits.shape[-1]))
+    # In float64, where sums over a large vocabulary keep what small probabilities add.
+    probabilities = torch.softmax(logits, dim=-1).double()
+    cumulative = probabilities.cumsum(-1)
+    if decoding.top_p < 1:  # the fewest likeliest tokens that together reach top_p
+        probabilities = probabilities.masked_fill(cumulative - probabilities >= decoding.top_p, 0.0)
+        cumulative = probabilities.cumsum(-1)
+    targets = draws.double().unsqueeze(-1) * cumulative[:, -1:]
+    index = torch.searchsorted(cumulative, targets, right=True)  # the first whose sum passes: never one of weight 0
+    if (index == logits.shape[-1]).any():
+        raise FloatingPointError("generation: the probabilities of the next token are not finite (NaN in the model)")
+    return (index if order is None else order.gather(-1, index)).squeeze(-1)
+
+
+def _stopper(tokenizer: PreTrainedTokenizerBase, decoding: Decoding) -> Stop | None:
+    """Which texts hold one of the stop strings, after at least `min_new_tokens`; None if there are none."""
+    if not decoding.stop_strings:
+        return None
+
+    def stop(rows: Tensor, written: Tensor) -> Tensor:
+        found = [_is_stopped(tokenizer, decoding, ids) for ids in written.tolist()]
+        return torch.tensor(found, device=written.device)
+
+    return stop
+
+
+def _is_stopped(tokenizer: PreTrainedTokenizerBase, decoding: Decoding, ids: list[int]) -> bool:
+    if not decoding.stop_strings or len(ids) < decoding.min_new_tokens:
         return False
     text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return any(stop in text for stop in stop_strings)
+    return any(end in text for end in decoding.stop_strings)
 
 
-def _generate_in_chunks(
+@torch.no_grad()
+def _generate_by_transformers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
-    config: GenerationConfig,
+    decoding: Decoding,
+    ends: list[int],
     batch_size: int,
 ) -> list[list[int]]:
+    config = GenerationConfig(
+        max_new_tokens=decoding.max_new_tokens,
+        min_new_tokens=decoding.min_new_tokens or None,
+        do_sample=decoding.temperature is not None,
+        temperature=decoding.temperature,
+        top_k=decoding.top_k if decoding.temperature is not None else None,
+        top_p=decoding.top_p if decoding.temperature is not None else None,
+        num_beams=decoding.num_beams,
+        eos_token_id=ends,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+    )
+    # transformers fills unset fields from the model's own generation config, so ours takes its place meanwhile.
+    saved, model.generation_config = model.generation_config, config
     completions: list[list[int]] = [[] for _ in prompts]
-    for chunk in length_sorted_chunks(torch.tensor([len(p) for p in prompts]), batch_size):
-        rows = chunk.tolist()
-        ids, mask = pad_left([prompts[row] for row in rows], config.pad_token_id, model.device)
-        output = model.generate(
-            input_ids=ids, attention_mask=mask.long(), generation_config=config, tokenizer=tokenizer
-        )
-        for row, tokens in zip(rows, output[:, ids.shape[1] :].tolist(), strict=True):
-            completions[row] = _cut(tokenizer, tokens, config)
+    try:
+        for chunk in length_sorted_chunks(torch.tensor([len(p) for p in prompts]), batch_size):
+            rows = chunk.tolist()
+            ids, mask = pad_left([prompts[row] for row in rows], config.pad_token_id, model.device)
+            output = model.generate(input_ids=ids, attention_mask=mask.long(), generation_config=config)
+            for row, tokens in zip(rows, output[:, ids.shape[1] :].tolist(), strict=True):
+                lengths = range(1, len(tokens))
+                stop = (n for n in lengths if tokens[n - 1] in ends or _is_stopped(tokenizer, decoding, tokens[:n]))
+                completions[row] = tokens[: next(stop, len(tokens))]
+    finally:
+        model.generation_config = saved
     return completions
-
-
-def _cut(tokenizer: PreTrainedTokenizerBase, tokens: list[int], config: GenerationConfig) -> list[int]:
-    """The tokens up to the first EOS or the token that completes a stop string; what follows is padding."""
-    length = next((i + 1 for i, token in enumerate(tokens) if token in config.eos_token_id), len(tokens))
-    stops = config.stop_strings or ()
-    if _contains(tokenizer, tokens[:length], stops):
-        length = next(n for n in range(1, length + 1) if _contains(tokenizer, tokens[:n], stops))
-    return tokens[:length]

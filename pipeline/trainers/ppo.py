@@ -176,7 +176,7 @@ class PPOTrainer:
             torch.manual_seed(step_seed(self.seed, self.state.step, self.accelerator.process_index))
             completions = self._generate(prompts, sampling(args))
         texts = decode(self.tokenizer, completions)
-        ended = torch.tensor(finished(self.shared.causal_lm, self.tokenizer, completions, args.stop_strings))
+        ended = torch.tensor(finished(self.shared.causal_lm, self.tokenizer, completions, sampling(args)))
         said = self.score(self.train_dataset.select(rows), texts, completions)
         scores, token_scores, seen = self._paid_scores(rows, completions, said, ended)
         sequences = make_sequences(prompts, completions, self.tokenizer.pad_token_id, device)
@@ -309,7 +309,7 @@ class PPOTrainer:
             completions = self._generate([self._eval_prompt_ids[r] for r in rows], greedy(self.args))
         texts = decode(self.tokenizer, completions)
         said = self.score(self.eval_dataset.select(rows), texts, completions)
-        ended = finished(self.shared.causal_lm, self.tokenizer, completions, self.args.stop_strings)
+        ended = finished(self.shared.causal_lm, self.tokenizer, completions, greedy(self.args))
         parts = [{name: float(values[i]) for name, values in said.parts.items()} for i in range(len(rows))]
         answers = zip(rows, texts, said.total.tolist(), parts, map(len, completions), ended, strict=True)
         results = sorted(gather_object([Answer(*answer) for answer in answers]), key=lambda answer: answer.row)

@@ -84,7 +84,7 @@ def test_saved_settings_survive_a_failure(model, tokenizer, prompts, monkeypatch
 
     monkeypatch.setattr(model, "generate", fail)
     with pytest.raises(RuntimeError):
-        generate(model, tokenizer, prompts, GREEDY, 8)
+        generate(model, tokenizer, prompts, Decoding(max_new_tokens=8, num_beams=2), 8)
     assert model.generation_config is saved
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 from ppo_toys import read_metrics
 
+from pipeline.models import generation
 from pipeline.recipe import load_recipe
 from pipeline.rewards import RewardConfig, build_rewards
 from pipeline.run_directory import RunDirectory
@@ -128,7 +129,6 @@ CHANGES: dict[str, tuple[object, dict]] = {
     "gradient_accumulation_steps": (4, {}),
     "num_ppo_epochs": (3, {}),
     "num_mini_batches": (2, {}),
-    "local_rollout_forward_batch_size": (3, {}),
     "learning_rate": (1e-3, {}),
     "value_learning_rate": (1e-1, {}),
     "lr_scheduler_type": ("cosine", {}),
@@ -181,7 +181,13 @@ CHANGES: dict[str, tuple[object, dict]] = {
     "report_to": (("tensorboard",), {}),
     "run_name": ("mine", {"report_to": ("tensorboard",)}),
 }
-TESTED_APART = {"rewards", "sft_model_path", "gradient_checkpointing", "num_sample_generations"}
+TESTED_APART = {
+    "rewards",
+    "sft_model_path",
+    "gradient_checkpointing",
+    "num_sample_generations",
+    "local_rollout_forward_batch_size",
+}
 
 
 def test_every_key_is_tested():
@@ -239,6 +245,23 @@ def test_gradient_checkpointing_computes_twice_and_changes_nothing(make_trainer)
         calls.append(len(count))
         states.append({name: tensor.tolist() for name, tensor in trainer.shared.trainable_state().items()})
     assert calls[1] == calls[0] + 4  # 2 PPO epochs of 2 micro-batches
+    assert states[0] == states[1]
+
+
+def test_the_rollout_batch_size_bounds_memory_and_changes_nothing(make_trainer, monkeypatch):
+    sizes, states, original = [], [], generation.decode_batch
+
+    def counted(model, prompts, *args):
+        sizes[-1].append(len(prompts))
+        return original(model, prompts, *args)
+
+    monkeypatch.setattr(generation, "decode_batch", counted)
+    for size in (128, 3):
+        sizes.append([])
+        trainer = make_trainer(str(size), total_episodes=8, local_rollout_forward_batch_size=size)
+        trainer.train()
+        states.append({name: tensor.tolist() for name, tensor in trainer.shared.trainable_state().items()})
+    assert sizes == [[8], [3, 3, 2]]
     assert states[0] == states[1]
 
 

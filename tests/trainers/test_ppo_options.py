@@ -104,9 +104,11 @@ def test_the_kl_coefficient_adapts(make_trainer):
     trainer = make_trainer(kl_target=1e-4, kl_horizon=80, kl_coef=0.1, total_episodes=32)
     trainer.train()
     lines = training_steps(trainer.output_dir)
-    expected = [0.1, 0.1 * (1 - 0.2 * 8 / 80)]  # the first step has KL 0, below the target
-    assert [line["objective/kl_coef"] for line in lines[:2]] == pytest.approx(expected)
-    assert lines[2]["objective/kl_coef"] == pytest.approx(expected[1] * (1 + 0.2 * 8 / 80))
+    expected = [0.1]
+    for line in lines[:-1]:  # far from so small a target the error is clipped, 8 of 80 episodes at a time
+        expected.append(expected[-1] * (1 + (0.2 if line["objective/kl"] > 1e-4 else -0.2) * 8 / 80))
+    assert [line["objective/kl_coef"] for line in lines] == pytest.approx(expected)
+    assert expected[1] == pytest.approx(0.098)  # the first step has KL 0
     fixed = make_trainer("fixed", kl_coef=0.1, total_episodes=16)
     fixed.train()
     assert [line["objective/kl_coef"] for line in training_steps(fixed.output_dir)] == [0.1, 0.1]

@@ -1,0 +1,171 @@
+"""The decode loop against transformers' generate, its sampling against numbers by hand, and what decides an end."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from pipeline.models import decoding, generation
+from pipeline.models.decoding import RoomyLayer, decode_batch, supports_decode_loop
+from pipeline.models.generation import Decoding, generate, sample_tokens
+from pipeline.models.sequences import pad_left
+from pipeline.models.text import encode_prompts
+
+PROMPTS = [[5, 6, 7, 8], [9], [10, 11, 12], [9], [13, 14, 15, 16, 17, 18, 19], [20, 21]]
+TEXTS = ["say north", "say north east south west east", "say west"]
+COMMON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+MODELS = {
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64},
+    "llama": {**COMMON, "num_key_value_heads": 2},
+    "qwen2": {**COMMON, "num_key_value_heads": 2},
+    "gemma": {**COMMON, "num_key_value_heads": 1, "head_dim": 16},
+    "opt": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 48},
+    "gpt_neox": COMMON,
+}
+
+
+def build(architecture: str, **options) -> PreTrainedModel:
+    """A random model whose next tokens are far from equally likely."""
+    sizes = {"vocab_size": 60, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_position_embeddings": 64}
+    config = AutoConfig.for_model(architecture, **{**sizes, **MODELS.get(architecture, COMMON), **options})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def by_transformers(model: PreTrainedModel, prompts: list[list[int]], limit: int, ends: list[int]) -> list[list[int]]:
+    ids, mask = pad_left(prompts, 0)
+    config = GenerationConfig(max_new_tokens=limit, do_sample=False, eos_token_id=ends, pad_token_id=0)
+    rows = model.generate(ids, attention_mask=mask.long(), generation_config=config)[:, ids.shape[1] :].tolist()
+    stops = [next((i for i, token in enumerate(row) if token in ends), limit) for row in rows]
+    return [row[: stop + 1] for row, stop in zip(rows, stops, strict=True)]
+
+
+def greedy(logits, step, rows):
+    return logits.argmax(-1)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("architecture", MODELS)
+def test_greedy_tokens_are_those_of_transformers(architecture, attention):
+    model = build(architecture, attn_implementation=attention)
+    assert supports_decode_loop(model)
+    plain = by_transformers(model, PROMPTS, 40, [60])
+    # Tokens that some rows write early and others late or never: rows leave at different times, past a cache block.
+    ends = [plain[0][3], plain[2][20]]
+    for stop in ([2], ends):
+        assert decode_batch(model, PROMPTS, 0, 40, stop, greedy) == by_transformers(model, PROMPTS, 40, stop)
+    assert len({len(row) for row in by_transformers(model, PROMPTS, 40, ends)}) > 2
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        ("mistral", {"sliding_window": 4, "num_key_value_heads": 2}),
+        ("mamba", {"state_size": 4}),
+        ("bloom", {"n_head": 2, "n_layer": 1}),
+    ],
+)
+def test_other_caches_and_positions_are_left_to_transformers(architecture, options, tokenizer, monkeypatch):
+    model = build(architecture, **options)
+    assert not supports_decode_loop(model)
+    monkeypatch.setattr(generation, "decode_batch", None)
+    monkeypatch.setattr(generation, "eos_token_ids", lambda *_: [2])
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+    assert generate(model, tokenizer, PROMPTS, Decoding(6), 8) == by_transformers(model, PROMPTS, 6, [2])
+
+
+def test_finished_rows_are_no_longer_computed(monkeypatch):
+    model = build("llama")
+    rows, limit = [], 12
+    model.register_forward_pre_hook(lambda _, args, kw: rows.append(len(kw["input_ids"])), with_kwargs=True)
+    lengths = torch.tensor([3, 12, 1, 5, 5, 2])
+    written = decode_batch(model, PROMPTS, 0, limit, [], greedy, lambda row, ids: ids.shape[1] >= lengths[row])
+    assert [len(ids) for ids in written] == lengths.tolist()
+    # Five distinct prompts are read; then as many rows as are still open, and nothing after the last.
+    assert rows == [5, 5, 4, 3, 3, 1, 1, 1, 1, 1, 1, 1]
+
+
+def test_a_cache_grows_and_rows_take_gaps(monkeypatch):
+    monkeypatch.setattr(decoding, "BLOCK", 2)
+    states = torch.arange(4 * 3.0).view(4, 1, 3, 1)
+    layer, expected = RoomyLayer(states.clone(), -states), states
+    for token in range(5):
+        new = torch.full((len(expected), 1, 1, 1), 100.0 + token)
+        expected = torch.cat([expected, new], 2)
+        keys, values = layer.update(new, -new)
+        assert torch.equal(keys, expected) and torch.equal(values, -expected)
+        if token == 2:
+            layer.move_rows(torch.tensor([3]), torch.tensor([1]), 3)
+            expected = expected[[0, 3, 2]]
+    assert layer.get_seq_length() == 8
+
+
+def test_a_token_is_where_the_cumulative_probability_passes_the_draw():
+    logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log().repeat(6, 1)
+    draws = torch.tensor([0.0, 0.09, 0.11, 0.31, 0.59, 0.99])
+    assert sample_tokens(logits, Decoding(1, 1.0), draws).tolist() == [0, 0, 1, 2, 2, 3]
+    # At temperature 0.5 the weights are 1, 4, 9, 16 of 30.
+    assert sample_tokens(logits, Decoding(1, 0.5), draws).tolist() == [0, 1, 1, 2, 3, 3]
+    # The two likeliest, likeliest first: 4/7 and 3/7.
+    assert sample_tokens(logits, Decoding(1, 1.0, top_k=2), draws).tolist() == [3, 3, 3, 3, 2, 2]
+    # 0.4 does not reach 0.6, with 0.3 it does.
+    assert sample_tokens(logits, Decoding(1, 1.0, top_p=0.6), draws).tolist() == [3, 3, 3, 3, 2, 2]
+    assert sample_tokens(logits, Decoding(1, 1.0, top_p=0.39), draws).tolist() == [3] * 6
+    # First the two likeliest, then of 4/7 and 3/7 those that reach 0.5.
+    assert sample_tokens(logits, Decoding(1, 1.0, top_k=2, top_p=0.5), draws).tolist() == [3] * 6
+
+
+def test_no_draw_reaches_a_token_of_probability_0():
+    logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]] * 2)
+    draws = torch.tensor([0.0, 1 - 2**-24])
+    assert sample_tokens(logits, Decoding(1, 1.0), draws).tolist() == [1, 2]
+
+
+def test_nan_is_named():
+    with pytest.raises(FloatingPointError, match="not finite"):
+        sample_tokens(torch.full((1, 4), torch.nan), Decoding(1, 1.0), torch.tensor([0.5]))
+
+
+def test_frequencies_are_the_probabilities():
+    torch.manual_seed(0)
+    logits = torch.randn(50)
+    found = sample_tokens(logits.expand(40_000, 50), Decoding(1, 1.0), torch.rand(40_000)).bincount(minlength=50)
+    torch.testing.assert_close(found / 40_000, logits.softmax(0), rtol=0, atol=0.006)  # about five standard errors
+
+
+def test_a_row_is_sampled_alike_in_any_company(taught, tokenizer):
+    model, prompts = taught().eval(), encode_prompts(tokenizer, [*TEXTS, TEXTS[1]])
+    sampled = Decoding(max_new_tokens=8, temperature=1.0)
+    found = []
+    for size in (1, 2, 4):
+        torch.manual_seed(1)
+        found.append(generate(model, tokenizer, prompts, sampled, size))
+    assert found[0] == found[1] == found[2]
+    assert found[0][1] != found[0][-1]  # equal prompts have draws of their own
+
+
+def test_no_end_before_the_shortest_length_and_none_but_the_end_is_changed(taught, tokenizer):
+    model, prompts = taught().eval(), encode_prompts(tokenizer, TEXTS)
+    end, free = tokenizer.eos_token_id, generate(model, tokenizer, prompts, Decoding(8), 8)
+    shortest = max(map(len, free))
+    assert min(map(len, free)) < 7 and shortest < 8
+    for minimum in (shortest, 8):
+        longer = generate(model, tokenizer, prompts, Decoding(8, min_new_tokens=minimum), 8)
+        assert all(len(ids) >= minimum and end not in ids[:minimum] for ids in longer)
+        assert all(ids[: len(row) - 1] == row[:-1] for ids, row in zip(longer, free, strict=True))
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_text_ends_with_the_token_that_completes_a_stop_string(taught, tokenizer, beams):
+    model, prompts = taught().eval(), encode_prompts(tokenizer, TEXTS)
+    free = generate(model, tokenizer, prompts, Decoding(8, num_beams=beams), 8)
+    text = tokenizer.decode(free[0], skip_special_tokens=True)
+    word = text.split()[1][:3]
+    found = generate(model, tokenizer, prompts, Decoding(8, num_beams=beams, stop_strings=(word, "nowhere")), 8)
+    assert len(found[0]) < len(free[0]) and found[0] == free[0][: len(found[0])]
+    assert word in tokenizer.decode(found[0]) and word not in tokenizer.decode(found[0][:-1])
+    later = Decoding(8, num_beams=beams, stop_strings=(word,), min_new_tokens=len(found[0]) + 1)
+    assert len(generate(model, tokenizer, prompts, later, 8)[0]) == len(found[0]) + 1
