@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from datasets import Dataset
 
 from pipeline.metrics import load_metric
-from pipeline.models.loading import load_model, load_tokenizer, lora_config
+from pipeline.models.loading import load_model, load_tokenizer, lora_config, plain_model_directory
 from pipeline.recipe import Recipe, parse_stage_arguments
 from pipeline.rewards import build_rewards
 from pipeline.run_directory import RunDirectory
@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
 def train(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
     """Train the policy and save the best one."""
     task = load_task(recipe.task.name, recipe.task.config)
-    path = sft_model_path(recipe, run)
+    path = plain_model_directory(sft_model_path(recipe, run), recipe.model, run.ppo / "base")
     trainer = PPOTrainer(
         model=load_model(path, recipe.model),
         args=recipe.ppo,

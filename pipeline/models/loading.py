@@ -1,10 +1,12 @@
 """Load tokenizers and causal language models from a directory or the Hub, and describe their LoRA adapter."""
 
 import os
+import shutil
 from pathlib import Path
 from threading import Thread
 
 import torch
+from accelerate import PartialState
 from huggingface_hub import HfApi, constants
 from peft import LoraConfig, PeftModel
 from transformers import (
@@ -90,9 +92,14 @@ def load_config(path: str | Path, config: ModelConfig) -> PretrainedConfig:
 def load_tokenizer(path: str | Path, config: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model. One without a pad token pads with EOS, which the masks keep apart from real EOS.
 
+    Beside an adapter there may be none; then it is its base model's.
+
     Raises:
         ValueError: the tokenizer has no EOS token, so completions could never end.
     """
+    directory = Path(path).expanduser()
+    if (directory / ADAPTER_FILE).is_file() and not (directory / "tokenizer_config.json").is_file():
+        return load_tokenizer(LoraConfig.from_pretrained(str(directory)).base_model_name_or_path, config)
     tokenizer = AutoTokenizer.from_pretrained(
         os.path.expanduser(path), revision=config.model_revision, trust_remote_code=config.trust_remote_code
     )
@@ -134,6 +141,24 @@ def merge_adapter(path: str | Path, config: ModelConfig) -> PreTrainedModel:
     lora = LoraConfig.from_pretrained(str(path))
     base = load_model(lora.base_model_name_or_path, config)
     return PeftModel.from_pretrained(base, str(path)).merge_and_unload()
+
+
+def plain_model_directory(path: str | Path, config: ModelConfig, target: Path) -> str | Path:
+    """Where a model's plain weights are: `path`, or for an adapter `target`, into which it is merged once.
+
+    An adapter trained over the merged model names this directory as its base, so that peft loads it over the weights
+    it was trained on. One process merges, others wait.
+    """
+    if not (Path(path).expanduser() / ADAPTER_FILE).is_file():
+        return path
+    with PartialState().main_process_first():
+        if not target.is_dir():
+            temporary = target.with_name(target.name + ".tmp")
+            shutil.rmtree(temporary, ignore_errors=True)
+            load_model(path, config).save_pretrained(temporary)
+            load_tokenizer(path, config).save_pretrained(temporary)
+            temporary.rename(target)
+    return target
 
 
 def load_policy(path: str | Path, base: str | Path, config: ModelConfig) -> PreTrainedModel:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,8 +25,13 @@ def check_model_and_data(
     """Look at what PPO is given before anything is built from it.
 
     Raises:
-        ValueError: no rows, no special tokens, or a reward that does not score two rows.
+        ValueError: a model with an adapter, no rows, no special tokens, or a reward that does not score two rows.
     """
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "model: it carries an adapter, which would be no part of the reference; merge it into plain weights first "
+            "(merge_and_unload, then save_pretrained)"
+        )
     if len(dataset) == 0:
         raise ValueError("train_dataset: it has no rows, so there is no prompt to answer")
     check_special_tokens(model, tokenizer)

@@ -117,7 +117,8 @@ def rollout_sums(rollout: Rollout, returns: Tensor, penalties: Tensor, generatio
     per_episode = (rollout.scores, kl, entropy, penalty, rollout.scores + penalty, mask.sum(1), finished)
     sums = [torch.as_tensor(float(len(mask)))] + [values.double().sum() for values in per_episode]
     sums.append(rollout.scores.double().square().sum())
-    sums += [prompts_without_signal(rollout.scores, generations), torch.tensor(len(mask) / generations)]
+    groups = len(mask) / generations if generations > 1 else 0
+    sums += [prompts_without_signal(rollout.scores, generations), torch.tensor(groups)]
     error = (returns - rollout.values)[mask].double()
     chosen = returns[mask].double()
     sums += [error.sum(), error.square().sum(), chosen.sum(), chosen.square().sum(), mask.sum()]
@@ -132,7 +133,9 @@ def rollout_statistics(sums: Sequence[float], rewards: Sequence[str]) -> dict[st
     stats = {name: value / episodes for name, value in zip(STATISTICS, means, strict=True)}
     stats["objective/scores_std"] = max(0.0, square / episodes - stats["objective/scores"] ** 2) ** 0.5
     flat, prompts = sums[2 + len(STATISTICS) : 4 + len(STATISTICS)]
-    stats["objective/no_signal"] = flat / prompts
+    # With one completion of each prompt, the batch over all processes is compared: all of them are flat, or none.
+    equal = stats["objective/scores_std"] <= 1e-6 * max(1.0, abs(stats["objective/scores"]))
+    stats["objective/no_signal"] = flat / prompts if prompts else float(equal)
     error, error_square, value, value_square, tokens = sums[4 + len(STATISTICS) : 9 + len(STATISTICS)]
     variance = value_square / tokens - (value / tokens) ** 2
     residual = error_square / tokens - (error / tokens) ** 2

@@ -85,9 +85,7 @@ def judge_unfinished(
 def prompts_without_signal(scores: Tensor, size: int) -> Tensor:
     """How many of the prompts, whose `size` completions are neighbours in `scores [B]`, have equal scores throughout.
 
-    Such a prompt teaches nothing (Razin et al. 2024, arXiv:2310.20703). With one completion of each prompt the whole
-    batch is compared instead: all of them, or none.
+    Such a prompt teaches nothing (Razin et al. 2024, arXiv:2310.20703).
     """
-    groups = scores.view(-1, size if size > 1 else len(scores))
-    flat = groups.amax(1) - groups.amin(1) <= 1e-8
-    return flat.double().sum() * (1 if size > 1 else len(scores))
+    groups = scores.view(-1, size)
+    return (groups.amax(1) - groups.amin(1) <= 1e-8).double().sum()

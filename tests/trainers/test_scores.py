@@ -55,5 +55,4 @@ def test_prompts_without_signal():
     scores = tensor([1.0, 1.0, 0.0, 0.5])
     assert prompts_without_signal(scores, 2) == 1
     assert prompts_without_signal(scores, 4) == 0
-    assert prompts_without_signal(scores, 1) == 0  # one completion a prompt: they differ from each other
-    assert prompts_without_signal(torch.ones(4), 1) == 4
+    assert prompts_without_signal(torch.ones(4), 2) == 2

@@ -1,0 +1,116 @@
+"""The same invariants for several causal architectures, built tiny from their configurations."""
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel
+from ppo_toys import training_steps, weights
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from pipeline.models.loading import load_policy
+from pipeline.trainers.rollout import score_tokens
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*lr_scheduler")
+COMMON = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+}
+GROUPED = {**COMMON, "num_key_value_heads": 1, "head_dim": 16}
+ARCHITECTURES = {
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64},
+    "llama": GROUPED,
+    "qwen2": GROUPED,
+    "gemma": GROUPED,
+    "opt": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "ffn_dim": 48,
+        "max_position_embeddings": 64,
+        "word_embed_proj_dim": 16,
+    },
+    "gpt_neox": {**COMMON, "hidden_dropout": 0.1, "attention_dropout": 0.1},
+}
+TIED = {"gpt2", "qwen2", "gemma", "opt"}
+# Float64 but for norms and softmaxes that an architecture computes in float32 inside.
+CLOSE = {"rtol": 1e-6, "atol": 1e-7}
+
+
+EIGHT_AT_ONCE = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+ONE_BY_ONE = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
+
+
+def build(architecture: str) -> PreTrainedModel:
+    """Random weights, large enough for probabilities to differ."""
+    settings = {"vocab_size": 320, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.1}
+    settings |= {"init_std": 0.1, "tie_word_embeddings": architecture in TIED, **ARCHITECTURES[architecture]}
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **settings)).double()
+
+
+def even(prompts: list, completions: list, completion_ids: list, **columns: list) -> list[float]:
+    """The share of even token ids: something random models differ in."""
+    return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
+
+
+@pytest.mark.parametrize("use_peft", [True, False], ids=["lora", "full"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_ratio_kl_and_merge(make_trainer, tmp_path, architecture, use_peft):
+    model = build(architecture)
+    assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == (architecture in TIED)
+    sft = copy.deepcopy(model).eval()
+    trainer = make_trainer(model=model, reward=even, use_peft=use_peft, total_episodes=16)
+    trainer.train()
+    first, second = training_steps(trainer.output_dir)
+    assert first["objective/kl"] == 0.0 and first["val/ratio_first"] == second["val/ratio_first"] == 1.0
+    assert second["objective/kl"] != 0.0 and first["val/ratio"] != 1.0
+    trainer.save_model()
+    ids = torch.arange(3, 20).unsqueeze(0)
+    if use_peft:
+        merged = PeftModel.from_pretrained(copy.deepcopy(sft), trainer.output_dir).merge_and_unload()
+    else:
+        merged = AutoModelForCausalLM.from_pretrained(trainer.output_dir, dtype=torch.float64).eval()
+    with torch.no_grad():
+        expected = trainer.shared.eval().network(input_ids=ids).logits
+        assert (sft(input_ids=ids).logits - expected).abs().max() > 1e-3
+        torch.testing.assert_close(merged(input_ids=ids).logits, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_micro_batches_and_padding(make_trainer, architecture):
+    whole = make_trainer("whole", model=build(architecture), reward=even, **EIGHT_AT_ONCE)
+    parts = make_trainer("parts", model=build(architecture), reward=even, **ONE_BY_ONE)  # without any padding
+    rollout = whole.collect_rollout(whole.prompt_rows(0))
+    assert rollout.sequences.prompt_mask.sum(1).unique().numel() > 1
+    for found, expected in zip(
+        score_tokens(parts.shared, rollout.sequences, 1),
+        (rollout.logprobs, rollout.ref_logprobs, rollout.values, rollout.entropies),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected, **CLOSE)
+    experience, _ = whole.compute_advantages(rollout)
+    before, stats, own = weights(whole), whole.update(experience), parts.update(experience)
+    assert own == pytest.approx(stats, rel=1e-5, abs=1e-5)
+    torch.testing.assert_close(weights(parts), weights(whole), **CLOSE)
+    assert not all(torch.equal(before[name], weight) for name, weight in weights(whole).items())
+
+
+@pytest.mark.parametrize("architecture", sorted(TIED))
+def test_a_tied_model_stays_what_was_trained_through_merge_save_and_load(
+    make_trainer, model_config, tmp_path, architecture
+):
+    model = build(architecture).float()
+    model.save_pretrained(tmp_path / "sft")
+    trainer = make_trainer(model=model, reward=even, total_episodes=8)
+    trainer.train()
+    trainer.save_model()
+    load_policy(trainer.output_dir, tmp_path / "sft", model_config).save_pretrained(tmp_path / "merged")
+    ids = torch.arange(3, 20).unsqueeze(0)
+    with torch.no_grad():
+        expected = trainer.shared.eval().network(input_ids=ids).logits
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()(input_ids=ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
