@@ -34,7 +34,7 @@ def train(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
         args=recipe.ppo,
         processing_class=load_tokenizer(path, recipe.model),
         reward_funcs=build_rewards(recipe.ppo.rewards, task.language),
-        train_dataset=task.train,
+        train_dataset=task.prompts,
         eval_dataset=task.validation,
         peft_config=lora_config(recipe.model),
         output_dir=run.ppo,
