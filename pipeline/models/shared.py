@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from pipeline.models.fused_lora import fuse_adapters
 from pipeline.models.sequences import Sequences
 
 # Rows of [tokens, vocabulary] that exist at once while log-probs are taken, in numbers (64 MiB of float32).
@@ -45,6 +46,7 @@ class SharedModel(nn.Module):
         else:
             self._frozen = []
             self.network = get_peft_model(model, lora)
+            fuse_adapters(self.network)
         self.value_head = nn.Linear(model.get_output_embeddings().weight.shape[1], 1)  # OPT may project hidden_size
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
