@@ -30,6 +30,23 @@ EQUAL: dict[str, Any] = {
     "save_total_limit": 3,
     "load_best_model_at_end": False,
 }
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "full": {"use_peft": False},
+    "options": {  # whatever keeps numbers of its own from rollout to rollout, or parameters that not every step trains
+        "value_model": "adapter",
+        "value_warmup_steps": 1,
+        "gradient_checkpointing": True,
+        "whiten_rewards": False,
+        "score_scaling": "running",
+        "score_clip": 1.5,
+        "kl_target": 0.5,
+        "kl_horizon": 100,
+        "target_kl": 0.01,
+        "entropy_coef": 0.01,
+        "num_ppo_epochs": 4,
+    },
+}
 SAMPLED = {**SMALL, "num_mini_batches": 2, "num_generations": 2, "group_baseline": True}
 
 
@@ -54,7 +71,7 @@ class Setting:
 
     def run(self, kind: str, world: int) -> None:
         """Credit of the first step, then a whole run, and its end once more from the checkpoint before it."""
-        settings = {**EQUAL, "use_peft": kind == "lora", "gradient_accumulation_steps": 2 // world}
+        settings = {**EQUAL, "gradient_accumulation_steps": 2 // world, **KINDS[kind]}
         name = f"{kind}-{world}"
         trainer = self.trainer(name, **settings)
         experience, _ = trainer.compute_advantages(trainer.collect_rollout(trainer.prompt_rows(0)))
@@ -87,7 +104,7 @@ class Setting:
 
     def everything(self) -> None:
         """What a group of two does."""
-        for kind in ("lora", "full"):
+        for kind in KINDS:
             self.run(kind, 2)
         self.sample()
 
@@ -108,21 +125,21 @@ def runs(taught_directory, model_config, examples, tmp_path_factory) -> Setting:
     run_in_two(setting.everything, setting.root)
     for state in (lambda: AcceleratorState._reset_state(reset_partial_state=True), GradientState._reset_state):
         state()
-    for kind in ("lora", "full"):
+    for kind in KINDS:
         setting.run(kind, 1)
     return setting
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_give_the_weights_of_one(runs, kind):
     one, two = runs.found(f"{kind}-1", "weights"), runs.found(f"{kind}-2", "weights")
     # float64, and Adam divides by the root of squared gradients, which makes 1e-16 larger where they are small
     torch.testing.assert_close(two, one, rtol=1e-8, atol=1e-9)
-    before = {n: p for n, p in runs.trainer("unused", use_peft=kind == "lora").shared.named_parameters()}
+    before = {n: p for n, p in runs.trainer("unused", **KINDS[kind]).shared.named_parameters()}
     assert all((before[name] - weight).abs().max() > 1e-4 for name, weight in one.items())
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_log_what_one_logs(runs, kind):
     one, two = (read_metrics(runs.root / f"{kind}-{world}") for world in (1, 2))
     assert len(one) == 7 and [sorted(line) for line in one] == [sorted(line) for line in two]  # 3 steps, 4 evaluations
@@ -141,12 +158,14 @@ def test_whitening_is_over_all_processes(runs):
     assert all(abs(advantages[own].mean()) > 0.01 for advantages, own in parts)  # not of its own
 
 
-@pytest.mark.parametrize("name", ["lora-2", "full-2", "lora-2-again", "full-2-again", "sampled"])
+@pytest.mark.parametrize(
+    "name", ["lora-2", "full-2", "options-2", "lora-2-again", "full-2-again", "options-2-again", "sampled"]
+)
 def test_both_processes_hold_the_same_weights_bit_for_bit(runs, name):
     torch.testing.assert_close(runs.found(name, "weights", 1), runs.found(name, "weights", 0), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_resume_bit_for_bit(runs, kind):
     name = f"{kind}-2"
     whole, again = runs.found(name, "weights"), runs.found(f"{name}-again", "weights")
