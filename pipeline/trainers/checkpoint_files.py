@@ -45,8 +45,8 @@ def new_checkpoint(directory: Path, step: int, size: int) -> Iterator[Path]:
         free = _free(directory)
         shutil.rmtree(temporary, ignore_errors=True)
         after = _free(directory)
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or min(free - FULL_DISK, after - size) < 0
-        if not full:
+        told = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not told and free >= FULL_DISK and after >= size:
             raise
         raise OSError(
             f"cannot write {final}: it needs about {size:,} bytes and {after:,} are free; the checkpoints before it "

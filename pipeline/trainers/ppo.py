@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -133,7 +132,10 @@ class PPOTrainer:
             stats |= self.update(experience)
             self._end_step(rollout, stats)
             if number := requested_stop():
-                self._stop(number)
+                if not (self.checkpoints / f"checkpoint-{self.state.step}").is_dir():
+                    self.save_checkpoint()
+                self.log.close()
+                raise Stopped(number, self.state.step)
         if self.args.load_best_model_at_end and self.state.best_step:
             best = load_checkpoint(self.checkpoints / f"checkpoint-{self.state.best_step}")
             self.shared.load_trainable_state(best.weights)
@@ -152,8 +154,7 @@ class PPOTrainer:
             self.shared.load_trainable_state(checkpoint.weights)
             self.optimizer.load_state_dict(checkpoint.optimizer)
             self.scheduler.load_state_dict(checkpoint.scheduler)
-            rank, world = self.accelerator.process_index, self.accelerator.num_processes
-            restore_random_state(of_this_process(checkpoint.random, rank, world, found))
+            restore_random_state(of_this_process(checkpoint.random, found))
             self.state = checkpoint.state
         count = self.args.save_total_limit + 1 + self.args.load_best_model_at_end  # the one being written, the best
         check_space(self.checkpoints, state_size(self.shared.trainable_state()), count)
@@ -162,13 +163,6 @@ class PPOTrainer:
         self.log = TrainingLog(self.accelerator, self.output_dir / "metrics.jsonl", self.num_steps, self.state.step)
         for note in [*notes, *([f"continuing from {found}"] if found else [])]:
             self.log.say(note)
-
-    def _stop(self, number: int) -> NoReturn:
-        """End the run after a signal; what it has done is in a checkpoint."""
-        if not (self.checkpoints / f"checkpoint-{self.state.step}").is_dir():
-            self.save_checkpoint()
-        self.log.close()
-        raise Stopped(number, self.state.step)
 
     def prompt_rows(self, step: int) -> list[int]:
         """Which training rows this process answers in a step. Data smaller than a batch is passed several times."""
@@ -372,13 +366,8 @@ class PPOTrainer:
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint of the current step; every process calls it, the main one writes."""
-        checkpoint = Checkpoint(
-            self.state,
-            self.shared.trainable_state(),
-            self.optimizer.state_dict(),
-            self.scheduler.state_dict(),
-            gather_object([random_state()]),
-        )
+        states = self.optimizer.state_dict(), self.scheduler.state_dict(), gather_object([random_state()])
+        checkpoint = Checkpoint(self.state, self.shared.trainable_state(), *states)
         protect = self.state.best_step if self.args.load_best_model_at_end else None
         save_checkpoint(self.checkpoints, checkpoint, self.args.save_total_limit, protect)
 

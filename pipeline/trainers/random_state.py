@@ -1,9 +1,11 @@
 """The state of every global random generator of a process, as values that load without running code."""
 
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+from accelerate import PartialState
 
 
 def random_state() -> dict[str, object]:
@@ -29,15 +31,16 @@ def restore_random_state(state: dict[str, object]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def of_this_process(states: list, process_index: int, num_processes: int, source: object) -> object:
+def of_this_process(states: Sequence, source: object):
     """The entry of this process.
 
     Raises:
         ValueError: the run that made `source` had another number of processes.
     """
-    if len(states) != num_processes:
+    processes = PartialState()
+    if len(states) != processes.num_processes:
         raise ValueError(
-            f"{source} was made by {len(states)} processes and this run has {num_processes}: start as many again, or "
-            "remove the stage's directory to begin anew"
+            f"{source} was made by {len(states)} processes and this run has {processes.num_processes}: start as many "
+            "again, or remove the stage's directory to begin anew"
         )
-    return states[process_index]
+    return states[processes.process_index]

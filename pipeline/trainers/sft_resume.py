@@ -54,8 +54,7 @@ class ResumableSFTTrainer(SFTTrainer):
         else:
             require_intact(Path(resume_from_checkpoint))
             parts = load_tensors(Path(resume_from_checkpoint) / LOOP_FILE)["processes"]
-            rank, world = self.args.process_index, self.args.world_size
-            self._loop = of_this_process(parts, rank, world, resume_from_checkpoint)
+            self._loop = of_this_process(parts, resume_from_checkpoint)
         # One being written, and the best one, beside those that are kept.
         count = (self.args.save_total_limit or 1) + 1 + bool(self.args.load_best_model_at_end)
         check_space(checkpoints, self._checkpoint_size(), 1 if self.args.save_strategy == "no" else count)

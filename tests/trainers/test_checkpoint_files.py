@@ -214,10 +214,10 @@ def test_random_states_come_back(tmp_path):
 
     expected = draw()
     states = torch.load(tmp_path / "state.pt", weights_only=True)
-    restore_random_state(of_this_process(states, 0, 1, "here"))
+    restore_random_state(of_this_process(states, "here"))
     assert draw() == expected
-    with pytest.raises(ValueError, match="here was made by 1 processes and this run has 2"):
-        of_this_process(states, 1, 2, "here")
+    with pytest.raises(ValueError, match="here was made by 2 processes and this run has 1"):
+        of_this_process(states * 2, "here")
 
 
 def test_too_little_room_is_said_before_the_first_step(tmp_path, monkeypatch):
