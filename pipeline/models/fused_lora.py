@@ -26,7 +26,14 @@ class _AdaptedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float, merged: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        down: Tensor,
+        up: Tensor,
+        scaling: float,
+        merged: bool,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, down, up)
         ctx.scaling, ctx.merged = scaling, merged

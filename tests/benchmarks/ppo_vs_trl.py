@@ -97,7 +97,9 @@ def summarise(name: str, runs: list[dict]) -> dict[str, float]:
     cpu = [batch / seconds for run in runs for seconds in run["cpu"]]
     memory = [run["memory"] / 1e9 for run in runs]
     share = {phase: median(run["share"][phase] for run in runs) for phase in runs[0]["share"]}
-    print(f"{name}: {json.dumps(runs[0]['versions'])}, {median(run['length'] for run in runs):.1f} tokens a completion")
+    print(
+        f"{name}: {json.dumps(runs[0]['versions'])}, {median(run['length'] for run in runs):.1f} tokens a completion"
+    )
     for label, values in (("episodes/s", wall), ("episodes/CPU s", cpu), ("GB above imports", memory)):
         print(f"  {label:17s} median {median(values):7.3f}  range {min(values):.3f} to {max(values):.3f}")
     print("  share of CPU time " + ", ".join(f"{phase} {value:.0%}" for phase, value in share.items()))
