@@ -77,7 +77,9 @@ def test_ratio_kl_and_merge(make_trainer, tmp_path, architecture, use_peft):
     with torch.no_grad():
         expected = trainer.shared.eval().network(input_ids=ids).logits
         assert (sft(input_ids=ids).logits - expected).abs().max() > 1e-3
-        torch.testing.assert_close(merged(input_ids=ids).logits, expected, **CLOSE)
+        # Buffers such as rotary frequencies are made in float32 and widened, or made in float64 by from_pretrained.
+        tolerance = CLOSE if use_peft else {"rtol": 1e-4, "atol": 1e-5}
+        torch.testing.assert_close(merged(input_ids=ids).logits, expected, **tolerance)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
