@@ -12,7 +12,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 from pipeline.models.text import encode_completions, encode_prompts
-from pipeline.trainers.logs import json_line, keep_lines
+from pipeline.trainers.logs import TimingLog, json_line, keep_lines
 
 DEFAULTS: Mapping[str, Any] = {
     "eval_strategy": "epoch",
@@ -21,6 +21,7 @@ DEFAULTS: Mapping[str, Any] = {
     "metric_for_best_model": "eval_loss",
     "save_total_limit": 1,
     "report_to": "none",
+    "include_num_input_tokens_seen": "non_padding",
 }
 
 
@@ -129,14 +130,17 @@ class MetricsFileCallback(TrainerCallback):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.timing = TimingLog(path.with_name("timing.jsonl"))
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """Keep only the lines up to the step training starts from."""
         if state.is_world_process_zero:
             keep_lines(self.path, state.global_step)
+            self.timing.start(state.global_step)
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         """Append one event."""
         if state.is_world_process_zero:
             with self.path.open("a") as file:
                 file.write(json_line(state.global_step, logs or {}))
+            self.timing.write(state.global_step)
