@@ -25,7 +25,7 @@ from pipeline.evaluation.curves import read_cost, read_panels
 from pipeline.evaluation.inspection import Inspection, chosen_examples, inspect_examples
 from pipeline.evaluation.render import Details, print_report, write_report
 from pipeline.evaluation.report import EvaluationReport, Outputs, StageCost, TestSet
-from pipeline.evaluation.runs import compare_command
+from pipeline.evaluation.runs_pages import compare_command
 from pipeline.evaluation.systems import Answers, Source, answer
 from pipeline.metrics import load_metric
 from pipeline.recipe import Recipe, parse_stage_arguments

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from pipeline.evaluation.config import CONTROL, EvalConfig
+from pipeline.evaluation.config import EvalConfig
 from pipeline.evaluation.gains import Gains, find_gains
 from pipeline.evaluation.predictions import save_predictions
 from pipeline.evaluation.render import Sample
@@ -80,7 +80,7 @@ def assemble_report(
     }
     comparisons = [
         comparison
-        for a, b in compared_pairs(list(systems), CONTROL)
+        for a, b in compared_pairs(list(systems))
         for comparison in compare_systems(a, b, outputs, test, metrics, resampling)
     ]
     references = text_statistics(test.first_references, test.first_references, test.prompts)
@@ -90,7 +90,7 @@ def assemble_report(
         systems=systems,
         comparisons=comparisons,
         verdict=verdict(comparisons, first),
-        findings=findings(comparisons, systems, best_of, first, CONTROL),
+        findings=findings(comparisons, systems, best_of, first),
         warnings=find_warnings(predictions, comparisons, systems, references, judges.rewards),
         settings=dict(settings),
         references=references,

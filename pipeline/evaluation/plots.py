@@ -96,7 +96,7 @@ def gain_plot(a: str, b: str, metric: str, gains: Sequence[float]) -> str:
         moved = [gain for gain in gains if abs(gain) > 1e-9]
         axes[0].hist(moved, bins=min(40, max(5, len(moved) // 5)))
         axes[0].axvline(0, color=INK, linewidth=1)
-        axes[0].set_title(f"gain in {metric}, {b} - {a}, of the {len(moved)} examples that changed")
+        axes[0].set_title(f"{metric}, {b} - {a}: {len(moved)} examples")
         return _svg(figure, "gains")
 
 

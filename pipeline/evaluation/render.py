@@ -1,23 +1,18 @@
 """Write the report: report.json for machines, report.md for a pull request, report.html, plots, the terminal."""
 
-import base64
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, select_autoescape
 from markupsafe import Markup
 from rich.console import Console
-from rich.table import Table as ConsoleTable
 
 from pipeline.evaluation import plots, tables
 from pipeline.evaluation.curves import Panel
 from pipeline.evaluation.inspection import Inspection
+from pipeline.evaluation.pages import environment, markdown_page, mood, page_parts, print_table, write_json
 from pipeline.evaluation.report import EvaluationReport
 
-TEMPLATES = Path(__file__).resolve().parent / "templates"
 SECTIONS = (
     ("scores", "Scores"),
     ("comparisons", "Comparisons"),
@@ -67,11 +62,6 @@ def write_report(report: EvaluationReport, details: Details, directory: Path) ->
     (directory / "report.html").write_text(to_html(report, details, drawn), encoding="utf-8")
 
 
-def write_json(content: object, file: Path) -> None:
-    """A dataclass as indented JSON."""
-    file.write_text(json.dumps(asdict(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def draw_plots(report: EvaluationReport, details: Details) -> dict[str, str]:
     """Name -> SVG of every plot there is something for."""
     found = {"scores": plots.score_plot(report)}
@@ -102,12 +92,7 @@ def to_markdown(report: EvaluationReport, details: Details) -> str:
         sample_table(report, evenly(details.samples, details.num_samples)),
         tables.settings_table(report),
     ]
-    return markdown_page(report, shown)
-
-
-def markdown_page(report: object, shown: Sequence[tables.Table]) -> str:
-    """Anything with a verdict, findings and warnings as Markdown, above its tables."""
-    return environment().get_template("report.md").render(report=report, tables=shown).strip() + "\n"
+    return markdown_page("Evaluation", report, shown)
 
 
 def sample_table(report: EvaluationReport, samples: Sequence[Sample]) -> tables.Table:
@@ -125,7 +110,7 @@ def to_html(report: EvaluationReport, details: Details, drawn: Mapping[str, str]
         .render(
             report=report,
             mood=mood(report.verdict),
-            sections=SECTIONS,
+            sections=_sections(report, details),
             tables={
                 "scores": tables.score_table(report),
                 "texts": tables.text_table(report),
@@ -152,28 +137,18 @@ def to_html(report: EvaluationReport, details: Details, drawn: Mapping[str, str]
     return content.strip() + "\n"
 
 
-def page_parts(title: str) -> dict[str, object]:
-    """What every page has: title, style, script, and the hash by which the browser knows the script for ours."""
-    style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return {"title": title, "style": Markup(style), "script": Markup(script), "script_hash": Markup(digest)}
-
-
-def environment() -> Environment:
-    """Templates whose HTML escapes every value that is not marked as ours."""
-    found = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=select_autoescape(["html"]),
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    found.filters["cell"] = markdown_cell
-    return found
-
-
-def markdown_cell(text: str) -> str:
-    """A text as one cell of a Markdown table, whatever is in it."""
-    return " ".join(str(text).split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+def _sections(report: EvaluationReport, details: Details) -> list[tuple[str, str]]:
+    """Anchor and name of every section there is something for."""
+    there = {
+        "comparisons": report.comparisons,
+        "decoding": report.decodings or report.best_of,
+        "gains": report.gains,
+        "tokens": details.inspections,
+        "training": details.panels,
+        "cost": report.cost,
+        "samples": details.num_listed,
+    }
+    return [(anchor, name) for anchor, name in SECTIONS if there.get(anchor, True)]
 
 
 def evenly(items: Sequence[Sample], count: int) -> list[Sample]:
@@ -182,26 +157,14 @@ def evenly(items: Sequence[Sample], count: int) -> list[Sample]:
     return [items[len(items) * number // count] for number in range(count)]
 
 
-def mood(verdict: str) -> str:
-    """`better`, `worse` or nothing, for the colour of the verdict."""
-    return next((word for word in ("better", "worse") if f"is {word}" in verdict), "")
-
-
 def print_report(report: EvaluationReport, console: Console) -> None:
     """The scores and comparisons as tables in the terminal, the warnings and the verdict."""
-    for table in (tables.score_table(report), tables.comparison_table(report)):
-        print_table(table, console)
+    comparisons = tables.comparison_table(report)
+    narrow = [row[:6] for row in comparisons.rows]
+    print_table(tables.score_table(report), console)
+    print_table(tables.Table(comparisons.title, comparisons.header[:6], narrow), console)
     for warning in report.warnings:
         console.print(f"warning: {warning}", style="yellow", markup=False)
     for finding in report.findings:
         console.print(finding, markup=False)
     console.print(report.verdict, style="bold", markup=False)
-
-
-def print_table(table: tables.Table, console: Console) -> None:
-    """A table in the terminal; an empty one is left away."""
-    if table.rows:
-        shown = ConsoleTable(*table.header, title=table.title)
-        for row in table.rows:
-            shown.add_row(*row)
-        console.print(shown)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from pipeline.evaluation.config import CONTROL
 from pipeline.evaluation.gains import Gains
 from pipeline.evaluation.predictions import Prediction, cross_entropy
 from pipeline.evaluation.sampling import BestOfN, DecodingScores
@@ -227,10 +228,10 @@ def compare_systems(
     ]
 
 
-def compared_pairs(systems: Sequence[str], control: str) -> list[tuple[str, str]]:
+def compared_pairs(systems: Sequence[str]) -> list[tuple[str, str]]:
     """Which systems are compared: what each stage changed, further ones with SFT, and PPO with the control."""
     further = [name for name in systems if name not in ("base", "sft", "ppo")]
-    pairs = [("base", "sft"), ("sft", "ppo"), *[("sft", name) for name in further], (control, "ppo")]
+    pairs = [("base", "sft"), ("sft", "ppo"), *[("sft", name) for name in further], (CONTROL, "ppo")]
     return [(a, b) for a, b in pairs if a in systems and b in systems]
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from pipeline.evaluation.config import CONTROL
 from pipeline.evaluation.predictions import Prediction
 from pipeline.evaluation.report import REWARD, System, SystemComparison
 from pipeline.evaluation.sampling import BestOfN
@@ -32,13 +33,12 @@ def findings(
     systems: Mapping[str, System],
     best_of: Mapping[str, BestOfN],
     metric: str,
-    control: str,
 ) -> list[str]:
     """What stands behind the verdict, a sentence each: other metrics, the control, effect, distance, best of n."""
     found = _find(comparisons, "sft", "ppo", metric)
     if found is None:
         return []
-    lines = [_other_metrics(comparisons, metric), _agreement(found), _effect(found), _control(comparisons, control)]
+    lines = [_other_metrics(comparisons, metric), _agreement(found), _effect(found), _control(comparisons)]
     lines += [_distance(systems), _best_of(best_of)]
     return [line for line in lines if line]
 
@@ -82,8 +82,8 @@ def _effect(found: SystemComparison) -> str:
     )
 
 
-def _control(comparisons: Sequence[SystemComparison], control: str) -> str:
-    alone, beyond = _first_metric(comparisons, "sft", control), _first_metric(comparisons, control, "ppo")
+def _control(comparisons: Sequence[SystemComparison]) -> str:
+    alone, beyond = _first_metric(comparisons, "sft", CONTROL), _first_metric(comparisons, CONTROL, "ppo")
     if alone is None or beyond is None:
         return ""
     change = f"{alone.metric} by {alone.delta:+.2f} (p = {_p(alone)})"
@@ -141,7 +141,7 @@ def find_warnings(
         excess = systems[name].texts.most_common - references.most_common
         if excess > SAME_TEXT:
             share = systems[name].texts.most_common
-            warnings.append(f"{name} collapsed: it answered {share:.0%} of the prompts with one and the same text")
+            warnings.append(f"{name} collapsed: it answers {share:.0%} of the prompts with one and the same text")
     if "sft" in systems:
         for name in systems:
             if name not in ("base", "sft"):
@@ -156,6 +156,8 @@ def _identical(
 ) -> list[str]:
     warnings = []
     for a, b in dict.fromkeys((c.a, c.b) for c in comparisons):
+        if b == CONTROL:  # a constant reward may well leave everything as it is; the findings say so
+            continue
         if a == "sft" and systems[b].same_weights_as_sft:
             warnings.append(f"sft and {b} have identical weights: training changed nothing, and nothing is compared")
         elif all(x.completion_ids == y.completion_ids for x, y in zip(predictions[a], predictions[b], strict=True)):
