@@ -1,5 +1,6 @@
 """The report's figures as SVG: small multiples that read on light and dark paper alike."""
 
+import warnings
 from collections.abc import Sequence
 from io import StringIO
 
@@ -15,6 +16,7 @@ from pipeline.evaluation.report import EvaluationReport
 INK = "#808080"  # stands out from white and from black
 COLOURS = ("#3b82f6", "#f59e0b", "#10b981", "#a855f7", "#ef4444", "#06b6d4")
 WIDTH, HEIGHT = 3.0, 2.0  # of a panel, in inches
+LABEL = 14  # characters of a token
 STYLE = {
     "axes.edgecolor": INK,
     "axes.facecolor": "none",
@@ -108,7 +110,7 @@ def credit_plot(credit: Credit, name: str) -> str:
         places = range(len(credit.tokens))
         axis.bar(places, credit.advantages, color=COLOURS[1], alpha=0.6, label="advantage")
         axis.plot(places, credit.values, marker=".", color=COLOURS[0], label="value")
-        axis.set_xticks(places, [token.strip() for token in credit.tokens], rotation=60, ha="right")
+        axis.set_xticks(places, [" ".join(token.split())[:LABEL] for token in credit.tokens], rotation=60, ha="right")
         axis.legend(fontsize=7)
         return _svg(figure, name)
 
@@ -127,7 +129,9 @@ def _grid(count: int, columns: int) -> tuple[Figure, list[Axes]]:
 def _svg(figure: Figure, name: str) -> str:
     """The figure as an `<svg>` element, the same for the same figure; ids hold `name`, so figures share a page."""
     buffer = StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": name, "svg.id": name}):
+    with matplotlib.rc_context({"svg.hashsalt": name, "svg.id": name}), warnings.catch_warnings():
+        # The text stays text, so the reader's fonts draw what matplotlib's own cannot.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :].strip()

@@ -109,7 +109,7 @@ class SystemComparison:
     p_value: float
     p_holm: float
     p_randomisation: float
-    effect_size: float
+    effect_size: float | None
     wins: float
     losses: float
     higher_is_better: bool = True

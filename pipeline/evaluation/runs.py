@@ -185,7 +185,7 @@ def seeds_verdict(summary: SeedSummary) -> str:
 def disagreements(seeds: Sequence[SeedSummary]) -> list[str]:
     """Measures on which PPO is ahead of SFT with some seeds and behind with others."""
     return [
-        f"seeds disagree on {s.metric}: PPO is ahead of SFT in {s.ahead:.0%} of them, from {s.low:+.2f} to {s.high:+.2f}"
+        f"seeds disagree on {s.metric}: PPO is ahead of SFT in {s.ahead:.0%} of them ({s.low:+.2f} to {s.high:+.2f})"
         for s in seeds
         if 0 < s.ahead < 1
     ]

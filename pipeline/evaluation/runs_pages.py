@@ -69,8 +69,14 @@ def seeds_table(report: RunsReport) -> Table:
     """PPO - SFT over the seeds."""
     header = ["metric", "seeds", "mean", "std. dev.", "lowest", "highest", "ahead", "better", "worse"]
     rows = [
-        [s.metric, str(len(s.seeds)), *(f"{v:+.3f}" for v in (s.mean,)), f"{s.deviation:.3f}"]
-        + [f"{s.low:+.3f}", f"{s.high:+.3f}", f"{s.ahead:.0%}", f"{s.improved:.0%}", f"{s.worsened:.0%}"]
+        [
+            s.metric,
+            str(len(s.seeds)),
+            f"{s.mean:+.3f}",
+            f"{s.deviation:.3f}",
+            *(f"{value:+.3f}" for value in (s.low, s.high)),
+            *(f"{share:.0%}" for share in (s.ahead, s.improved, s.worsened)),
+        ]
         for s in report.seeds
     ]
     note = "Ahead: share of seeds in which PPO has the better score; better and worse: with p < 0.05 in that run."

@@ -125,11 +125,11 @@ def _randomised_p(delta: float, trials: np.ndarray, n_examples: int) -> float:
 class Effect:
     """How large a difference is, example by example: B's numbers minus A's.
 
-    `size` is their mean over their standard deviation (Cohen's d of paired values), 0 where nothing differs; `wins`
-    and `losses` are the shares of examples on which B is better and worse.
+    `size` is their mean over their standard deviation (Cohen's d of paired values), 0 where nothing differs and None
+    where all differ alike; `wins` and `losses` are the shares of examples on which B is better and worse.
     """
 
-    size: float
+    size: float | None
     wins: float
     losses: float
 
@@ -137,8 +137,8 @@ class Effect:
 def paired_effect(values_a: Sequence[float], values_b: Sequence[float]) -> Effect:
     """The effect of B against A on values where more is better, [N] each."""
     differences = np.asarray(values_b, dtype=np.float64) - np.asarray(values_a, dtype=np.float64)
-    deviation = float(differences.std(ddof=1)) if len(differences) > 1 else 0.0
-    size = float(differences.mean()) / deviation if deviation > 0 else 0.0
+    mean, deviation = float(differences.mean()), float(differences.std(ddof=1)) if len(differences) > 1 else 0.0
+    size = mean / deviation if deviation > 1e-12 else None if mean else 0.0
     return Effect(size, float((differences > 1e-9).mean()), float((differences < -1e-9).mean()))
 
 

@@ -77,7 +77,7 @@ def comparison_table(report: EvaluationReport) -> Table:
             f"{c.delta:+.3f}",
             f"[{c.low:+.3f}, {c.high:+.3f}]",
             *(f"{p:.3f}" for p in (c.p_value, c.p_holm, c.p_randomisation)),
-            f"{c.effect_size:+.2f}",
+            *_formatted([c.effect_size], "+.2f"),
             f"{c.wins:.0%}",
             f"{c.losses:.0%}",
         ]

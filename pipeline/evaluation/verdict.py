@@ -73,13 +73,13 @@ def _agreement(found: SystemComparison) -> str:
 
 
 def _effect(found: SystemComparison) -> str:
+    same = 1 - found.wins - found.losses
+    shares = f"higher on {found.wins:.0%}, lower on {found.losses:.0%} and the same on {same:.0%}"
+    if found.effect_size is None:
+        return f"Sentence by sentence PPO scores {shares}, everywhere by the same amount."
     size = abs(found.effect_size)
     word = "negligible" if size < 0.1 else "small" if size < 0.35 else "medium" if size < 0.65 else "large"
-    same = 1 - found.wins - found.losses
-    return (
-        f"Sentence by sentence PPO scores higher on {found.wins:.0%}, lower on {found.losses:.0%} and the same on "
-        f"{same:.0%}; the effect is {word} (d = {found.effect_size:+.2f})."
-    )
+    return f"Sentence by sentence PPO scores {shares}; the effect is {word} (d = {found.effect_size:+.2f})."
 
 
 def _control(comparisons: Sequence[SystemComparison]) -> str:
@@ -156,7 +156,7 @@ def _identical(
 ) -> list[str]:
     warnings = []
     for a, b in dict.fromkeys((c.a, c.b) for c in comparisons):
-        if b == CONTROL:  # a constant reward may well leave everything as it is; the findings say so
+        if CONTROL in (a, b):  # a constant reward may well leave everything as it is; the findings say so
             continue
         if a == "sft" and systems[b].same_weights_as_sft:
             warnings.append(f"sft and {b} have identical weights: training changed nothing, and nothing is compared")
