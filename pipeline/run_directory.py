@@ -122,7 +122,9 @@ def stage_inputs(recipe: Recipe, stage: str) -> dict[str, str]:
         places = [Path(system.path).expanduser() for system in recipe.eval.further_systems]
         inputs |= {str(p): _digest_model(p) for p in places if p.is_dir()}
         control = control_run(recipe)
-        inputs |= {} if control is None else {"control": _digest_file(control / "ppo" / FINISHED)}
+        if control is not None:
+            record = control / "ppo" / FINISHED
+            inputs["control"] = _digest_file(record) if record.is_file() else ABSENT
     records = {name: directory.stage(name) / FINISHED for name in needed_stages(recipe, stage)}
     return inputs | {name: _digest_file(record) if record.is_file() else ABSENT for name, record in records.items()}
 
@@ -138,17 +140,11 @@ def control_run(recipe: Recipe) -> Path | None:
 
     One that is found by itself has paid only `constant` from this recipe's SFT model as it is now; of several, one
     with the same seed, else the one that finished last.
-
-    Raises:
-        ValueError: the run that `eval.control` names has no finished ppo stage, or started from other weights.
     """
     chosen = recipe.eval.control
     if chosen is None or recipe.ppo is None or "ppo" not in recipe.eval.systems:
         return None
     if chosen != AUTO:
-        problem = _control_problem(recipe, Path(chosen).expanduser())
-        if problem:
-            raise ValueError(f"eval.control: {chosen!r} {problem}")
         return Path(chosen).expanduser()
     own, records = RunDirectory.of(recipe).path, {}
     for file in sorted(own.parent.glob(f"*/ppo/{FINISHED}")):
@@ -156,7 +152,7 @@ def control_run(recipe: Recipe) -> Path | None:
         paid = [value for key, value in settings.items() if re.fullmatch(r"ppo\.rewards\.\d+\.name", key)]
         run = file.parent.parent
         if run != own and set(paid) == {"constant"} and _control_problem(recipe, run) is None:
-            records[run] = (settings.get("seed") == recipe.seed, _read_json(file).get("finished_at", ""))
+            records[run] = (settings.get("seed") == recipe.seed, str(_read_json(file).get("finished_at")))
     return max(records, key=records.get, default=None)
 
 
@@ -164,12 +160,13 @@ def _control_problem(recipe: Recipe, run: Path) -> str | None:
     """Why a run is no control of this recipe; None if it is one."""
     record = _read_json(run / "ppo" / FINISHED)
     if not record:
-        return "is no run directory with a finished ppo stage; run the control first"
+        return "is no run directory with a finished ppo stage; run the control first, or set eval.control=null"
     sft = RunDirectory.of(recipe).sft if recipe.ppo.sft_model_path is None else Path(recipe.ppo.sft_model_path)
     started = record.get("settings", {}).get("ppo.sft_model_path") or str(run / "sft")
     same = Path(started).expanduser().resolve() == sft.expanduser().resolve()
     recorded = record.get("inputs", {}).get(str(Path(started).expanduser()))
-    if not same or (recorded is not None and recorded != _digest_model(sft.expanduser())):
+    here = sft.expanduser().is_dir()
+    if not same or (here and recorded is not None and recorded != _digest_model(sft.expanduser())):
         return f"did not start from the SFT model {str(sft)!r} as it is now; run it with ppo.sft_model_path={sft}"
     return None
 
@@ -328,4 +325,6 @@ def missing_input(recipe: Recipe, stage: str) -> str | None:
             differences = setting_differences(directory, recipe, name)
             problem = f"the {name} stage in {place} was made with other settings ({'; '.join(differences[:3])})"
         return f"{stage}: {problem}; run: {stage_command(recipe, name)}"
-    return None
+    control = control_run(recipe) if stage == "eval" else None
+    problem = _control_problem(recipe, control) if control is not None else None
+    return f"eval: eval.control: {str(control)!r} {problem}" if problem else None

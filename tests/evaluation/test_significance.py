@@ -198,7 +198,7 @@ def test_indices_are_within_range_and_repeat():
 
 
 def test_randomisation_by_hand(monkeypatch):
-    """Differences 2, 1, -1 with mean 2/3. Swapping by hand: means 2/3, -2/3, -2/3 + 2/3 = 0, 4/3: three of four count."""
+    """Differences 2, 1, -1 with mean 2/3. Swapped: 2/3, -2/3, 0 and 4/3, three of which count."""
     swaps = np.array([[False, False, False], [True, True, True], [True, False, True], [False, False, True]])
     monkeypatch.setattr("pipeline.evaluation.significance._swaps", lambda *_: swaps)
     assert paired_randomisation_means([0, 0, 1], [2, 1, 0], 4) == pytest.approx(4 / 5)
@@ -228,8 +228,8 @@ def test_randomisation_of_the_same_texts_and_of_better_ones():
 
 
 def test_a_against_a_is_significant_one_time_in_twenty():
-    """Two samples of one system, 200 times: p < 0.05 about 10 times (standard deviation 3.1), and 95 % intervals of the
-    difference hold the true one, 0, about 190 times, by both tests."""
+    """Two samples of one system, 200 times: p < 0.05 about 10 times (standard deviation 3.1), and 95 % intervals
+    hold the true difference, 0, about 190 times."""
     rng = np.random.default_rng(23)
     low_p, low_randomised, covered = 0, 0, 0
     for trial in range(200):
@@ -245,18 +245,14 @@ def test_a_against_a_is_significant_one_time_in_twenty():
 
 def test_effect_by_hand():
     found = paired_effect([0, 0, 0, 0], [1, 3, 0, -2])
-    assert found.size == pytest.approx(
-        0.5 / (13 / 3) ** 0.5
-    )  # mean 1/2; squares about it 1/4 + 25/4 + 1/4 + 25/4 = 13
+    assert found.size == pytest.approx(0.5 / (13 / 3) ** 0.5)  # mean 1/2, squares about it 13
     assert (found.wins, found.losses) == (0.5, 0.25)
     assert paired_effect([1, 2], [1, 2]).size == 0
     assert paired_effect([1, 2], [2, 3]).size is None  # no spread: not a number
 
 
 def test_holm_by_hand():
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx(
-        [0.03, 0.06, 0.06]
-    )  # 3 x 0.01; 2 x 0.03; never below the one before
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])  # 3 x 0.01, 2 x 0.03, and no less
     assert holm([0.5, 0.9]) == [1.0, 1.0]
     assert holm([0.2]) == [0.2] and holm([]) == []
 
