@@ -1,161 +1,194 @@
-"""Score base, SFT and PPO on the test split by the same decoding, and say whether PPO beat SFT.
+"""Score base, SFT, PPO and others on the test split by the same decoding, and say whether PPO beat SFT.
 
 accelerate launch pipeline/eval.py recipes/quickstart.yaml eval.num_beams=4
+python pipeline/eval.py compare runs/quickstart runs/control
 """
 
-import importlib.metadata
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 
+import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from datasets import Dataset
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.evaluation.predictions import Prediction, predict, save_predictions
-from pipeline.evaluation.report import (
-    EvaluationReport,
-    compare_systems,
-    find_warnings,
-    print_report,
-    score_system,
-    verdict,
-    write_report,
+from pipeline.evaluation.assemble import (
+    Judges,
+    all_samples,
+    assemble_report,
+    decoding_name,
+    score_answers,
 )
+from pipeline.evaluation.config import CONTROL
+from pipeline.evaluation.curves import read_cost, read_panels
+from pipeline.evaluation.inspection import Inspection, chosen_examples, inspect_examples
+from pipeline.evaluation.render import Details, print_report, write_report
+from pipeline.evaluation.report import EvaluationReport, Outputs, StageCost, TestSet
+from pipeline.evaluation.runs_pages import compare_command
+from pipeline.evaluation.systems import Answers, Source, answer
 from pipeline.metrics import load_metric
-from pipeline.models.generation import Decoding
-from pipeline.models.loading import load_model, load_policy, load_tokenizer
 from pipeline.recipe import Recipe, parse_stage_arguments
 from pipeline.rewards import Reward, as_completions, build_rewards, combine, score_all
-from pipeline.run_directory import RunDirectory
-from pipeline.stage import base_model_path, run_stage, sft_model_path
+from pipeline.run_directory import RunDirectory, control_run, versions
+from pipeline.stage import base_model_path, peak_memory_mib, plain_text, run_stage, sft_model_path
 from pipeline.tasks import Task, load_task
+from pipeline.trainers.objective import advantages_and_returns, kl_penalty, spread_scores, token_rewards
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the stage; 0 when the report is written."""
+    """Run the stage, or `compare`; 0 when the report is written."""
+    if argv and argv[0] == "compare":
+        return compare_command(argv[1:])
     recipe = parse_stage_arguments(argv, __doc__)
     return run_stage(recipe, "eval", evaluate)
 
 
 def evaluate(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
     """Predict with every system, then score, compare and report on the main process."""
+    began = time.monotonic()
     task = load_task(recipe.task.name, recipe.task.config)
-    predictions = {name: predict_system(recipe, run, task, name) for name in recipe.eval.systems}
+    sources = system_sources(recipe, run, task)
+    answers = answer_all(recipe, run, task, sources)
     if not PartialState().is_main_process:
         return {}
-    report, samples = build_report(recipe, run, task, predictions)
-    write_report(report, samples, run.eval)
+    report, details = build_report(recipe, run, task, sources, answers, began)
+    write_report(report, details, run.eval)
     print_report(report, Console(stderr=True))
-    return {"verdict": report.verdict}
+    return {"verdict": report.verdict, "tokens": report.cost[-1].tokens}
 
 
-def predict_system(recipe: Recipe, run: RunDirectory, task: Task, name: str) -> list[Prediction]:
-    """Every process answers its share of the test prompts; all get all answers, in order."""
-    state = PartialState()
-    if state.is_main_process:
-        print(f"{name}: writing {len(task.test)} completions", file=sys.stderr, flush=True)
-    sft = load_model(sft_model_path(recipe, run), recipe.model).to(state.device).eval()
-    model, tokenizer = load_system(recipe, run, task, name, sft)
-    share = list(range(state.process_index, len(task.test), state.num_processes))
-    decoding = Decoding(recipe.eval.max_new_tokens or recipe.ppo.response_length, num_beams=recipe.eval.num_beams)
-    found = predict(
-        model.to(state.device).eval(),
-        tokenizer,
-        task.test,
-        share,
-        decoding,
-        recipe.eval.per_device_eval_batch_size,
-        sft,
+def system_sources(recipe: Recipe, run: RunDirectory, task: Task) -> list[Source]:
+    """Where each system is, in the report's order; a control run stands last."""
+    sft = sft_model_path(recipe, run)
+    own = {"sft": Source("sft", sft), "ppo": Source("ppo", run.ppo, sft)}
+    sources = []
+    for system in recipe.eval.systems:
+        if system == "base":
+            sources.append(Source("base", base_model_path(recipe, run, task)))
+        else:
+            sources.append(own[system] if isinstance(system, str) else Source(system.name, system.path))
+    control = control_run(recipe)
+    return sources if control is None else [*sources, Source(CONTROL, control / "ppo", sft)]
+
+
+def answer_all(recipe: Recipe, run: RunDirectory, task: Task, sources: Sequence[Source]) -> dict[str, Answers]:
+    """Every system's answers, one system in memory beside SFT at a time."""
+    sft = Source("sft", sft_model_path(recipe, run)).load(recipe.model)
+    answers = {}
+    for source in sources:
+        if PartialState().is_main_process:
+            print(f"{source.name}: writing {len(task.test)} completions", file=sys.stderr, flush=True)
+        loaded = sft if source.name == "sft" else source.load(recipe.model)
+        answers[source.name] = answer(source, sft, loaded, task.test, recipe.eval, recipe.seed)
+    return answers
+
+
+def build_report(
+    recipe: Recipe,
+    run: RunDirectory,
+    task: Task,
+    sources: Sequence[Source],
+    answers: Mapping[str, Answers],
+    began: float,
+) -> tuple[EvaluationReport, Details]:
+    """The report, and what its pages show beside it."""
+    rewards = build_rewards(recipe.ppo.rewards, task.language) if recipe.ppo else []
+    judges = Judges(
+        metrics=[load_metric(m.name, task.language, **m.options) for m in recipe.eval.metrics],
+        score=lambda texts: score_texts(rewards, task.test, texts),
+        rewards=[reward.name for reward in rewards],
+        settings=recipe.eval,
+        seed=recipe.seed,
     )
-    return sorted(gather_object(found), key=lambda prediction: prediction.index)
-
-
-def load_system(
-    recipe: Recipe, run: RunDirectory, task: Task, name: str, sft: PreTrainedModel
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model and tokenizer of a system."""
-    if name == "base":
-        path = base_model_path(recipe, run, task)
-        return load_model(path, recipe.model), load_tokenizer(path, recipe.model)
-    path = sft_model_path(recipe, run)
-    tokenizer = load_tokenizer(path, recipe.model)
-    return (sft if name == "sft" else load_policy(run.ppo, path, recipe.model)), tokenizer
+    test = TestSet([plain_text(prompt) for prompt in task.test["prompt"]], list(task.test["references"]))
+    outputs = score_answers(answers, test, task.test, judges, run.eval)
+    costs = read_cost(run.path, ("sft", "ppo"))
+    report = assemble_report(answers, outputs, test, judges, report_settings(recipe, task), costs)
+    details = Details(
+        samples=all_samples(test, outputs, judges.metrics[0].name),
+        panels=read_panels(run.path),
+        inspections=inspect(recipe, run, task, sources, outputs, report),
+        num_samples=recipe.eval.num_samples,
+        num_listed=recipe.eval.num_listed,
+    )
+    report.cost.append(eval_cost(began, outputs))
+    return report, details
 
 
 def score_texts(
-    rewards: Sequence[Reward], task: Task, predictions: Sequence[Prediction]
+    rewards: Sequence[Reward], rows: Dataset, texts: Sequence
 ) -> tuple[list[float], dict[str, list[float]]]:
-    """The weighted reward of each prediction, and each part of it by name."""
-    rows = task.test
+    """The weighted reward of each prediction or text of `rows`, and each part by name; nothing without rewards."""
+    if not rewards:
+        return [], {}
+    rows = rows.select([text.index for text in texts])
     columns = {name: list(rows[name]) for name in rows.column_names if name not in ("prompt", "completion")}
-    columns["completion_ids"] = [prediction.completion_ids for prediction in predictions]
+    columns["completion_ids"] = [text.completion_ids for text in texts]
     prompts = list(rows["prompt"])
-    completions = as_completions(prompts, [prediction.completion for prediction in predictions])
+    completions = as_completions(prompts, [text.completion for text in texts])
     parts = score_all(rewards, prompts, completions, columns)
     return combine(rewards, parts).tolist(), {name: values.tolist() for name, values in parts.items()}
 
 
-def build_report(
-    recipe: Recipe, run: RunDirectory, task: Task, predictions: dict[str, list[Prediction]]
-) -> tuple[EvaluationReport, list[dict[str, str]]]:
-    """Scores, comparisons and side-by-side samples; predictions go to their files."""
-    settings = recipe.eval
-    metrics = [load_metric(m.name, task.language, **m.options) for m in settings.metrics]
-    rewards = build_rewards(recipe.ppo.rewards, task.language) if recipe.ppo else []
-    references = list(task.test["references"])
-    systems, scores = {}, {}
-    for name, items in predictions.items():
-        scores[name], parts = score_texts(rewards, task, items) if rewards else ([], {})
-        file = run.eval / "predictions" / f"{name}.jsonl"
-        save_predictions(file, items, task.test, parts, scores[name])
-        relative = file.relative_to(run.eval).as_posix()
-        systems[name] = score_system(
-            items,
-            references,
-            metrics,
-            scores[name],
-            parts,
-            relative,
-            settings.n_bootstrap,
-            settings.confidence,
-            recipe.seed,
-        )
-    comparisons = []
-    for a, b in (("base", "sft"), ("sft", "ppo")):
-        if a in systems and b in systems:
-            comparisons += compare_systems(
-                a, b, predictions, references, metrics, scores, settings.n_bootstrap, recipe.seed
-            )
-    warnings = find_warnings(predictions, comparisons)
-    result = verdict(comparisons, metrics[0])
-    report = EvaluationReport(systems, comparisons, result, warnings, report_settings(recipe, task))
-    count = min(settings.num_samples, len(task.test))
-    samples = [sample(task, predictions, len(task.test) * number // count) for number in range(count)]
-    return report, samples
+def inspect(
+    recipe: Recipe,
+    run: RunDirectory,
+    task: Task,
+    sources: Sequence[Source],
+    outputs: Mapping[str, Outputs],
+    report: EvaluationReport,
+) -> list[Inspection]:
+    """The examples with the largest gain and loss and typical ones, token by token under SFT and PPO."""
+    chosen = chosen_examples(report.gains, recipe.eval.num_inspected)
+    if not chosen:
+        return []
+    by_name = {source.name: source for source in sources}
+    (sft, tokenizer), (ppo, _) = (by_name[name].load(recipe.model) for name in ("sft", "ppo"))
+    written = tuple([p.completion_ids for p in outputs[name].predictions] for name in ("sft", "ppo"))
+    scores = outputs["ppo"].scores
+
+    def advantages(index: int, values: torch.Tensor, *logprobs: torch.Tensor) -> list[float]:
+        return token_advantages(recipe, scores[index], values, *logprobs)
+
+    head = run.ppo / "value_head.safetensors"
+    return inspect_examples((sft, ppo), tokenizer, task.test, chosen, written, head, advantages)
 
 
-def sample(task: Task, predictions: dict[str, list[Prediction]], row: int) -> dict[str, str]:
-    """One test example with every system's answer."""
-    prompt = task.test[row]["prompt"]
-    texts = {name: items[row].completion for name, items in predictions.items()}
-    shown = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    return {"prompt": shown, "reference": task.test[row]["references"][0], **texts}
+def token_advantages(
+    recipe: Recipe, score: float, values: torch.Tensor, logprobs: torch.Tensor, sft_logprobs: torch.Tensor
+) -> list[float]:
+    """The advantage of each token [C] of one completion, as PPO computes it; `logprobs` are [1, C]."""
+    ppo, mask = recipe.ppo, torch.ones_like(logprobs, dtype=torch.bool)
+    kl = kl_penalty(logprobs, sft_logprobs, ppo.kl_estimator)
+    rewards = token_rewards(spread_scores(torch.tensor([score]), mask), kl, mask, ppo.kl_coef)
+    return advantages_and_returns(rewards, values.unsqueeze(0), mask, ppo.gamma, ppo.lam)[0][0].tolist()
+
+
+def eval_cost(began: float, outputs: Mapping[str, Outputs]) -> StageCost:
+    """What this stage has taken when its report is written; tokens are those of the completions."""
+    seconds = round(time.monotonic() - began, 3)
+    tokens = sum(len(p.completion_ids) for found in outputs.values() for p in found.predictions)
+    processes = PartialState().num_processes
+    return StageCost("eval", seconds, processes, None, None, tokens, tokens / seconds, peak_memory_mib())
 
 
 def report_settings(recipe: Recipe, task: Task) -> dict[str, object]:
     """What the figures depend on."""
-    packages = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "sacrebleu", "trl-relay")
+    control = control_run(recipe)
     return {
         "name": recipe.name,
         "seed": recipe.seed,
         "test_examples": len(task.test),
-        "decoding": "greedy" if recipe.eval.num_beams == 1 else f"beam search, {recipe.eval.num_beams} beams",
-        "max_new_tokens": recipe.eval.max_new_tokens or recipe.ppo.response_length,
+        "decoding": decoding_name(recipe.eval.num_beams),
+        "max_new_tokens": recipe.eval.max_new_tokens,
         "n_bootstrap": recipe.eval.n_bootstrap,
         "confidence": recipe.eval.confidence,
+        "metrics": [{"name": m.name, "options": dict(m.options)} for m in recipe.eval.metrics],
+        "language": task.language,
         "rewards": [f"{r.name} x {r.weight:g}" for r in recipe.ppo.rewards] if recipe.ppo else [],
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "control": None if control is None else control.name,
+        "versions": versions(),
     }
 
 

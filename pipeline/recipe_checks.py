@@ -31,6 +31,8 @@ def check_recipe(recipe: "Recipe", num_processes: int = 1) -> None:
             check_model_path(recipe.model.model_name_or_path, "model.model_name_or_path")
         if recipe.sft_is_external:
             check_model_path(recipe.ppo.sft_model_path, "ppo.sft_model_path")
+        for system in recipe.eval.further_systems:
+            check_model_path(system.path, "eval.systems")
         task_module(recipe.task.name).files(recipe.task.config)
     except ValueError as error:
         raise document.restate(error) from error

@@ -3,6 +3,7 @@
 python pipeline/run.py recipes/quickstart.yaml sft.num_train_epochs=2
 python pipeline/run.py recipes/quickstart.yaml --dry-run
 python pipeline/run.py recipes/quickstart.yaml --from ppo -- --num_processes 1
+python pipeline/run.py recipes/quickstart.yaml --seeds 0,1,2
 """
 
 import argparse
@@ -19,8 +20,9 @@ from rich.table import Table
 from rich.text import Text
 from trl import SFTConfig
 
+from pipeline.evaluation.runs_pages import write_comparison
 from pipeline.process_group import default_launch_options, launch, process_count, signal_name
-from pipeline.recipe import Recipe, RecipeError, load_checked_recipe, split_recipe_argument
+from pipeline.recipe import Recipe, RecipeError, load_checked_recipe, load_recipe, split_recipe_argument
 from pipeline.run_directory import (
     STAGES,
     RunDirectory,
@@ -54,6 +56,37 @@ def main(argv: Sequence[str]) -> int:
     arguments, options = parse_arguments(argv)
     path, overrides = split_recipe_argument(arguments.words)
     console = Console(highlight=False)
+    if arguments.seeds is None:
+        return run_chain(console, path, overrides, arguments, options)
+    return run_seeds(console, path, overrides, arguments, options)
+
+
+def run_seeds(
+    console: Console, path: Path, overrides: Sequence[str], arguments: argparse.Namespace, options: Sequence[str]
+) -> int:
+    """The chain once for each seed, in `<name>-seed-<n>`, then their comparison in `<name>-seeds`."""
+    try:
+        name = load_recipe(path, overrides).name
+    except (RecipeError, FileNotFoundError) as error:
+        return fail(str(error), 2)
+    for seed in arguments.seeds:
+        code = run_chain(console, path, [*overrides, f"seed={seed}", f"name={name}-seed-{seed}"], arguments, options)
+        if code:
+            return code
+    if arguments.dry_run or arguments.only not in (None, "eval"):
+        return 0
+    root = RunDirectory.of(load_recipe(path, overrides)).path.parent
+    try:
+        write_comparison([root / f"{name}-seed-{seed}" for seed in arguments.seeds], root / f"{name}-seeds")
+    except ValueError as error:
+        return fail(str(error), 1)
+    return 0
+
+
+def run_chain(
+    console: Console, path: Path, overrides: Sequence[str], arguments: argparse.Namespace, options: Sequence[str]
+) -> int:
+    """The chain of one recipe; the exit code of the program."""
     try:
         options = options or default_launch_options()
         processes = process_count(options)
@@ -73,10 +106,22 @@ def main(argv: Sequence[str]) -> int:
             code = run_stage(console, recipe, planned, stage_command(planned.stage, path, overrides, options))
             if code:
                 return code
-    report = RunDirectory.of(recipe).eval / "report.md"
+    report = RunDirectory.of(recipe).eval / "report.html"
     if plan[-1].action != "not selected":
         say(console, f"report: {report}")
     return 0
+
+
+def seed_list(text: str) -> list[int]:
+    """`0,1,2` as numbers, two or more, none twice.
+
+    Raises:
+        argparse.ArgumentTypeError: anything else.
+    """
+    words = text.split(",")
+    if len(words) < 2 or len(set(words)) != len(words) or not all(word.isdecimal() for word in words):
+        raise argparse.ArgumentTypeError(f"expected two or more different whole numbers such as 0,1,2, found {text!r}")
+    return [int(word) for word in words]
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -96,6 +141,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
     selection.add_argument(
         "--from", choices=STAGES, metavar="STAGE", dest="start", help="this stage and those after it"
     )
+    parser.add_argument("--seeds", type=seed_list, metavar="N,N,...", help="run once for each seed and sum up")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
     parser.add_argument("--force", action="store_true", help="run the selected stages again, keeping what they made")
     return parser.parse_intermixed_args(own), options

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import time
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from typing import Any, Literal
 
 from ruamel.yaml import YAML
 
+from pipeline.evaluation.config import AUTO
 from pipeline.recipe import Recipe, recipe_values
 from pipeline.tasks import task_module
 
@@ -116,6 +118,13 @@ def stage_inputs(recipe: Recipe, stage: str) -> dict[str, str]:
     local = [Path(model).expanduser() for model in models if model is not None]
     inputs |= {str(p): _digest_model(p) for p in local if p.is_dir()}
     directory = RunDirectory.of(recipe)
+    if stage == "eval":
+        places = [Path(system.path).expanduser() for system in recipe.eval.further_systems]
+        inputs |= {str(p): _digest_model(p) for p in places if p.is_dir()}
+        control = control_run(recipe)
+        if control is not None:
+            record = control / "ppo" / FINISHED
+            inputs["control"] = _digest_file(record) if record.is_file() else ABSENT
     records = {name: directory.stage(name) / FINISHED for name in needed_stages(recipe, stage)}
     return inputs | {name: _digest_file(record) if record.is_file() else ABSENT for name, record in records.items()}
 
@@ -124,6 +133,42 @@ def needed_stages(recipe: Recipe, stage: str) -> list[str]:
     """The stages of this run whose results a stage reads."""
     needed = [] if stage == "sft" or recipe.sft_is_external else ["sft"]
     return [*needed, "ppo"] if stage == "eval" and "ppo" in recipe.eval.systems else needed
+
+
+def control_run(recipe: Recipe) -> Path | None:
+    """The run directory of the constant-reward control that the report shows: `eval.control`, or one beside this run.
+
+    One that is found by itself has paid only `constant` from this recipe's SFT model as it is now; of several, one
+    with the same seed, else the one that finished last.
+    """
+    chosen = recipe.eval.control
+    if chosen is None or recipe.ppo is None or "ppo" not in recipe.eval.systems:
+        return None
+    if chosen != AUTO:
+        return Path(chosen).expanduser()
+    own, records = RunDirectory.of(recipe).path, {}
+    for file in sorted(own.parent.glob(f"*/ppo/{FINISHED}")):
+        settings = _read_json(file).get("settings", {})
+        paid = [value for key, value in settings.items() if re.fullmatch(r"ppo\.rewards\.\d+\.name", key)]
+        run = file.parent.parent
+        if run != own and set(paid) == {"constant"} and _control_problem(recipe, run) is None:
+            records[run] = (settings.get("seed") == recipe.seed, str(_read_json(file).get("finished_at")))
+    return max(records, key=records.get, default=None)
+
+
+def _control_problem(recipe: Recipe, run: Path) -> str | None:
+    """Why a run is no control of this recipe; None if it is one."""
+    record = _read_json(run / "ppo" / FINISHED)
+    if not record:
+        return "is no run directory with a finished ppo stage; run the control first, or set eval.control=null"
+    sft = RunDirectory.of(recipe).sft if recipe.ppo.sft_model_path is None else Path(recipe.ppo.sft_model_path)
+    started = record.get("settings", {}).get("ppo.sft_model_path") or str(run / "sft")
+    same = Path(started).expanduser().resolve() == sft.expanduser().resolve()
+    recorded = record.get("inputs", {}).get(str(Path(started).expanduser()))
+    here = sft.expanduser().is_dir()
+    if not same or (here and recorded is not None and recorded != _digest_model(sft.expanduser())):
+        return f"did not start from the SFT model {str(sft)!r} as it is now; run it with ppo.sft_model_path={sft}"
+    return None
 
 
 def stage_fingerprint(recipe: Recipe, stage: str) -> str:
@@ -237,6 +282,8 @@ def setting_differences(directory: RunDirectory, recipe: Recipe, stage: str) -> 
     ]
     old_inputs, new_inputs = old.get("inputs", {}), stage_inputs(recipe, stage)
     for path, state in new_inputs.items():
+        if "inputs" in old and path not in old_inputs:
+            lines.append(f"{path}: not there before")
         if path in old_inputs and old_inputs[path] != state:
             change = (
                 "its contents changed" if path not in STAGES else "not finished" if state == ABSENT else "made again"
@@ -278,4 +325,6 @@ def missing_input(recipe: Recipe, stage: str) -> str | None:
             differences = setting_differences(directory, recipe, name)
             problem = f"the {name} stage in {place} was made with other settings ({'; '.join(differences[:3])})"
         return f"{stage}: {problem}; run: {stage_command(recipe, name)}"
-    return None
+    control = control_run(recipe) if stage == "eval" else None
+    problem = _control_problem(recipe, control) if control is not None else None
+    return f"eval: eval.control: {str(control)!r} {problem}" if problem else None

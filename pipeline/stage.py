@@ -1,6 +1,7 @@
 """What the stage scripts share: when a stage may run, where its models are, how it ends."""
 
 import os
+import resource
 import signal
 import sys
 import traceback
@@ -97,7 +98,7 @@ def _run_alone(recipe: Recipe, stage: str, body: StageBody, run: RunDirectory) -
     state.wait_for_everyone()
     summary = body(recipe, run)
     if state.is_main_process:
-        finish_stage(run, recipe, stage, processes=state.num_processes, **summary)
+        finish_stage(run, recipe, stage, processes=state.num_processes, peak_memory_mib=peak_memory_mib(), **summary)
     state.wait_for_everyone()
     return 0
 
@@ -106,6 +107,14 @@ def say(*lines: str) -> None:
     """Lines on stderr, from the main process alone."""
     if PartialState().is_main_process:
         print(*lines, sep="\n", file=sys.stderr, flush=True)
+
+
+def peak_memory_mib() -> float:
+    """The most memory this process has held: what torch allocated on its accelerator, else what the system gave it."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)
 
 
 def base_model_path(recipe: Recipe, run: RunDirectory, task: Task) -> Path | str:

@@ -1,7 +1,10 @@
 """The stage scripts on a tiny recipe, in one process: what they leave on disk, and how they refuse."""
 
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +14,7 @@ from pipeline import sft as sft_stage
 from pipeline.models.config import ModelConfig
 from pipeline.models.loading import load_model, load_policy
 
+ROOT = Path(__file__).resolve().parent.parent
 ENGLISH = ["a dog runs", "the cat sleeps", "we eat bread", "a bird sings"]
 GERMAN = ["ein Hund läuft", "die Katze schläft", "wir essen Brot", "ein Vogel singt"]
 RECIPE = """
@@ -75,11 +79,76 @@ def test_the_chain_leaves_what_the_readme_says(recipe, tmp_path, capsys):
     assert report["systems"]["sft"]["kl_to_sft"] == 0
     assert {(c["a"], c["b"], c["metric"]) for c in report["comparisons"]} >= {("sft", "ppo", "bleu")}
     assert "| bleu |" in (run / "eval" / "report.md").read_text()
+    page = (run / "eval" / "report.html").read_text()
+    assert 'id="tokens"' in page and page.count("<h3>ppo</h3>") == page.count("<h3>sft</h3>") == 1
+    assert (
+        report["best_of"]["ppo"]["prompts"] == len(ENGLISH) and len(report["best_of"]["ppo"]["curves"]["reward"]) == 4
+    )
+    cost = {stage["stage"]: stage for stage in report["cost"]}
+    assert list(cost) == ["sft", "ppo", "eval"] and cost["ppo"]["episodes"] == 16
+    for stage in cost.values():
+        assert stage["seconds"] > 0 and stage["tokens"] > 0 and stage["peak_memory_mib"] > 50
 
     before = (run / "ppo" / "stage.json").read_text()
     assert ppo_stage.main([path]) == 0
     assert "ppo: already complete" in capsys.readouterr().err
     assert (run / "ppo" / "stage.json").read_text() == before
+
+
+def test_the_report_shows_further_systems_other_beams_and_the_control(recipe, tmp_path):
+    path = recipe("{name: bleu}")
+    for stage in (sft_stage, ppo_stage):
+        assert stage.main([path]) == 0
+    run = tmp_path / "runs" / "tiny"
+    control = ["name=control", f"ppo.sft_model_path={run / 'sft'}", "ppo.rewards=[{name: constant}]"]
+    assert ppo_stage.main([path, *control]) == 0
+    other = f"eval.systems=[sft, ppo, {{name: other, path: {run / 'sft'}}}]"
+    assert eval_stage.main([path, other, "eval.beam_sizes=[2]", "eval.samples_per_prompt=0"]) == 0
+    report = json.loads((run / "eval" / "report.json").read_text())
+    assert list(report["systems"]) == ["sft", "ppo", "other", "control"]
+    assert report["settings"]["control"] == "control"
+    assert report["systems"]["other"]["same_weights_as_sft"] and not report["systems"]["ppo"]["same_weights_as_sft"]
+    assert any("sft and other have identical weights" in warning for warning in report["warnings"])
+    assert {(c["a"], c["b"]) for c in report["comparisons"]} == {
+        ("sft", "ppo"),
+        ("sft", "other"),
+        ("sft", "control"),
+        ("control", "ppo"),
+    }
+    assert any("The constant-reward control moved bleu by" in line for line in report["findings"])
+    found = [(d["system"], d["decoding"]) for d in report["decodings"]]
+    assert found == [(s, d) for s in report["systems"] for d in ("greedy", "beam search, 2 beams")]
+    assert report["best_of"] == {}
+
+
+def test_two_processes_give_the_report_of_one(recipe, tmp_path):
+    """A true run of two processes (gloo), each with half of the batches."""
+    path = recipe("{name: bleu}, {name: chrf, weight: 0.5}")
+    for stage in (sft_stage, ppo_stage):
+        assert stage.main([path]) == 0
+    directory = tmp_path / "runs" / "tiny" / "eval"
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    reports = []
+    for number in ("1", "2"):
+        several = ["--multi_gpu", "--num_processes", number] if number == "2" else ["--num_processes", number]
+        launch = ["-m", "accelerate.commands.launch", *several, "--mixed_precision", "no", "--num_machines", "1"]
+        options = ["eval.per_device_eval_batch_size=2", "eval.beam_sizes=[2]"]
+        command = [
+            sys.executable,
+            *launch,
+            "--dynamo_backend",
+            "no",
+            str(ROOT / "pipeline" / "eval.py"),
+            path,
+            *options,
+        ]
+        subprocess.run(command, check=True, env=environment, capture_output=True, cwd=tmp_path)
+        assert json.loads((directory / "stage.json").read_text())["processes"] == int(number)
+        report = json.loads((directory / "report.json").read_text())
+        predictions = [(directory / s["predictions"]).read_text() for s in report["systems"].values()]
+        reports.append(({key: value for key, value in report.items() if key != "cost"}, predictions))
+        directory.rename(directory.with_name(f"eval-{number}"))
+    assert reports[0] == reports[1]
 
 
 def test_a_stage_without_its_input_names_the_command(recipe, capsys):

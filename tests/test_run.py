@@ -19,6 +19,7 @@ from pipeline.run_directory import (
     STAGES,
     RunDirectory,
     begin_stage,
+    control_run,
     finish_stage,
     missing_input,
     set_aside,
@@ -116,14 +117,40 @@ def test_the_chain_runs_in_order_and_then_has_nothing_to_do(behaviour, capsys):
     ) in output
     assert output.splitlines()[0] == "recipe.yaml -> runs/demo"
     assert output.splitlines()[1].startswith("cpu with ") and output.splitlines()[1].endswith(", 1 process")
-    assert output.splitlines()[-1] == "report: runs/demo/eval/report.md"
+    assert output.splitlines()[-1] == "report: runs/demo/eval/report.html"
     assert launched() == ["sft", "ppo", "eval"]
 
     assert run.main(["recipe.yaml"]) == 0
     output = capsys.readouterr().out
     assert plan(output) == dict.fromkeys(STAGES, ("skip", "complete and unchanged"))
-    assert output.splitlines()[-1] == "report: runs/demo/eval/report.md"
+    assert output.splitlines()[-1] == "report: runs/demo/eval/report.html"
     assert launched() == []
+
+
+def test_seeds_run_one_after_the_other_and_are_summed_up(behaviour, capsys, monkeypatch):
+    compared = []
+    monkeypatch.setattr(run, "write_comparison", lambda paths, output: compared.append((paths, output)))
+    behaviour["ppo"] = 7
+    assert run.main(["recipe.yaml", "--seeds", "3,5"]) == 7
+    assert launched() == ["sft", "ppo"] and compared == []
+    del behaviour["ppo"]
+    assert run.main(["recipe.yaml", "seed=9", "--seeds", "3,5"]) == 0
+    assert launched() == ["ppo", "eval", "sft", "ppo", "eval"]
+    runs = [Path("runs/demo-seed-3"), Path("runs/demo-seed-5")]
+    assert compared == [(runs, Path("runs/demo-seeds"))]
+    settings = [json.loads((path / "ppo" / "stage.json").read_text())["settings"]["seed"] for path in runs]
+    assert settings == [3, 5]  # --seeds replaces the recipe's own and an override
+    assert run.main(["recipe.yaml", "--seeds", "3,5", "--dry-run"]) == 0
+    assert run.main(["recipe.yaml", "--seeds", "3,5", "--only", "sft"]) == 0
+    assert len(compared) == 1 and launched() == []
+
+
+@pytest.mark.parametrize("seeds", ["1", "1,1", "1,x", "-1,2", ""])
+def test_seeds_that_are_none(seeds, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run.main(["recipe.yaml", f"--seeds={seeds}"])
+    assert caught.value.code == 2
+    assert "two or more different whole numbers such as 0,1,2" in capsys.readouterr().err
 
 
 def test_a_failure_stops_the_chain_and_the_same_command_continues(behaviour, capsys):
@@ -494,6 +521,51 @@ def test_differences_name_each_setting_with_both_values():
         "ppo.run_name: null -> (not set)"
     )
     assert setting_differences(RunDirectory.of(recipe), recipe, "eval") == []
+
+
+def control_of(recipe, name: str, reward: str = "constant", **changes) -> Path:
+    """A finished ppo stage that pays `reward` from this recipe's SFT model."""
+    sft = RunDirectory.of(recipe).sft
+    other = load_recipe(
+        "recipe.yaml", [f"name={name}", f"ppo.sft_model_path={sft}", f"ppo.rewards=[{{name: {reward}}}]"]
+    )
+    complete(other, "ppo")
+    return RunDirectory.of(other).path
+
+
+def test_a_constant_reward_run_from_the_same_sft_model_is_the_control():
+    recipe = recipe_with()
+    complete(recipe, "sft", "ppo", "eval")
+    assert control_run(recipe) is None
+    control_of(recipe, "paid", "ter")
+    assert control_run(recipe) is None
+    before = stage_fingerprint(recipe, "eval")
+    assert stage_status(RunDirectory.of(recipe), recipe, "eval") == "complete"
+    path = control_of(recipe, "control")
+    assert control_run(recipe) == path == Path("runs/control")
+    assert stage_fingerprint(recipe, "eval") != before  # the report is to be made again, with the control
+    assert setting_differences(RunDirectory.of(recipe), recipe, "eval") == ["control: not there before"]
+    assert control_run(recipe_with("eval.control=null")) is None
+    assert control_run(recipe_with("eval.systems=[base, sft]")) is None
+    complete(recipe, "sft")  # other weights: what started from the old ones is no control of them
+    (RunDirectory.of(recipe).sft / "stage.json").write_text('{"stage": "sft"}')
+    assert control_run(recipe) is None
+
+
+def test_a_control_that_is_named_has_to_be_one():
+    recipe = recipe_with()
+    complete(recipe, "sft", "ppo")
+
+    def problem(name: str) -> str | None:
+        return missing_input(recipe_with(f"eval.control=runs/{name}"), "eval")
+
+    assert problem("none").startswith("eval: eval.control: 'runs/none' is no run directory with a finished ppo stage")
+    control_of(recipe_with("name=elsewhere"), "control")
+    assert "'runs/control' did not start from the SFT model 'runs/demo/sft' as it is now" in problem("control")
+    path = control_of(recipe, "paid", "ter")  # one that is named may pay what it likes
+    assert problem("paid") is None
+    assert control_run(recipe_with("eval.control=runs/paid")) == path
+    assert missing_input(recipe_with("eval.control=runs/none", "eval.systems=[sft]"), "eval") is None
 
 
 def test_a_record_that_is_not_whole_counts_as_changed():

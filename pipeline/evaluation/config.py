@@ -1,10 +1,13 @@
 """The `eval:` section."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 SYSTEMS = ("base", "sft", "ppo")
+CONTROL = "control"
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -16,32 +19,88 @@ class MetricConfig:
 
 
 @dataclass(frozen=True)
-class EvalConfig:
-    """How the systems are compared on the test split. Decoding is the same for all: beam search, greedy at 1 beam."""
+class SystemConfig:
+    """A further system of `eval.systems`: any causal model, by directory (an adapter's too) or Hub id."""
 
-    systems: tuple[str, ...] = SYSTEMS
+    name: str
+    path: str
+
+    def __post_init__(self) -> None:
+        if self.name in (*SYSTEMS, CONTROL) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", self.name):
+            raise ValueError(
+                f"eval.systems: a further system needs a name of letters, digits, '.', '_' and '-' that is not one of "
+                f"{', '.join((*SYSTEMS, CONTROL))}, found {self.name!r}"
+            )
+        if not self.path:
+            raise ValueError(f"eval.systems: {self.name!r} needs a path: a model directory or a Hub id")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """How the systems are compared on the test split. Decoding is the same for all: beam search, greedy at 1 beam.
+
+    `control` is the run directory of a constant-reward run that started from the same SFT model; `auto` takes one
+    beside this run where there is one, null none. `beam_sizes` scores SFT, PPO and further systems with other numbers
+    of beams as well; `samples_per_prompt` answers the first `sample_prompts` prompts that many times at
+    `sample_temperature`, for the best-of-n curve; 0 leaves it away. `num_inspected` examples are shown token by token.
+    """
+
+    systems: tuple[str | SystemConfig, ...] = SYSTEMS
+    control: str | None = AUTO
     metrics: tuple[MetricConfig, ...] = (MetricConfig("bleu"), MetricConfig("chrf"))
     num_beams: int = 1
+    beam_sizes: tuple[int, ...] = ()
+    samples_per_prompt: int = 4
+    sample_prompts: int = 100
+    sample_temperature: float = 1.0
     max_new_tokens: int | None = None  # None: ppo.response_length
     per_device_eval_batch_size: int = 64
     n_bootstrap: int = 1000
     confidence: float = 0.95
     num_samples: int = 5  # side-by-side predictions in report.md
+    num_listed: int = 500  # searchable predictions in report.html
+    num_inspected: int = 4
 
     def __post_init__(self) -> None:
         for system in self.systems:
-            if system not in SYSTEMS:
-                raise ValueError(f"eval.systems: {system!r} is not one of {', '.join(SYSTEMS)}")
-        if len(set(self.systems)) != len(self.systems) or not self.systems:
-            raise ValueError(f"eval.systems: each system once, at least one, found {list(self.systems)}")
+            if isinstance(system, str) and system not in SYSTEMS:
+                raise ValueError(
+                    f"eval.systems: {system!r} is not one of {', '.join(SYSTEMS)}; "
+                    f"another model is a mapping: {{name: ..., path: a directory or Hub id}}"
+                )
+        names = self.system_names
+        if len(set(names)) != len(names) or not names:
+            raise ValueError(f"eval.systems: each system once, at least one, found {list(names)}")
         if not self.metrics:
             raise ValueError("eval.metrics: at least one metric is needed")
-        for name in ("num_beams", "per_device_eval_batch_size", "n_bootstrap"):
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        for name in ("num_beams", "per_device_eval_batch_size", "n_bootstrap", "sample_prompts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"eval.{name}: must be at least 1, found {getattr(self, name)}")
+        for size in self.beam_sizes:
+            if size < 1 or size == self.num_beams:
+                raise ValueError(
+                    f"eval.beam_sizes: numbers of beams other than eval.num_beams ({self.num_beams}), at least 1, "
+                    f"found {size}"
+                )
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ValueError(f"eval.max_new_tokens: must be at least 1, found {self.max_new_tokens}")
-        if self.num_samples < 0:
-            raise ValueError(f"eval.num_samples: must be at least 0, found {self.num_samples}")
+        for name in ("num_samples", "num_listed", "num_inspected", "samples_per_prompt"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"eval.{name}: must be at least 0, found {getattr(self, name)}")
+        if not self.sample_temperature > 0:
+            raise ValueError(f"eval.sample_temperature: must be above 0, found {self.sample_temperature}")
         if not 0 < self.confidence < 1:
             raise ValueError(f"eval.confidence: must be between 0 and 1, found {self.confidence}")
+
+    @property
+    def system_names(self) -> tuple[str, ...]:
+        """The systems by name, in the report's order; a control is not among them."""
+        return tuple(system if isinstance(system, str) else system.name for system in self.systems)
+
+    @property
+    def further_systems(self) -> tuple[SystemConfig, ...]:
+        """The systems that no stage of this run made."""
+        return tuple(system for system in self.systems if isinstance(system, SystemConfig))

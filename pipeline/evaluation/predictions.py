@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,7 +21,8 @@ class Prediction:
     """One test example answered by one system; `completion_ids` end with EOS if `finished`.
 
     `reference_nats` is the summed cross-entropy of the first reference, over `reference_tokens` tokens (EOS included);
-    `kl_to_sft` the sum over the completion's positions of KL(system || SFT), over the whole vocabulary, in nats.
+    `entropy` and `kl_to_sft` the sums over the completion's positions of the system's entropy and of
+    KL(system || SFT), over the whole vocabulary, in nats.
     """
 
     index: int
@@ -30,6 +31,7 @@ class Prediction:
     finished: bool
     reference_nats: float
     reference_tokens: int
+    entropy: float
     kl_to_sft: float | None
 
 
@@ -43,42 +45,71 @@ def predict(
     sft: PreTrainedModel | None = None,
 ) -> list[Prediction]:
     """Answer the prompts of `rows[indices]`. With `sft`, each system's own outputs are also compared with SFT's."""
+    if not indices:
+        return []
     part = rows.select(indices)
     prompts = encode_prompts(tokenizer, part["prompt"])
     completions = generate(model, tokenizer, prompts, decoding, batch_size)
     targets = encode_completions(tokenizer, part["prompt"], [references[0] for references in part["references"]])
     pad, device = tokenizer.pad_token_id, model.device
-    nats = _token_sums(model, make_sequences(prompts, targets, pad, device), batch_size)
-    divergence: list[float | None] = [None] * len(prompts)
-    if sft is not None:
-        divergence = _token_sums(model, make_sequences(prompts, completions, pad, device), batch_size, sft)
+    chunks = length_sorted_chunks(torch.tensor([len(prompt) for prompt in prompts]), batch_size)
+    nats = reference_nats(model, make_sequences(prompts, targets, pad, device), chunks)
+    written = make_sequences(prompts, completions, pad, device)
+    entropies, divergence = _entropy_and_divergence(model, written, chunks, sft)
     ends, texts = eos_token_ids(model, tokenizer), decode(tokenizer, completions)
     return [
         Prediction(
-            index, texts[i], completions[i], completions[i][-1] in ends, nats[i], len(targets[i]), divergence[i]
+            index=index,
+            completion=texts[i],
+            completion_ids=completions[i],
+            finished=completions[i][-1] in ends,
+            reference_nats=nats[i],
+            reference_tokens=len(targets[i]),
+            entropy=entropies[i],
+            kl_to_sft=divergence[i] if sft is not None else None,
         )
         for i, index in enumerate(indices)
     ]
 
 
+def share_of_rows(lengths: Sequence[int], batch_size: int, rank: int, world: int) -> list[int]:
+    """The rows process `rank` of `world` answers: every `world`-th batch of the rows in order of length.
+
+    Batches are then the same for any number of processes, and with them every rounding.
+    """
+    chunks = length_sorted_chunks(torch.tensor(lengths), batch_size)
+    return [row for chunk in chunks[rank::world] for row in chunk.tolist()]
+
+
 @torch.no_grad()
-def _token_sums(
-    model: PreTrainedModel, sequences: Sequences, batch_size: int, other: PreTrainedModel | None = None
-) -> list[float]:
-    """Per row, the sum over completion tokens of -log p(token), or with `other` of KL(model || other), in nats."""
+def reference_nats(model: PreTrainedModel, sequences: Sequences, chunks: Sequence[Tensor]) -> list[float]:
+    """Per row, the sum over completion tokens of -log p(token), in nats; `chunks` are the batches, row indices."""
     sums = torch.zeros(len(sequences), dtype=torch.float64)
-    for index in length_sorted_chunks(sequences.lengths, batch_size):
+    for index in chunks:
         part = sequences.rows(index)
-        logprobs = _log_softmax(model, part)
-        if other is None:
-            values = -logprobs.gather(-1, part.completion_ids.unsqueeze(-1)).squeeze(-1)
-        else:
-            values = (logprobs.exp() * (logprobs - _log_softmax(other, part))).sum(-1)
-        sums[index] = (values * part.completion_mask).double().sum(1).cpu()
+        logprobs = log_softmax(model, part).gather(-1, part.completion_ids.unsqueeze(-1)).squeeze(-1)
+        sums[index] = -(logprobs * part.completion_mask).double().sum(1).cpu()
     return sums.tolist()
 
 
-def _log_softmax(model: PreTrainedModel, sequences: Sequences) -> Tensor:
+@torch.no_grad()
+def _entropy_and_divergence(
+    model: PreTrainedModel, sequences: Sequences, chunks: Sequence[Tensor], sft: PreTrainedModel | None
+) -> tuple[list[float], list[float]]:
+    """Per row, sums over completion positions: the model's entropy, and KL(model || sft), in nats (0 without sft)."""
+    sums = torch.zeros(2, len(sequences), dtype=torch.float64)
+    for index in chunks:
+        part = sequences.rows(index)
+        logprobs = log_softmax(model, part)
+        probabilities, mask = logprobs.exp(), part.completion_mask
+        sums[0, index] = -((probabilities * logprobs).sum(-1) * mask).double().sum(1).cpu()
+        if sft is not None and sft is not model:
+            kl = (probabilities * (logprobs - log_softmax(sft, part))).sum(-1)
+            sums[1, index] = (kl * mask).double().sum(1).cpu()
+    return sums[0].tolist(), sums[1].tolist()
+
+
+def log_softmax(model: PreTrainedModel, sequences: Sequences) -> Tensor:
     """Log-probabilities [B, C, V] of the next token before each completion token."""
     width = sequences.completion_ids.shape[1]
     ids = torch.cat([sequences.prompt_ids, sequences.completion_ids[:, :-1]], dim=1)
@@ -102,9 +133,15 @@ def cross_entropy(predictions: Sequence[Prediction]) -> tuple[float, float]:
 
 
 def save_predictions(
-    path: Path, predictions: Sequence[Prediction], rows: Dataset, rewards: dict[str, list[float]], score: list[float]
+    path: Path,
+    predictions: Sequence[Prediction],
+    rows: Dataset,
+    rewards: Mapping[str, Sequence[float]],
+    score: Sequence[float],
+    metrics: Mapping[str, Sequence[float]],
 ) -> None:
-    """One JSON line per test example: prompt, references, completion, figures, rewards (null where none applies)."""
+    """One JSON line per test example: prompt, references, completion, figures, rewards (null where none applies) and
+    the sentence score by metric."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         for i, prediction in enumerate(predictions):
@@ -112,6 +149,7 @@ def save_predictions(
             line = {"prompt": row["prompt"], "references": row["references"], **asdict(prediction)}
             line["score"] = score[i] if score else None
             line["rewards"] = {name: _finite(values[i]) for name, values in rewards.items()}
+            line["metrics"] = {name: values[i] for name, values in metrics.items()}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 

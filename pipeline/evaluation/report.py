@@ -1,18 +1,67 @@
-"""The evaluation's result: scores of every system, comparisons between them, and the files that hold them."""
+"""The evaluation's result: the figures of every system and the comparisons between them."""
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 
-from rich.console import Console
-from rich.table import Table
-
+from pipeline.evaluation.config import CONTROL
+from pipeline.evaluation.gains import Gains
 from pipeline.evaluation.predictions import Prediction, cross_entropy
-from pipeline.evaluation.significance import paired_bootstrap, paired_bootstrap_means
+from pipeline.evaluation.sampling import BestOfN, DecodingScores
+from pipeline.evaluation.significance import (
+    holm,
+    paired_bootstrap,
+    paired_bootstrap_means,
+    paired_effect,
+    paired_randomisation,
+    paired_randomisation_means,
+)
+from pipeline.evaluation.text_statistics import TextStatistics, text_statistics
 from pipeline.metrics import Metric, Score
 
-SIGNIFICANT = 0.05
+REWARD = "reward"
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """What the systems are scored on: N prompts as text, and N lists of references."""
+
+    __test__ = False  # pytest takes classes called Test... for tests
+
+    prompts: list[str]
+    references: list[list[str]]
+
+    @property
+    def first_references(self) -> list[str]:
+        """The reference that SFT learns and cross-entropy is taken of."""
+        return [texts[0] for texts in self.references]
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """How often and from which seed the examples are resampled, and what the scores' intervals cover."""
+
+    n_resamples: int = 1000
+    confidence: float = 0.95
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What one system wrote, and the numbers of each completion.
+
+    `scores` is the weighted reward, `rewards` its parts by name (NaN where one does not apply), both empty without
+    rewards; `metric_scores` the sentence score by metric, higher is better.
+    """
+
+    predictions: list[Prediction]
+    scores: list[float] = field(default_factory=list)
+    rewards: dict[str, list[float]] = field(default_factory=dict)
+    metric_scores: dict[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def texts(self) -> list[str]:
+        """The completions."""
+        return [prediction.completion for prediction in self.predictions]
 
 
 @dataclass(frozen=True)
@@ -21,8 +70,9 @@ class System:
 
     `mean_reward` and `cumulative_reward` are the mean and the sum of the weighted reward over the test completions,
     None without a `ppo:` section; `rewards` the mean of each part, None where it never applied. `cross_entropy`
-    (nats per token) and `perplexity` are those of the references. `kl_to_sft` is in nats per completion, `length` in
-    tokens, EOS included.
+    (nats per token) and `perplexity` are those of the references. `kl_to_sft` is in nats per completion, `entropy` in
+    nats per token of its own completions, `length` in tokens, EOS included. `same_weights_as_sft` says that the model
+    is the SFT model, bit for bit.
     """
 
     metrics: dict[str, Score]
@@ -32,14 +82,23 @@ class System:
     cross_entropy: float
     perplexity: float
     kl_to_sft: float | None
+    entropy: float
     length: float
     finished: float
+    texts: TextStatistics
+    same_weights_as_sft: bool
     predictions: str
 
 
 @dataclass(frozen=True)
 class SystemComparison:
-    """System `b` against system `a`: `delta` = b - a, its interval, and a paired bootstrap's two-sided p-value."""
+    """System `b` against system `a` by one metric, or by the reward.
+
+    `delta` = b - a on the corpus scale, `low` and `high` its 95 % interval, `p_value` that of the paired bootstrap,
+    `p_holm` the same corrected for the number of metrics compared for this pair, `p_randomisation` that of paired
+    approximate randomisation; all two-sided. `effect_size`, `wins` and `losses` are example by example, and positive
+    where b is better, whichever way the metric points.
+    """
 
     a: str
     b: str
@@ -48,45 +107,79 @@ class SystemComparison:
     low: float
     high: float
     p_value: float
+    p_holm: float
+    p_randomisation: float
+    effect_size: float | None
+    wins: float
+    losses: float
+    higher_is_better: bool = True
+
+    @property
+    def gain(self) -> float:
+        """`delta`, positive where b is better."""
+        return self.delta if self.higher_is_better else -self.delta
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What one stage took: wall-clock seconds, its steps, completions sampled in training, tokens trained on or
+    written, and the peak memory of a process; None where a stage does not record it."""
+
+    stage: str
+    seconds: float | None
+    processes: int | None
+    steps: int | None
+    episodes: int | None
+    tokens: int | None
+    tokens_per_second: float | None
+    peak_memory_mib: float | None
 
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """What report.json holds."""
+    """What report.json holds; `references` are the statistics of the first references, to read the systems' beside."""
 
     systems: dict[str, System]
     comparisons: list[SystemComparison]
     verdict: str
+    findings: list[str]
     warnings: list[str]
     settings: dict[str, object]
+    references: TextStatistics
+    decodings: list[DecodingScores] = field(default_factory=list)
+    best_of: dict[str, BestOfN] = field(default_factory=dict)
+    gains: Gains | None = None
+    cost: list[StageCost] = field(default_factory=list)
 
 
 def score_system(
-    predictions: Sequence[Prediction],
-    references: Sequence[Sequence[str]],
+    outputs: Outputs,
+    test: TestSet,
     metrics: Sequence[Metric],
-    scores: Sequence[float],
-    rewards: Mapping[str, Sequence[float]],
+    resampling: Resampling,
     file: str,
-    n_bootstrap: int,
-    confidence: float,
-    seed: int,
+    same_weights_as_sft: bool = False,
 ) -> System:
-    """All figures of one system; `scores` and `rewards` are its rewards per completion, empty without rewards."""
-    texts = [prediction.completion for prediction in predictions]
+    """All figures of one system, whose predictions are in `file`."""
+    predictions, texts, scores = outputs.predictions, outputs.texts, outputs.scores
     nats, perplexity = cross_entropy(predictions)
     divergence = [p.kl_to_sft for p in predictions if p.kl_to_sft is not None]
-    applicable = {name: [value for value in values if value == value] for name, values in rewards.items()}
+    applicable = {name: [value for value in values if value == value] for name, values in outputs.rewards.items()}
+    settings = (resampling.n_resamples, resampling.confidence, resampling.seed)
+    tokens = sum(len(prediction.completion_ids) for prediction in predictions)
     return System(
-        metrics={m.name: m.corpus_score(texts, references, n_bootstrap, confidence, seed) for m in metrics},
+        metrics={m.name: m.corpus_score(texts, test.references, *settings) for m in metrics},
         mean_reward=_mean(scores) if scores else None,
         cumulative_reward=float(sum(scores)) if scores else None,
         rewards={name: _mean(found) if found else None for name, found in applicable.items()},
         cross_entropy=nats,
         perplexity=perplexity,
         kl_to_sft=_mean(divergence) if divergence else None,
-        length=_mean([len(prediction.completion_ids) for prediction in predictions]),
+        entropy=sum(prediction.entropy for prediction in predictions) / tokens,
+        length=tokens / len(predictions),
         finished=_mean([float(prediction.finished) for prediction in predictions]),
+        texts=text_statistics(texts, test.first_references, test.prompts),
+        same_weights_as_sft=same_weights_as_sft,
         predictions=file,
     )
 
@@ -94,129 +187,52 @@ def score_system(
 def compare_systems(
     a: str,
     b: str,
-    predictions: Mapping[str, Sequence[Prediction]],
-    references: Sequence[Sequence[str]],
+    outputs: Mapping[str, Outputs],
+    test: TestSet,
     metrics: Sequence[Metric],
-    scores: Mapping[str, Sequence[float]],
-    n_bootstrap: int,
-    seed: int,
+    resampling: Resampling,
 ) -> list[SystemComparison]:
     """`b` against `a` on every metric and on the reward."""
-    texts_a, texts_b = ([p.completion for p in predictions[name]] for name in (a, b))
-    results = []
+    first, second = outputs[a], outputs[b]
+    n, seed = resampling.n_resamples, resampling.seed
+    found = []
     for metric in metrics:
-        c = paired_bootstrap(metric, texts_a, texts_b, references, n_bootstrap, seed)
-        results.append(SystemComparison(a, b, metric.name, c.delta, c.low, c.high, c.p_value))
-    if scores.get(a) and scores.get(b):
-        c = paired_bootstrap_means(scores[a], scores[b], n_bootstrap, seed)
-        results.append(SystemComparison(a, b, "reward", c.delta, c.low, c.high, c.p_value))
-    return results
-
-
-def verdict(comparisons: Sequence[SystemComparison], metric: Metric) -> str:
-    """One sentence: did PPO beat SFT on the first metric?"""
-    found = [c for c in comparisons if (c.a, c.b, c.metric) == ("sft", "ppo", metric.name)]
-    if not found:
-        return "SFT and PPO were not both evaluated, so there is nothing to compare."
-    c = found[0]
-    gain = c.delta if metric.higher_is_better else -c.delta
-    figures = f"{metric.name} {c.delta:+.2f} (95 % interval {c.low:+.2f} to {c.high:+.2f}, p = {c.p_value:.3f})"
-    if c.p_value >= SIGNIFICANT:
-        return f"No evidence that PPO changed the quality of SFT: {figures}."
-    return f"PPO is {'better' if gain > 0 else 'worse'} than SFT: {figures}."
-
-
-def find_warnings(
-    predictions: Mapping[str, Sequence[Prediction]], comparisons: Sequence[SystemComparison]
-) -> list[str]:
-    """What a reader of the scores should know."""
-    warnings = []
-    for a, b in sorted({(c.a, c.b) for c in comparisons}):
-        if all(x.completion_ids == y.completion_ids for x, y in zip(predictions[a], predictions[b], strict=True)):
-            warnings.append(f"{a} and {b} wrote the same text for every prompt: are they the same model?")
-    for name, items in predictions.items():
-        empty = sum(not item.completion for item in items)
-        if empty and name != "base":
-            warnings.append(f"{name} wrote nothing for {empty} of {len(items)} prompts")
-        unfinished = sum(not item.finished for item in items) / len(items)
-        if unfinished > 0.1 and name != "base":
-            warnings.append(f"{name} did not end {unfinished:.0%} of its completions within the length limit")
-    return warnings
-
-
-def write_report(report: EvaluationReport, samples: Sequence[Mapping[str, str]], directory: Path) -> None:
-    """report.json for machines and report.md for people; `samples` are rows of column -> text."""
-    directory.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(asdict(report), indent=2, ensure_ascii=False) + "\n"
-    (directory / "report.json").write_text(text, encoding="utf-8")
-    (directory / "report.md").write_text(to_markdown(report, samples), encoding="utf-8")
-
-
-def to_markdown(report: EvaluationReport, samples: Sequence[Mapping[str, str]]) -> str:
-    """The report as tables."""
-    header, rows = score_rows(report)
-    parts = ["# Evaluation", report.verdict, *[f"**Warning:** {text}" for text in report.warnings]]
-    parts += ["## Scores", _table(header, rows)]
-    if report.comparisons:
-        parts += ["## Comparisons", _table(*comparison_rows(report))]
-    if samples:
-        parts += ["## Samples", _table(list(samples[0]), [list(sample.values()) for sample in samples])]
-    signatures = {name: score.signature for s in report.systems.values() for name, score in s.metrics.items()}
-    parts += ["## Settings", _table(["", ""], [[k, str(v)] for k, v in {**report.settings, **signatures}.items()])]
-    return "\n\n".join(parts) + "\n"
-
-
-def print_report(report: EvaluationReport, console: Console) -> None:
-    """The scores and comparisons as tables in the terminal, and the verdict."""
-    for title, (header, rows) in (("Test scores", score_rows(report)), ("Comparisons", comparison_rows(report))):
-        if rows:
-            table = Table(*header, title=title)
-            for row in rows:
-                table.add_row(*row)
-            console.print(table)
-    for warning in report.warnings:
-        console.print(f"warning: {warning}", style="yellow", markup=False)
-    console.print(report.verdict, style="bold", markup=False)
-
-
-def score_rows(report: EvaluationReport) -> tuple[list[str], list[list[str]]]:
-    """Header and one row per figure, one column per system."""
-    systems = report.systems
-    rows = []
-    for metric in next(iter(systems.values())).metrics:
-        scores = [system.metrics[metric] for system in systems.values()]
-        rows.append([metric, *[f"{s.value:.2f} [{s.low:.2f}, {s.high:.2f}]" for s in scores]])
-    figures = (
-        ("mean reward", "mean_reward", ".4f"),
-        ("cumulative reward", "cumulative_reward", ".2f"),
-        ("cross-entropy, nats/token", "cross_entropy", ".3f"),
-        ("perplexity", "perplexity", ".2f"),
-        ("KL to SFT, nats/completion", "kl_to_sft", ".3f"),
-        ("length, tokens", "length", ".1f"),
-        ("finished", "finished", ".1%"),
-    )
-    for label, name, form in figures:
-        values = [asdict(system)[name] for system in systems.values()]
-        rows.append([label, *["-" if value is None else format(value, form) for value in values]])
-    return ["", *systems], rows
-
-
-def comparison_rows(report: EvaluationReport) -> tuple[list[str], list[list[str]]]:
-    """Header and one row per comparison."""
-    rows = [
-        [f"{c.b} - {c.a}", c.metric, f"{c.delta:+.3f}", f"[{c.low:+.3f}, {c.high:+.3f}]", f"{c.p_value:.3f}"]
-        for c in report.comparisons
+        texts = (first.texts, second.texts, test.references)
+        tests = paired_bootstrap(metric, *texts, n, seed), paired_randomisation(metric, *texts, n, seed)
+        effect = paired_effect(first.metric_scores[metric.name], second.metric_scores[metric.name])
+        found.append((metric.name, *tests, effect, metric.higher_is_better))
+    if first.scores and second.scores:
+        tests = (
+            paired_bootstrap_means(first.scores, second.scores, n, seed),
+            paired_randomisation_means(first.scores, second.scores, n, seed),
+        )
+        found.append((REWARD, *tests, paired_effect(first.scores, second.scores), True))
+    corrected = holm([bootstrap.p_value for _, bootstrap, *_ in found])
+    return [
+        SystemComparison(
+            a=a,
+            b=b,
+            metric=name,
+            delta=bootstrap.delta,
+            low=bootstrap.low,
+            high=bootstrap.high,
+            p_value=bootstrap.p_value,
+            p_holm=p_holm,
+            p_randomisation=p_randomisation,
+            effect_size=effect.size,
+            wins=effect.wins,
+            losses=effect.losses,
+            higher_is_better=higher_is_better,
+        )
+        for (name, bootstrap, p_randomisation, effect, higher_is_better), p_holm in zip(found, corrected, strict=True)
     ]
-    return ["systems", "metric", "difference", "95 % interval", "p"], rows
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
-
-
-def _cell(text: str) -> str:
-    return " ".join(str(text).split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+def compared_pairs(systems: Sequence[str]) -> list[tuple[str, str]]:
+    """Which systems are compared: what each stage changed, further ones with SFT, and PPO with the control."""
+    further = [name for name in systems if name not in ("base", "sft", "ppo")]
+    pairs = [("base", "sft"), ("sft", "ppo"), *[("sft", name) for name in further], (CONTROL, "ppo")]
+    return [(a, b) for a, b in pairs if a in systems and b in systems]
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,4 +1,4 @@
-"""Whether one system is better than another on the same examples: the paired bootstrap.
+"""Whether one system is better than another on the same examples: paired tests, effect size, Holm's correction.
 
 Source: Koehn, Statistical Significance Tests for Machine Translation Evaluation (2004). Both systems are scored on the
 same resamples of the examples, so what makes an example easy or hard for both cancels out.
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.metrics import Metric
+from pipeline.metrics.checks import check_examples
 from pipeline.metrics.resampling import bootstrap_indices, percentile_interval, resampled_means, with_full_set
 
 CONFIDENCE = 0.95
@@ -66,6 +67,92 @@ def paired_bootstrap_means(
         first = int(np.flatnonzero(~np.isfinite(differences))[0])
         raise ValueError(f"the values of example {first} are not finite: {values_a[first]} and {values_b[first]}")
     return _compare(resampled_means(differences, indices), len(differences))
+
+
+def paired_randomisation(
+    metric: Metric,
+    predictions_a: Sequence[str],
+    predictions_b: Sequence[str],
+    references: Sequence[Sequence[str]],
+    n_trials: int = 1000,
+    seed: int = 0,
+) -> float:
+    """Two-sided p-value of approximate randomisation: the systems swap their texts for a random half of the examples.
+
+    Source: Noreen, Computer-Intensive Methods for Testing Hypotheses (1989); Riezler and Maxwell (2005).
+
+    Raises:
+        ValueError: as `paired_bootstrap`.
+    """
+    check_examples(predictions_a, references)
+    check_examples(predictions_b, references)
+    n = len(references)
+    # One pool of texts, matched once: A's, and B's where they differ. A swap is then a choice of rows.
+    differing = [i for i in range(n) if predictions_a[i] != predictions_b[i]]
+    place_a, place_b = np.arange(n), np.arange(n)
+    place_b[differing] = n + np.arange(len(differing))
+    pool = [*predictions_a, *[predictions_b[i] for i in differing]]
+    pool_references = [*references, *[references[i] for i in differing]]
+    swaps = _swaps(n, n_trials, seed)
+    rows = np.vstack([place_a, place_b, np.where(swaps, place_b, place_a), np.where(swaps, place_a, place_b)])
+    scores = metric.resampled_scores(pool, pool_references, rows)
+    return _randomised_p(scores[1] - scores[0], scores[2 + n_trials :] - scores[2 : 2 + n_trials], n)
+
+
+def paired_randomisation_means(
+    values_a: Sequence[float], values_b: Sequence[float], n_trials: int = 1000, seed: int = 0
+) -> float:
+    """As `paired_randomisation`, for the means of two systems' numbers [N] for the same examples."""
+    differences = np.asarray(values_b, dtype=np.float64) - np.asarray(values_a, dtype=np.float64)
+    signs = np.where(_swaps(len(differences), n_trials, seed), -1.0, 1.0)
+    return _randomised_p(float(differences.mean()), (signs @ differences) / len(differences), len(differences))
+
+
+def _swaps(n_examples: int, n_trials: int, seed: int) -> np.ndarray:
+    if n_trials < 1:
+        raise ValueError(f"a randomisation test needs at least one trial, found {n_trials}")
+    return np.random.default_rng([seed, 1]).random((n_trials, n_examples)) < 0.5
+
+
+def _randomised_p(delta: float, trials: np.ndarray, n_examples: int) -> float:
+    # Sums of floats in another order: a tie must not be lost to rounding.
+    extreme = np.abs(trials) >= abs(delta) - 1e-9
+    p_value = (1 + int(extreme.sum())) / (len(trials) + 1)
+    return max(p_value, 2.0 ** (1 - n_examples))
+
+
+@dataclass(frozen=True)
+class Effect:
+    """How large a difference is, example by example: B's numbers minus A's.
+
+    `size` is their mean over their standard deviation (Cohen's d of paired values), 0 where nothing differs and None
+    where all differ alike; `wins` and `losses` are the shares of examples on which B is better and worse.
+    """
+
+    size: float | None
+    wins: float
+    losses: float
+
+
+def paired_effect(values_a: Sequence[float], values_b: Sequence[float]) -> Effect:
+    """The effect of B against A on values where more is better, [N] each."""
+    differences = np.asarray(values_b, dtype=np.float64) - np.asarray(values_a, dtype=np.float64)
+    mean, deviation = float(differences.mean()), float(differences.std(ddof=1)) if len(differences) > 1 else 0.0
+    size = mean / deviation if deviation > 1e-12 else None if mean else 0.0
+    return Effect(size, float((differences > 1e-9).mean()), float((differences < -1e-9).mean()))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Each p-value after Holm's step-down correction for their number (Holm 1979), in the order given.
+
+    Rejecting those below a level keeps the chance of any false rejection among all of them below that level.
+    """
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted
 
 
 def _indices(n_examples: int, n_resamples: int, seed: int) -> np.ndarray:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -32,12 +33,15 @@ class TrainingLog:
         if self.file:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             keep_lines(self.file, step)
+            self.timing = TimingLog(self.file.with_name("timing.jsonl"))
+            self.timing.start(step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Record one event."""
         if self.file:
             with self.file.open("a") as file:
                 file.write(json_line(step, values))
+            self.timing.write(step)
         if self.accelerator.trackers:
             self.accelerator.log(dict(values), step=step)
 
@@ -60,6 +64,24 @@ class TrainingLog:
         self.bar.close()
         if self.accelerator.trackers:
             self.accelerator.end_training()
+
+
+class TimingLog:
+    """When each step was logged, in seconds of this process: apart from metrics.jsonl, which repeats bit for bit."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.began = time.monotonic()
+
+    def start(self, step: int) -> None:
+        """Begin at `step`, forgetting what an interrupted run wrote behind it."""
+        keep_lines(self.file, step)
+        self.began = time.monotonic()
+
+    def write(self, step: int) -> None:
+        """Record one event."""
+        with self.file.open("a") as file:
+            file.write(json_line(step, {"seconds": round(time.monotonic() - self.began, 3)}))
 
 
 def keep_lines(file: Path, step: int, ending: str | None = None) -> None:

@@ -15,7 +15,7 @@ from trl import SFTConfig
 from pipeline.models.adapters import check_adapter
 from pipeline.models.text import encode_completions, encode_prompts
 from pipeline.trainers.checkpoint_files import newest_checkpoint
-from pipeline.trainers.logs import json_line, keep_lines
+from pipeline.trainers.logs import TimingLog, json_line, keep_lines
 from pipeline.trainers.sft_resume import ResumableSFTTrainer
 
 DEFAULTS: Mapping[str, Any] = {
@@ -25,6 +25,7 @@ DEFAULTS: Mapping[str, Any] = {
     "metric_for_best_model": "eval_loss",
     "save_total_limit": 2,  # one to fall back on when the newest turns out damaged
     "report_to": "none",
+    "include_num_input_tokens_seen": "non_padding",
 }
 
 
@@ -147,11 +148,13 @@ class MetricsFileCallback(TrainerCallback):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.timing = TimingLog(path.with_name("timing.jsonl"))
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """Keep only the lines up to the step training starts from."""
         if state.is_world_process_zero:
             keep_lines(self.path, state.global_step, ending="train_loss")
+            self.timing.start(state.global_step)
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         """Append one event."""
@@ -159,3 +162,4 @@ class MetricsFileCallback(TrainerCallback):
             values = {k: v for k, v in (logs or {}).items() if not k.endswith(("_runtime", "_per_second"))}
             with self.path.open("a") as file:
                 file.write(json_line(state.global_step, values))
+            self.timing.write(state.global_step)

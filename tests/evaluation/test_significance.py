@@ -1,6 +1,9 @@
 """The paired bootstrap: by hand, against sacreBLEU, and in simulations whose truth is known."""
 
+import json
 import random
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -8,7 +11,15 @@ import pytest
 from sacrebleu.metrics import BLEU
 from sacrebleu.significance import PairedTest
 
-from pipeline.evaluation.significance import Comparison, paired_bootstrap, paired_bootstrap_means
+from pipeline.evaluation.significance import (
+    Comparison,
+    holm,
+    paired_bootstrap,
+    paired_bootstrap_means,
+    paired_effect,
+    paired_randomisation,
+    paired_randomisation_means,
+)
 from pipeline.metrics import METRIC_NAMES, load_metric
 from pipeline.metrics.resampling import bootstrap_indices
 
@@ -184,3 +195,78 @@ def test_indices_are_within_range_and_repeat():
     assert indices.shape == (100, 7)
     assert set(np.unique(indices)) == set(range(7))
     assert any(len(set(row)) < 7 for row in indices.tolist())
+
+
+def test_randomisation_by_hand(monkeypatch):
+    """Differences 2, 1, -1 with mean 2/3. Swapped: 2/3, -2/3, 0 and 4/3, three of which count."""
+    swaps = np.array([[False, False, False], [True, True, True], [True, False, True], [False, False, True]])
+    monkeypatch.setattr("pipeline.evaluation.significance._swaps", lambda *_: swaps)
+    assert paired_randomisation_means([0, 0, 1], [2, 1, 0], 4) == pytest.approx(4 / 5)
+
+
+def test_randomisation_agrees_with_sacrebleu(monkeypatch):
+    monkeypatch.setenv("SACREBLEU_SEED", "12345")
+    references = sentences(120, seed=13)
+    a, b = noisy(references, 0.30, seed=14), noisy(references, 0.28, seed=16)
+    ours = paired_randomisation(load_metric("bleu"), a, b, [[text] for text in references], 2000, seed=1)
+    test = PairedTest([("a", a), ("b", b)], {"BLEU": BLEU()}, [references], "ar", n_samples=2000)
+    assert ours == pytest.approx(test()[1]["BLEU"][1].p_value, abs=0.04)
+    assert 0.02 < ours < 0.98
+
+
+def test_randomisation_of_the_same_texts_and_of_better_ones():
+    references = sentences(30, seed=3)
+    metric, texts = load_metric("bleu"), noisy(references, 0.3, seed=4)
+    lists = [[text] for text in references]
+    assert paired_randomisation(metric, texts, texts, lists, 100) == 1.0
+    assert paired_randomisation(metric, texts, references, lists, 100) == 1 / 101
+    assert paired_randomisation_means([0.0], [5.0]) == 1.0  # one example decides nothing
+    with pytest.raises(ValueError, match="1 predictions for 2 lists"):
+        paired_randomisation(metric, ["a"], ["a", "b"], [["a"], ["b"]])
+    with pytest.raises(ValueError, match="at least one trial, found 0"):
+        paired_randomisation_means([0.0], [1.0], 0)
+
+
+def test_a_against_a_is_significant_one_time_in_twenty():
+    """Two samples of one system, 200 times: p < 0.05 about 10 times (standard deviation 3.1), and 95 % intervals
+    hold the true difference, 0, about 190 times."""
+    rng = np.random.default_rng(23)
+    low_p, low_randomised, covered = 0, 0, 0
+    for trial in range(200):
+        difficulty = rng.normal(size=80)
+        a, b = difficulty + rng.normal(size=80), difficulty + rng.normal(size=80)
+        comparison = paired_bootstrap_means(a, b, 300, seed=trial)
+        low_p += comparison.p_value < 0.05
+        covered += comparison.low <= 0 <= comparison.high
+        low_randomised += paired_randomisation_means(a, b, 300, seed=trial) < 0.05
+    assert 2 <= low_p <= 20 and 2 <= low_randomised <= 20
+    assert 180 <= covered <= 198
+
+
+def test_effect_by_hand():
+    found = paired_effect([0, 0, 0, 0], [1, 3, 0, -2])
+    assert found.size == pytest.approx(0.5 / (13 / 3) ** 0.5)  # mean 1/2, squares about it 13
+    assert (found.wins, found.losses) == (0.5, 0.25)
+    assert paired_effect([1, 2], [1, 2]).size == 0
+    assert paired_effect([1, 2], [2, 3]).size is None  # no spread: not a number
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])  # 3 x 0.01, 2 x 0.03, and no less
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([0.2]) == [0.2] and holm([]) == []
+
+
+def test_scores_are_those_of_the_sacrebleu_command_line(tmp_path):
+    """To the last digit it prints, and with its signature."""
+    references = sentences(40, seed=30)
+    predictions = noisy(references, 0.3, seed=31)
+    (tmp_path / "ref.txt").write_text("\n".join(references) + "\n")
+    (tmp_path / "sys.txt").write_text("\n".join(predictions) + "\n")
+    for name in ("bleu", "chrf", "ter"):
+        command = [sys.executable, "-m", "sacrebleu", "ref.txt", "-i", "sys.txt", "-m", name, "-w", "12"]
+        output = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+        found = json.loads(output)
+        score = load_metric(name).corpus_score(predictions, [[text] for text in references], n_bootstrap=0)
+        assert f"{score.value:.12f}" == f"{found['score']:.12f}"
+        assert sorted(score.signature.split("|")) == sorted(found["signature"].split("|"))

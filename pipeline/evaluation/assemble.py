@@ -1,0 +1,166 @@
+"""From the systems' answers to the report: rewards and metrics of every text, figures, comparisons, words."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset
+
+from pipeline.evaluation.config import EvalConfig
+from pipeline.evaluation.gains import Gains, find_gains
+from pipeline.evaluation.predictions import save_predictions
+from pipeline.evaluation.render import Sample
+from pipeline.evaluation.report import (
+    REWARD,
+    EvaluationReport,
+    Outputs,
+    Resampling,
+    StageCost,
+    TestSet,
+    compare_systems,
+    compared_pairs,
+    score_system,
+)
+from pipeline.evaluation.sampling import BestOfN, DecodingScores, expected_best
+from pipeline.evaluation.systems import Answers
+from pipeline.evaluation.text_statistics import text_statistics
+from pipeline.evaluation.verdict import find_warnings, findings, verdict
+from pipeline.metrics import Metric
+
+# Texts with their test rows -> the weighted reward of each, and its parts by name; both empty without rewards.
+ScoreTexts = Callable[[Sequence], tuple[list[float], dict[str, list[float]]]]
+
+
+@dataclass(frozen=True)
+class Judges:
+    """What judges the texts: the metrics, the first of which decides; the rewards and their names; the settings."""
+
+    metrics: Sequence[Metric]
+    score: ScoreTexts
+    rewards: Sequence[str]
+    settings: EvalConfig
+    seed: int
+
+
+def score_answers(
+    answers: Mapping[str, Answers], test: TestSet, rows: Dataset, judges: Judges, directory: Path
+) -> dict[str, Outputs]:
+    """Every system's completions with their rewards and sentence scores, which also go to predictions/*.jsonl."""
+    outputs = {}
+    for name, found in answers.items():
+        scores, parts = judges.score(found.predictions)
+        texts = [prediction.completion for prediction in found.predictions]
+        sentences = {m.name: m.sample_scores(texts, test.references) for m in judges.metrics}
+        outputs[name] = Outputs(found.predictions, scores, parts, sentences)
+        save_predictions(directory / prediction_file(name), found.predictions, rows, parts, scores, sentences)
+    return outputs
+
+
+def prediction_file(system: str) -> str:
+    """Where a system's predictions are, from the report's directory."""
+    return f"predictions/{system}.jsonl"
+
+
+def assemble_report(
+    answers: Mapping[str, Answers],
+    outputs: Mapping[str, Outputs],
+    test: TestSet,
+    judges: Judges,
+    settings: Mapping[str, object],
+    cost: Sequence[StageCost],
+) -> EvaluationReport:
+    """All figures and words; `settings` are what the report says of the run."""
+    metrics, first = judges.metrics, judges.metrics[0].name
+    resampling = Resampling(judges.settings.n_bootstrap, judges.settings.confidence, judges.seed)
+    systems = {
+        name: score_system(
+            outputs[name], test, metrics, resampling, prediction_file(name), answers[name].same_weights_as_sft
+        )
+        for name in answers
+    }
+    comparisons = [
+        comparison
+        for a, b in compared_pairs(list(systems))
+        for comparison in compare_systems(a, b, outputs, test, metrics, resampling)
+    ]
+    references = text_statistics(test.first_references, test.first_references, test.prompts)
+    predictions = {name: found.predictions for name, found in answers.items()}
+    best_of = best_of_samples(answers, outputs, test, judges)
+    return EvaluationReport(
+        systems=systems,
+        comparisons=comparisons,
+        verdict=verdict(comparisons, first),
+        findings=findings(comparisons, systems, best_of, first),
+        warnings=find_warnings(predictions, comparisons, systems, references, judges.rewards),
+        settings=dict(settings),
+        references=references,
+        decodings=decoding_scores(answers, test, judges),
+        best_of=best_of,
+        gains=gains_of_ppo(first, outputs, test),
+        cost=list(cost),
+    )
+
+
+def gains_of_ppo(metric: str, outputs: Mapping[str, Outputs], test: TestSet) -> Gains | None:
+    """PPO's gains on SFT by the first metric, where both were evaluated."""
+    if "sft" not in outputs or "ppo" not in outputs:
+        return None
+    sft, ppo = outputs["sft"], outputs["ppo"]
+    scores = sft.metric_scores[metric], ppo.metric_scores[metric]
+    return find_gains("sft", "ppo", metric, *scores, (sft.texts, ppo.texts), test.first_references)
+
+
+def all_samples(test: TestSet, outputs: Mapping[str, Outputs], metric: str) -> list[Sample]:
+    """Every test example with every system's answer."""
+    gains = [0.0] * len(test.prompts)
+    if "sft" in outputs and "ppo" in outputs:
+        pairs = zip(outputs["sft"].metric_scores[metric], outputs["ppo"].metric_scores[metric], strict=True)
+        gains = [after - before for before, after in pairs]
+    texts = {name: found.texts for name, found in outputs.items()}
+    return [
+        Sample(row, prompt, reference, {name: found[row] for name, found in texts.items()}, gains[row])
+        for row, (prompt, reference) in enumerate(zip(test.prompts, test.first_references, strict=True))
+    ]
+
+
+def decoding_scores(answers: Mapping[str, Answers], test: TestSet, judges: Judges) -> list[DecodingScores]:
+    """Every system under the report's decoding and under each other number of beams; nothing without others."""
+    found = []
+    for name in answers if judges.settings.beam_sizes else ():
+        for beams, texts in {judges.settings.num_beams: answers[name].predictions, **answers[name].beams}.items():
+            scores = judges.score(texts)[0]
+            completions = [text.completion for text in texts]
+            plain = [m.corpus_score(completions, test.references, n_bootstrap=0) for m in judges.metrics]
+            values = {m.name: score.value for m, score in zip(judges.metrics, plain, strict=True)}
+            length = sum(len(text.completion_ids) for text in texts) / len(texts)
+            mean = sum(scores) / len(scores) if scores else None
+            found.append(DecodingScores(name, decoding_name(beams), values, mean, length))
+    return found
+
+
+def decoding_name(num_beams: int) -> str:
+    """Greedy, or how many beams."""
+    return "greedy" if num_beams == 1 else f"beam search, {num_beams} beams"
+
+
+def best_of_samples(
+    answers: Mapping[str, Answers], outputs: Mapping[str, Outputs], test: TestSet, judges: Judges
+) -> dict[str, BestOfN]:
+    """The expected best of n samples of every system that drew some, by the reward and by the first metric."""
+    found, copies, metric = {}, judges.settings.samples_per_prompt, judges.metrics[0]
+    for name, answered in answers.items():
+        texts = answered.samples
+        if not texts:
+            continue
+        rewards = judges.score(texts)[0]
+        scores = {REWARD: rewards} if rewards else {}
+        references = [test.references[text.index] for text in texts]
+        scores[metric.name] = metric.sample_scores([text.completion for text in texts], references)
+        own, prompts = {REWARD: outputs[name].scores, **outputs[name].metric_scores}, len(texts) // copies
+        curves = {
+            key: expected_best([values[i : i + copies] for i in range(0, len(values), copies)])
+            for key, values in scores.items()
+        }
+        decoded = {key: sum(own[key][:prompts]) / prompts for key in scores}
+        found[name] = BestOfN(prompts, judges.settings.sample_temperature, curves, decoded)
+    return found

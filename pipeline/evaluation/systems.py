@@ -1,0 +1,111 @@
+"""A system from its directory to all it has to say about the test set, shared over the processes of a launch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline.evaluation.config import EvalConfig
+from pipeline.evaluation.predictions import Prediction, predict, share_of_rows
+from pipeline.evaluation.sampling import Text, decode_rows, draw_samples
+from pipeline.models.config import ModelConfig
+from pipeline.models.generation import Decoding
+from pipeline.models.loading import load_model, load_policy, load_tokenizer
+from pipeline.models.text import encode_prompts
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a system is: a model, or a policy that may be an adapter over `base`, which then has the tokenizer."""
+
+    name: str
+    path: Path | str
+    base: Path | str | None = None
+
+    def load(self, config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The model with plain weights, on this process's device, ready to answer; and its tokenizer."""
+        model = load_model(self.path, config) if self.base is None else load_policy(self.path, self.base, config)
+        tokenizer = load_tokenizer(self.path if self.base is None else self.base, config)
+        return model.to(PartialState().device).eval(), tokenizer
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a system wrote for the N test prompts, in order: its predictions; its texts under other numbers of beams;
+    samples, each prompt's one after the other; and whether its weights are those of SFT, bit for bit."""
+
+    predictions: list[Prediction]
+    beams: dict[int, list[Text]] = field(default_factory=dict)
+    samples: list[Text] = field(default_factory=list)
+    same_weights_as_sft: bool = False
+
+
+def answer(
+    source: Source,
+    sft: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    rows: Dataset,
+    settings: EvalConfig,
+    seed: int,
+) -> Answers:
+    """Every process answers its share of the rows; all get all answers.
+
+    An untrained base is not asked for more than its predictions.
+    """
+    model, tokenizer = loaded
+    state, size = PartialState(), settings.per_device_eval_batch_size
+    length = settings.max_new_tokens
+    lengths = [len(ids) for ids in encode_prompts(tokenizer, rows["prompt"])]
+    share = share_of_rows(lengths, size, state.process_index, state.num_processes)
+    reference = sft[0] if _same_tokens(loaded, sft) else None
+    decoding = Decoding(length, num_beams=settings.num_beams)
+    predictions = predict(model, tokenizer, rows, share, decoding, size, reference)
+    beams: dict[int, list[Text]] = {}
+    samples: list[Text] = []
+    if source.name != "base":
+        for beam in settings.beam_sizes:
+            beams[beam] = decode_rows(model, tokenizer, rows, share, Decoding(length, num_beams=beam), size)
+        if settings.samples_per_prompt:
+            first = rows.select(range(min(settings.sample_prompts, len(rows))))
+            samples = draw_samples(
+                model,
+                tokenizer,
+                first,
+                settings.samples_per_prompt,
+                Decoding(length, temperature=settings.sample_temperature),
+                size,
+                seed,
+                state.process_index,
+                state.num_processes,
+            )
+    return Answers(
+        predictions=_gather(predictions),
+        beams={beam: _gather(texts) for beam, texts in beams.items()},
+        samples=_gather(samples),
+        same_weights_as_sft=source.name != "sft" and same_weights(model, sft[0]),
+    )
+
+
+def _gather(items: Sequence) -> list:
+    return sorted(gather_object(list(items)), key=lambda item: item.index)
+
+
+def _same_tokens(
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], sft: tuple[PreTrainedModel, PreTrainedTokenizerBase]
+) -> bool:
+    """Whether a KL to SFT means something: the same tokens under the same numbers."""
+    widths = [model.get_output_embeddings().weight.shape[0] for model, _ in (loaded, sft)]
+    return widths[0] == widths[1] and loaded[1].get_vocab() == sft[1].get_vocab()
+
+
+def same_weights(model: PreTrainedModel, other: PreTrainedModel) -> bool:
+    """Whether two models have the same parameters under the same names, bit for bit."""
+    own, others = dict(model.named_parameters()), dict(other.named_parameters())
+    return own.keys() == others.keys() and all(
+        p.shape == others[name].shape and torch.equal(p, others[name]) for name, p in own.items()
+    )

@@ -1,0 +1,192 @@
+"""The report's figures as rows of text, the same for Markdown, HTML and the terminal."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from pipeline.evaluation.gains import Bucket
+from pipeline.evaluation.report import EvaluationReport, System
+from pipeline.evaluation.sampling import BestOfN
+
+MISSING = "-"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A heading, the names of the columns, rows of cells, and a note below."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    note: str = ""
+
+
+# Label, figure of a system, format.
+FIGURES: tuple[tuple[str, Callable[[System], float | None], str], ...] = (
+    ("mean reward", lambda s: s.mean_reward, ".4f"),
+    ("cumulative reward", lambda s: s.cumulative_reward, ".2f"),
+    ("cross-entropy, nats/token", lambda s: s.cross_entropy, ".3f"),
+    ("perplexity", lambda s: s.perplexity, ".2f"),
+    ("KL to SFT, nats/completion", lambda s: s.kl_to_sft, ".3f"),
+    ("entropy, nats/token", lambda s: s.entropy, ".3f"),
+    ("length, tokens", lambda s: s.length, ".1f"),
+    ("finished", lambda s: s.finished, ".1%"),
+)
+TEXT_FIGURES = (
+    ("length ratio, words", "length_ratio", ".3f"),
+    ("repeated trigrams", "repetition", ".1%"),
+    ("distinct-1", "distinct_1", ".4f"),
+    ("distinct-2", "distinct_2", ".4f"),
+    ("copied from the prompt", "copy_rate", ".1%"),
+    ("empty", "empty", ".1%"),
+    ("most frequent text", "most_common", ".1%"),
+)
+
+
+def score_table(report: EvaluationReport) -> Table:
+    """One row per figure, one column per system."""
+    systems = list(report.systems.values())
+    rows = []
+    for metric in systems[0].metrics:
+        scores = [system.metrics[metric] for system in systems]
+        rows.append([metric, *[f"{s.value:.2f} [{s.low:.2f}, {s.high:.2f}]" for s in scores]])
+    for label, figure, form in FIGURES:
+        rows.append([label, *_formatted((figure(system) for system in systems), form)])
+        if label == "mean reward" and len(systems[0].rewards) > 1:
+            for name in systems[0].rewards:
+                rows.append([f"reward {name}", *_formatted((s.rewards.get(name) for s in systems), ".4f")])
+    confidence = report.settings.get("confidence", 0.95)
+    note = f"[a, b]: {confidence:.0%} bootstrap interval over the test examples."
+    return Table("Scores", ["", *report.systems], rows, note)
+
+
+def text_table(report: EvaluationReport) -> Table:
+    """What the texts look like, with the references beside the systems."""
+    texts = [*(system.texts for system in report.systems.values()), report.references]
+    rows = [[label, *_formatted((getattr(t, name) for t in texts), form)] for label, name, form in TEXT_FIGURES]
+    note = "distinct-n: different n-grams of all texts, as a share of all n-grams. Words are lower-cased."
+    return Table("Texts", ["", *report.systems, "references"], rows, note)
+
+
+def comparison_table(report: EvaluationReport) -> Table:
+    """One row per comparison."""
+    header = ["systems", "metric", "difference", "95 % interval", "p", "p Holm", "p randomised", "d", "wins", "losses"]
+    rows = [
+        [
+            f"{c.b} - {c.a}",
+            c.metric,
+            f"{c.delta:+.3f}",
+            f"[{c.low:+.3f}, {c.high:+.3f}]",
+            *(f"{p:.3f}" for p in (c.p_value, c.p_holm, c.p_randomisation)),
+            *_formatted([c.effect_size], "+.2f"),
+            f"{c.wins:.0%}",
+            f"{c.losses:.0%}",
+        ]
+        for c in report.comparisons
+    ]
+    note = (
+        "p: paired bootstrap, two-sided; Holm: corrected for the metrics of a pair; randomised: paired approximate "
+        "randomisation; d: mean over standard deviation of the gains example by example, wins and losses their "
+        "shares, all positive where the first-named system is better."
+    )
+    return Table("Comparisons", header, rows, note)
+
+
+def decoding_table(report: EvaluationReport) -> Table:
+    """Every system under every decoding."""
+    if not report.decodings:
+        return Table("Decoding", [], [])
+    metrics = list(report.decodings[0].metrics)
+    rows = [
+        [d.system, d.decoding, *_formatted([*d.metrics.values(), d.mean_reward], ".3f"), f"{d.length:.1f}"]
+        for d in report.decodings
+    ]
+    return Table("Decoding", ["system", "decoding", *metrics, "mean reward", "length, tokens"], rows)
+
+
+def best_of_table(report: EvaluationReport) -> Table:
+    """The expected best of 1, 2, ... n samples of every system."""
+    if not report.best_of:
+        return Table("Best of n samples", [], [])
+    first = next(iter(report.best_of.values()))
+    numbers = [str(n + 1) for n in range(len(next(iter(first.curves.values()))))]
+    rows = [
+        [system, name, f"{found.decoded[name]:.3f}", *_formatted(curve, ".3f")]
+        for system, found in report.best_of.items()
+        for name, curve in found.curves.items()
+    ]
+    note = best_of_note(first)
+    return Table("Best of n samples", ["system", "score", "as decoded above", *numbers], rows, note)
+
+
+def best_of_note(found: BestOfN) -> str:
+    """How the samples were drawn."""
+    return (
+        f"First {found.prompts} test prompts at temperature {found.temperature:g}; the best is chosen by knowing the "
+        "score, which a system in use does not, so this is a ceiling. Metrics are means of sentence scores."
+    )
+
+
+def bucket_tables(report: EvaluationReport) -> list[Table]:
+    """The gains by length and by first-pass quality."""
+    gains = report.gains
+    if gains is None:
+        return []
+    names = [f"{gains.a} {gains.metric}", f"{gains.b} {gains.metric}", "gain"]
+    note = (
+        "A score that is low by chance is higher the next time, so low groups gain and high ones lose by noise alone."
+    )
+    return [
+        Table("By length of the reference", ["group", "examples", *names], _bucket_rows(gains.by_length)),
+        Table(f"By {gains.a}'s own score", ["group", "examples", *names], _bucket_rows(gains.by_quality), note),
+    ]
+
+
+def _bucket_rows(found: Sequence[Bucket]) -> list[list[str]]:
+    return [[b.label, str(b.count), f"{b.score_a:.3f}", f"{b.score_b:.3f}", f"{b.gain:+.3f}"] for b in found]
+
+
+def cost_table(report: EvaluationReport) -> Table:
+    """What each stage took."""
+    header = ["stage", "time", "processes", "steps", "episodes", "tokens", "tokens/s", "peak memory"]
+    rows = [
+        [
+            c.stage,
+            MISSING if c.seconds is None else duration(c.seconds),
+            *_formatted((c.processes, c.steps, c.episodes, c.tokens), ",d"),
+            *_formatted([c.tokens_per_second], ",.0f"),
+            MISSING if c.peak_memory_mib is None else f"{c.peak_memory_mib:,.0f} MiB",
+        ]
+        for c in report.cost
+    ]
+    note = (
+        "Tokens: trained on (sft), sampled (ppo), written for this report (eval); per second of the whole stage. "
+        "Memory: the largest process; on an accelerator, what torch allocated there."
+    )
+    return Table("Cost", header, rows, note)
+
+
+def settings_table(report: EvaluationReport) -> Table:
+    """What the figures depend on, and the signatures of the metrics."""
+    first = next(iter(report.systems.values()))
+    signatures = {name: score.signature for name, score in first.metrics.items()}
+    rows = [[key, _plain(value)] for key, value in {**report.settings, **signatures}.items()]
+    return Table("Settings", ["", ""], rows)
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `3 min 12 s` or `2 h 05 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _formatted(values: Iterable[float | None], form: str) -> list[str]:
+    return [MISSING if value is None else format(value, form) for value in values]
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {item}" for key, item in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

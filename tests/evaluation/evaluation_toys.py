@@ -1,0 +1,68 @@
+"""Predictions and reports whose figures are easy to check."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from zlib import crc32
+
+from pipeline.evaluation.assemble import Judges, assemble_report
+from pipeline.evaluation.config import EvalConfig
+from pipeline.evaluation.predictions import Prediction
+from pipeline.evaluation.report import EvaluationReport, Outputs, TestSet
+from pipeline.evaluation.sampling import Text
+from pipeline.evaluation.systems import Answers
+from pipeline.metrics import Metric, load_metric
+
+BLEU = load_metric("bleu")
+TER = load_metric("ter")
+
+
+def prediction(completion: str = "a text", **changes) -> Prediction:
+    """A prediction with figures that are easy to add up."""
+    defaults = Prediction(
+        index=0,
+        completion=completion,
+        completion_ids=[*map(ord, completion), 2],
+        finished=True,
+        reference_nats=3.0,
+        reference_tokens=3,
+        entropy=2.0,
+        kl_to_sft=0.5,
+    )
+    return replace(defaults, **changes)
+
+
+REFERENCES = [["the cat sat on the mat"], ["it rains in the north"], ["five red apples"], ["we go home now"]] * 3
+GOOD = [texts[0] for texts in REFERENCES]
+BAD = ["a dog", "sunshine", "green pears", "they stay"] * 3
+MIXED = [good if i % 2 else bad for i, (good, bad) in enumerate(zip(GOOD, BAD, strict=True))]
+TEST = TestSet([f"prompt {number}" for number in range(12)], REFERENCES)
+
+
+def make_report(
+    texts: dict[str, list[str]],
+    scores: dict[str, list[float]] | None = None,
+    metrics: Sequence[Metric] = (BLEU,),
+    rewards: Sequence[str] = ("mine",),
+    samples: dict[str, list[str]] | None = None,
+    same_weights: Sequence[str] = (),
+    changes: dict[str, dict] | None = None,
+    **settings,
+) -> tuple[EvaluationReport, dict[str, Outputs]]:
+    """A report over systems that wrote the given texts; `changes` are figures of a system's predictions."""
+    scores = scores if scores is not None else {name: [0.5] * len(found) for name, found in texts.items()}
+    changes, samples = changes or {}, samples or {}
+    answers, outputs = {}, {}
+    for name, found in texts.items():
+        items = [
+            # Eight tokens whatever the text, the same for the same text.
+            prediction(text, **{"index": i, "completion_ids": [crc32(text.encode())] * 8, **changes.get(name, {})})
+            for i, text in enumerate(found)
+        ]
+        drawn = [Text(i // 2, text, [1, 2]) for i, text in enumerate(samples.get(name, []))]
+        answers[name] = Answers(items, {}, drawn, name in same_weights)
+        parts = {"mine": scores[name]} if name in scores else {}
+        sentences = {m.name: m.sample_scores(found, REFERENCES) for m in metrics}
+        outputs[name] = Outputs(items, scores.get(name, []), parts, sentences)
+    config = EvalConfig(n_bootstrap=200, samples_per_prompt=2)
+    judges = Judges(metrics, lambda texts: ([], {}), rewards, config, 0)
+    return assemble_report(answers, outputs, TEST, judges, settings, []), outputs

@@ -1,0 +1,107 @@
+"""What the report's files say, and that nothing a model writes can break them."""
+
+from io import StringIO
+
+import pytest
+from evaluation_toys import BAD, BLEU, GOOD, MIXED, TER, TEST, make_report
+from rich.console import Console
+
+from pipeline.evaluation.assemble import all_samples
+from pipeline.evaluation.curves import Curve, Panel
+from pipeline.evaluation.inspection import Attention, Credit, Inspection, Passage, Token
+from pipeline.evaluation.render import Details, print_report, to_markdown, write_report
+
+AWKWARD = 'a | b\nc <script>alert("x")</script> \\ d\r\n\n| --- | </style></svg> $x_1$'
+
+
+def make_details(outputs, **changes) -> Details:
+    samples = all_samples(TEST, outputs, "bleu")
+    token = Token(AWKWARD, -1.0, -0.5)
+    inspection = Inspection(
+        0,
+        "a large gain",
+        AWKWARD,
+        [Passage("reference", [token])],
+        Attention([AWKWARD, "b"], ["c"], [[0.25, 0.5]]),
+        Credit([AWKWARD, "b"], [0.1, 0.2], [0.0, -0.1]),
+    )
+    panels = [Panel("ppo", "reward", [Curve("objective/scores", [1.0, 2.0], [0.1, 0.2])])]
+    return Details(**{"samples": samples, "panels": panels, "inspections": [inspection], **changes})
+
+
+def test_markdown_escapes_what_models_write():
+    report, plain_outputs = make_report({"sft": BAD, "ppo": GOOD}, name="a|b\n<script>")
+    _, outputs = make_report({"sft": [AWKWARD] * 12, "ppo": GOOD})
+    plain = to_markdown(report, make_details(plain_outputs, num_samples=1))
+    found = to_markdown(report, make_details(outputs, num_samples=1))
+    assert len(found.splitlines()) == len(plain.splitlines())  # one line for each row, whatever is in it
+    assert "<script" not in found
+    row = next(line for line in found.splitlines() if "alert" in line)
+    assert "| a \\| b c &lt;script>" in row and "\\\\ d" in row
+    assert row.replace("\\\\", "").replace("\\|", "").count("|") == 5  # the edges of four cells
+    assert "| name | a\\|b &lt;script> |" in found
+
+
+def test_markdown_shows_every_figure():
+    report, outputs = make_report({"base": BAD, "sft": MIXED, "ppo": GOOD}, metrics=(BLEU, TER), seed=3)
+    found = to_markdown(report, make_details(outputs))
+    assert found.startswith(f"# Evaluation\n\n{report.verdict}\n")
+    rows: dict[str, str] = {}
+    for line in found.splitlines():
+        if line.startswith("|"):
+            rows.setdefault(line.split("|")[1].strip(), line)
+    score = report.systems["ppo"].metrics["bleu"]
+    assert f"{score.value:.2f} [{score.low:.2f}, {score.high:.2f}]" in rows["bleu"]
+    assert rows["mean reward"] == "| mean reward | 0.5000 | 0.5000 | 0.5000 |"
+    assert rows["cumulative reward"] == "| cumulative reward | 6.00 | 6.00 | 6.00 |"
+    assert rows["KL to SFT, nats/completion"].count("0.500") == 3
+    assert rows["copied from the prompt"].endswith("| 0.0% | 0.0% | 0.0% | 0.0% |")
+    assert "ppo - sft" in rows and "| seed | 3 |" in found and score.signature.replace("|", "\\|") in found
+    assert "| group | examples | sft bleu | ppo bleu | gain |" in found
+
+
+def test_without_rewards_nothing_is_said_of_them():
+    report, outputs = make_report({"sft": BAD, "ppo": GOOD}, scores={})
+    assert [c.metric for c in report.comparisons] == ["bleu"]
+    assert "| mean reward | - | - |" in to_markdown(report, make_details(outputs))
+
+
+def test_the_terminal_shows_the_same():
+    report, _ = make_report({"sft": MIXED, "ppo": MIXED})
+    output = StringIO()
+    print_report(report, Console(width=200, file=output))
+    text = output.getvalue()
+    assert report.verdict in text and f"warning: {report.warnings[0]}" in text
+    assert "Scores" in text and "Comparisons" in text and report.findings[0][:60] in text
+
+
+def test_html_escapes_what_models_write_and_asks_for_nothing(tmp_path):
+    report, outputs = make_report({"sft": [AWKWARD] * 12, "ppo": GOOD}, name="<script>alert(1)</script>")
+    write_report(report, make_details(outputs), tmp_path)
+    found = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert found.count("<script") == 1 and found.count("</script>") == 1  # its own
+    assert found.count("<style>") == 1 and "&lt;script&gt;alert(&#34;x&#34;)" in found
+    for word in ("src=", "@import", "url(http", 'href="http', "<link", "<iframe"):
+        assert word not in found.replace('xmlns:xlink="http', "")
+    assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == [
+        "credit-0.svg",
+        "curves-ppo.svg",
+        "gains.svg",
+        "scores.svg",
+    ]
+
+
+def test_the_same_report_is_the_same_page(tmp_path):
+    report, outputs = make_report({"sft": BAD, "ppo": GOOD})
+    for name in ("a", "b"):
+        write_report(report, make_details(outputs), tmp_path / name)
+    assert (tmp_path / "a" / "report.html").read_bytes() == (tmp_path / "b" / "report.html").read_bytes()
+
+
+@pytest.mark.parametrize(("listed", "rows"), [(500, 12), (4, 4), (0, 0)])
+def test_how_many_samples_are_listed(tmp_path, listed, rows):
+    report, outputs = make_report({"sft": BAD, "ppo": GOOD})
+    write_report(report, make_details(outputs, num_listed=listed), tmp_path)
+    found = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert found.count('<td data-label="example">') == rows
+    assert ('href="#samples"' in found) == ('id="samples"' in found) == (rows > 0)

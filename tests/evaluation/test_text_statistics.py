@@ -1,0 +1,28 @@
+"""What texts look like, by hand."""
+
+import pytest
+
+from pipeline.evaluation.text_statistics import repetition, text_statistics
+
+
+def test_repetition_is_the_share_of_trigrams_seen_before():
+    assert repetition(["a", "b", "c", "d", "e"]) == 0
+    assert repetition(["a", "b", "c", "a", "b", "c"]) == pytest.approx(1 / 4)  # abc bca cab abc
+    assert repetition(["a"] * 5) == pytest.approx(2 / 3)
+    assert repetition(["a", "a"]) == repetition([]) == 0
+
+
+def test_figures_by_hand():
+    texts = ["The cat, the cat", "", "The cat, the cat", "red"]
+    found = text_statistics(texts, ["a cat sat", "it is", "x", "red"], ["see the cat", "p", "q", "Red"])
+    assert found.length_ratio == pytest.approx(9 / 7)
+    assert found.distinct_1 == pytest.approx(3 / 9)  # the, cat, red
+    assert found.distinct_2 == pytest.approx(2 / 6)  # the cat, cat the
+    assert found.copy_rate == pytest.approx(5 / 9)  # all of the first, none of the third, and red
+    assert (found.empty, found.most_common, found.repetition) == (0.25, 0.5, 0)
+
+
+def test_nothing_written_at_all():
+    found = text_statistics(["", ""], ["", ""], ["a", "b"])
+    assert (found.length_ratio, found.distinct_1, found.distinct_2, found.copy_rate) == (0, 0, 0, 0)
+    assert (found.empty, found.most_common) == (1, 1)
