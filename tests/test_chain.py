@@ -96,7 +96,7 @@ def test_the_chain_leaves_what_the_readme_says(recipe, tmp_path, capsys):
 
 
 def test_the_report_shows_further_systems_other_beams_and_the_control(recipe, tmp_path):
-    path = recipe("{name: bleu}")
+    path = recipe("{name: chrf}")
     for stage in (sft_stage, ppo_stage):
         assert stage.main([path]) == 0
     run = tmp_path / "runs" / "tiny"
