@@ -191,6 +191,10 @@ def _build_eval(values: object, ppo: PPOConfig | None, document: Document) -> Ev
     if config.max_new_tokens is None:
         length = PPOConfig.response_length if ppo is None else ppo.response_length
         config = dataclasses.replace(config, max_new_tokens=length)
+    if config.min_new_tokens is None:
+        config = dataclasses.replace(config, min_new_tokens=ppo.min_new_tokens if ppo is not None else 0)
+    if config.stop_strings is None:
+        config = dataclasses.replace(config, stop_strings=ppo.stop_strings if ppo is not None else ())
     return config
 
 

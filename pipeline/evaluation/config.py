@@ -54,6 +54,8 @@ class EvalConfig:
     sample_prompts: int = 100
     sample_temperature: float = 1.0
     max_new_tokens: int | None = None  # None: ppo.response_length
+    min_new_tokens: int | None = None  # None: ppo.min_new_tokens
+    stop_strings: tuple[str, ...] | None = None  # None: ppo.stop_strings
     per_device_eval_batch_size: int = 64
     n_bootstrap: int = 1000
     confidence: float = 0.95

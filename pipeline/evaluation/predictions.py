@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.models.generation import Decoding, eos_token_ids, generate
+from pipeline.models.generation import Decoding, finished, generate
 from pipeline.models.sequences import Sequences, length_sorted_chunks, make_sequences
 from pipeline.models.text import decode, encode_completions, encode_prompts
 
@@ -56,13 +56,13 @@ def predict(
     nats = reference_nats(model, make_sequences(prompts, targets, pad, device), chunks)
     written = make_sequences(prompts, completions, pad, device)
     entropies, divergence = _entropy_and_divergence(model, written, chunks, sft)
-    ends, texts = eos_token_ids(model, tokenizer), decode(tokenizer, completions)
+    ended, texts = finished(model, tokenizer, completions, decoding), decode(tokenizer, completions)
     return [
         Prediction(
             index=index,
             completion=texts[i],
             completion_ids=completions[i],
-            finished=completions[i][-1] in ends,
+            finished=ended[i],
             reference_nats=nats[i],
             reference_tokens=len(targets[i]),
             entropy=entropies[i],

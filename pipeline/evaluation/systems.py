@@ -1,7 +1,7 @@
 """A system from its directory to all it has to say about the test set, shared over the processes of a launch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -59,17 +59,19 @@ def answer(
     """
     model, tokenizer = loaded
     state, size = PartialState(), settings.per_device_eval_batch_size
-    length = settings.max_new_tokens
+    written = Decoding(
+        settings.max_new_tokens, min_new_tokens=settings.min_new_tokens or 0, stop_strings=settings.stop_strings or ()
+    )
     lengths = [len(ids) for ids in encode_prompts(tokenizer, rows["prompt"])]
     share = share_of_rows(lengths, size, state.process_index, state.num_processes)
     reference = sft[0] if _same_tokens(loaded, sft) else None
-    decoding = Decoding(length, num_beams=settings.num_beams)
+    decoding = replace(written, num_beams=settings.num_beams)
     predictions = predict(model, tokenizer, rows, share, decoding, size, reference)
     beams: dict[int, list[Text]] = {}
     samples: list[Text] = []
     if source.name != "base":
         for beam in settings.beam_sizes:
-            beams[beam] = decode_rows(model, tokenizer, rows, share, Decoding(length, num_beams=beam), size)
+            beams[beam] = decode_rows(model, tokenizer, rows, share, replace(written, num_beams=beam), size)
         if settings.samples_per_prompt:
             first = rows.select(range(min(settings.sample_prompts, len(rows))))
             samples = draw_samples(
@@ -77,7 +79,7 @@ def answer(
                 tokenizer,
                 first,
                 settings.samples_per_prompt,
-                Decoding(length, temperature=settings.sample_temperature),
+                replace(written, temperature=settings.sample_temperature),
                 size,
                 seed,
                 state.process_index,

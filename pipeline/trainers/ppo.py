@@ -103,7 +103,7 @@ class PPOTrainer:
         self.shared = self.learner.shared
         self.optimizer, self.scheduler = self.learner.optimizer, self.learner.scheduler
         check_start(self.shared, processing_class, self._prompt_ids, self._eval_prompt_ids, args, self.accelerator)
-        self.state = TrainerState()
+        self.state, self._warned = TrainerState(), False
 
     @property
     def batch_size(self) -> int:
@@ -348,6 +348,12 @@ class PPOTrainer:
         if step % args.logging_steps == 0 or step == total:
             self.log.write(step, {"episode": step * self.batch_size, **stats})
         self.log.advance(stats)
+        if stats["objective/no_signal"] > 0.5 and not self._warned:
+            self._warned = True
+            self.log.say(
+                f"step {step}: no learning signal in {stats['objective/no_signal']:.0%} of the prompts: "
+                "every completion of theirs got the same score"
+            )
         if args.num_sample_generations and step % max(1, total // args.num_sample_generations) == 0:
             self.log.say(sample_line(step, rollout.prompts[0], rollout.completions[0], float(rollout.scores[0])))
         every = args.eval_steps or max(1, total // 10)
