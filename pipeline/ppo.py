@@ -16,6 +16,7 @@ from pipeline.run_directory import RunDirectory
 from pipeline.stage import run_stage, sft_model_path
 from pipeline.tasks import Task, load_task
 from pipeline.trainers.ppo import PPOTrainer
+from pipeline.trainers.stopping import stop_signals
 
 
 def main(argv: Sequence[str]) -> int:
@@ -33,14 +34,15 @@ def train(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
         args=recipe.ppo,
         processing_class=load_tokenizer(path, recipe.model),
         reward_funcs=build_rewards(recipe.ppo.rewards, task.language),
-        train_dataset=task.train,
+        train_dataset=task.prompts,
         eval_dataset=task.validation,
         peft_config=lora_config(recipe.model),
         output_dir=run.ppo,
         seed=recipe.seed,
         compute_metrics=held_out_metrics(recipe, task),
     )
-    state = trainer.train()
+    with stop_signals():
+        state = trainer.train()
     trainer.save_model(run.ppo)
     return {
         "steps": state.step,

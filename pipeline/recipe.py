@@ -84,7 +84,17 @@ class Recipe:
 
     @property
     def training_examples(self) -> int | None:
-        """Examples of the training split, where that is known without loading it."""
+        """Examples SFT trains on, where that is known without loading them."""
+        rows, kept = self._training_rows, getattr(self.task.config, "ppo_examples", None)
+        return rows if rows is None else rows - (kept or 0)
+
+    @property
+    def ppo_prompts(self) -> int | None:
+        """Prompts PPO draws from, where that is known without loading them."""
+        return getattr(self.task.config, "ppo_examples", None) or self._training_rows
+
+    @property
+    def _training_rows(self) -> int | None:
         match self.task.config:
             case synthetic.Config() as config:
                 return config.train_examples

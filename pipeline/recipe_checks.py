@@ -73,18 +73,25 @@ def _check_batches(recipe: "Recipe", num_processes: int, document: Document) -> 
     for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if recipe.sft.arguments.get(key, 1) < 1:
             raise document.error(("sft", key), f"must be at least 1, found {recipe.sft.arguments[key]}")
-    examples = recipe.training_examples
+    rows, examples = recipe.training_examples, recipe.ppo_prompts
+    if rows is not None and rows < 1:
+        kept = recipe.ppo_prompts
+        raise document.error(
+            ("task", "ppo_examples"), f"must be below the {rows + kept} training examples, found {kept}"
+        )
     if recipe.ppo is None or examples is None:
         return
     copies = recipe.ppo.num_generations
     size = recipe.ppo.batch_size(num_processes) // copies
     if size > examples:
+        kept = rows is not None and recipe.ppo_prompts != rows
+        found = f"task.ppo_examples keeps {examples}" if kept else f"there are {examples} training examples"
         shared = f" / num_generations {copies}" if copies > 1 else ""
         raise document.error(
             ("ppo", "per_device_train_batch_size"),
             f"one PPO batch is {recipe.ppo.per_device_train_batch_size} x gradient_accumulation_steps "
             f"{recipe.ppo.gradient_accumulation_steps} x processes {num_processes}{shared} = {size} prompts, "
-            f"but there are {examples} training examples; lower one of them",
+            f"but {found}; lower one of them",
         )
 
 

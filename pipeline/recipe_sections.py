@@ -38,6 +38,8 @@ _REFUSED_SFT_KEYS = {
     ),
     "use the keys of the model section": "model_init_kwargs trust_remote_code",
     "an interrupted stage resumes by itself when it is run again": "resume_from_checkpoint",
+    "a restart goes on exactly where the stage was interrupted": "ignore_data_skip save_only_model",
+    "it does nothing here: a loss that is not finite stops the run": "logging_nan_inf_filter",
     "a stage always trains, and eval_strategy says when it evaluates": "do_train do_eval do_predict",
     _NO_PREDICTIONS: (
         "prediction_loss_only eval_accumulation_steps eval_do_concat_batches eval_use_gather_object "

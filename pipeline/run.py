@@ -29,6 +29,7 @@ from pipeline.run_directory import (
     setting_differences,
     stage_status,
 )
+from pipeline.run_lock import RunInUseError, run_lock
 
 SHOWN_DIFFERENCES = 8
 
@@ -220,8 +221,12 @@ def run_stage(console: Console, recipe: Recipe, planned: PlannedStage, command: 
     """Launch a stage and see it through; 0 if it is complete afterwards."""
     directory, stage = RunDirectory.of(recipe), planned.stage
     place = directory.stage(stage)
-    if planned.replaces and place.exists():
-        say(console, f"{stage}: what was in {place} is kept in {set_aside(place)}")
+    try:
+        with run_lock(directory.path):  # the stage itself holds it later
+            if planned.replaces and place.exists():
+                say(console, f"{stage}: what was in {place} is kept in {set_aside(place)}")
+    except RunInUseError as error:
+        return fail(str(error), 2)
     say(console, f"{stage}: {'continuing' if planned.action == 'resume' else 'starting'}", style="bold")
     began = time.monotonic()
     code = launch(command)

@@ -14,6 +14,7 @@ from pipeline.run_directory import RunDirectory
 from pipeline.stage import base_model_path, run_stage
 from pipeline.tasks import load_task
 from pipeline.trainers.sft import build_sft_trainer, last_checkpoint, sft_arguments
+from pipeline.trainers.stopping import stop_signals
 
 
 def main(argv: Sequence[str]) -> int:
@@ -36,7 +37,8 @@ def train(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
         lora_config(recipe.model) if recipe.sft.use_peft else None,
         run.sft / "metrics.jsonl",
     )
-    result = trainer.train(resume_from_checkpoint=last_checkpoint(arguments))
+    with stop_signals():
+        result = trainer.train(resume_from_checkpoint=last_checkpoint(arguments))
     model = trainer.accelerator.unwrap_model(trainer.model)
     if isinstance(model, PeftModel):
         model = model.merge_and_unload()

@@ -1,29 +1,44 @@
 """What the stage scripts share: when a stage may run, where its models are, how it ends."""
 
 import os
+import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets.utils.logging import disable_progress_bar
 from transformers.utils import logging as transformers_logging
 
 from pipeline.models.scratch import build_from_scratch
 from pipeline.recipe import Recipe
-from pipeline.run_directory import RunDirectory, begin_stage, finish_stage, missing_input, stage_status
+from pipeline.run_directory import (
+    RunDirectory,
+    begin_stage,
+    finish_stage,
+    missing_input,
+    setting_differences,
+    stage_status,
+)
+from pipeline.run_lock import RunInUseError, run_lock
 from pipeline.tasks import Task
+from pipeline.trainers.stopping import Stopped
 
 StageBody = Callable[[Recipe, RunDirectory], dict[str, object]]
 
 
 def run_stage(recipe: Recipe, stage: str, body: StageBody) -> int:
-    """Run `body` between the stage's begin and end records; the exit code: 0 done, 1 failed, 2 cannot start.
+    """Run `body` between the stage's begin and end records, alone in the run directory.
 
     A failure that the user can mend (ValueError, OSError) is one sentence; RELAY_TRACEBACK=1 shows where it arose.
+
+    Returns:
+        The exit code: 0 done, 1 failed, 2 cannot start, 128 + the number of the signal that ended it.
     """
     run, state = RunDirectory.of(recipe), PartialState(cpu=not torch.accelerator.is_available())
     quiet_libraries()
@@ -31,27 +46,66 @@ def run_stage(recipe: Recipe, stage: str, body: StageBody) -> int:
     problem, status = missing_input(recipe, stage), stage_status(run, recipe, stage)
     state.wait_for_everyone()
     if problem or status == "complete":
-        if state.is_main_process:
-            print(
-                f"error: {problem}" if problem else f"{stage}: already complete in {run.stage(stage)}", file=sys.stderr
-            )
+        say(f"error: {problem}" if problem else f"{stage}: already complete in {run.stage(stage)}")
         return 2 if problem else 0
     try:
-        if state.is_main_process:
-            moved = begin_stage(run, recipe, stage)
-            if moved:
-                print(f"{stage}: the earlier result, made with other settings, is now in {moved}", file=sys.stderr)
-        state.wait_for_everyone()
-        summary = body(recipe, run)
+        with ExitStack() as held:
+            if refusal := _lock(run, held):
+                say(f"error: {stage}: {refusal}")
+                return 2
+            return _run_alone(recipe, stage, body, run)
+    except Stopped as stop:
+        say(f"{stage}: {stop}")
+        return stop.exit_code
+    except KeyboardInterrupt:
+        say(f"{stage}: ended by Ctrl-C; the same command continues from the last checkpoint")
+        return 128 + signal.SIGINT
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("RELAY_TRACEBACK"):
             traceback.print_exc()
         print(f"error: {stage}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 1
+
+
+def _lock(run: RunDirectory, held: ExitStack) -> str | None:
+    """Take the run directory, on the main process for all; why it cannot be had, on every process."""
+    refusal: list[str | None] = [None]
+    if PartialState().is_main_process:
+        try:
+            left = held.enter_context(run_lock(run.path))
+            if left:
+                say(f"{run.path}: {left} did not end well; going on from what it left")
+        except RunInUseError as error:
+            refusal = [str(error)]
+    return broadcast_object_list(refusal)[0]
+
+
+def _run_alone(recipe: Recipe, stage: str, body: StageBody, run: RunDirectory) -> int:
+    state = PartialState()
+    status = stage_status(run, recipe, stage)  # again: another process may have finished it before it let go
+    state.wait_for_everyone()
+    if status == "complete":
+        say(f"{stage}: already complete in {run.stage(stage)}")
+        return 0
+    if state.is_main_process:
+        if status == "changed":
+            differences = setting_differences(run, recipe, stage)
+            say(f"{stage}: changed since {run.stage(stage)} was made:", *(f"  {line}" for line in differences))
+        moved = begin_stage(run, recipe, stage)
+        if moved:
+            say(f"{stage}: the earlier result, made with other settings, is now in {moved}")
+    state.wait_for_everyone()
+    summary = body(recipe, run)
     if state.is_main_process:
         finish_stage(run, recipe, stage, processes=state.num_processes, **summary)
     state.wait_for_everyone()
     return 0
+
+
+def say(*lines: str) -> None:
+    """Lines on stderr, from the main process alone."""
+    if PartialState().is_main_process:
+        print(*lines, sep="\n", file=sys.stderr, flush=True)
 
 
 def base_model_path(recipe: Recipe, run: RunDirectory, task: Task) -> Path | str:

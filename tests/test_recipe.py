@@ -469,6 +469,12 @@ def test_training_examples_are_counted_where_that_needs_no_loading():
     assert load_recipe("recipe.yaml", ["task.max_train_examples=2"]).training_examples == 2
     with pytest.raises(RecipeError, match=r"^recipe\.yaml:10: .*= 32 prompts, but there are 3 training examples"):
         check_recipe(recipe)
+    kept = load_recipe("recipe.yaml", ["task.ppo_examples=1"])
+    assert (kept.training_examples, kept.ppo_prompts) == (2, 1)
+    with pytest.raises(RecipeError, match=r"= 32 prompts, but task\.ppo_examples keeps 1;"):
+        check_recipe(kept)
+    with pytest.raises(RecipeError, match=r"task\.ppo_examples: must be below the 3 training examples, found 3"):
+        check_recipe(load_recipe("recipe.yaml", ["task.ppo_examples=3"]))
 
 
 def test_a_reward_beside_the_recipe_is_found(directory):

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from pipeline.models.adapters import check_adapter
+from pipeline.models.fused_lora import fuse_adapters
 from pipeline.models.sequences import Sequences
 
 # Rows of [tokens, vocabulary] that exist at once while log-probs are taken, in numbers (64 MiB of float32).
@@ -56,6 +57,7 @@ class SharedModel(nn.Module):
             self._frozen = []
             self.network = get_peft_model(model, lora)
             check_adapter(self.network)
+            fuse_adapters(self.network)
         self.has_value_adapter = value_adapter
         if value_adapter:
             self.network.add_adapter(VALUE, lora)

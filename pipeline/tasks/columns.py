@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from pipeline.tasks.examples import placeholders, read_chat, read_prompt, read_references, read_rows, read_text
 from pipeline.tasks.tables import READERS, Table, check_hub, read_file, read_hub, read_saved
-from pipeline.tasks.types import RESERVED_COLUMNS, SPLITS, Task, TaskError, check_limits, make_split
+from pipeline.tasks.types import RESERVED_COLUMNS, SPLITS, Task, TaskError, check_limits, hold_out, make_split
 
 # What reward functions get under names of their own beside the columns.
 TAKEN_COLUMNS = (*RESERVED_COLUMNS, "prompts", "completions", "completion_ids")
@@ -57,6 +57,7 @@ class Config:
     max_train_examples: int | None = None
     max_validation_examples: int | None = None
     max_test_examples: int | None = None
+    ppo_examples: int | None = None  # the last training rows, which SFT does not see and PPO answers
 
     def __post_init__(self) -> None:
         if not self.path.strip():
@@ -72,6 +73,7 @@ class Config:
             max_train_examples=self.max_train_examples,
             max_validation_examples=self.max_validation_examples,
             max_test_examples=self.max_test_examples,
+            ppo_examples=self.ppo_examples,
         )
 
     def _check_columns(self) -> None:
@@ -176,7 +178,7 @@ def load(config: Config) -> Task:
                 f"task.{split}: {getattr(config, split)!r} is empty: {table.place} has {len(table.rows)} rows"
             )
         splits[split] = _make_split(config, split, tables[split].part(start, min(stop, start + (limit or stop))))
-    return Task(**splits, language=config.language)
+    return hold_out(Task(**splits, language=config.language), config.ppo_examples)
 
 
 def _tables(config: Config) -> dict[str, Table]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.tasks.types import SPLITS, Task, TaskError, check_limits, make_split, render
+from pipeline.tasks.types import SPLITS, Task, TaskError, check_limits, hold_out, make_split, render
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Config:
     max_train_examples: int | None = None
     max_validation_examples: int | None = None
     max_test_examples: int | None = None
+    ppo_examples: int | None = None  # the last training rows, which SFT does not see and PPO answers
 
     def __post_init__(self) -> None:
         for key in ("source", "target"):
@@ -33,6 +34,7 @@ class Config:
             max_train_examples=self.max_train_examples,
             max_validation_examples=self.max_validation_examples,
             max_test_examples=self.max_test_examples,
+            ppo_examples=self.ppo_examples,
         )
 
     def path(self, key: str, split: str) -> Path:
@@ -57,7 +59,7 @@ def load(config: Config) -> Task:
     """Read the six files into the three splits."""
     limits = {split: getattr(config, f"max_{split}_examples") for split in SPLITS}
     splits = {split: make_split(_read_split(config, split), split, limits[split]) for split in SPLITS}
-    return Task(**splits, language=config.language)
+    return hold_out(Task(**splits, language=config.language), config.ppo_examples)
 
 
 def _read_split(config: Config, split: str) -> list[dict]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.tasks import grammar, lexicon, phrasebook
-from pipeline.tasks.types import SPLITS, Task, TaskError, check_limits, make_split, render
+from pipeline.tasks.types import SPLITS, Task, TaskError, check_limits, hold_out, make_split, render
 
 POOL = 8768  # sentence pairs the held-out ones are drawn from, whatever the sizes: those of the default sizes
 
@@ -18,12 +18,14 @@ class Config:
     test_examples: int = 512
     data_seed: int = 0
     prompt: str = "{source}\n"
+    ppo_examples: int | None = None  # the last training rows, which SFT does not see and PPO answers
 
     def __post_init__(self) -> None:
         check_limits(
             train_examples=self.train_examples,
             validation_examples=self.validation_examples,
             test_examples=self.test_examples,
+            ppo_examples=self.ppo_examples,
         )
         render(self.prompt, {"source": ""})
 
@@ -54,7 +56,7 @@ def load(config: Config) -> Task:
             for english, german in chosen
         ]
         splits[split] = make_split(rows, split, None)
-    return Task(**splits, language="de")
+    return hold_out(Task(**splits, language="de"), config.ppo_examples)
 
 
 def _stable_pairs(count: int, seed: int) -> list[tuple[str, str]]:

@@ -1,6 +1,6 @@
 """The types all tasks share."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from datasets import Dataset
@@ -17,6 +17,8 @@ class TaskError(ValueError):
 class Task:
     """Three splits with the columns `prompt`, `completion` (the text SFT learns) and `references` (list of texts).
 
+    `ppo_prompts` are training rows that SFT does not see, kept for PPO; without them PPO answers the rows of `train`.
+
     `prompt` is a text or a list of chat messages. Every further column travels to the reward functions.
     `language` is that of the completions (an ISO 639-1 code), where known: metrics choose their tokenizer by it.
     """
@@ -25,6 +27,30 @@ class Task:
     validation: Dataset
     test: Dataset
     language: str | None = None
+    ppo_prompts: Dataset | None = None
+
+    @property
+    def prompts(self) -> Dataset:
+        """What PPO answers."""
+        return self.train if self.ppo_prompts is None else self.ppo_prompts
+
+
+def hold_out(task: Task, count: int | None) -> Task:
+    """Keep the last `count` training rows from SFT, for PPO.
+
+    A model that knows its training answers by heart is paid for what it remembers; on rows it has not seen it is paid
+    for what it can do.
+
+    Raises:
+        TaskError: no row would be left for SFT.
+    """
+    if not count:
+        return task
+    rows = len(task.train)
+    if count >= rows:
+        raise TaskError(f"task.ppo_examples: must be below the {rows} training examples, found {count}")
+    train, prompts = task.train.select(range(rows - count)), task.train.select(range(rows - count, rows))
+    return replace(task, train=train, ppo_prompts=prompts)
 
 
 def make_split(rows: list[dict[str, Any]], split: str, limit: int | None) -> Dataset:

@@ -84,7 +84,7 @@ class PPOConfig:
     eval_steps: int | None = None  # None: ten times a run
     eval_examples: int | None = None  # None: the whole validation split
     save_steps: int | None = None  # None: with every evaluation
-    save_total_limit: int = 1
+    save_total_limit: int = 2  # one to fall back on when the newest turns out damaged
     num_sample_generations: int = 10
     metric_for_best_model: str = "eval_reward"
     greater_is_better: bool = True

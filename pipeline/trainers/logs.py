@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -61,14 +62,18 @@ class TrainingLog:
             self.accelerator.end_training()
 
 
-def keep_lines(file: Path, step: int) -> None:
+def keep_lines(file: Path, step: int, ending: str | None = None) -> None:
     """Cut metrics.jsonl back to what a run at `step` had written: to nothing for a new one, else to that step.
 
-    A line that a kill or a full disk cut short belongs to what is dropped.
+    A line that a kill or a full disk cut short belongs to what is dropped, and so does one with a value `ending`,
+    which a run only writes after its last checkpoint. Killed in between, the file is still the old one.
     """
     text = file.read_text() if file.is_file() and step > 0 else ""
     whole = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
-    file.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+    events = [(line, json.loads(line)) for line in whole]
+    temporary = file.with_name(f"{file.name}.tmp")
+    temporary.write_text("".join(line for line, event in events if event["step"] <= step and ending not in event))
+    os.replace(temporary, file)
 
 
 def json_line(step: int, values: Mapping[str, object]) -> str:

@@ -1,6 +1,5 @@
 """Proximal policy optimisation of a causal language model on `accelerate`: act, credit, learn, log."""
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,13 +17,8 @@ from pipeline.models.sequences import make_sequences
 from pipeline.models.shared import SharedModel
 from pipeline.models.text import decode, encode_prompts
 from pipeline.rewards import Reward, RewardError, Scores, as_completions, score_texts
-from pipeline.trainers.checkpoint import (
-    Checkpoint,
-    TrainerState,
-    list_checkpoints,
-    load_checkpoint,
-    save_checkpoint,
-)
+from pipeline.trainers.checkpoint import Checkpoint, TrainerState, load_checkpoint, save_checkpoint, state_size
+from pipeline.trainers.checkpoint_files import check_space, clear_checkpoints, newest_checkpoint
 from pipeline.trainers.checks import check_model_and_data, check_start
 from pipeline.trainers.config import PPOConfig
 from pipeline.trainers.learner import Learner
@@ -39,6 +33,7 @@ from pipeline.trainers.objective import (
     token_rewards,
     whiten,
 )
+from pipeline.trainers.random_state import of_this_process, random_state, restore_random_state
 from pipeline.trainers.rollout import (
     Answer,
     Experience,
@@ -52,6 +47,7 @@ from pipeline.trainers.rollout import (
     summarise_answers,
 )
 from pipeline.trainers.scores import Moments, judge_unfinished, moments_of, score_sums, transform_scores
+from pipeline.trainers.stopping import Stopped, requested_stop
 
 # A metric of the held-out completions: (completions, the rows they answer) -> name -> value.
 ComputeMetrics = Callable[[list[str], Dataset], dict[str, float]]
@@ -135,6 +131,11 @@ class PPOTrainer:
             experience, stats = self.compute_advantages(rollout)
             stats |= self.update(experience)
             self._end_step(rollout, stats)
+            if number := requested_stop():
+                if not (self.checkpoints / f"checkpoint-{self.state.step}").is_dir():
+                    self.save_checkpoint()
+                self.log.close()
+                raise Stopped(number, self.state.step)
         if self.args.load_best_model_at_end and self.state.best_step:
             best = load_checkpoint(self.checkpoints / f"checkpoint-{self.state.best_step}")
             self.shared.load_trainable_state(best.weights)
@@ -145,21 +146,23 @@ class PPOTrainer:
         return self.state
 
     def _start(self, resume: bool) -> None:
-        if not resume and self.accelerator.is_main_process:
-            shutil.rmtree(self.checkpoints, ignore_errors=True)  # older, higher steps would outlive the new ones
-        self.accelerator.wait_for_everyone()
-        found = list_checkpoints(self.checkpoints)
+        if not resume:
+            clear_checkpoints(self.checkpoints)
+        found, notes = newest_checkpoint(self.checkpoints)
         if found:
-            checkpoint = load_checkpoint(found[-1])
+            checkpoint = load_checkpoint(found)
             self.shared.load_trainable_state(checkpoint.weights)
             self.optimizer.load_state_dict(checkpoint.optimizer)
             self.scheduler.load_state_dict(checkpoint.scheduler)
+            restore_random_state(of_this_process(checkpoint.random, found))
             self.state = checkpoint.state
+        count = self.args.save_total_limit + 1 + self.args.load_best_model_at_end  # the one being written, the best
+        check_space(self.checkpoints, state_size(self.shared.trainable_state()), count)
         if self.args.report_to:
             self.accelerator.init_trackers(self.args.run_name or "relay-ppo")
         self.log = TrainingLog(self.accelerator, self.output_dir / "metrics.jsonl", self.num_steps, self.state.step)
-        if found:
-            self.log.say(f"continuing from {found[-1]}")
+        for note in [*notes, *([f"continuing from {found}"] if found else [])]:
+            self.log.say(note)
 
     def prompt_rows(self, step: int) -> list[int]:
         """Which training rows this process answers in a step. Data smaller than a batch is passed several times."""
@@ -362,17 +365,11 @@ class PPOTrainer:
             self.state = replace(self.state, best_metric=values[name], best_step=self.state.step)
 
     def save_checkpoint(self) -> None:
-        """Write a checkpoint of the current step (the main process does)."""
-        if self.accelerator.is_main_process:
-            checkpoint = Checkpoint(
-                self.state,
-                self.shared.trainable_state(),
-                self.optimizer.state_dict(),
-                self.scheduler.state_dict(),
-            )
-            protect = self.state.best_step if self.args.load_best_model_at_end else None
-            save_checkpoint(self.checkpoints, checkpoint, self.args.save_total_limit, protect)
-        self.accelerator.wait_for_everyone()
+        """Write a checkpoint of the current step; every process calls it, the main one writes."""
+        states = self.optimizer.state_dict(), self.scheduler.state_dict(), gather_object([random_state()])
+        checkpoint = Checkpoint(self.state, self.shared.trainable_state(), *states)
+        protect = self.state.best_step if self.args.load_best_model_at_end else None
+        save_checkpoint(self.checkpoints, checkpoint, self.args.save_total_limit, protect)
 
     def save_model(self, directory: str | Path | None = None) -> None:
         """The policy (a peft adapter, or a whole model), the value head and the tokenizer."""

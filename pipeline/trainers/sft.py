@@ -1,26 +1,29 @@
 """Supervised fine-tuning: Relay's data and defaults for TRL's `SFTTrainer`."""
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from pipeline.models.adapters import check_adapter
 from pipeline.models.text import encode_completions, encode_prompts
+from pipeline.trainers.checkpoint_files import newest_checkpoint
 from pipeline.trainers.logs import json_line, keep_lines
+from pipeline.trainers.sft_resume import ResumableSFTTrainer
 
 DEFAULTS: Mapping[str, Any] = {
     "eval_strategy": "epoch",
     "save_strategy": "epoch",
     "load_best_model_at_end": True,
     "metric_for_best_model": "eval_loss",
-    "save_total_limit": 1,
+    "save_total_limit": 2,  # one to fall back on when the newest turns out damaged
     "report_to": "none",
 }
 
@@ -68,13 +71,13 @@ def build_sft_trainer(
     validation: Dataset,
     peft_config: LoraConfig | None,
     metrics_file: Path,
-) -> SFTTrainer:
+) -> ResumableSFTTrainer:
     """TRL's trainer over tokenised splits; every log event is also a line of `metrics_file`."""
     completion_only = args.completion_only_loss is not False
     # TRL's fused LM head needs Triton to skip the tokens that carry no loss; without it, ours does.
     triton = torch.cuda.is_available() or torch.xpu.is_available()
     fused = triton or args.loss_type != "nll" or args.router_aux_loss_coef
-    trainer_class = SFTTrainer if fused else CompletionHeadSFTTrainer
+    trainer_class = ResumableSFTTrainer if fused else CompletionHeadSFTTrainer
     trainer = trainer_class(
         model=model,
         args=args,
@@ -90,11 +93,19 @@ def build_sft_trainer(
 
 
 def last_checkpoint(args: SFTConfig) -> str | None:
-    """The newest checkpoint an interrupted run left, to be resumed from."""
-    return get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    """The newest intact checkpoint an interrupted run left, to be resumed from; damaged ones are named on stderr.
+
+    Raises:
+        ValueError: files are missing from a checkpoint, or all are damaged.
+    """
+    found, notes = newest_checkpoint(Path(args.output_dir))
+    if PartialState().is_main_process:
+        for note in [*notes, *([f"continuing from {found}"] if found else [])]:
+            print(note, file=sys.stderr)
+    return str(found) if found else None
 
 
-class CompletionHeadSFTTrainer(SFTTrainer):
+class CompletionHeadSFTTrainer(ResumableSFTTrainer):
     """TRL's trainer with the same loss, its LM head run only on the tokens that carry loss.
 
     On a device without Triton, TRL 1.16 scores every position, prompt and padding included, in elementwise torch
@@ -129,7 +140,10 @@ class CompletionHeadSFTTrainer(SFTTrainer):
 
 
 class MetricsFileCallback(TrainerCallback):
-    """Writes each log event as one JSON line; a resumed run first drops the lines after its checkpoint."""
+    """Writes each log event as one JSON line; a resumed run first drops the lines after its checkpoint.
+
+    Times and speeds are left out, so that two runs of the same seed write the same file.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -137,10 +151,11 @@ class MetricsFileCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """Keep only the lines up to the step training starts from."""
         if state.is_world_process_zero:
-            keep_lines(self.path, state.global_step)
+            keep_lines(self.path, state.global_step, ending="train_loss")
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         """Append one event."""
         if state.is_world_process_zero:
+            values = {k: v for k, v in (logs or {}).items() if not k.endswith(("_runtime", "_per_second"))}
             with self.path.open("a") as file:
-                file.write(json_line(state.global_step, logs or {}))
+                file.write(json_line(state.global_step, values))

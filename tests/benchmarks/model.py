@@ -35,7 +35,8 @@ def teach(directory: Path, sizes: dict[str, int], epochs: int, seed: int = 0) ->
         config.from_scratch, [*prompts, *completions], seed, directory.with_name(directory.name + "-base")
     )
     model, tokenizer = load_model(base, config), load_tokenizer(base, config)
-    _train(model, tokenizer, task, epochs, seed)
+    if epochs:
+        _train(model, tokenizer, task, epochs, seed)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory

@@ -131,3 +131,15 @@ def test_kinds_of_task():
         task_module("paralel")
     with pytest.raises(TaskError, match=r"^task\.name: cannot import 'no_such\.task' \(No module named 'no_such'\)$"):
         task_module("no_such.task")
+
+
+def test_rows_kept_for_ppo_are_not_trained_on(folder):
+    plain = load_task("parallel", config(folder))
+    assert plain.ppo_prompts is None and plain.prompts is plain.train
+    kept = load_task("parallel", config(folder, ppo_examples=2))
+    assert kept.train["source"][:] == ["one"] and kept.prompts["source"][:] == ["two", "three"]
+    assert refusal(config(folder, ppo_examples=3)).startswith(
+        "task.ppo_examples: must be below the 3 training examples"
+    )
+    with pytest.raises(TaskError, match=r"task\.ppo_examples: must be at least 1, found 0"):
+        config(folder, ppo_examples=0)

@@ -13,7 +13,7 @@ from two_processes import run_in_two
 
 from pipeline.models.config import ModelConfig
 from pipeline.models.loading import load_model, load_policy, load_tokenizer, lora_config
-from pipeline.trainers.checkpoint import list_checkpoints
+from pipeline.trainers.checkpoint_files import list_checkpoints
 from pipeline.trainers.config import PPOConfig
 from pipeline.trainers.ppo import PPOTrainer
 

@@ -174,7 +174,7 @@ CHANGES: dict[str, tuple[object, dict]] = {
     "eval_steps": (2, {"eval_steps": 1}),
     "eval_examples": (2, {"eval_steps": 1}),
     "save_steps": (1, {"eval_steps": 2, "save_total_limit": 2}),
-    "save_total_limit": (2, {"eval_steps": 1, "total_episodes": 24}),
+    "save_total_limit": (1, {"eval_steps": 1, "total_episodes": 24}),
     "metric_for_best_model": ("eval_opposite", {"eval_steps": 1, "metric_for_best_model": "eval_scripted"}),
     "greater_is_better": (False, {"eval_steps": 1, "metric_for_best_model": "eval_scripted"}),
     "load_best_model_at_end": (False, {"eval_steps": 1, "metric_for_best_model": "eval_scripted"}),

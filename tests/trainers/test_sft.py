@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from peft import PeftModel
-from transformers import TrainerCallback
 from trl import SFTTrainer
 
 from pipeline.models.loading import load_model, lora_config
@@ -13,7 +12,6 @@ from pipeline.models.text import encode_completions, encode_prompts
 from pipeline.trainers.sft import (
     CompletionHeadSFTTrainer,
     build_sft_trainer,
-    last_checkpoint,
     sft_arguments,
     sft_dataset,
 )
@@ -200,39 +198,6 @@ def test_training_lowers_the_loss_and_the_model_loads_back(
         loaded = load_model(tmp_path / "merged", model_config).eval()
         torch.testing.assert_close(loaded(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
     assert not any("lora" in name for name in loaded.state_dict())
-
-
-class StopAfter(TrainerCallback):
-    """Raises at the given step, after its checkpoint if it has one."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **kwargs) -> None:
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
-
-
-def test_an_interrupted_run_continues(make_trainer, tmp_path):
-    settings = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 2, "eval_steps": 2}
-    whole = make_trainer("whole", **settings)
-    whole.train(resume_from_checkpoint=last_checkpoint(whole.args))
-    broken = make_trainer("broken", **settings)
-    assert last_checkpoint(broken.args) is None
-    broken.add_callback(StopAfter(3))
-    with pytest.raises(KeyboardInterrupt):
-        broken.train()
-    assert [line["step"] for line in read_metrics(broken)] == [1, 2, 2, 3]
-    with (tmp_path / "broken" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 3, "lo')  # cut short
-    resumed = make_trainer("broken", **settings)
-    assert last_checkpoint(resumed.args).endswith("checkpoint-2")
-    resumed.train(resume_from_checkpoint=last_checkpoint(resumed.args))
-    found, expected = ([(line["step"], line.get("loss")) for line in read_metrics(t)] for t in (resumed, whole))
-    assert [step for step, _ in found] == [step for step, _ in expected] == [1, 2, 2, 3, 4, 4, 5, 6, 6, 6]
-    assert found == [(step, pytest.approx(loss, abs=1e-5) if loss else loss) for step, loss in expected]
-    for name, parameter in whole.model.named_parameters():
-        torch.testing.assert_close(resumed.model.get_parameter(name), parameter, rtol=1e-5, atol=1e-6)
 
 
 def test_a_new_run_starts_a_new_file(make_trainer):

@@ -1,0 +1,45 @@
+"""One run at a time in a run directory."""
+
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+
+LOCK = ".lock"
+
+
+class RunInUseError(Exception):
+    """Another process is at work in the run directory."""
+
+
+@contextmanager
+def run_lock(directory: Path) -> Iterator[str | None]:
+    """Hold a run directory for the time of a block; the block gets who held it last, if that one did not let go.
+
+    The system itself gives the lock back when its holder dies, however it dies, so one that is stale is free. Who
+    holds it stands in `.lock`.
+
+    Raises:
+        RunInUseError: another process holds it, naming host, process and start.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / LOCK).open("a+", encoding="utf-8") as file:
+        file.seek(0)
+        holder = file.read().strip()
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunInUseError(
+                f"{directory} is in use by {holder or 'another run'}; wait until it ends, or choose another name"
+            ) from error
+        file.truncate(0)
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}")
+        file.flush()
+        try:
+            yield holder or None
+        finally:
+            file.truncate(0)

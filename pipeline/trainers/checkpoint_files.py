@@ -1,0 +1,231 @@
+"""Checkpoint directories: written beside, checksummed and renamed; what is damaged is named and passed over."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
+from torch import Tensor
+
+PREFIX, TEMPORARY, DAMAGED = "checkpoint-", "tmp-", "damaged-"
+MANIFEST = "manifest.json"
+FULL_DISK = 2**20  # bytes: with fewer left, a write that failed has failed for want of room
+
+
+@contextmanager
+def new_checkpoint(directory: Path, step: int, size: int) -> Iterator[Path]:
+    """A folder to write `directory/checkpoint-<step>` into, of about `size` bytes; every process enters and leaves.
+
+    The name `checkpoint-<step>` appears when the block ends well: its files are complete, on disk, and listed with
+    their SHA-256 in manifest.json. Until then whatever was there before stays.
+
+    Raises:
+        OSError: the disk is full; what was written is removed.
+    """
+    final, processes = directory / f"{PREFIX}{step}", PartialState()
+    temporary = directory / f"{TEMPORARY}{final.name}"
+    try:
+        if processes.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        processes.wait_for_everyone()
+        yield temporary
+        processes.wait_for_everyone()
+        if processes.is_main_process:
+            _commit(temporary, final)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        free = _free(directory)
+        shutil.rmtree(temporary, ignore_errors=True)
+        after = _free(directory)
+        told = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not told and free >= FULL_DISK and after >= size:
+            raise
+        raise OSError(
+            f"cannot write {final}: it needs about {size:,} bytes and {after:,} are free; the checkpoints before it "
+            "are intact: make room and run the same command again"
+        ) from error
+    processes.wait_for_everyone()
+
+
+def _free(directory: Path) -> int:
+    """Bytes free where a directory is, or will be made."""
+    place = next(path for path in (directory, *directory.absolute().parents) if path.is_dir())
+    return shutil.disk_usage(place).free
+
+
+def _commit(temporary: Path, final: Path) -> None:
+    files = sorted(path for path in temporary.rglob("*") if path.is_file())
+    manifest = {
+        str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in files
+    }
+    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2))
+    folders = sorted({path.parent for path in files} | {temporary})
+    for path in [*files, temporary / MANIFEST, *folders]:
+        _flush(path)
+    if final.exists():
+        discard(final)
+    temporary.rename(final)
+    _flush(final.parent)
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def discard(checkpoint: Path) -> None:
+    """Remove a checkpoint; killed half-way, what is left of it does not look like one."""
+    doomed = checkpoint.with_name(f"{TEMPORARY}old-{checkpoint.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    found = [path for path in directory.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
+
+
+def keep_newest(directory: Path, keep: int | None, protect: int | None = None) -> None:
+    """Remove all but the newest `keep` checkpoints and the one of step `protect`; None keeps all."""
+    if keep is not None and PartialState().is_main_process:
+        for old in list_checkpoints(directory)[:-keep]:
+            if old.name != f"{PREFIX}{protect}":
+                discard(old)
+
+
+def clear_checkpoints(directory: Path) -> None:
+    """Remove what an earlier run left: its higher steps would outlive the new ones."""
+    if PartialState().is_main_process:
+        for old in list_checkpoints(directory):
+            discard(old)
+    PartialState().wait_for_everyone()
+
+
+def check_checkpoint(path: Path) -> str | None:
+    """What is wrong with the contents of a checkpoint by its manifest, or None.
+
+    Raises:
+        ValueError: files are missing: someone removed them, for a kill or a full disk leaves no such checkpoint.
+    """
+    manifest = json.loads((path / MANIFEST).read_text()) if (path / MANIFEST).is_file() else {MANIFEST: {}}
+    missing = [name for name in manifest if not (path / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"checkpoint {str(path)!r} lacks {', '.join(missing)}: put back what is missing, or remove the checkpoint "
+            "to start from the one before"
+        )
+    for name, expected in manifest.items():
+        size = (path / name).stat().st_size
+        if size != expected["bytes"]:
+            return f"{name} has {size:,} bytes instead of {expected['bytes']:,}"
+        if _digest(path / name) != expected["sha256"]:
+            return f"{name} does not have the checksum it was saved with"
+    return None
+
+
+def require_intact(path: Path) -> None:
+    """Refuse a checkpoint that is not what was saved.
+
+    Raises:
+        ValueError: naming the file and what is wrong with it.
+    """
+    if not path.is_dir():
+        raise ValueError(f"checkpoint {str(path)!r} is gone: put it back, or remove the later ones to make it again")
+    if problem := check_checkpoint(path):
+        raise ValueError(
+            f"checkpoint {str(path)!r} is damaged: {problem}; remove it and those after it to make it again"
+        )
+
+
+def newest_checkpoint(directory: Path) -> tuple[Path | None, list[str]]:
+    """The newest intact checkpoint, and a sentence on each newer one; every process calls it, the main one looks.
+
+    Damaged ones are renamed to `damaged-...`, and what a kill left of unfinished saves is removed.
+
+    Raises:
+        ValueError: files are missing from a checkpoint, or there are checkpoints and all are damaged.
+    """
+    answer: list = [None, [], None]
+    if PartialState().is_main_process:
+        try:
+            answer[:2] = _newest_checkpoint(directory)
+        except ValueError as error:
+            answer[2] = str(error)
+    path, notes, problem = broadcast_object_list(answer)
+    if problem:
+        raise ValueError(problem)
+    return path, notes
+
+
+def _newest_checkpoint(directory: Path) -> tuple[Path | None, list[str]]:
+    for unfinished in directory.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(unfinished)
+    notes: list[str] = []
+    for path in reversed(list_checkpoints(directory)):
+        problem = _read_problem(path)
+        if problem is None:
+            return path, notes
+        aside = path.with_name(f"{DAMAGED}{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        notes.append(f"{path} is damaged and not used: {problem}; it is now {aside.name}")
+    if notes:
+        raise ValueError(f"no intact checkpoint in {directory}: {'; '.join(notes)}; run again to start anew")
+    return None, notes
+
+
+def _read_problem(path: Path) -> str | None:
+    try:
+        return check_checkpoint(path)
+    except json.JSONDecodeError:
+        return f"{MANIFEST} cannot be read"
+
+
+def check_space(directory: Path, size: int, count: int) -> None:
+    """Refuse to start where `count` checkpoints of `size` bytes do not fit, those already there included.
+
+    Raises:
+        OSError: naming the directory, the bytes needed and those free.
+    """
+    needed = size * max(0, count - len(list_checkpoints(directory)))
+    free = _free(directory)
+    if free < needed:
+        raise OSError(
+            f"no room for the checkpoints in {directory}: {count} of about {size:,} bytes need {needed:,} bytes and "
+            f"{free:,} are free; make room, or lower save_total_limit"
+        )
+
+
+def require_finite(tensors: Mapping[str, Tensor], step: int) -> None:
+    """Refuse to save weights that are NaN or infinite.
+
+    Raises:
+        FloatingPointError: naming the step and the first such weight.
+    """
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise FloatingPointError(
+                f"step {step}: {name} is not finite, nothing is saved; start again with a lower learning_rate"
+            )

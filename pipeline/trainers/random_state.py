@@ -1,0 +1,46 @@
+"""The state of every global random generator of a process, as values that load without running code."""
+
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from accelerate import PartialState
+
+
+def random_state() -> dict[str, object]:
+    """States of python's, numpy's and torch's generators, those of the accelerators included."""
+    kind, keys, *rest = np.random.get_state()
+    state = {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def restore_random_state(state: dict[str, object]) -> None:
+    """Put back what `random_state` gave."""
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def of_this_process(states: Sequence, source: object):
+    """The entry of this process.
+
+    Raises:
+        ValueError: the run that made `source` had another number of processes.
+    """
+    processes = PartialState()
+    if len(states) != processes.num_processes:
+        raise ValueError(
+            f"{source} was made by {len(states)} processes and this run has {processes.num_processes}: start as many "
+            "again, or remove the stage's directory to begin anew"
+        )
+    return states[processes.process_index]

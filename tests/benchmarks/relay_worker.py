@@ -1,0 +1,91 @@
+"""Our PPOTrainer on one specification: `python relay_worker.py SPEC.json`."""
+
+import json
+import os
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+
+import torch
+import transformers
+import trl
+from datasets import Dataset
+from measuring import Phases
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pipeline.rewards import RewardConfig
+from pipeline.trainers.config import PPOConfig
+from pipeline.trainers.ppo import PPOTrainer
+
+
+def parity(prompts: list, completions: list, completion_ids: list, **columns: list) -> list[float]:
+    """A reward that costs nothing and differs between completions: the share of even token ids."""
+    return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
+
+
+def run(spec: dict) -> str:
+    """Train as the specification says; the report of the phases."""
+    torch.set_num_threads(spec["threads"])
+    phases, lengths = Phases(), []
+    tokenizer = AutoTokenizer.from_pretrained(spec["model"], padding_side="left")
+    with tempfile.TemporaryDirectory() as directory:
+        trainer = PPOTrainer(
+            model=AutoModelForCausalLM.from_pretrained(
+                spec["model"], attn_implementation=spec["attention"], dtype=torch.float32
+            ),
+            args=_settings(spec),
+            processing_class=tokenizer,
+            reward_funcs=parity,
+            train_dataset=Dataset.from_dict({"prompt": tokenizer.batch_decode(spec["prompts"])}),
+            peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **spec["lora"]),
+            output_dir=directory,
+            seed=spec["seed"],
+        )
+        trainer._prompt_ids = spec["prompts"]  # the very tokens that TRL gets
+        _watch(trainer, phases, lengths, spec["forced"])
+        for _ in range(spec["steps"] + 1):
+            rollout = trainer.collect_rollout(trainer.prompt_rows(trainer.state.step))
+            trainer.update(trainer.compute_advantages(rollout)[0])
+            phases.end_step()
+            trainer.state = replace(trainer.state, step=trainer.state.step + 1)
+    versions = {"trl": trl.__version__, "transformers": transformers.__version__, "torch": torch.__version__}
+    return phases.report(spec["batch"], lengths, versions)
+
+
+def _settings(spec: dict) -> PPOConfig:
+    return PPOConfig(
+        rewards=(RewardConfig("constant"),),
+        total_episodes=spec["batch"] * (spec["steps"] + 1),
+        per_device_train_batch_size=spec["micro_batch"],
+        gradient_accumulation_steps=spec["batch"] // spec["micro_batch"],
+        local_rollout_forward_batch_size=spec["batch"],
+        num_ppo_epochs=spec["epochs"],
+        response_length=spec["response_length"],
+        temperature=spec["temperature"],
+        learning_rate=1e-5,
+        bf16=spec["bf16"],
+    )
+
+
+def _watch(trainer: PPOTrainer, phases: Phases, lengths: list[float], forced: bool) -> None:
+    """Mark the phases; with `forced` no completion ends before the limit, as in TRL without a stop token."""
+    generate = trainer._generate
+
+    def generated(prompts: list, decoding):
+        if forced:
+            decoding = replace(decoding, min_new_tokens=decoding.max_new_tokens)
+        completions = generate(prompts, decoding)
+        lengths.append(sum(map(len, completions)) / len(completions))
+        return completions
+
+    trainer._generate = phases.around(generated, "generate", "generate")
+    trainer.compute_advantages = phases.around(trainer.compute_advantages, "score", "score")
+    trainer.update = phases.around(trainer.update, "score", "update")
+
+
+if __name__ == "__main__":
+    print(run(json.loads(Path(sys.argv[1]).read_text())))

@@ -1,0 +1,30 @@
+"""The benchmarks still run: our side of each on a tiny model, and their arithmetic by hand."""
+
+import json
+
+import ppo_scaling
+import ppo_vs_trl
+import pytest
+import torch
+from relay_worker import run
+
+
+@pytest.mark.parametrize("case", ["ends", "forced"])
+def test_our_side_reports_every_phase(case, tmp_path, capsys, fresh_accelerate, monkeypatch):
+    monkeypatch.setattr(ppo_vs_trl, "measure", lambda python, worker, spec: json.loads(run(spec)))
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    options = f"--quick --case {case} --repetitions 1 --steps 1 --batch 8 --micro-batch 4 --response-length 6"
+    medians = ppo_vs_trl.main([*options.split(), "--work", str(tmp_path), "--json", str(tmp_path / "runs.json")])
+    assert medians["relay"]["wall"] > 0 and medians["relay"]["cpu"] > 0
+    found = json.loads((tmp_path / "runs.json").read_text())["runs"]["relay"][0]
+    assert len(found["wall"]) == 1 and all(found["phase_cpu"][name] > 0 for name in ("generate", "score", "update"))
+    assert sum(found["share"].values()) == pytest.approx(1.0)
+    assert found["length"] == 6.0 if case == "forced" else 1.0 <= found["length"] <= 6.0
+    assert "episodes/s" in capsys.readouterr().out
+
+
+def test_slopes_and_counts_by_hand():
+    assert ppo_scaling.slope([1, 2, 4], [3, 12, 48]) == pytest.approx(2.0)
+    # One row of one prompt and one completion token, width 1, vocabulary 10: two tokens through 2 * 4 * 12 and
+    # attention 4 * 4 * 1, one through a head of 20; a pass to write, two to score, four epochs of two.
+    assert ppo_scaling.operations(1, 1, 10, 1, prompt=1) == (2 * (96 + 16) + 20) * 11

@@ -1,0 +1,255 @@
+"""Checkpoints on disk: whole or not at all, damaged ones named, a full disk survived, no code run."""
+
+import json
+import os
+import pickle
+import random
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.trainers import checkpoint_files
+from pipeline.trainers.checkpoint import Checkpoint, TrainerState, load_checkpoint, save_checkpoint
+from pipeline.trainers.checkpoint_files import (
+    check_space,
+    clear_checkpoints,
+    keep_newest,
+    list_checkpoints,
+    new_checkpoint,
+    newest_checkpoint,
+)
+from pipeline.trainers.random_state import of_this_process, random_state, restore_random_state
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+
+def write(directory: Path, step: int, text: str = "weights") -> None:
+    with new_checkpoint(directory, step, 10) as folder:
+        (folder / "a.txt").write_text(text)
+        (folder / "deeper").mkdir()
+        (folder / "deeper" / "b.txt").write_text("more")
+
+
+def save(directory: Path, step: int, keep: int = 2, **state) -> Path:
+    """A checkpoint as PPO makes it, of one weight."""
+    parameter = torch.nn.Parameter(torch.full((3,), float(step)))
+    optimizer = torch.optim.AdamW([parameter], lr=0.0)
+    parameter.sum().backward()
+    optimizer.step()
+    checkpoint = Checkpoint(
+        TrainerState(step, **state),
+        {"weight": parameter.detach()},
+        optimizer.state_dict(),
+        {"last_epoch": step},
+        [random_state()],
+    )
+    return save_checkpoint(directory, checkpoint, keep)
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_a_manifest_lists_every_file(tmp_path):
+    write(tmp_path, 3)
+    manifest = json.loads((tmp_path / "checkpoint-3" / "manifest.json").read_text())
+    assert manifest.keys() == {"a.txt", "deeper/b.txt"}
+    digest = "9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c"  # printf weights | sha256sum
+    assert manifest["a.txt"] == {"bytes": 7, "sha256": digest}
+
+
+def test_a_save_that_fails_leaves_everything_as_it_was(tmp_path):
+    write(tmp_path, 3, "old")
+    with pytest.raises(RuntimeError, match="half-way"), new_checkpoint(tmp_path, 3, 10) as folder:
+        (folder / "a.txt").write_text("new")
+        raise RuntimeError("half-way")
+    assert names(tmp_path) == ["checkpoint-3"]
+    assert (tmp_path / "checkpoint-3" / "a.txt").read_text() == "old"
+    write(tmp_path, 3, "new")
+    assert names(tmp_path) == ["checkpoint-3"] and (tmp_path / "checkpoint-3" / "a.txt").read_text() == "new"
+
+
+def test_the_old_one_stays_until_the_new_one_is_committed(tmp_path):
+    save(tmp_path, 1, keep=1)
+    with new_checkpoint(tmp_path, 2, 10) as folder:
+        (folder / "a.txt").touch()
+        assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-1"]
+    save(tmp_path, 3, keep=1)
+    assert names(tmp_path) == ["checkpoint-3"]
+
+
+def test_which_checkpoints_are_kept(tmp_path):
+    for step in (2, 4, 6, 10):
+        write(tmp_path, step)
+    keep_newest(tmp_path, None)
+    assert len(names(tmp_path)) == 4
+    keep_newest(tmp_path, 2, protect=2)
+    assert names(tmp_path) == ["checkpoint-10", "checkpoint-2", "checkpoint-6"]
+    (tmp_path / "checkpoint-old").mkdir()  # somebody else's
+    clear_checkpoints(tmp_path)
+    assert names(tmp_path) == ["checkpoint-old"]
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "problem"),
+    [
+        ("a.txt", lambda path: path.write_text("weighty"), "a.txt does not have the checksum it was saved with"),
+        ("a.txt", lambda path: os.truncate(path, 3), "a.txt has 3 bytes instead of 7"),
+        ("deeper/b.txt", lambda path: path.write_text("less"), "deeper/b.txt does not have the checksum"),
+        ("manifest.json", lambda path: os.truncate(path, 20), "manifest.json cannot be read"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, file, damage, problem):
+    write(tmp_path, 1)
+    write(tmp_path, 2)
+    (tmp_path / "tmp-checkpoint-3").mkdir()  # a kill left it
+    damage(tmp_path / "checkpoint-2" / file)
+    found, (note,) = newest_checkpoint(tmp_path)
+    assert found == tmp_path / "checkpoint-1"
+    assert note.startswith(f"{tmp_path / 'checkpoint-2'} is damaged and not used: {problem}")
+    assert names(tmp_path) == ["checkpoint-1", "damaged-checkpoint-2"]
+    assert newest_checkpoint(tmp_path) == (found, [])
+
+
+def test_without_an_intact_checkpoint_nothing_starts_unnoticed(tmp_path):
+    assert newest_checkpoint(tmp_path / "none") == (None, [])
+    write(tmp_path, 1)
+    os.truncate(tmp_path / "checkpoint-1" / "a.txt", 1)
+    with pytest.raises(ValueError, match=r"no intact checkpoint in .*a\.txt has 1 bytes.*run again to start anew"):
+        newest_checkpoint(tmp_path)
+    assert newest_checkpoint(tmp_path) == (None, [])
+
+
+def test_missing_files_are_listed(tmp_path):
+    save(tmp_path, 1)
+    path = save(tmp_path, 2)
+    (path / "optimizer.pt").unlink()
+    (path / "random_state.pt").unlink()
+    message = (
+        r"checkpoint '.*checkpoint-2' lacks optimizer\.pt, random_state\.pt: put back .* or remove the checkpoint"
+    )
+    for look in (lambda: newest_checkpoint(tmp_path), lambda: load_checkpoint(path)):
+        with pytest.raises(ValueError, match=message):
+            look()
+    (path / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"lacks manifest\.json"):
+        newest_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path):
+    loaded = load_checkpoint(save(tmp_path, 2, best_step=1, best_metric=0.1 + 0.2))
+    assert loaded.state == TrainerState(2, 1, 0.1 + 0.2, 0)
+    assert loaded.weights["weight"].tolist() == [2.0, 2.0, 2.0]
+    assert loaded.scheduler == {"last_epoch": 2}
+    assert loaded.optimizer["state"][0]["exp_avg"].tolist() == pytest.approx([0.1, 0.1, 0.1])
+
+
+def rewrite(path: Path, name: str, content: bytes) -> None:
+    """Change a file of a checkpoint together with its checksum, as somebody who means harm would."""
+    (path / name).write_bytes(content)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest[name] = {"bytes": len(content), "sha256": checkpoint_files._digest(path / name)}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_the_state_is_read_strictly(tmp_path):
+    path = save(tmp_path, 2)
+    state = json.loads((path / "trainer_state.json").read_text())
+    del state["best_metric"]
+    rewrite(path, "trainer_state.json", json.dumps({**state, "one": 1, "another": 2}).encode())
+    with pytest.raises(ValueError, match=r"another version: missing best_metric, unknown another, one; go on"):
+        load_checkpoint(path)
+
+
+class Malice:
+    """Unpickled, it leaves a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("name", ["optimizer.pt", "random_state.pt"])
+@pytest.mark.parametrize("how", ["torch", "pickle"])
+def test_a_malicious_pickle_is_never_run(tmp_path, name, how):
+    path, mark = save(tmp_path, 2), tmp_path / "mark"
+    if how == "torch":
+        torch.save({"optimizer": Malice(mark)}, tmp_path / "bad.pt")
+        content = (tmp_path / "bad.pt").read_bytes()
+    else:
+        content = pickle.dumps(Malice(mark))
+    rewrite(path, name, content)
+    with pytest.raises(ValueError, match=rf"{name} holds more than tensors and plain values, which could run code"):
+        load_checkpoint(path)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, bad):
+    checkpoint = Checkpoint(TrainerState(4), {"w": torch.tensor([1.0, bad])}, {}, {}, [])
+    with pytest.raises(FloatingPointError, match="step 4: w is not finite, nothing is saved"):
+        save_checkpoint(tmp_path, checkpoint, 2)
+    assert names(tmp_path) == []
+
+
+def test_random_states_come_back(tmp_path):
+    np.random.standard_normal()  # leaves a second number in store
+    torch.save([random_state()], tmp_path / "state.pt")
+
+    def draw():
+        return (
+            random.random(),
+            random.gauss(0, 1),
+            np.random.rand(),
+            np.random.standard_normal(),
+            torch.rand(2).tolist(),
+        )
+
+    expected = draw()
+    states = torch.load(tmp_path / "state.pt", weights_only=True)
+    restore_random_state(of_this_process(states, "here"))
+    assert draw() == expected
+    with pytest.raises(ValueError, match="here was made by 2 processes and this run has 1"):
+        of_this_process(states * 2, "here")
+
+
+def test_too_little_room_is_said_before_the_first_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10_000, 7_500, 2_500))
+    check_space(tmp_path / "new", 800, 3)
+    with pytest.raises(OSError, match=r"new: 4 of about 800 bytes need 3,200 bytes and 2,500 are free; make room, or"):
+        check_space(tmp_path / "new", 800, 4)
+    write(tmp_path / "new", 1)  # takes its place already
+    check_space(tmp_path / "new", 800, 4)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no right to mount a small disk here: {mounted.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+@pytest.mark.parametrize("numbers", [300_000, 900_000], ids=["the optimizer", "the weights"])
+def test_a_full_disk_costs_the_new_checkpoint_alone(small_disk, numbers):
+    def checkpoint(step: int, numbers: int) -> Checkpoint:
+        weights = {"w": torch.full((numbers,), float(step))}
+        return Checkpoint(TrainerState(step), weights, {"moments": torch.zeros(2 * numbers)}, {}, [])
+
+    save_checkpoint(small_disk, checkpoint(1, 100_000), 2)  # 1.2 MB
+    with pytest.raises(OSError, match=r"cannot write .*checkpoint-2: it needs about [\d,]+ bytes and [\d,]+ are free"):
+        save_checkpoint(small_disk, checkpoint(2, numbers), 2)
+    assert names(small_disk) == ["checkpoint-1"]
+    found, notes = newest_checkpoint(small_disk)
+    assert notes == [] and load_checkpoint(found).weights["w"].tolist() == [1.0] * 100_000
