@@ -36,8 +36,8 @@ ARCHITECTURES = {
     "gpt_neox": {**COMMON, "hidden_dropout": 0.1, "attention_dropout": 0.1},
 }
 TIED = {"gpt2", "qwen2", "gemma", "opt"}
-# Float64 but for norms and softmaxes that an architecture computes in float32 inside.
-CLOSE = {"rtol": 1e-6, "atol": 1e-7}
+# Float64, but some norms compute in float32 inside, and constants such as Gemma's scale of embeddings were made in it.
+CLOSE = {"rtol": 1e-6, "atol": 1e-6}
 
 
 EIGHT_AT_ONCE = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}

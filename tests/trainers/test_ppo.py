@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from dataclasses import replace
+from statistics import fmean
 
 import pytest
 import torch
@@ -535,8 +536,9 @@ def test_a_constant_reward_teaches_nothing(make_trainer):
         return [1.0] * len(prompts)
 
     make_trainer(reward=constant, **TOY | {"total_episodes": 512}).train()
-    first, *_, last = shares[1:]  # after the check of two examples
-    assert abs(last - first) < 0.15
+    rollouts = shares[1:]  # after the check of two examples
+    # Of 256 completions each: chance alone moves the difference by at most 0.044 (one deviation).
+    assert len(rollouts) == 8 and abs(fmean(rollouts[4:]) - fmean(rollouts[:4])) < 0.15
 
 
 @pytest.mark.parametrize("use_peft", [True, False], ids=["adapter", "full"])
