@@ -227,16 +227,27 @@ def test_refusals_name_file_line_key_and_fix(lines, message):
         ),
         ("sft.project=x", "sft.project: it would do nothing: only report_to: trackio reads it"),
         ("sft.run_name=x", "sft.run_name: it would do nothing, because report_to is none; set sft.report_to"),
-        ("eval.systems=[base, foo]", "eval.systems: 'foo' is not one of base, sft, ppo; another model is a mapping: "),
-        ("eval.systems=[sft, {name: sft, path: x}]", "eval.systems: a further system needs a name of letters, "),
-        ("eval.systems=[{name: a, path: x}, {name: a, path: y}]", "eval.systems: each system once"),
+        (
+            "eval.systems=[base, foo]",
+            "eval.systems: 'foo' is not one of base, sft, ppo; another model is a mapping: "
+            "{name: ..., path: a directory or Hub id}",
+        ),
+        (
+            "eval.systems=[sft, {name: sft, path: x}]",
+            "eval.systems: a further system needs a name of letters, digits, '.', '_' and '-' that is not one of "
+            "base, sft, ppo, control, found 'sft'",
+        ),
+        (
+            "eval.systems=[{name: a, path: x}, {name: a, path: y}]",
+            "eval.systems: each system once, at least one, found ['a', 'a']",
+        ),
         ("eval.systems=[{name: a}]", "eval.systems.0.path: missing: this key is needed"),
         (
             "eval.beam_sizes=[1]",
             "eval.beam_sizes: numbers of beams other than eval.num_beams (1), at least 1, found 1",
         ),
         ("eval.samples_per_prompt=-1", "eval.samples_per_prompt: must be at least 0, found -1"),
-        ("eval.sample_temperature=0", "eval.sample_temperature: must be above 0, found 0"),
+        ("eval.sample_temperature=0", "eval.sample_temperature: must be above 0, found 0.0"),
         ("ppo.lam=2", "ppo.lam: must be in [0, 1], found 2.0"),
         ("nonsense=1", "nonsense: unknown key; the keys here are name, seed, output_dir, model, task, sft, ppo, eval"),
         ("ppo.kl_coeff=1", "ppo.kl_coeff: unknown key; did you mean 'kl_coef'?"),
