@@ -105,7 +105,6 @@ CHANGES: dict[str, tuple[object, dict]] = {
     "gradient_accumulation_steps": (4, {}),
     "num_ppo_epochs": (3, {}),
     "num_mini_batches": (2, {}),
-    "local_rollout_forward_batch_size": (3, {}),
     "learning_rate": (1e-3, {}),
     "value_learning_rate": (1e-1, {}),
     "lr_scheduler_type": ("cosine", {}),
@@ -144,7 +143,13 @@ CHANGES: dict[str, tuple[object, dict]] = {
     "report_to": (("tensorboard",), {}),
     "run_name": ("mine", {"report_to": ("tensorboard",)}),
 }
-TESTED_APART = {"rewards", "sft_model_path", "gradient_checkpointing", "num_sample_generations"}
+TESTED_APART = {
+    "local_rollout_forward_batch_size",
+    "rewards",
+    "sft_model_path",
+    "gradient_checkpointing",
+    "num_sample_generations",
+}
 
 
 def test_every_key_is_tested():
@@ -189,6 +194,19 @@ def test_every_key_changes_the_run(make_trainer, examples, outcomes, key):
 def test_two_runs_without_a_change_are_equal(make_trainer, examples):
     runs = [outcome(make_trainer, examples, name, {"eval_steps": 1}) for name in ("first", "second")]
     assert runs[0] == runs[1]  # or the test above would show nothing
+
+
+def test_as_many_prompts_are_generated_at_once_as_asked_and_the_completions_stay(make_trainer):
+    found = {}
+    for size in (8, 3):
+        trainer, widths = make_trainer(f"by-{size}", local_rollout_forward_batch_size=size), []
+        trainer.shared.causal_lm.register_forward_pre_hook(
+            lambda _, args, kwargs, widths=widths: widths.append(len(kwargs["input_ids"])), with_kwargs=True
+        )
+        completions = trainer.collect_rollout(trainer.prompt_rows(0)).completions
+        found[size] = (max(widths), completions)
+    assert found[8][0] > 3 and found[3][0] == 3
+    assert found[3][1] == found[8][1]
 
 
 def test_gradient_checkpointing_computes_twice_and_changes_nothing(make_trainer):
