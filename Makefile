@@ -18,7 +18,7 @@ quickstart: $(VENV)/.installed
 	$(OFFLINE) $(RUN) pipeline/run.py recipes/quickstart.yaml
 
 test: $(VENV)/.installed
-	$(OFFLINE) $(RUN) -m pytest
+	$(OFFLINE) $(RUN) -m pytest --numprocesses auto --dist loadfile
 
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check .
