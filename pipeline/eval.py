@@ -29,7 +29,7 @@ from pipeline.evaluation.runs_pages import compare_command
 from pipeline.evaluation.systems import Answers, Source, answer
 from pipeline.metrics import load_metric
 from pipeline.recipe import Recipe, parse_stage_arguments
-from pipeline.rewards import Reward, as_completions, build_rewards, combine, score_all
+from pipeline.rewards import Reward, as_completions, build_rewards, score_texts
 from pipeline.run_directory import RunDirectory, control_run, versions
 from pipeline.stage import base_model_path, peak_memory_mib, plain_text, run_stage, sft_model_path
 from pipeline.tasks import Task, load_task
@@ -96,7 +96,7 @@ def build_report(
     rewards = build_rewards(recipe.ppo.rewards, task.language) if recipe.ppo else []
     judges = Judges(
         metrics=[load_metric(m.name, task.language, **m.options) for m in recipe.eval.metrics],
-        score=lambda texts: score_texts(rewards, task.test, texts),
+        score=lambda texts: score_rows(rewards, task.test, texts),
         rewards=[reward.name for reward in rewards],
         settings=recipe.eval,
         seed=recipe.seed,
@@ -116,7 +116,7 @@ def build_report(
     return report, details
 
 
-def score_texts(
+def score_rows(
     rewards: Sequence[Reward], rows: Dataset, texts: Sequence
 ) -> tuple[list[float], dict[str, list[float]]]:
     """The weighted reward of each prediction or text of `rows`, and each part by name; nothing without rewards."""
@@ -127,8 +127,8 @@ def score_texts(
     columns["completion_ids"] = [text.completion_ids for text in texts]
     prompts = list(rows["prompt"])
     completions = as_completions(prompts, [text.completion for text in texts])
-    parts = score_all(rewards, prompts, completions, columns)
-    return combine(rewards, parts).tolist(), {name: values.tolist() for name, values in parts.items()}
+    scores = score_texts(rewards, prompts, completions, columns)
+    return scores.total.tolist(), {name: values.tolist() for name, values in scores.parts.items()}
 
 
 def inspect(

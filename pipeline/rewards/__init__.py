@@ -25,7 +25,6 @@ __all__ = [
     "build_rewards",
     "check_rewards",
     "combine",
-    "score_all",
     "score_texts",
 ]
 
@@ -156,13 +155,6 @@ def score_texts(rewards: Sequence[Reward], prompts: list, completions: list, col
     return Scores(combine(rewards, parts), parts, token_parts)
 
 
-def score_all(
-    rewards: Sequence[Reward], prompts: list, completions: list, columns: dict[str, list]
-) -> dict[str, Tensor]:
-    """Each reward's values [B] by name: `score_texts(...).parts`."""
-    return score_texts(rewards, prompts, completions, columns).parts
-
-
 def _is_list(value: object) -> bool:
     if isinstance(value, Tensor | np.ndarray):
         return value.ndim > 0 and int(np.prod(value.shape)) != 1  # one element is a number, whatever its shape
@@ -262,7 +254,7 @@ def check_rewards(rewards: Sequence[Reward], rows: dict[str, list]) -> None:
     """Score the own completions of a few `rows`, so that a broken reward stops the run before any training.
 
     Raises:
-        RewardError: as `score_all` and `combine`.
+        RewardError: as `score_texts`.
     """
     columns = {name: values for name, values in rows.items() if name not in ("prompt", "completion")}
     columns["completion_ids"] = [[0]] * len(rows["prompt"])

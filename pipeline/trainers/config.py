@@ -63,7 +63,7 @@ class PPOConfig:
     kl_estimator: str = "k1"
     kl_placement: str = "reward"  # loss: kl_coef x KL is a term of the loss, with the gradient of k3
     kl_target: float | None = None  # nats per episode: kl_coef follows it (Ziegler et al. 2019)
-    kl_horizon: int = 10_000  # episodes in which it doubles at most by 20 % steps
+    kl_horizon: int = 10_000  # episodes in which it moves by 20 % at most
     target_kl: float | None = None  # nats per token: the PPO epochs of a rollout end beyond 1.5 times it
     cliprange: float = 0.2
     cliprange_high: float | None = None  # None: cliprange

@@ -5,7 +5,7 @@ from column_data import ROWS, config, refusal, row_refusal, single, write_lines
 from datasets import Dataset
 
 from pipeline.recipe import RecipeError, check_recipe, load_recipe
-from pipeline.rewards import Reward, score_all
+from pipeline.rewards import Reward, score_texts
 from pipeline.tasks import SPLITS, TaskError, columns, load_task
 
 
@@ -169,8 +169,9 @@ def test_every_other_column_reaches_the_rewards(tmp_path):
         return [float(value) for value in n]
 
     values = {name: rows[name][:] for name in rows.column_names if name not in ("prompt", "completion")}
-    scores = score_all([Reward("r", reward)], rows["prompt"][:], ["a", "b"], {**values, "completion_ids": [[1], [2]]})
-    assert scores["r"].tolist() == [0, 1]
+    values["completion_ids"] = [[1], [2]]
+    scores = score_texts([Reward("r", reward)], rows["prompt"][:], ["a", "b"], values)
+    assert scores.total.tolist() == [0, 1]
 
 
 def test_a_mapped_column_of_a_taken_name_is_no_clash(tmp_path):
