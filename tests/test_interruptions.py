@@ -15,9 +15,9 @@ from pipeline import ppo as ppo_stage
 from pipeline import sft as sft_stage
 from pipeline.run_lock import RunInUseError, run_lock
 from pipeline.trainers import ppo as ppo_trainer
-from pipeline.trainers import sft_resume
+from pipeline.trainers import resumable
 from pipeline.trainers.checkpoint_files import list_checkpoints, newest_checkpoint
-from pipeline.trainers.sft_resume import ResumableSFTTrainer
+from pipeline.trainers.sft import ResumableSFTTrainer
 
 STAGES = {"sft": sft_stage, "ppo": ppo_stage}
 RECIPE = """
@@ -238,7 +238,7 @@ def test_processes_stop_together_and_go_on_together(recipe, tmp_path, stage):
     def train(name: str, step: int | None = None) -> list[int]:
         def call(rank: int) -> int:
             if rank == 1 and step is not None:
-                module = {"sft": sft_resume, "ppo": ppo_trainer}[stage]
+                module = {"sft": resumable, "ppo": ppo_trainer}[stage]
                 asked, requested_stop = [], module.requested_stop
 
                 def signal_first() -> int | None:

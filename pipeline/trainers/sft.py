@@ -9,14 +9,14 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from trl import SFTConfig
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
 
 from pipeline.models.adapters import check_adapter
 from pipeline.models.text import encode_completions, encode_prompts
 from pipeline.trainers.checkpoint_files import newest_checkpoint
-from pipeline.trainers.logs import TimingLog, json_line, keep_lines
-from pipeline.trainers.sft_resume import ResumableSFTTrainer
+from pipeline.trainers.logs import MetricsFileCallback
+from pipeline.trainers.resumable import ResumableTrainer
 
 DEFAULTS: Mapping[str, Any] = {
     "eval_strategy": "epoch",
@@ -27,6 +27,10 @@ DEFAULTS: Mapping[str, Any] = {
     "report_to": "none",
     "include_num_input_tokens_seen": "non_padding",
 }
+
+
+class ResumableSFTTrainer(ResumableTrainer, SFTTrainer):
+    """TRL's trainer that resumes."""
 
 
 def sft_arguments(arguments: Mapping[str, Any], output_dir: Path, seed: int) -> SFTConfig:
@@ -138,28 +142,3 @@ class CompletionHeadSFTTrainer(ResumableSFTTrainer):
         mode = "train" if self.model.training else "eval"
         self._metrics[mode]["mean_token_accuracy"].append((correct / seen).item())
         return (loss, outputs) if return_outputs else loss
-
-
-class MetricsFileCallback(TrainerCallback):
-    """Writes each log event as one JSON line; a resumed run first drops the lines after its checkpoint.
-
-    Times and speeds are left out, so that two runs of the same seed write the same file.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.timing = TimingLog(path.with_name("timing.jsonl"))
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        """Keep only the lines up to the step training starts from."""
-        if state.is_world_process_zero:
-            keep_lines(self.path, state.global_step, ending="train_loss")
-            self.timing.start(state.global_step)
-
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        """Append one event."""
-        if state.is_world_process_zero:
-            values = {k: v for k, v in (logs or {}).items() if not k.endswith(("_runtime", "_per_second"))}
-            with self.path.open("a") as file:
-                file.write(json_line(state.global_step, values))
-            self.timing.write(state.global_step)
