@@ -173,6 +173,10 @@ def not_needed(recipe: Recipe) -> dict[str, str]:
     absent = {}
     if recipe.sft_is_external:
         absent["sft"] = f"ppo.sft_model_path is {recipe.ppo.sft_model_path}"
+    if recipe.reward is None:
+        absent["reward"] = "the recipe has no reward section"
+    elif recipe.reward_is_external:
+        absent["reward"] = f"ppo.reward_model_path is {recipe.ppo.reward_model_path}"
     if recipe.ppo is None:
         absent["ppo"] = "the recipe has no ppo section"
     return absent

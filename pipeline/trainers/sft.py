@@ -39,19 +39,23 @@ def sft_arguments(arguments: Mapping[str, Any], output_dir: Path, seed: int) -> 
     TRL defaults to bf16 and refuses it on a machine without an accelerator; here bf16 is on where the accelerator has
     it, and on a CPU only when the recipe asks for it. Evaluation and saving happen once an epoch unless it says else.
     """
-    accelerator_present = torch.accelerator.is_available()
-    settings = {**DEFAULTS, **arguments}
+    return SFTConfig(
+        **complete_arguments(DEFAULTS, arguments),
+        output_dir=str(output_dir / "checkpoints"),
+        seed=seed,
+        use_cpu=not torch.accelerator.is_available(),
+    )
+
+
+def complete_arguments(defaults: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """`arguments` of a config class of TRL over Relay's `defaults`, bf16 set to what the machine has."""
+    settings = {**defaults, **arguments}
     if settings.get("bf16") is None and not settings.get("fp16"):
         settings["bf16"] = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     if settings["eval_strategy"] == "no" and "load_best_model_at_end" not in arguments:
         settings["load_best_model_at_end"] = False
     settings.setdefault("disable_tqdm", False)  # transformers hides its bar where its log level is raised
-    return SFTConfig(
-        **settings,
-        output_dir=str(output_dir / "checkpoints"),
-        seed=seed,
-        use_cpu=not accelerator_present,
-    )
+    return settings
 
 
 def sft_dataset(tokenizer: PreTrainedTokenizerBase, split: Dataset, completion_only_loss: bool = True) -> Dataset:
