@@ -119,9 +119,9 @@ def check_accuracy(record: RewardRecord, min_accuracy: float, place: object) -> 
     """
     if record.accuracy is not None and record.accuracy < min_accuracy:
         raise ValueError(
-            f"reward.min_accuracy: the reward model in {str(place)!r} prefers the better of {record.held_out_pairs} held-out pairs in "
-            f"{record.accuracy:.1%} of cases, below {min_accuracy:.1%}: see {place}/report; train "
-            "a better one, or set reward.min_accuracy lower to use it all the same"
+            f"reward.min_accuracy: the reward model in {str(place)!r} prefers the better text in "
+            f"{record.accuracy:.1%} of {record.held_out_pairs} held-out pairs, below {min_accuracy:.1%}: see "
+            f"{place}/report; train a better one, or set reward.min_accuracy lower to use it all the same"
         )
 
 

@@ -21,7 +21,6 @@ LONG = "prompt and text are longer than the context"
 SWAPPED = "the same two texts are also there the other way round"
 REPEATED = "the same pair is there before"
 KNOWN = "the prompt is one of the held-out pairs"
-NO_TEXTS = "every sample of the prompt is the same text"
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def prompt_pairs(
         margin = max(0.0, better.value - worse.value)
         return Pair(split, row, prompt, better.text, worse.text, better.ids, worse.ids, margin, origin)
 
-    distinct = list({sample.text: sample for sample in reversed(samples)}.values())[::-1]
+    distinct = list({sample.text: sample for sample in samples}.values())  # in the order of sampling
     pairs: list[Pair] = []
     if "sft" in settings.origins:
         ranked = sorted(distinct, key=lambda sample: -sample.value)  # stable: ties stay in the order of sampling
@@ -116,8 +115,8 @@ def check_pairs(
             NARROW: pair.margin is not None and pair.margin < min_margin,
             LONG: limit is not None and prompt_length(pair) + longest > limit,
             SWAPPED: (key[0], pair.rejected, pair.chosen) in orders,
-            REPEATED: key in seen,
             KNOWN: pair.split == TRAIN and key[0] in known,
+            REPEATED: key in seen,
         }
         why = next((reason for reason, holds in reasons.items() if holds), None)
         seen.add(key)

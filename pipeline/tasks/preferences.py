@@ -38,7 +38,8 @@ class Config:
     max_validation_pairs: int | None = None
 
     def __post_init__(self) -> None:
-        check_limits(**{f"max_{part}_pairs": getattr(self, f"max_{part}_pairs") for part in PARTS})
+        limits = {f"max_{part}_pairs": getattr(self, f"max_{part}_pairs") for part in PARTS}
+        with_named_keys(lambda: check_limits(**limits))
         if not self.min_margin >= 0:
             raise TaskError(f"reward.pairs.min_margin: must not be negative, found {self.min_margin}")
         if self.min_margin and self.margin is None:

@@ -185,7 +185,8 @@ class ResumableTrainer(Trainer):
             self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))
             if self.args.should_save:
-                (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle of settings, which nobody has to trust
+                # A pickle of settings, which nobody has to trust.
+                (folder / "training_args.bin").unlink(missing_ok=True)
                 torch.save({"processes": loops}, folder / LOOP_FILE)
                 self.state.save_to_json(str(folder / "trainer_state.json"))
         keep_newest(Path(self.args.output_dir), self.args.save_total_limit, best)

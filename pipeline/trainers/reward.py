@@ -10,6 +10,7 @@ from accelerate.utils import set_seed
 from datasets import Dataset
 from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import RewardConfig, RewardTrainer
 
@@ -84,6 +85,12 @@ class ResumableRewardTrainer(ResumableTrainer, RewardTrainer):
     """TRL's trainer that resumes, and whose checkpoints hold the adapter and the head alone."""
 
     section = "reward"
+
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        """TRL's optimizer, whose steps are counted: torch's fused kernels do not, and fused LoRA layers go by it."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        optimizer.register_step_post_hook(lambda *_: increment_version(self._saved_parameters()))
+        return optimizer
 
     def _saved_parameters(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
