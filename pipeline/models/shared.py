@@ -146,13 +146,22 @@ class SharedModel(nn.Module):
 
     @contextmanager
     def _trainable_kept(self) -> Iterator[None]:
-        """peft freezes the adapters it switches off; a backward pass would then leave them without gradients."""
+        """peft freezes the adapters it switches off, and frees the one it switches on: neither is meant.
+
+        A backward pass would leave the one without gradients, and an optimizer made later would train a reward.
+        """
+        rewards = [p for name, p in self.network.named_parameters() if f".{REWARD}." in name]
+        for parameter in rewards:
+            parameter.requires_grad_(False)
         trained = [p for p in self.network.parameters() if p.requires_grad]
         try:
             yield
         finally:
             for parameter in trained:
                 parameter.requires_grad_(True)
+            for name, parameter in self.network.named_parameters():
+                if f".{REWARD}." in name:
+                    parameter.requires_grad_(False)
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute layers in the backward pass, each under the adapter that was active in its forward pass."""
