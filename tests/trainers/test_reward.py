@@ -1,7 +1,7 @@
 """Reward modelling on TRL's trainer: it learns, resumes to the same bit, and saves the adapter and the head alone."""
 
 import signal
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 from test_resume import log_of, same_weights, survives_every_kill
 
 from pipeline.models.loading import lora_config
+from pipeline.models.reward_model import RewardNetwork
+from pipeline.models.sequences import Sequences
 from pipeline.models.text import encode_completions
 from pipeline.rewards.pairs import HELD_OUT, TRAIN, Pair
 from pipeline.trainers.checkpoint_files import list_checkpoints
@@ -64,10 +66,15 @@ def held_out_accuracy(trainer) -> float:
 
 
 @pytest.mark.parametrize("settings", [{}, {"optim": "adamw_torch"}, {"bf16": True}, {"gradient_checkpointing": True}])
-def test_it_learns_with_any_optimizer_and_precision(reward, settings):
+def test_it_learns_and_every_step_reaches_the_fused_layers(reward, taught, tmp_path, settings):
     """torch's fused AdamW, which transformers takes by default, changes weights without counting it."""
-    trainer = reward(num_train_epochs=6, **settings)
+    trainer = reward(num_train_epochs=6, load_best_model_at_end=False, **settings)
     assert held_out_accuracy(trainer) == 1.0
+    trainer.model.save_pretrained(tmp_path / "saved")
+    batch = next(iter(trainer.get_eval_dataloader()))
+    sequences = Sequences(*(batch[field.name] for field in fields(Sequences)))
+    plain = RewardNetwork.load(taught(), tmp_path / "saved").eval()
+    torch.testing.assert_close(trainer.model.eval().scores(sequences), plain.scores(sequences))
     assert [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line][-1] < 0.2
 
 
