@@ -159,6 +159,8 @@ def plan_stages(recipe: Recipe, only: str | None, start: str | None, force: bool
         raise RecipeError(f"{only or start}: this recipe does not run that stage: {absent[only or start]}")
     directory, plan = RunDirectory.of(recipe), []
     for stage in STAGES:
+        if stage == "reward" and recipe.reward is None:
+            continue  # nothing is said of a stage that nobody asked for
         if stage in absent:
             plan.append(PlannedStage(stage, "not needed", absent[stage]))
         elif stage not in chosen:
