@@ -97,6 +97,7 @@ class PPOTrainer:
             args.temperature,
             value_adapter=args.value_model == "adapter",
             entropy_gradient=args.entropy_coef > 0,
+            padding_free=args.padding_free,
         )
         for adapter in adapters:
             shared.add_reward(adapter.directory)

@@ -184,7 +184,9 @@ CHANGES: dict[str, tuple[object, dict]] = {
 TESTED_APART = {
     "rewards",
     "sft_model_path",
+    "reward_model_path",
     "gradient_checkpointing",
+    "padding_free",
     "num_sample_generations",
     "local_rollout_forward_batch_size",
 }
