@@ -2,10 +2,10 @@
 
 python tests/benchmarks/reward_memory.py --hidden 512 --layers 8 --vocabulary 32000
 
-Each side does the same work in a process of its own: policy, reference, value and reward read a batch, then policy and
-value make one AdamW step. `shared` is Relay's; `four` is what TRL 1.12's PPOTrainer held: a policy with a LoRA adapter,
-a reference, a reward and a fully trained value model; `full` trains the policy fully, too. A peak is that of the process
-above what it held before its first model.
+Each side does the same work in a process of its own: policy, reference, value and reward read a batch, then policy
+and value make one AdamW step. `shared` is Relay's; `four` is what TRL 1.12's PPOTrainer held: a policy with a LoRA
+adapter, a reference, a reward and a fully trained value model; `full` trains the policy fully, too. A peak is that of
+the process above what it held before its first model.
 """
 
 import argparse
