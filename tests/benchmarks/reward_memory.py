@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
             f"{found['trained'] / 1e6:6.2f} M of them trained"
         )
     for side in SIDES[1:]:
-        print(f"shared / {side}: {results['shared']['peak'] / results[side]['peak']:.2f}")
+        print(f"shared / {side}: {results['shared']['peak'] / max(1, results[side]['peak']):.2f}")
     return results
 
 
