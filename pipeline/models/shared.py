@@ -1,9 +1,9 @@
 """One base model in every role of PPO: policy (adapter on), reference (adapter off), value (a head on the policy)."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from pipeline.models.adapters import check_adapter
+from pipeline.models.adapters import adapter_config, check_adapter
 from pipeline.models.fused_lora import fuse_adapters
 from pipeline.models.sequences import Sequences
+from pipeline.models.states import completion_states, encode, lm_head
 
 # Rows of [tokens, vocabulary] that exist at once while log-probs are taken, in numbers (64 MiB of float32).
 LOGIT_BUDGET = 2**24
@@ -32,7 +33,7 @@ class TokenOutputs:
 
 
 class SharedModel(nn.Module):
-    """Policy, reference policy and value function over one causal language model without dropout.
+    """Policy, reference policy and value function over one language model, causal or encoder-decoder, without dropout.
 
     With a `lora` config the base is frozen, the policy is base plus adapter, and the reference is the base alone. With
     None the whole model is trained, and a frozen copy of it is the reference. Temperature divides the logits of
@@ -55,6 +56,7 @@ class SharedModel(nn.Module):
             self.network: PreTrainedModel | PeftModel = model
         else:
             self._frozen = []
+            lora = adapter_config(model, lora)
             self.network = get_peft_model(model, lora)
             check_adapter(self.network)
             fuse_adapters(self.network)
@@ -80,22 +82,35 @@ class SharedModel(nn.Module):
 
     def forward(self, sequences: Sequences) -> TokenOutputs:
         """Log-prob, entropy (nats) and value of each completion token under the policy."""
-        states = self._states(self.causal_lm, sequences)
+        states = completion_states(self.causal_lm, sequences)
         mask = sequences.completion_mask
         logprobs, entropies = self._token_logprobs(self.causal_lm, states, sequences)
         if self.has_value_adapter:
             with self._value_adapter():
-                states = self._states(self.causal_lm, sequences)
+                states = completion_states(self.causal_lm, sequences)
         # The head computes in its own precision, whatever autocast does to the trunk.
         with torch.autocast(states.device.type, enabled=False):
             values = self.value_head(states.to(self.value_head.weight.dtype)).squeeze(-1)
         return TokenOutputs(_scatter(logprobs, mask), _scatter(entropies, mask), values * mask)
 
+    @property
+    def encoder_is_frozen(self) -> bool:
+        """Whether nothing in an encoder trains, so that what it makes of a prompt stays the same for every role."""
+        model = self.causal_lm
+        return model.config.is_encoder_decoder and not any(p.requires_grad for p in model.get_encoder().parameters())
+
+    @torch.no_grad()
+    def encoded(self, sequences: Sequences, size: int) -> Sequences:
+        """The sequences with their encoder's states, `size` prompts read at a time, where these never change."""
+        if not self.encoder_is_frozen:
+            return sequences
+        return replace(sequences, encoder_states=encode(self.causal_lm, sequences, size))
+
     @torch.no_grad()
     def reference_logprobs(self, sequences: Sequences) -> Tensor:
         """Log-prob [B, C] of each completion token under the reference policy."""
         with self.reference() as model:
-            states = self._states(model, sequences)
+            states = completion_states(model, sequences)
             return _scatter(self._token_logprobs(model, states, sequences)[0], sequences.completion_mask)
 
     @contextmanager
@@ -180,20 +195,11 @@ class SharedModel(nn.Module):
             for name, parameter in own.items():
                 parameter.copy_(state[name])
 
-    def _states(self, model: PreTrainedModel, sequences: Sequences) -> Tensor:
-        """[B, C, H]: state t has read the prompt and t completion tokens; the last token is never read."""
-        completion = sequences.completion_ids.shape[1]
-        ids = torch.cat([sequences.prompt_ids, sequences.completion_ids[:, :-1]], dim=1)
-        mask = torch.cat([sequences.prompt_mask, sequences.completion_mask[:, :-1]], dim=1)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        output = model.base_model(input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False)
-        return output.last_hidden_state[:, -completion:]
-
     def _token_logprobs(self, model: PreTrainedModel, states: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies of the real completion tokens, [N] each, without keeping [N, V]."""
         mask = sequences.completion_mask
         hidden, targets = states[mask], sequences.completion_ids[mask]
-        head = model.get_output_embeddings()
+        head = lm_head(model)
         rows = max(1, LOGIT_BUDGET // model.config.get_text_config().vocab_size)
         if hidden.shape[0] <= rows:
             return _score(head, hidden, targets, self.temperature, self.entropy_gradient)
@@ -205,7 +211,7 @@ class SharedModel(nn.Module):
 
 
 def _score(
-    head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, entropy_gradient: bool
+    head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, temperature: float, entropy_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """Log-prob and entropy, in float32 or wider, of `targets [N]` given `hidden [N, H]`."""
     logits = head(hidden)
@@ -229,22 +235,3 @@ def remove_dropout(model: nn.Module) -> None:
         for name, value in vars(module).items():  # residual_dropout, hidden_dropout, layerdrop: names differ by model
             if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
-
-
-@torch.no_grad()
-def check_trunk_and_head(model: PreTrainedModel) -> None:
-    """Refuse a model whose logits are more than its LM head on its trunk, which is how PPO computes them.
-
-    Raises:
-        ValueError: the logits differ (a model that scales or caps them), naming the model type.
-    """
-    ids, training = torch.arange(1, 5, device=model.device).unsqueeze(0), model.training
-    model.eval()  # dropout would make any two passes differ
-    own = model(input_ids=ids, use_cache=False).logits
-    ours = model.get_output_embeddings()(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
-    model.train(training)
-    if not torch.allclose(own.float(), ours.float(), rtol=1e-3, atol=1e-3):
-        raise ValueError(
-            f"model: {model.config.model_type!r} changes its logits after the LM head (scaling or soft-capping), "
-            "which PPO here does not reproduce; choose another model"
-        )

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.models.sequences import Sequences, make_sequences
-from pipeline.models.shared import SharedModel, check_trunk_and_head
+from pipeline.models.shared import SharedModel
+from pipeline.models.states import check_trunk_and_head
 from pipeline.rewards import Reward, check_rewards
 from pipeline.trainers.config import PPOConfig
 
