@@ -69,7 +69,9 @@ def check_languages(tokenizer: PreTrainedTokenizerBase, languages: dict[str, str
     """
     for key, code in languages.items():
         if "tgt_lang" not in tokenizer.init_kwargs:
-            raise ValueError(f"model.{key}: the tokenizer of {tokenizer.name_or_path!r} has no language codes; remove it")
+            raise ValueError(
+                f"model.{key}: the tokenizer of {tokenizer.name_or_path!r} has no language codes; remove it"
+            )
         if code not in tokenizer.all_special_tokens:
             close = difflib.get_close_matches(code, tokenizer.all_special_tokens, n=1, cutoff=0.3)
             hint = f"; did you mean {close[0]!r}?" if close else ""

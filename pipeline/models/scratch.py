@@ -129,12 +129,12 @@ def _t5(config: FromScratchConfig, shared: dict[str, object]) -> T5Config:
 
 
 def _bart(config: FromScratchConfig, shared: dict[str, object]) -> BartConfig:
-    sides = {
-        "layers": (config.num_hidden_layers, config.num_decoder_layers or config.num_hidden_layers),
-        "attention_heads": (config.num_attention_heads,) * 2,
-        "ffn_dim": (config.feed_forward_size,) * 2,
-    }
-    sizes = {f"{side}_{name}": both[i] for i, side in enumerate(("encoder", "decoder")) for name, both in sides.items()}
+    sizes = {}
+    layers = {"encoder": config.num_hidden_layers, "decoder": config.num_decoder_layers or config.num_hidden_layers}
+    for side, count in layers.items():
+        sizes[f"{side}_layers"] = count
+        sizes[f"{side}_attention_heads"] = config.num_attention_heads
+        sizes[f"{side}_ffn_dim"] = config.feed_forward_size
     return BartConfig(
         d_model=config.hidden_size,
         dropout=config.dropout,
