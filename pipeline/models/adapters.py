@@ -46,7 +46,7 @@ def check_adapter(model: PeftModel) -> None:
         if isinstance(base, nn.Embedding | nn.Linear) and not name.endswith(".base_layer"):
             users.setdefault(id(base.weight), []).append(name)
     for name, module in network.named_modules():
-        if isinstance(module, BaseTunerLayer) and len(users[id(module.get_base_layer().weight)]) > 1:
+        if isinstance(module, BaseTunerLayer) and len(users.get(id(module.get_base_layer().weight), [])) > 1:
             raise ValueError(
                 f"model.lora_target_modules: {name.rpartition('.')[2]!r} of this {network.config.model_type} shares "
                 "its weights between input embedding and LM head (tie_word_embeddings), so that an adapter on it "

@@ -166,7 +166,8 @@ def _generate_by_transformers(
             pad = pad_right if prefix else pad_left
             ids, mask = pad([prompts[row] for row in rows], config.pad_token_id, model.device)
             given = {"decoder_input_ids": torch.tensor([prefix] * len(rows), device=model.device)} if prefix else {}
-            output = model.generate(ids, attention_mask=mask.long(), generation_config=config, **given)
+            inputs = {"input_ids": ids, "attention_mask": mask.long(), **given}
+            output = model.generate(**inputs, generation_config=config)
             start = len(prefix) or ids.shape[1]
             for row, tokens in zip(rows, output[:, start:].tolist(), strict=True):
                 lengths = range(1, len(tokens))
