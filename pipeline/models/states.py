@@ -36,6 +36,12 @@ def completion_states(model: PreTrainedModel, sequences: Sequences, last: bool =
     return output.last_hidden_state[:, sequences.prompt_ids.shape[1] - 1 :]
 
 
+def final_states(model: PreTrainedModel, sequences: Sequences) -> Tensor:
+    """[B, H]: the state that has read the prompt and every completion token, an EOS at its end included."""
+    states, ends = completion_states(model, sequences, last=True), sequences.completion_mask.sum(1)
+    return states[torch.arange(len(ends), device=ends.device), ends]
+
+
 def _decoder_states(model: PreTrainedModel, sequences: Sequences, ids: Tensor) -> Tensor:
     """What the decoder has read of `ids [B, C]`, from the last token it is given on: [B, C + 1, H]."""
     prefix = torch.tensor(decoder_prefix(model), device=ids.device)
