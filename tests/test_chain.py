@@ -52,10 +52,14 @@ def recipe(tmp_path):
     return write
 
 
-def test_the_chain_leaves_what_the_readme_says(recipe, tmp_path, capsys):
-    path = recipe("{name: bleu}, {name: chrf, weight: 0.5}")
+@pytest.mark.parametrize("architecture", ["llama", "t5", "bart"])
+def test_the_chain_leaves_what_the_readme_says(recipe, tmp_path, capsys, architecture):
+    path, override = (
+        recipe("{name: bleu}, {name: chrf, weight: 0.5}"),
+        f"model.from_scratch.architecture={architecture}",
+    )
     for stage in (sft_stage, ppo_stage, eval_stage):
-        assert stage.main([path]) == 0
+        assert stage.main([path, override]) == 0
     run = tmp_path / "runs" / "tiny"
     assert "# torch: " in (run / "recipe.yaml").read_text()
     for stage in ("base", "sft", "ppo", "eval"):
@@ -90,7 +94,7 @@ def test_the_chain_leaves_what_the_readme_says(recipe, tmp_path, capsys):
         assert stage["seconds"] > 0 and stage["tokens"] > 0 and stage["peak_memory_mib"] > 50
 
     before = (run / "ppo" / "stage.json").read_text()
-    assert ppo_stage.main([path]) == 0
+    assert ppo_stage.main([path, override]) == 0
     assert "ppo: already complete" in capsys.readouterr().err
     assert (run / "ppo" / "stage.json").read_text() == before
 
