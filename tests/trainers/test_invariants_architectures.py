@@ -1,6 +1,8 @@
 """The same invariants for several architectures, causal and encoder-decoder, built tiny from their configurations."""
 
 import copy
+import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +10,9 @@ from peft import PeftModel
 from ppo_toys import training_steps, weights
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
-from pipeline.models.loading import load_policy
+from pipeline.models.loading import load_policy, lora_config
 from pipeline.trainers.rollout import score_tokens
+from pipeline.trainers.stopping import Stopped
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*lr_scheduler")
 COMMON = {
@@ -131,6 +134,49 @@ def test_micro_batches_and_padding(make_trainer, architecture):
     assert own == pytest.approx(stats, rel=1e-5, abs=1e-5)
     torch.testing.assert_close(weights(parts), weights(whole), **CLOSE)
     assert not all(torch.equal(before[name], weight) for name, weight in weights(whole).items())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_stopped_run_ends_the_same_and_so_does_one_that_recomputes_layers(make_trainer, monkeypatch, architecture):
+    def trainer(name: str, **settings):
+        return make_trainer(name, model=build(architecture), reward=even, **settings)
+
+    whole, saving = trainer("whole"), trainer("saving", gradient_checkpointing=True)
+    whole.train(), saving.train()
+    torch.testing.assert_close(weights(saving), weights(whole), **CLOSE)
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.trainers.ppo.requested_stop", lambda: signal.SIGTERM)
+        with pytest.raises(Stopped):
+            trainer("broken").train()
+    again = trainer("broken")
+    again.train()
+    assert all(torch.equal(found, weights(whole)[name]) for name, found in weights(again).items())
+    assert training_steps(again.output_dir) == training_steps(whole.output_dir)
+
+
+@pytest.mark.parametrize("architecture", ENCODER_DECODERS)
+@pytest.mark.parametrize("value_model", ["head", "adapter"])
+def test_a_frozen_encoder_reads_each_prompt_once_a_rollout_and_changes_no_weight(
+    make_trainer, model_config, architecture, value_model
+):
+    """LoRA on the decoder: the states that are kept give what a pass for each epoch and role gives."""
+    lora = lora_config(replace(model_config, lora_target_modules="decoder-linear"))
+    settings = {"reward": even, "peft_config": lora, "value_model": value_model, "num_generations": 2}
+    kept, anew = (make_trainer(name, model=build(architecture), **settings) for name in ("kept", "anew"))
+    anew.shared.encoded = lambda sequences, size: sequences
+    rows: dict[str, list[int]] = {}
+    for name, trainer in (("kept", kept), ("anew", anew)):
+        passes = rows[name] = []
+        trainer.shared.causal_lm.get_encoder().register_forward_pre_hook(
+            lambda _, args, inputs, passes=passes: passes.append(len(inputs["input_ids"])), with_kwargs=True
+        )
+        rollout = trainer.collect_rollout(trainer.prompt_rows(0))
+        experience, _ = trainer.compute_advantages(rollout)
+        assert trainer.update(experience)["val/ratio_first"] == 1.0
+    # Four prompts: once to write, once to score and learn; or once for each role of each pass over each half.
+    assert rows["kept"] == [4, 4] and sum(rows["anew"]) > 16
+    torch.testing.assert_close(weights(kept), weights(anew), **CLOSE)
+    assert not any(".encoder." in name for name in weights(kept))
 
 
 @pytest.mark.parametrize("architecture", sorted(TIED))
