@@ -171,7 +171,8 @@ class _DecoderReader:
         ids, mask = pad_right(distinct, pad_id, model.device)
         mask = mask.long()
         states = model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
-        cache = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config))
+        # Not made from the config, which counts the encoder's layers.
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         prefix = torch.tensor(decoder_prefix(model), device=model.device).expand(len(ids), -1)
         self.model, self.cache = model, cache
         self.logits = self._forward(prefix, states, mask)[index]

@@ -111,6 +111,22 @@ def test_finished_rows_are_no_longer_computed(monkeypatch):
     assert rows == [5, 5, 4, 3, 3, 1, 1, 1, 1, 1, 1, 1]
 
 
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("architecture", ["t5", "bart"])
+def test_a_decoder_may_have_more_or_fewer_layers_than_its_encoder(architecture, layers):
+    name = {"t5": "num_decoder_layers", "bart": "decoder_layers"}[architecture]
+    model = build(architecture, **{name: layers})
+    found = decode_batch(model, PROMPTS, 0, 8, [2], greedy)
+    rows = []
+    for prompt in PROMPTS:  # without any cache
+        written = [1, 7]
+        while len(written) < 10 and written[-1] != 2:
+            inputs = {"input_ids": torch.tensor([prompt]), "decoder_input_ids": torch.tensor([written])}
+            written.append(int(model(**inputs, use_cache=False).logits[0, -1].argmax()))
+        rows.append(written[2:])
+    assert found == rows
+
+
 @pytest.mark.parametrize("architecture", ENCODER_DECODERS)
 def test_an_encoder_runs_once_for_each_prompt_and_not_for_any_token(architecture):
     model = build(architecture)
