@@ -81,6 +81,9 @@ def _build(config: FromScratchConfig, texts: Iterable[str], seed: int, directory
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = model_class.from_config(model_config)
+        if config.architecture == "t5":
+            # T5's own scale of 1 suits an optimizer that steps in proportion to a weight; Adam would hardly move them.
+            torch.nn.init.normal_(model.get_input_embeddings().weight, std=config.hidden_size**-0.5)
     directory.mkdir(parents=True)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
@@ -124,6 +127,7 @@ def _t5(config: FromScratchConfig, shared: dict[str, object]) -> T5Config:
         num_decoder_layers=config.num_decoder_layers,
         num_heads=config.num_attention_heads,
         dropout_rate=config.dropout,
+        scale_decoder_outputs=False,  # it belongs to embeddings of T5's own scale
         **shared,
     )
 

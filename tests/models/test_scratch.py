@@ -130,6 +130,9 @@ def test_an_encoder_decoder_has_the_sizes_and_dropout_of_its_configuration(build
     assert widths == {4 * 32}
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
     assert decoder_prefix(model) == [tokenizer.bos_token_id]
+    if architecture == "t5":  # a scale that Adam can move, and that saving keeps
+        assert model.get_input_embeddings().weight.std().item() == pytest.approx(32**-0.5, rel=0.05)
+        assert not model.config.scale_decoder_outputs
     assert model.generation_config.forced_eos_token_id is None
     ids = tokenizer("the cat")["input_ids"]
     assert ids[-1] == tokenizer.eos_token_id and tokenizer("the")["input_ids"][:-1] == ids[: ids.index(ids[-1]) - 1]
