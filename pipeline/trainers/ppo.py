@@ -1,4 +1,4 @@
-"""Proximal policy optimisation of a causal language model on `accelerate`: act, credit, learn, log."""
+"""Proximal policy optimisation of a language model on `accelerate`: act, credit, learn, log."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -97,8 +97,11 @@ class PPOTrainer:
         if args.gradient_checkpointing:
             shared.enable_gradient_checkpointing()
         shared.train()
-        self._prompt_ids = encode_prompts(processing_class, train_dataset["prompt"])
-        self._eval_prompt_ids = encode_prompts(processing_class, self.eval_dataset["prompt"]) if eval_dataset else []
+        held_out = self.eval_dataset["prompt"] if eval_dataset else []
+        self._prompt_ids, self._eval_prompt_ids = (
+            encode_prompts(processing_class, prompts, model.config.is_encoder_decoder)
+            for prompts in (train_dataset["prompt"], held_out)
+        )
         self._prompt_at = prompt_order(len(train_dataset), seed)
         self.learner = Learner(shared, args, self.accelerator)
         self.shared = self.learner.shared
@@ -185,6 +188,7 @@ class PPOTrainer:
         scores, token_scores, seen = self._paid_scores(rows, completions, said, ended)
         sequences = make_sequences(prompts, completions, self.tokenizer.pad_token_id, device)
         with self.accelerator.autocast():
+            sequences = self.shared.encoded(sequences, args.per_device_train_batch_size)
             logprobs, ref_logprobs, values, entropies = score_tokens(
                 self.shared, sequences, args.per_device_train_batch_size
             )
