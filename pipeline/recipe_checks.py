@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.metrics import load_metric
+from pipeline.models.adapters import DECODER_LINEAR
 from pipeline.models.config import ModelConfig
-from pipeline.models.loading import check_model_path
+from pipeline.models.loading import check_model_path, is_encoder_decoder
 from pipeline.models.reward_model import RECORD_FILE, load_record
 from pipeline.recipe_yaml import Document, KeyPath, RecipeError
 from pipeline.rewards import build_rewards
@@ -19,6 +20,17 @@ from pipeline.tasks import preferences, task_module
 
 if TYPE_CHECKING:
     from pipeline.recipe import Recipe
+
+_JOINS = "it joins texts into one row, and an encoder reads one prompt"
+# Keys of SFT that do nothing, or not what they say, where an encoder reads the prompt.
+REFUSED_FOR_ENCODER_DECODERS = {
+    "packing": _JOINS,
+    "eval_packing": _JOINS,
+    "padding_free": _JOINS,
+    "pad_to_multiple_of": "its two sides are padded to the longest of a batch",
+    "router_aux_loss_coef": "the loss of a router is not computed for it",
+    "neftune_noise_alpha": "its two sides have embeddings of their own, which would get no noise",
+}
 
 
 def check_recipe(recipe: "Recipe", num_processes: int = 1) -> None:
@@ -43,6 +55,7 @@ def check_recipe(recipe: "Recipe", num_processes: int = 1) -> None:
     except ValueError as error:
         raise document.restate(error) from error
     _check_idle_options(recipe, document)
+    _check_family(recipe, document)
     _check_lengths(recipe, document)
     _check_batches(recipe, num_processes, document)
     _check_best_metric(recipe, document)
@@ -113,6 +126,22 @@ def _check_idle_options(recipe: "Recipe", document: Document) -> None:
             raise document.error(("model", f.name), "it would do nothing, because no stage has use_peft: true")
 
 
+def _check_family(recipe: "Recipe", document: Document) -> None:
+    """Refuse what the model's family cannot do: options of SFT, adapters, language codes."""
+    if not is_encoder_decoder(recipe.model):
+        if recipe.model.lora_target_modules == DECODER_LINEAR:
+            rule = f"{DECODER_LINEAR} is for encoder-decoders, and this model has no encoder; use all-linear"
+            raise document.error(("model", "lora_target_modules"), rule)
+        return
+    arguments = recipe.sft.arguments
+    for key, reason in REFUSED_FOR_ENCODER_DECODERS.items():
+        if arguments.get(key):
+            raise document.error(("sft", key), f"not for an encoder-decoder: {reason}; remove it")
+    if arguments.get("completion_only_loss") is False:
+        rule = "not for an encoder-decoder: it predicts no token of the prompt; remove it"
+        raise document.error(("sft", "completion_only_loss"), rule)
+
+
 def _check_lengths(recipe: "Recipe", document: Document) -> None:
     scratch = recipe.model.from_scratch
     if scratch is None:
@@ -125,8 +154,12 @@ def _check_lengths(recipe: "Recipe", document: Document) -> None:
     generated = {("eval", "max_new_tokens"): recipe.eval.max_new_tokens}
     if recipe.ppo is not None:
         generated = {("ppo", "response_length"): recipe.ppo.response_length, **generated}
+    if scratch.architecture == "t5":  # relative positions
+        return
     for path, length in generated.items():
-        if length >= limit:
+        if scratch.is_encoder_decoder and length > limit:
+            raise document.error(path, f"must be at most {rule}, found {length}")
+        if not scratch.is_encoder_decoder and length >= limit:
             raise document.error(path, f"must be below {rule} to leave room for the prompt, found {length}")
 
 

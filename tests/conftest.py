@@ -9,6 +9,7 @@ os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.models.config import FromScratchConfig, ModelConfig
 from pipeline.models.loading import load_model, load_tokenizer
 from pipeline.models.scratch import build_from_scratch
-from pipeline.models.sequences import make_sequences
+from pipeline.models.sequences import Sequences, make_sequences
+from pipeline.models.states import completion_states, lm_head
 from pipeline.models.text import encode_completions, encode_prompts
 
 COLOURS = ("red", "blue", "green", "white", "black")
@@ -70,28 +72,60 @@ def base_directory(examples, scratch_config, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def taught_directory(base_directory, model_config, tmp_path_factory) -> Path:
     """The tiny model after it has learnt to answer with a few colours and numbers: the SFT model of these tests."""
-    model, tokenizer = load_model(base_directory, model_config), load_tokenizer(base_directory, model_config)
+    return teach(base_directory, model_config, tmp_path_factory.mktemp("models") / "taught")
+
+
+def teach(base: Path, config: ModelConfig, directory: Path) -> Path:
+    """Train the model in `base` on 256 examples and save it in `directory`, with its tokenizer."""
+    model, tokenizer = load_model(base, config), load_tokenizer(base, config)
     rows = make_examples(256, seed=1)
-    prompts = encode_prompts(tokenizer, rows["prompt"])
+    prompts = encode_prompts(tokenizer, rows["prompt"], model.config.is_encoder_decoder)
     answers = encode_completions(tokenizer, rows["prompt"], rows["completion"])
     sequences = make_sequences(prompts, answers, tokenizer.pad_token_id)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     torch.manual_seed(0)
     for _ in range(20):
         for index in torch.randperm(len(sequences)).split(32):
-            part = sequences.rows(index)
-            ids = torch.cat([part.prompt_ids, part.completion_ids], 1)
-            mask = torch.cat([part.prompt_mask, part.completion_mask], 1)
-            answered = torch.cat([torch.zeros_like(part.prompt_mask), part.completion_mask], 1)
-            labels = ids.masked_fill(~answered, -100)
-            positions = (mask.cumsum(1) - 1).clamp(min=0)
-            model(input_ids=ids, attention_mask=mask.long(), position_ids=positions, labels=labels).loss.backward()
+            completion_loss(model, sequences.rows(index)).backward()
             optimizer.step()
             optimizer.zero_grad()
-    directory = tmp_path_factory.mktemp("models") / "taught"
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+def completion_loss(model: PreTrainedModel, sequences: Sequences) -> torch.Tensor:
+    """Mean cross-entropy of the completion tokens."""
+    mask = sequences.completion_mask
+    logits = lm_head(model)(completion_states(model, sequences)[mask])
+    return torch.nn.functional.cross_entropy(logits, sequences.completion_ids[mask])
+
+
+@pytest.fixture(scope="session")
+def t5_config(scratch_config) -> ModelConfig:
+    """A `model:` section for a tiny encoder-decoder."""
+    return ModelConfig(from_scratch=replace(scratch_config, architecture="t5"), lora_r=4, lora_alpha=8)
+
+
+@pytest.fixture(scope="session")
+def taught_t5_directory(examples, t5_config, tmp_path_factory) -> Path:
+    """The tiny encoder-decoder after it has learnt the same."""
+    torch.set_num_threads(1)
+    directory, texts = tmp_path_factory.mktemp("models"), [*examples["prompt"], *examples["completion"]]
+    base = build_from_scratch(t5_config.from_scratch, texts, 0, directory / "base")
+    return teach(base, t5_config, directory / "taught")
+
+
+@pytest.fixture
+def t5_tokenizer(taught_t5_directory, t5_config) -> PreTrainedTokenizerBase:
+    """Its tokenizer, as every stage loads it."""
+    return load_tokenizer(taught_t5_directory, t5_config)
+
+
+@pytest.fixture
+def taught_t5(taught_t5_directory, t5_config) -> Callable[[], PreTrainedModel]:
+    """Each call loads the taught encoder-decoder afresh."""
+    return lambda: load_model(taught_t5_directory, t5_config)
 
 
 @pytest.fixture

@@ -52,10 +52,17 @@ def recipe(tmp_path):
     return write
 
 
-def test_the_chain_leaves_what_the_readme_says(recipe, tmp_path, capsys):
-    path = recipe("{name: bleu}, {name: chrf, weight: 0.5}")
+@pytest.mark.parametrize("architecture", ["llama", "t5", "bart"])
+def test_the_chain_leaves_what_the_readme_says(recipe, tmp_path, capsys, architecture):
+    path, overrides = recipe("{name: bleu}, {name: chrf, weight: 0.5}"), []
+    if architecture != "llama":  # until it writes more than one text
+        overrides = [
+            f"model.from_scratch.architecture={architecture}",
+            "sft.num_train_epochs=20",
+            "ppo.learning_rate=0.1",
+        ]
     for stage in (sft_stage, ppo_stage, eval_stage):
-        assert stage.main([path]) == 0
+        assert stage.main([path, *overrides]) == 0
     run = tmp_path / "runs" / "tiny"
     assert "# torch: " in (run / "recipe.yaml").read_text()
     for stage in ("base", "sft", "ppo", "eval"):
@@ -90,7 +97,7 @@ def test_the_chain_leaves_what_the_readme_says(recipe, tmp_path, capsys):
         assert stage["seconds"] > 0 and stage["tokens"] > 0 and stage["peak_memory_mib"] > 50
 
     before = (run / "ppo" / "stage.json").read_text()
-    assert ppo_stage.main([path]) == 0
+    assert ppo_stage.main([path, *overrides]) == 0
     assert "ppo: already complete" in capsys.readouterr().err
     assert (run / "ppo" / "stage.json").read_text() == before
 

@@ -307,6 +307,52 @@ def test_refused_overrides_are_named_instead_of_a_line(override, message):
     assert refusal(override) == f"override {override!r}: {message}"
 
 
+BART = "{architecture: bart, hidden_size: 32, num_attention_heads: 2, vocab_size: 400, max_position_embeddings: 64}"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sft.packing=true", "it joins texts into one row, and an encoder reads one prompt; remove it"),
+        ("sft.eval_packing=true", "it joins texts into one row, and an encoder reads one prompt; remove it"),
+        ("sft.padding_free=true", "it joins texts into one row, and an encoder reads one prompt; remove it"),
+        ("sft.pad_to_multiple_of=8", "its two sides are padded to the longest of a batch; remove it"),
+        ("sft.router_aux_loss_coef=0.1", "the loss of a router is not computed for it; remove it"),
+        (
+            "sft.neftune_noise_alpha=5",
+            "its two sides have embeddings of their own, which would get no noise; remove it",
+        ),
+        ("sft.completion_only_loss=false", "it predicts no token of the prompt; remove it"),
+    ],
+)
+def test_what_an_encoder_decoder_cannot_do_is_refused_by_name(override, message):
+    model = f"  from_scratch: {BART}"
+    key = override.split("=")[0]
+    assert refusal(override, line4=model) == f"override {override!r}: {key}: not for an encoder-decoder: {message}"
+    check_recipe(load_recipe(write(line4=model), ["sft.loss_type=dft"]))
+    if "packing" not in override and "free" not in override:
+        check_recipe(load_recipe(write(), [override]))  # and a causal model may have it
+
+
+def test_each_side_of_an_encoder_decoder_has_positions_of_its_own():
+    model = f"  from_scratch: {BART}"
+    check_recipe(load_recipe(write(line4=model), ["ppo.response_length=64"]))
+    check_recipe(load_recipe(write(line4=model.replace("bart", "t5")), ["ppo.response_length=100"]))
+    assert refusal("ppo.response_length=65", line4=model) == (
+        "override 'ppo.response_length=65': ppo.response_length: must be at most "
+        "model.from_scratch.max_position_embeddings (64), found 65"
+    )
+
+
+def test_decoder_linear_is_for_encoder_decoders():
+    override = "model.lora_target_modules=decoder-linear"
+    assert refusal(override) == (
+        f"override {override!r}: model.lora_target_modules: decoder-linear is for encoder-decoders, and this model "
+        "has no encoder; use all-linear"
+    )
+    check_recipe(load_recipe(write(line4=f"  from_scratch: {BART}"), [override]))
+
+
 @pytest.mark.parametrize("name", ["../../x", "a/b", ".hidden", "-x", "", "a b", "naïve"])
 def test_a_name_is_one_plain_directory(name):
     override = f"name='{name}'"

@@ -12,7 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.evaluation.gains import Gains
 from pipeline.evaluation.predictions import log_softmax
+from pipeline.models.decoder_start import decoder_prefix
 from pipeline.models.sequences import make_sequences
+from pipeline.models.states import completion_states
 from pipeline.models.text import encode_completions, encode_prompts
 
 MAX_TOKENS = 200  # of a completion that is shown token by token
@@ -105,32 +107,40 @@ def attention_to_prompt(
 ) -> Attention | None:
     """Row t is where the model looks as it writes token t, the mean over layers and heads; None where it cannot say.
 
-    Only eager attention gives its weights, so the model is left with it.
+    An encoder-decoder looks by its cross-attention, whose weights on the prompt sum to 1. Only eager attention gives
+    its weights, so the model is left with it.
     """
     try:
         model.set_attn_implementation("eager")
     except (ValueError, ImportError):  # a model with one implementation of its own
         return None
-    ids = torch.tensor([prompt + completion[:-1]], device=model.device)
-    layers = model(input_ids=ids, output_attentions=True, use_cache=False).attentions
+    prefix = decoder_prefix(model)
+    if prefix:
+        ids, read = (torch.tensor([row], device=model.device) for row in (prompt, prefix + completion[:-1]))
+        output = model(input_ids=ids, decoder_input_ids=read, output_attentions=True, use_cache=False)
+        layers = output.cross_attentions
+    else:
+        ids = torch.tensor([prompt + completion[:-1]], device=model.device)
+        layers = model(input_ids=ids, output_attentions=True, use_cache=False).attentions
     layers = [layer for layer in layers or () if layer is not None]  # linear attention has no weights
     if not layers:
         return None
     mean = torch.stack([layer[0].float().mean(0) for layer in layers]).mean(0)
-    rows = mean[len(prompt) - 1 :, : len(prompt)]
+    rows = mean[-len(completion) :, : len(prompt)]
     return Attention(token_texts(tokenizer, prompt), token_texts(tokenizer, completion), rows.tolist())
 
 
 @torch.no_grad()
-def token_values(model: PreTrainedModel, head_file: Path, prompt: list[int], completion: list[int]) -> Tensor | None:
+def token_values(
+    model: PreTrainedModel, pad_id: int, head_file: Path, prompt: list[int], completion: list[int]
+) -> Tensor | None:
     """The critic's value [C] before each completion token; None where the head beside the policy does not fit it."""
     if not head_file.is_file():
         return None
     head = load_file(str(head_file))
     if head.keys() != {"weight", "bias"}:
         return None
-    ids = torch.tensor([prompt + completion[:-1]], device=model.device)
-    states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, len(prompt) - 1 :]
+    states = completion_states(model, make_sequences([prompt], [completion], pad_id, model.device))[0]
     if states.shape[1] != head["weight"].shape[1]:
         return None
     weight, bias = head["weight"].float().to(states.device), head["bias"].float().to(states.device)
@@ -157,12 +167,12 @@ def inspect_examples(
     found = []
     for index, reason in chosen:
         row = rows[index]
-        prompt = encode_prompts(tokenizer, [row["prompt"]])[0]
+        prompt = encode_prompts(tokenizer, [row["prompt"]], sft.config.is_encoder_decoder)[0]
         reference = encode_completions(tokenizer, [row["prompt"]], [row["references"][0]])[0]
         before, after = (ids[index][:MAX_TOKENS] for ids in written)
         shown = {"reference": reference[:MAX_TOKENS], "SFT's completion": before, "PPO's completion": after}
         passages = [compare_passage(title, prompt, ids, sft, ppo, tokenizer) for title, ids in shown.items()]
-        credit, values = None, token_values(ppo, value_head, prompt, after)
+        credit, values = None, token_values(ppo, tokenizer.pad_token_id, value_head, prompt, after)
         if values is not None and len(after) == len(written[1][index]):
             under = [torch.tensor([[getattr(t, name) for t in passages[2].tokens]]) for name in ("ppo", "sft")]
             found_advantages = advantages(index, values, *under)

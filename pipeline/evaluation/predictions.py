@@ -11,6 +11,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pipeline.models.decoder_start import decoder_prefix
 from pipeline.models.generation import Decoding, finished, generate
 from pipeline.models.sequences import Sequences, length_sorted_chunks, make_sequences
 from pipeline.models.text import decode, encode_completions, encode_prompts
@@ -48,7 +49,7 @@ def predict(
     if not indices:
         return []
     part = rows.select(indices)
-    prompts = encode_prompts(tokenizer, part["prompt"])
+    prompts = encode_prompts(tokenizer, part["prompt"], model.config.is_encoder_decoder)
     completions = generate(model, tokenizer, prompts, decoding, batch_size)
     targets = encode_completions(tokenizer, part["prompt"], [references[0] for references in part["references"]])
     pad, device = tokenizer.pad_token_id, model.device
@@ -112,6 +113,12 @@ def _entropy_and_divergence(
 def log_softmax(model: PreTrainedModel, sequences: Sequences) -> Tensor:
     """Log-probabilities [B, C, V] of the next token before each completion token."""
     width = sequences.completion_ids.shape[1]
+    if model.config.is_encoder_decoder:
+        ids, mask = sequences.encoder_inputs()
+        given = torch.tensor(decoder_prefix(model), device=ids.device).expand(len(ids), -1)
+        read = torch.cat([given, sequences.completion_ids[:, :-1]], dim=1)
+        output = model(input_ids=ids, attention_mask=mask.long(), decoder_input_ids=read, use_cache=False)
+        return torch.log_softmax(output.logits[:, -width:].float(), dim=-1)
     ids = torch.cat([sequences.prompt_ids, sequences.completion_ids[:, :-1]], dim=1)
     mask = torch.cat([sequences.prompt_mask, sequences.completion_mask[:, :-1]], dim=1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)

@@ -72,7 +72,7 @@ def decode_rows(
     """Completions of `rows[indices]` under another decoding than the report's."""
     if not indices:
         return []
-    prompts = encode_prompts(tokenizer, rows.select(indices)["prompt"])
+    prompts = encode_prompts(tokenizer, rows.select(indices)["prompt"], model.config.is_encoder_decoder)
     ids = generate(model, tokenizer, prompts, decoding, batch_size)
     return [Text(*text) for text in zip(indices, decode(tokenizer, ids), ids, strict=True)]
 

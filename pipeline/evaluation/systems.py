@@ -62,7 +62,7 @@ def answer(
     written = Decoding(
         settings.max_new_tokens, min_new_tokens=settings.min_new_tokens or 0, stop_strings=settings.stop_strings or ()
     )
-    lengths = [len(ids) for ids in encode_prompts(tokenizer, rows["prompt"])]
+    lengths = [len(ids) for ids in encode_prompts(tokenizer, rows["prompt"], model.config.is_encoder_decoder)]
     share = share_of_rows(lengths, size, state.process_index, state.num_processes)
     reference = sft[0] if _same_tokens(loaded, sft) else None
     decoding = replace(written, num_beams=settings.num_beams)

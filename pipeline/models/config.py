@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-FROM_SCRATCH_ARCHITECTURES = ("llama", "gpt_neox")
+FROM_SCRATCH_ARCHITECTURES = ("llama", "gpt_neox", "t5", "bart")
+ENCODER_DECODERS = ("t5", "bart")
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 
@@ -11,19 +12,21 @@ class FromScratchConfig:
     """A small randomly initialised model with a BPE tokenizer trained on the task's own training text.
 
     `llama` is the modern block (RMSNorm, SwiGLU) and has no dropout; `gpt_neox` has dropout after the embeddings, the
-    attention and the feed-forward layer, which a model trained for many epochs on little data needs. Sizes are those
-    of `transformers.LlamaConfig` and `transformers.GPTNeoXConfig`.
+    attention and the feed-forward layer, which a model trained for many epochs on little data needs. `t5` (layer norm
+    first, relative positions, ReLU) and `bart` (layer norm last, learned positions, GELU) are encoder-decoders with
+    dropout. Sizes are those of `transformers.LlamaConfig`, `GPTNeoXConfig`, `T5Config` and `BartConfig`.
     """
 
     architecture: str = "llama"
     vocab_size: int = 6000
     hidden_size: int = 256
-    intermediate_size: int | None = None  # llama: 8/3 of hidden_size, rounded up to 32; gpt_neox: 4 times
+    intermediate_size: int | None = None  # llama: 8/3 of hidden_size, rounded up to 32; the others: 4 times
     num_hidden_layers: int = 4
+    num_decoder_layers: int | None = None  # t5, bart: None is as many as num_hidden_layers, which the encoder has
     num_attention_heads: int = 4
-    max_position_embeddings: int = 512
+    max_position_embeddings: int = 512  # t5 has no such limit: longer texts are cut to it in SFT all the same
     tie_word_embeddings: bool = True
-    dropout: float = 0.0  # gpt_neox only; PPO switches it off
+    dropout: float = 0.0  # not llama; PPO switches it off
 
     def __post_init__(self) -> None:
         if self.architecture not in FROM_SCRATCH_ARCHITECTURES:
@@ -36,6 +39,13 @@ class FromScratchConfig:
         if self.dropout and self.architecture == "llama":
             raise ValueError(
                 f"model.from_scratch.dropout: llama has no dropout, found {self.dropout}; use architecture: gpt_neox"
+            )
+        if self.architecture == "t5" and not self.tie_word_embeddings:
+            raise ValueError("model.from_scratch.tie_word_embeddings: a t5 always shares them, found false; use bart")
+        if self.num_decoder_layers is not None and not (self.is_encoder_decoder and self.num_decoder_layers > 0):
+            raise ValueError(
+                "model.from_scratch.num_decoder_layers: must be at least 1, and is for encoder-decoders "
+                f"({', '.join(ENCODER_DECODERS)}) alone, found {self.num_decoder_layers} with {self.architecture}"
             )
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
             if getattr(self, name) < 1:
@@ -52,18 +62,24 @@ class FromScratchConfig:
             )
 
     @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether an encoder reads the prompt and a decoder writes the completion."""
+        return self.architecture in ENCODER_DECODERS
+
+    @property
     def feed_forward_size(self) -> int:
         """Width of the feed-forward layers."""
         if self.intermediate_size:
             return self.intermediate_size
-        return 4 * self.hidden_size if self.architecture == "gpt_neox" else -(-self.hidden_size * 8 // 3 // 32) * 32
+        return -(-self.hidden_size * 8 // 3 // 32) * 32 if self.architecture == "llama" else 4 * self.hidden_size
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The model every stage shares. Names are those of `trl.ModelConfig`; defaults differ where noted.
 
-    Exactly one of `model_name_or_path` (a directory or Hub id of any causal language model) and `from_scratch`.
+    Exactly one of `model_name_or_path` (a directory or Hub id of any causal or encoder-decoder language model) and
+    `from_scratch`. `src_lang` and `tgt_lang` are for tokenizers that write language codes (mBART, NLLB, M2M100).
     """
 
     model_name_or_path: str | None = None
@@ -72,11 +88,14 @@ class ModelConfig:
     dtype: str = "float32"
     attn_implementation: str | None = None
     trust_remote_code: bool = False
+    src_lang: str | None = None  # the tokenizer's own code, such as en_XX or eng_Latn
+    tgt_lang: str | None = None
     use_peft: bool = True  # TRL: False. One shared base with adapters is what makes PPO small.
     lora_r: int = 16
     lora_alpha: int = 32
     lora_dropout: float = 0.05  # SFT only: PPO runs without dropout, or its first ratio would not be 1
-    lora_target_modules: list[str] | str | None = "all-linear"  # TRL: None, which is q and v only for most models
+    # TRL: None, which is q and v only for most models. `decoder-linear`: an encoder-decoder's encoder stays as it is.
+    lora_target_modules: list[str] | str | None = "all-linear"
     lora_modules_to_save: list[str] | None = None
     use_rslora: bool = False
     use_dora: bool = False
@@ -85,6 +104,9 @@ class ModelConfig:
         if (self.model_name_or_path is None) == (self.from_scratch is None):
             found = "neither" if self.model_name_or_path is None else "both"
             raise ValueError(f"model: set exactly one of model_name_or_path and from_scratch, found {found}")
+        if (self.src_lang is None) != (self.tgt_lang is None):
+            missing = "tgt_lang" if self.tgt_lang is None else "src_lang"
+            raise ValueError(f"model.{missing}: missing: src_lang and tgt_lang go together")
         if self.dtype not in DTYPES:
             raise ValueError(f"model.dtype: {self.dtype!r} is not one of {', '.join(DTYPES)}")
         if self.lora_r < 1:

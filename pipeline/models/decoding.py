@@ -1,7 +1,8 @@
 """The decode loop: greedy or sampled completions with a key-value cache whose finished rows leave the batch.
 
 `transformers.generate` copies its whole cache for every token and computes finished rows to the end. Here a cache
-grows in blocks, a row that ends gives its place to the last one, and equal prompts are read once.
+grows in blocks, a row that ends gives its place to the last one, and equal prompts are read once. The encoder of an
+encoder-decoder runs once for each distinct prompt, and not again for any token.
 """
 
 import inspect
@@ -10,9 +11,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput
 
-from pipeline.models.sequences import pad_left
+from pipeline.models.decoder_start import decoder_prefix
+from pipeline.models.sequences import pad_left, pad_right
 
 BLOCK = 32  # tokens by which a full cache grows
 
@@ -28,10 +31,13 @@ def supports_decode_loop(model: PreTrainedModel) -> bool:
     Sliding windows, state-space layers and models that prepare their own inputs are left to transformers' generate.
     """
     prepares = type(model).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation
-    if prepares or model.config.is_encoder_decoder or not type(model)._supports_default_dynamic_cache():
+    if prepares or not type(model)._supports_default_dynamic_cache():
         return False
-    parameters = inspect.signature(model.base_model.forward).parameters
-    if not {"position_ids", "past_key_values", "attention_mask"} <= parameters.keys():
+    if model.config.is_encoder_decoder:
+        reader, needed = model.get_decoder(), {"encoder_hidden_states", "encoder_attention_mask", "past_key_values"}
+    else:
+        reader, needed = model.base_model, {"position_ids", "past_key_values", "attention_mask"}
+    if not needed <= inspect.signature(reader.forward).parameters.keys():
         return False
     layers = DynamicCache(config=model.config).layers
     return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
@@ -83,7 +89,8 @@ def decode_batch(
 ) -> list[list[int]]:
     """One completion for each prompt, up to and including the first token of `ends`, or where `stop` says so."""
     device, total = model.device, len(prompts)
-    logits, cache, mask, positions = _read_prompts(model, prompts, pad_id)
+    reader = (_DecoderReader if model.config.is_encoder_decoder else _CausalReader)(model, prompts, pad_id)
+    logits = reader.logits
     ending = torch.tensor(list(ends), device=device)
     written = torch.zeros(total, max_new_tokens, dtype=torch.long, device=device)
     lengths = torch.full((total,), max_new_tokens, device=device)
@@ -100,47 +107,106 @@ def decode_batch(
             lengths[live[done]] = step + 1
             if done.all():
                 break
-            kept = _close_ranks(done, cache)
-            live, chosen, positions, mask = live[kept], chosen[kept], positions[kept], mask[kept]
-        mask = torch.cat([mask, mask.new_ones(len(live), 1)], dim=1)
-        output = model(
-            input_ids=chosen.unsqueeze(1),
-            attention_mask=mask,
-            position_ids=positions.unsqueeze(1),
-            past_key_values=cache,
-            use_cache=True,
-        )
-        logits, positions = output.logits[:, -1], positions + 1
+            kept = _close_ranks(done, reader.layers)
+            live, chosen = live[kept], chosen[kept]
+            reader.keep(kept)
+        logits = reader.read(chosen)
     return [row[:length] for row, length in zip(written.tolist(), lengths.tolist(), strict=True)]
 
 
-def _read_prompts(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_id: int
-) -> tuple[Tensor, Cache, Tensor, Tensor]:
-    """Logits of the first token [N, V], cache, mask [N, P] and next positions [N]; equal prompts are read once."""
+def _distinct(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[list[tuple[int, ...]], Tensor]:
+    """Each prompt once, and which of them every row has, [N]."""
     numbers: dict[tuple[int, ...], int] = {}
-    index = torch.tensor([numbers.setdefault(tuple(prompt), len(numbers)) for prompt in prompts], device=model.device)
-    ids, mask = pad_left(list(numbers), pad_id, model.device)
-    mask = mask.long()
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    read = model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=positions,
-        past_key_values=DynamicCache(config=model.config),
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    layers = [RoomyLayer(layer.keys[index], layer.values[index]) for layer in read.past_key_values.layers]
-    return read.logits[index, -1], Cache(layers=layers), mask[index], positions[index, -1] + 1
+    index = [numbers.setdefault(tuple(prompt), len(numbers)) for prompt in prompts]
+    return list(numbers), torch.tensor(index, device=device)
 
 
-def _close_ranks(done: Tensor, cache: Cache) -> Tensor:
+class _CausalReader:
+    """A causal model that has read the prompts: `logits [N, V]` of the first token, and what reading on takes."""
+
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_id: int) -> None:
+        distinct, index = _distinct(prompts, model.device)
+        ids, mask = pad_left(distinct, pad_id, model.device)
+        mask = mask.long()
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        read = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=DynamicCache(config=model.config),
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.model, self.logits = model, read.logits[index, -1]
+        self.layers = [RoomyLayer(layer.keys[index], layer.values[index]) for layer in read.past_key_values.layers]
+        self.cache, self.mask, self.positions = Cache(layers=self.layers), mask[index], positions[index, -1] + 1
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows, whose cache has been moved already."""
+        self.positions, self.mask = self.positions[rows], self.mask[rows]
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """Logits [n, V] after one more token [n] of each row."""
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
+        output = self.model(
+            input_ids=tokens.unsqueeze(1),
+            attention_mask=self.mask,
+            position_ids=self.positions.unsqueeze(1),
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        self.positions = self.positions + 1
+        return output.logits[:, -1]
+
+
+class _DecoderReader:
+    """The same for an encoder-decoder: the encoder has read the prompts, the decoder what it is given to begin with.
+
+    Every row of a decoder has the same length, so it needs neither positions nor a mask of its own. Its keys and
+    values of the prompts are kept once for each row and leave with it.
+    """
+
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_id: int) -> None:
+        distinct, index = _distinct(prompts, model.device)
+        ids, mask = pad_right(distinct, pad_id, model.device)
+        mask = mask.long()
+        states = model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
+        # Not made from the config, which counts the encoder's layers.
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        prefix = torch.tensor(decoder_prefix(model), device=model.device).expand(len(ids), -1)
+        self.model, self.cache = model, cache
+        self.logits = self._forward(prefix, states, mask)[index]
+        for side in (cache.self_attention_cache, cache.cross_attention_cache):
+            side.layers = [RoomyLayer(layer.keys[index], layer.values[index]) for layer in side.layers]
+        self.layers = [*cache.self_attention_cache.layers, *cache.cross_attention_cache.layers]
+        # Only their shape is read from now on: what the decoder made of them is in the cache.
+        self.states, self.mask = states[:1].expand(len(index), -1, -1), mask[index]
+
+    def _forward(self, tokens: Tensor, states: Tensor, mask: Tensor) -> Tensor:
+        output = self.model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=states),
+            attention_mask=mask,
+            decoder_input_ids=tokens,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        return output.logits[:, -1]
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows, whose cache has been moved already."""
+        self.states, self.mask = self.states[: len(rows)], self.mask[rows]
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """Logits [n, V] after one more token [n] of each row."""
+        return self._forward(tokens.unsqueeze(1), self.states, self.mask)
+
+
+def _close_ranks(done: Tensor, layers: Sequence[RoomyLayer]) -> Tensor:
     """Let the finished rows leave: the last rows take the gaps, so little is copied. Returns who stands where, [n]."""
     rows = int((~done).sum())
     gaps, movers = done[:rows].nonzero().squeeze(1), (~done[rows:]).nonzero().squeeze(1) + rows
     order = torch.arange(rows, device=done.device)
     order[gaps] = movers
-    for layer in cache.layers:
+    for layer in layers:
         layer.move_rows(movers, gaps, rows)
     return order

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from pipeline.models.decoder_start import decoder_prefix
 from pipeline.models.decoding import Choose, Stop, decode_batch, supports_decode_loop
-from pipeline.models.sequences import length_sorted_chunks, pad_left
+from pipeline.models.sequences import length_sorted_chunks, pad_left, pad_right
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,10 @@ def generate(
     """Token ids of one completion for each prompt (lists of ids), in the order of the prompts.
 
     A completion ends with an EOS token if the model wrote one, or with the token that completes a stop string, else it
-    has `max_new_tokens` tokens. The model's saved generation settings (penalties, forced tokens, sampling) are not
-    used, so that a recipe alone decides. A sampled token is a function of one uniform number of its own row and step,
-    drawn from torch's generator for all prompts at once, so neither `batch_size` nor other rows change a completion.
+    has `max_new_tokens` tokens. Of the model's saved generation settings only EOS tokens and what a decoder begins
+    with are used (no penalties, no sampling), so that a recipe alone decides. A sampled token is a function of one
+    uniform number of its own row and step, drawn from torch's generator for all prompts at once, so neither
+    `batch_size` nor other rows change a completion.
 
     Raises:
         FloatingPointError: the model's probabilities are not finite.
@@ -141,6 +143,7 @@ def _generate_by_transformers(
     ends: list[int],
     batch_size: int,
 ) -> list[list[int]]:
+    prefix = decoder_prefix(model)
     config = GenerationConfig(
         max_new_tokens=decoding.max_new_tokens,
         min_new_tokens=decoding.min_new_tokens or None,
@@ -152,6 +155,7 @@ def _generate_by_transformers(
         eos_token_id=ends,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
+        decoder_start_token_id=next(iter(prefix), None),
     )
     # transformers fills unset fields from the model's own generation config, so ours takes its place meanwhile.
     saved, model.generation_config = model.generation_config, config
@@ -159,9 +163,13 @@ def _generate_by_transformers(
     try:
         for chunk in length_sorted_chunks(torch.tensor([len(p) for p in prompts]), batch_size):
             rows = chunk.tolist()
-            ids, mask = pad_left([prompts[row] for row in rows], config.pad_token_id, model.device)
-            output = model.generate(input_ids=ids, attention_mask=mask.long(), generation_config=config)
-            for row, tokens in zip(rows, output[:, ids.shape[1] :].tolist(), strict=True):
+            pad = pad_right if prefix else pad_left
+            ids, mask = pad([prompts[row] for row in rows], config.pad_token_id, model.device)
+            given = {"decoder_input_ids": torch.tensor([prefix] * len(rows), device=model.device)} if prefix else {}
+            inputs = {"input_ids": ids, "attention_mask": mask.long(), **given}
+            output = model.generate(**inputs, generation_config=config)
+            start = len(prefix) or ids.shape[1]
+            for row, tokens in zip(rows, output[:, start:].tolist(), strict=True):
                 lengths = range(1, len(tokens))
                 stop = (n for n in lengths if tokens[n - 1] in ends or _is_stopped(tokenizer, decoding, tokens[:n]))
                 completions[row] = tokens[: next(stop, len(tokens))]

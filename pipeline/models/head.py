@@ -1,5 +1,6 @@
 """Log-probs and entropies of chosen tokens from the LM head, without keeping [tokens, vocabulary]."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,12 @@ LOGIT_BUDGET = 2**24
 
 
 def token_logprobs(
-    head: nn.Module, hidden: Tensor, targets: Tensor, vocabulary: int, temperature: float, entropy_gradient: bool
+    head: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    targets: Tensor,
+    vocabulary: int,
+    temperature: float,
+    entropy_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies (nats), [M] each, float32 or wider, of `targets [M]` given `hidden [M, H]`.
 
@@ -31,7 +37,7 @@ def token_logprobs(
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
 
-def _is_frozen(head: nn.Module) -> bool:
+def _is_frozen(head: Callable[[Tensor], Tensor]) -> bool:
     """Whether the head is a plain layer that is not trained, whole on this device (ZeRO-3 and FSDP leave a stub)."""
     return (
         type(head) is nn.Linear
@@ -78,7 +84,7 @@ def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
 
 
 def _score(
-    head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, entropy_gradient: bool
+    head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, temperature: float, entropy_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     logprobs = _log_softmax(head(hidden), temperature)
     with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):

@@ -1,4 +1,4 @@
-"""Load tokenizers and causal language models from a directory or the Hub, and describe their LoRA adapter."""
+"""Load tokenizers and language models, causal or encoder-decoder, from a directory or the Hub; describe their LoRA."""
 
 import os
 import shutil
@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -19,6 +20,7 @@ from transformers import (
 )
 
 from pipeline.models.config import ModelConfig
+from pipeline.models.decoder_start import check_languages, set_decoder_start
 
 ADAPTER_FILE = "adapter_config.json"
 PROBE_SECONDS = 4.0
@@ -85,8 +87,18 @@ def _load_config(path: str, revision: str = "main", trust_remote_code: bool = Fa
 
 
 def load_config(path: str | Path, config: ModelConfig) -> PretrainedConfig:
-    """The model's configuration, without its weights."""
+    """The model's configuration, without its weights; for an adapter its base model's."""
+    directory = Path(path).expanduser()
+    if (directory / ADAPTER_FILE).is_file():
+        return load_config(LoraConfig.from_pretrained(str(directory)).base_model_name_or_path, config)
     return _load_config(str(path), config.model_revision, config.trust_remote_code)
+
+
+def is_encoder_decoder(config: ModelConfig) -> bool:
+    """Whether the model of a recipe is an encoder-decoder, without loading it."""
+    if config.from_scratch is not None:
+        return config.from_scratch.is_encoder_decoder
+    return load_config(config.model_name_or_path, config).is_encoder_decoder
 
 
 def position_limit(config: PretrainedConfig) -> int | None:
@@ -98,41 +110,42 @@ def position_limit(config: PretrainedConfig) -> int | None:
 def load_tokenizer(path: str | Path, config: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model. One without a pad token pads with EOS, which the masks keep apart from real EOS.
 
-    Beside an adapter there may be none; then it is its base model's.
+    Beside an adapter there may be none; then it is its base model's. Prompts of causal models are padded on the left.
 
     Raises:
-        ValueError: the tokenizer has no EOS token, so completions could never end.
+        ValueError: the tokenizer has no EOS token, so completions could never end, or not the recipe's languages.
     """
     directory = Path(path).expanduser()
     if (directory / ADAPTER_FILE).is_file() and not (directory / "tokenizer_config.json").is_file():
         return load_tokenizer(LoraConfig.from_pretrained(str(directory)).base_model_name_or_path, config)
+    codes = {"src_lang": config.src_lang, "tgt_lang": config.tgt_lang}
+    languages = {key: code for key, code in codes.items() if code is not None}
     tokenizer = AutoTokenizer.from_pretrained(
         os.path.expanduser(path), revision=config.model_revision, trust_remote_code=config.trust_remote_code
     )
+    check_languages(tokenizer, languages)
+    for key, code in languages.items():
+        setattr(tokenizer, key, code)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"model: the tokenizer of {str(path)!r} has no EOS token, so no completion could ever end")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "left"
+    if not load_config(path, config).is_encoder_decoder:
+        tokenizer.padding_side = "left"
     return tokenizer
 
 
 def load_model(path: str | Path, config: ModelConfig) -> PreTrainedModel:
-    """A causal language model with plain weights, on the CPU; a peft adapter directory is merged into its base.
+    """A language model with plain weights, on the CPU; a peft adapter directory is merged into its base.
 
-    Raises:
-        ValueError: an encoder-decoder model, which this release does not train.
+    The decoder of an encoder-decoder begins as the recipe's languages and the tokenizer say: `set_decoder_start`.
     """
     path = os.path.expanduser(path)
     if (Path(path) / ADAPTER_FILE).is_file():
         return merge_adapter(path, config)
     model_config = load_config(path, config)
-    if model_config.is_encoder_decoder:
-        raise ValueError(
-            f"model: {str(path)!r} is an encoder-decoder ({model_config.model_type}); "
-            "this release trains causal (decoder-only) models"
-        )
-    return AutoModelForCausalLM.from_pretrained(
+    model_class = AutoModelForSeq2SeqLM if model_config.is_encoder_decoder else AutoModelForCausalLM
+    model = model_class.from_pretrained(
         str(path),
         config=model_config,
         revision=config.model_revision,
@@ -140,6 +153,9 @@ def load_model(path: str | Path, config: ModelConfig) -> PreTrainedModel:
         dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
         attn_implementation=config.attn_implementation,
     )
+    if model_config.is_encoder_decoder:
+        set_decoder_start(model, load_tokenizer(path, config))
+    return model
 
 
 def merge_adapter(path: str | Path, config: ModelConfig) -> PreTrainedModel:
@@ -175,9 +191,8 @@ def load_policy(path: str | Path, base: str | Path, config: ModelConfig) -> PreT
 
 
 def lora_config(config: ModelConfig) -> LoraConfig:
-    """The peft adapter a recipe's `lora_*` keys describe."""
+    """The peft adapter a recipe's `lora_*` keys describe; `adapter_config` fits it to a model."""
     return LoraConfig(
-        task_type="CAUSAL_LM",
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,

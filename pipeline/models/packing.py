@@ -105,6 +105,8 @@ def _states_at(lengths: Tensor, prompt_of: Tensor | None, own: Tensor, mask: Ten
 def enable_packing(model: PreTrainedModel) -> bool:
     """Give the model's attention layers a packed way beside their own; False where they allow none."""
     implementation = model.config._attn_implementation
+    if model.config.is_encoder_decoder:  # a decoder does not read its prompt by its own attention
+        return False
     layers = set(model.config.get_text_config().to_dict().get("layer_types") or [])
     if implementation not in IMPLEMENTATIONS or not layers <= LAYERS or not model._can_set_attn_implementation():
         return False

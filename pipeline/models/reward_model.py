@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from pipeline.models.adapters import check_adapter
+from pipeline.models.adapters import adapter_config, check_adapter
 from pipeline.models.fused_lora import fuse_adapters
 from pipeline.models.sequences import Sequences
+from pipeline.models.states import final_states
 
 HEAD_FILE, RECORD_FILE = "reward_head.safetensors", "reward_model.json"
 PROBE_VALUES = 1024  # about as many numbers of each weight decide whether two bases are the same
@@ -62,16 +63,6 @@ def load_record(directory: str | Path) -> RewardRecord:
         ) from error
 
 
-def final_states(model: PreTrainedModel, sequences: Sequences) -> Tensor:
-    """[B, H]: the state that has read the prompt and every completion token, an EOS at its end included."""
-    ids = torch.cat([sequences.prompt_ids, sequences.completion_ids], dim=1)
-    mask = torch.cat([sequences.prompt_mask, sequences.completion_mask], dim=1)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    output = model.base_model(input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False)
-    last = sequences.prompt_ids.shape[1] + sequences.completion_mask.sum(1) - 1
-    return output.last_hidden_state[torch.arange(len(sequences), device=last.device), last]
-
-
 def apply_head(head: nn.Linear, states: Tensor) -> Tensor:
     """Raw scores [B] of `states [B, H]`, in the head's own precision whatever autocast does to the trunk."""
     with torch.autocast(states.device.type, enabled=False):
@@ -79,7 +70,7 @@ def apply_head(head: nn.Linear, states: Tensor) -> Tensor:
 
 
 class RewardNetwork(nn.Module):
-    """A causal language model with a LoRA adapter and a scalar head, as TRL's `RewardTrainer` wants it."""
+    """A language model with a LoRA adapter and a scalar head, as TRL's `RewardTrainer` wants it."""
 
     def __init__(self, network: PeftModel, head: nn.Linear) -> None:
         super().__init__()
@@ -95,7 +86,7 @@ class RewardNetwork(nn.Module):
             ValueError: an adapter on weights that the model uses twice.
         """
         width = model.get_output_embeddings().weight.shape[1]
-        network = get_peft_model(model, lora)
+        network = get_peft_model(model, adapter_config(model, lora))
         check_adapter(network)
         if fused:
             fuse_adapters(network)

@@ -10,7 +10,17 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BartConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    T5Config,
+)
 
 from pipeline.models.config import FromScratchConfig
 
@@ -61,11 +71,19 @@ def _digest(config: FromScratchConfig, texts: Iterable[str], seed: int) -> str:
 def _build(config: FromScratchConfig, texts: Iterable[str], seed: int, directory: Path) -> None:
     tokenizer = train_tokenizer(texts, config.vocab_size)
     tokenizer.model_max_length = config.max_position_embeddings
-    tokenizer.padding_side = "left"
+    if config.is_encoder_decoder:  # as T5's: an encoder sees where its text ends
+        ends = TemplateProcessing(single=f"$A {EOS}", special_tokens=[(EOS, tokenizer.eos_token_id)])
+        tokenizer.backend_tokenizer.post_processor = ends
+    else:
+        tokenizer.padding_side = "left"
+    model_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model_config = _architecture(config, tokenizer)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(model_config)
+        model = model_class.from_config(model_config)
+        if config.architecture == "t5":
+            # T5's own scale of 1 suits an optimizer that steps in proportion to a weight; Adam would hardly move them.
+            torch.nn.init.normal_(model.get_input_embeddings().weight, std=config.hidden_size**-0.5)
     directory.mkdir(parents=True)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
@@ -74,15 +92,20 @@ def _build(config: FromScratchConfig, texts: Iterable[str], seed: int, directory
 def _architecture(config: FromScratchConfig, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
     shared = {
         "vocab_size": len(tokenizer),
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    if config.is_encoder_decoder:
+        shared["decoder_start_token_id"] = tokenizer.bos_token_id
+        return (_t5 if config.architecture == "t5" else _bart)(config, shared)
+    shared |= {
         "hidden_size": config.hidden_size,
         "intermediate_size": config.feed_forward_size,
         "num_hidden_layers": config.num_hidden_layers,
         "num_attention_heads": config.num_attention_heads,
         "max_position_embeddings": config.max_position_embeddings,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
     }
     if config.architecture == "llama":
         return LlamaConfig(num_key_value_heads=config.num_attention_heads, **shared)
@@ -91,5 +114,38 @@ def _architecture(config: FromScratchConfig, tokenizer: PreTrainedTokenizerFast)
         attention_dropout=config.dropout,
         use_parallel_residual=False,  # the parallel form is for speed at scale; a shallow model learns better without
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
+        **shared,
+    )
+
+
+def _t5(config: FromScratchConfig, shared: dict[str, object]) -> T5Config:
+    return T5Config(
+        d_model=config.hidden_size,
+        d_kv=config.hidden_size // config.num_attention_heads,
+        d_ff=config.feed_forward_size,
+        num_layers=config.num_hidden_layers,
+        num_decoder_layers=config.num_decoder_layers,
+        num_heads=config.num_attention_heads,
+        dropout_rate=config.dropout,
+        scale_decoder_outputs=False,  # it belongs to embeddings of T5's own scale
+        **shared,
+    )
+
+
+def _bart(config: FromScratchConfig, shared: dict[str, object]) -> BartConfig:
+    sizes = {}
+    layers = {"encoder": config.num_hidden_layers, "decoder": config.num_decoder_layers or config.num_hidden_layers}
+    for side, count in layers.items():
+        sizes[f"{side}_layers"] = count
+        sizes[f"{side}_attention_heads"] = config.num_attention_heads
+        sizes[f"{side}_ffn_dim"] = config.feed_forward_size
+    return BartConfig(
+        d_model=config.hidden_size,
+        dropout=config.dropout,
+        attention_dropout=config.dropout,
+        max_position_embeddings=config.max_position_embeddings,
+        scale_embedding=True,  # else the small embeddings of a new model drown in its positions
+        forced_eos_token_id=None,  # BART's own default ends every text at its length limit
+        **sizes,
         **shared,
     )

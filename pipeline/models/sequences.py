@@ -11,13 +11,15 @@ from torch import Tensor
 class Sequences:
     """`prompt_ids, prompt_mask [B, P]` padded left and `completion_ids, completion_mask [B, C]` padded right.
 
-    Masks are True on real tokens. Every completion has at least one token.
+    Masks are True on real tokens. Every completion has at least one token. `encoder_states [B, P, H]`, padded right,
+    is what an encoder made of the prompts, kept where nothing in the encoder trains.
     """
 
     prompt_ids: Tensor
     prompt_mask: Tensor
     completion_ids: Tensor
     completion_mask: Tensor
+    encoder_states: Tensor | None = None
 
     @property
     def lengths(self) -> Tensor:
@@ -34,6 +36,7 @@ class Sequences:
             self.prompt_mask[index, width - prompt :],
             self.completion_ids[index, :completion],
             self.completion_mask[index, :completion],
+            None if self.encoder_states is None else self.encoder_states[index, :prompt],
         )
 
     def prompt_numbers(self) -> Tensor:
@@ -47,6 +50,14 @@ class Sequences:
         numbers, lengths = self.prompt_numbers(), self.lengths
         longest = torch.zeros_like(lengths).scatter_reduce(0, numbers, lengths, "amax")[numbers]
         return list(torch.argsort(longest * len(self) + numbers, stable=True).split(size))
+
+    def encoder_inputs(self) -> tuple[Tensor, Tensor]:
+        """The prompts as an encoder reads them, `ids, mask [B, P]` padded right: its positions count from the left."""
+        width = self.prompt_ids.shape[1]
+        columns = torch.arange(width, device=self.prompt_ids.device)
+        lengths = self.prompt_mask.sum(1, keepdim=True)
+        order = (columns + width - lengths) % width
+        return self.prompt_ids.gather(1, order), columns < lengths
 
     def __len__(self) -> int:
         return self.prompt_ids.shape[0]

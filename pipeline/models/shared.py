@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,12 +12,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pipeline.models.adapters import check_adapter
+from pipeline.models.adapters import adapter_config, check_adapter
 from pipeline.models.fused_lora import fuse_adapters
 from pipeline.models.head import token_logprobs
 from pipeline.models.packing import disable_packing, enable_packing, pack, packed_states
-from pipeline.models.reward_model import apply_head, final_states, load_head
+from pipeline.models.reward_model import apply_head, load_head
 from pipeline.models.sequences import Sequences, make_sequences
+from pipeline.models.states import completion_states, encode, final_states, lm_head
 
 POLICY, VALUE, REWARD = "default", "value", "reward"  # peft's adapter names; it calls the first one default
 
@@ -32,7 +33,7 @@ class TokenOutputs:
 
 
 class SharedModel(nn.Module):
-    """Policy, reference policy and value function over one causal language model without dropout.
+    """Policy, reference policy and value function over one language model, causal or encoder-decoder, without dropout.
 
     With a `lora` config the base is frozen, the policy is base plus adapter, and the reference is the base alone. With
     None the whole model is trained, and a frozen copy of it is the reference. Temperature divides the logits of
@@ -61,6 +62,7 @@ class SharedModel(nn.Module):
             self.network: PreTrainedModel | PeftModel = model
         else:
             self._frozen = []  # in a list, as the reward's head: no submodules, neither trained nor saved
+            lora = adapter_config(model, lora)
             self.network = get_peft_model(model, lora)
             check_adapter(self.network)
             fuse_adapters(self.network)
@@ -101,6 +103,19 @@ class SharedModel(nn.Module):
         with torch.autocast(states.device.type, enabled=False):
             values = self.value_head(states.to(self.value_head.weight.dtype)).squeeze(-1)
         return TokenOutputs(*(_scatter(part, mask) for part in (logprobs, entropies, values)))
+
+    @property
+    def encoder_is_frozen(self) -> bool:
+        """Whether nothing in an encoder trains, so that what it makes of a prompt stays the same for every role."""
+        model = self.causal_lm
+        return model.config.is_encoder_decoder and not any(p.requires_grad for p in model.get_encoder().parameters())
+
+    @torch.no_grad()
+    def encoded(self, sequences: Sequences, size: int) -> Sequences:
+        """The sequences with their encoder's states, `size` prompts read at a time, where these never change."""
+        if not self.encoder_is_frozen:
+            return sequences
+        return replace(sequences, encoder_states=encode(self.causal_lm, sequences, size))
 
     @torch.no_grad()
     def reference_logprobs(self, *batches: Sequences) -> list[Tensor]:
@@ -234,12 +249,7 @@ class SharedModel(nn.Module):
         """[M, H] for the M completion tokens in row order: the state of token t has read the prompt and t tokens."""
         if self.padding_free and (self._window is None or int(sequences.lengths.max()) <= self._window):
             return packed_states(model, pack(sequences))
-        completion = sequences.completion_ids.shape[1]
-        ids = torch.cat([sequences.prompt_ids, sequences.completion_ids[:, :-1]], dim=1)
-        mask = torch.cat([sequences.prompt_mask, sequences.completion_mask[:, :-1]], dim=1)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        output = model.base_model(input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False)
-        return output.last_hidden_state[:, -completion:][sequences.completion_mask]
+        return completion_states(model, sequences)[sequences.completion_mask]
 
     @torch.no_grad()
     def _packing_agrees(self) -> bool:
@@ -259,8 +269,7 @@ class SharedModel(nn.Module):
     def _token_logprobs(self, model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies of completion tokens, [M] each from [M, H], without keeping [M, V]."""
         vocabulary = model.config.get_text_config().vocab_size
-        head = model.get_output_embeddings()
-        return token_logprobs(head, hidden, targets, vocabulary, self.temperature, self.entropy_gradient)
+        return token_logprobs(lm_head(model), hidden, targets, vocabulary, self.temperature, self.entropy_gradient)
 
 
 def _scatter(values: Tensor, mask: Tensor) -> Tensor:
@@ -276,22 +285,3 @@ def remove_dropout(model: nn.Module) -> None:
         for name, value in vars(module).items():  # residual_dropout, hidden_dropout, layerdrop: names differ by model
             if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
-
-
-@torch.no_grad()
-def check_trunk_and_head(model: PreTrainedModel) -> None:
-    """Refuse a model whose logits are more than its LM head on its trunk, which is how PPO computes them.
-
-    Raises:
-        ValueError: the logits differ (a model that scales or caps them), naming the model type.
-    """
-    ids, training = torch.arange(1, 5, device=model.device).unsqueeze(0), model.training
-    model.eval()  # dropout would make any two passes differ
-    own = model(input_ids=ids, use_cache=False).logits
-    ours = model.get_output_embeddings()(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
-    model.train(training)
-    if not torch.allclose(own.float(), ours.float(), rtol=1e-3, atol=1e-3):
-        raise ValueError(
-            f"model: {model.config.model_type!r} changes its logits after the LM head (scaling or soft-capping), "
-            "which PPO here does not reproduce; choose another model"
-        )

@@ -7,17 +7,22 @@ from transformers import PreTrainedTokenizerBase
 Messages = list[dict[str, str]]
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | Messages]) -> list[list[int]]:
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | Messages], encoder_decoder: bool = False
+) -> list[list[int]]:
     """Token ids of each prompt, plain text or chat `messages`, with nothing padded or truncated.
 
     Chat prompts go through the tokenizer's chat template with its generation prompt. Plain prompts get the special
-    tokens the tokenizer puts *before* a text (a BOS); an EOS it would append is removed, because the model has to
-    continue a prompt, not to see it ended.
+    tokens the tokenizer puts *before* a text (a BOS). What it puts behind one (EOS, language code) an encoder reads;
+    for a causal model an EOS is removed, because it has to continue a prompt, not to see it ended.
 
     Raises:
         ValueError: chat messages and a tokenizer without a chat template.
     """
-    return [_encode_chat(tokenizer, p) if isinstance(p, list) else _encode_plain(tokenizer, p) for p in prompts]
+    return [
+        _encode_chat(tokenizer, p) if isinstance(p, list) else _encode_plain(tokenizer, p, encoder_decoder)
+        for p in prompts
+    ]
 
 
 def encode_completions(
@@ -39,8 +44,10 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[Sequence[int]]) -> 
     return [text.strip() for text in texts]
 
 
-def _encode_plain(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+def _encode_plain(tokenizer: PreTrainedTokenizerBase, prompt: str, encoder_decoder: bool) -> list[int]:
     ids = tokenizer(prompt)["input_ids"]
+    if encoder_decoder:
+        return ids
     while ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token):
         ids = ids[:-1]
     return ids
@@ -64,7 +71,7 @@ def _encode_completion(
     tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, completion: str | Messages
 ) -> list[int]:
     if isinstance(prompt, str):
-        ids = tokenizer(completion, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(text_target=completion, add_special_tokens=False)["input_ids"]
         return [*ids, tokenizer.eos_token_id]
     if isinstance(completion, str):
         completion = [{"role": "assistant", "content": completion}]

@@ -9,9 +9,11 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pipeline.models.decoder_start import decoder_prefix
 from pipeline.models.loading import position_limit
 from pipeline.models.sequences import Sequences, make_sequences
-from pipeline.models.shared import SharedModel, check_trunk_and_head
+from pipeline.models.shared import SharedModel
+from pipeline.models.states import check_trunk_and_head
 from pipeline.trainers.config import PPOConfig
 
 # The largest |log pi - log rho| of a token that rounding explains: DoRA and checkpointing compute in another order.
@@ -105,6 +107,14 @@ def check_prompts(
     limit = position_limit(model.config)
     if limit is None:
         return
+    prefix = len(decoder_prefix(model))
+    if prefix and prefix + response_length - 1 > limit:
+        raise ValueError(
+            f"ppo.response_length: the decoder of the model has {limit} positions (max_position_embeddings), of which "
+            f"{prefix} are given before a completion; {response_length} more tokens do not fit: lower it"
+        )
+    if prefix:  # the two sides have positions of their own
+        response_length = 0
     long = [row for row, ids in enumerate(prompts) if len(ids) + response_length > limit]
     if long:
         longest = max(long, key=lambda row: len(prompts[row]))

@@ -1,4 +1,4 @@
-"""Proximal policy optimisation of a causal language model on `accelerate`: act, credit, learn, log."""
+"""Proximal policy optimisation of a language model on `accelerate`: act, credit, learn, log."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -104,14 +104,17 @@ class PPOTrainer:
         if args.gradient_checkpointing:
             shared.enable_gradient_checkpointing()
         shared.train()
-        self._prompt_ids = encode_prompts(processing_class, train_dataset["prompt"])
-        self._eval_prompt_ids = encode_prompts(processing_class, self.eval_dataset["prompt"]) if eval_dataset else []
+        held_out = self.eval_dataset["prompt"] if eval_dataset else []
+        self._prompt_ids, self._eval_prompt_ids = (
+            encode_prompts(processing_class, prompts, model.config.is_encoder_decoder)
+            for prompts in (train_dataset["prompt"], held_out)
+        )
         self._prompt_at = prompt_order(len(train_dataset), seed)
         self.learner = Learner(shared, args, self.accelerator)
         self.shared = self.learner.shared
         self.optimizer, self.scheduler = self.learner.optimizer, self.learner.scheduler
         for adapter in adapters:
-            adapter.attach(self.shared.reward_scores, self.accelerator.device)
+            adapter.attach(self.shared.reward_scores, self.shared.causal_lm)
         check_rewards(self.rewards, first_rows(train_dataset))
         check_start(self.shared, processing_class, self._prompt_ids, self._eval_prompt_ids, args, self.accelerator)
         self.state, self._warned = TrainerState(), False
@@ -195,6 +198,7 @@ class PPOTrainer:
         scores, token_scores, seen = self._paid_scores(rows, completions, said, ended)
         sequences = make_sequences(prompts, completions, self.tokenizer.pad_token_id, device)
         with self.accelerator.autocast():
+            sequences = self.shared.encoded(sequences, args.per_device_train_batch_size)
             logprobs, ref_logprobs, values, entropies = score_tokens(
                 self.shared, sequences, args.per_device_train_batch_size
             )

@@ -1,7 +1,8 @@
 """Supervised fine-tuning: Relay's data and defaults for TRL's `SFTTrainer`."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,13 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from pipeline.models.adapters import check_adapter
+from pipeline.models.adapters import adapter_config, check_adapter
+from pipeline.models.decoder_start import decoder_prefix
+from pipeline.models.sequences import pad_right
 from pipeline.models.text import encode_completions, encode_prompts
 from pipeline.trainers.checkpoint_files import newest_checkpoint
 from pipeline.trainers.logs import MetricsFileCallback
@@ -58,18 +62,27 @@ def complete_arguments(defaults: Mapping[str, Any], arguments: Mapping[str, Any]
     return settings
 
 
-def sft_dataset(tokenizer: PreTrainedTokenizerBase, split: Dataset, completion_only_loss: bool = True) -> Dataset:
-    """`input_ids` and `labels` (-100 where no loss is taken) of each example, prompt rendered as PPO renders it."""
-    prompts = encode_prompts(tokenizer, split["prompt"])
+def sft_dataset(
+    tokenizer: PreTrainedTokenizerBase,
+    split: Dataset,
+    completion_only_loss: bool = True,
+    encoder_decoder: bool = False,
+) -> Dataset:
+    """`input_ids` and `labels` (-100 where no loss is taken) of each example, prompt rendered as PPO renders it.
+
+    An encoder-decoder's `input_ids` are the prompt and its `labels` the completion.
+    """
+    prompts = encode_prompts(tokenizer, split["prompt"], encoder_decoder)
     completions = encode_completions(tokenizer, split["prompt"], split["completion"])
     pairs = list(zip(prompts, completions, strict=True))
-    return Dataset.from_dict(
-        {
+    if encoder_decoder:
+        columns = {"input_ids": prompts, "labels": completions}
+    else:
+        columns = {
             "input_ids": [prompt + completion for prompt, completion in pairs],
             "labels": [([-100] * len(p) if completion_only_loss else p) + c for p, c in pairs],
-            "length": [len(prompt) + len(completion) for prompt, completion in pairs],
         }
-    )
+    return Dataset.from_dict({**columns, "length": [len(prompt) + len(completion) for prompt, completion in pairs]})
 
 
 def build_sft_trainer(
@@ -86,14 +99,17 @@ def build_sft_trainer(
     # TRL's fused LM head needs Triton to skip the tokens that carry no loss; without it, ours does.
     triton = torch.cuda.is_available() or torch.xpu.is_available()
     fused = triton or args.loss_type != "nll" or args.router_aux_loss_coef
-    trainer_class = ResumableSFTTrainer if fused else CompletionHeadSFTTrainer
+    seq2seq = model.config.is_encoder_decoder
+    trainer_class = EncoderDecoderSFTTrainer if seq2seq else ResumableSFTTrainer if fused else CompletionHeadSFTTrainer
+    evaluates = args.eval_strategy != "no"
     trainer = trainer_class(
         model=model,
         args=args,
         processing_class=tokenizer,
-        train_dataset=sft_dataset(tokenizer, train, completion_only),
-        eval_dataset=sft_dataset(tokenizer, validation, completion_only) if args.eval_strategy != "no" else None,
-        peft_config=peft_config,
+        data_collator=EncoderDecoderCollator(decoder_prefix(model), tokenizer.pad_token_id) if seq2seq else None,
+        train_dataset=sft_dataset(tokenizer, train, completion_only, seq2seq),
+        eval_dataset=sft_dataset(tokenizer, validation, completion_only, seq2seq) if evaluates else None,
+        peft_config=None if peft_config is None else adapter_config(model, peft_config),
         callbacks=[MetricsFileCallback(metrics_file)],
     )
     if isinstance(trainer.model, PeftModel):
@@ -124,7 +140,7 @@ class CompletionHeadSFTTrainer(ResumableSFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross-entropy in nats, summed over labelled tokens and divided by their number in the whole batch."""
-        labels = torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
+        labels = self._targets(inputs["labels"])
         scored = labels != -100
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
         hook = head.register_forward_pre_hook(lambda module, hidden: (hidden[0][scored],))
@@ -135,8 +151,11 @@ class CompletionHeadSFTTrainer(ResumableSFTTrainer):
         targets = labels[scored]
         smoothing = self.args.label_smoothing_factor if self.model.training else 0.0
         loss = torch.nn.functional.cross_entropy(
-            outputs.logits.float(), targets, reduction="sum", label_smoothing=smoothing
+            outputs.logits.float(), targets, reduction="none", label_smoothing=smoothing
         )
+        if self.args.loss_type == "dft":  # each token by its probability: Wu et al. 2025, arXiv:2508.05629
+            loss = loss * (-loss).exp().detach()
+        loss = loss.sum()
         count = targets.numel() if num_items_in_batch is None else num_items_in_batch
         loss = loss / torch.as_tensor(count).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
@@ -146,3 +165,44 @@ class CompletionHeadSFTTrainer(ResumableSFTTrainer):
         mode = "train" if self.model.training else "eval"
         self._metrics[mode]["mean_token_accuracy"].append((correct / seen).item())
         return (loss, outputs) if return_outputs else loss
+
+    def _targets(self, labels: Tensor) -> Tensor:
+        """What each position predicts, [B, T]; -100 where nothing is scored."""
+        return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+
+
+class EncoderDecoderSFTTrainer(CompletionHeadSFTTrainer):
+    """The same for encoder-decoders: the collator has moved the decoder's input, so labels stand where they are."""
+
+    def _targets(self, labels: Tensor) -> Tensor:
+        return labels
+
+    def _track_num_input_tokens(self, inputs) -> None:
+        """Count the tokens of the completions beside those of the prompts, as they count for a causal model."""
+        both = {
+            "input_ids": torch.cat([inputs["input_ids"], inputs["labels"]], dim=1),
+            "attention_mask": torch.cat([inputs["attention_mask"], inputs["labels"] != -100], dim=1),
+        }
+        super()._track_num_input_tokens(both)
+
+
+@dataclass(frozen=True)
+class EncoderDecoderCollator:
+    """Prompts for the encoder and completions for the decoder, both padded right.
+
+    The decoder reads `prefix`, which is given and carries no loss, then the completion but its last token.
+    """
+
+    prefix: list[int]
+    pad_id: int
+
+    def __call__(self, rows: Sequence[Mapping[str, list[int]]]) -> dict[str, Tensor]:
+        """`input_ids, attention_mask [B, P]` and `decoder_input_ids, labels [B, T]`."""
+        ids, mask = pad_right([row["input_ids"] for row in rows], self.pad_id)
+        given = [-100] * (len(self.prefix) - 1)
+        return {
+            "input_ids": ids,
+            "attention_mask": mask.long(),
+            "decoder_input_ids": pad_right([self.prefix + row["labels"][:-1] for row in rows], self.pad_id)[0],
+            "labels": pad_right([given + row["labels"] for row in rows], -100)[0],
+        }

@@ -15,7 +15,7 @@ import trl
 from datasets import Dataset
 from measuring import Phases
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from pipeline.rewards import RewardConfig
 from pipeline.trainers.config import PPOConfig
@@ -32,16 +32,16 @@ def run(spec: dict) -> str:
     torch.set_num_threads(spec["threads"])
     phases, lengths = Phases(), []
     tokenizer = AutoTokenizer.from_pretrained(spec["model"], padding_side="left")
+    seq2seq = AutoConfig.from_pretrained(spec["model"]).is_encoder_decoder
+    family = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
     with tempfile.TemporaryDirectory() as directory:
         trainer = PPOTrainer(
-            model=AutoModelForCausalLM.from_pretrained(
-                spec["model"], attn_implementation=spec["attention"], dtype=torch.float32
-            ),
+            model=family.from_pretrained(spec["model"], attn_implementation=spec["attention"], dtype=torch.float32),
             args=_settings(spec),
             processing_class=tokenizer,
             reward_funcs=parity,
             train_dataset=Dataset.from_dict({"prompt": tokenizer.batch_decode(spec["prompts"])}),
-            peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **spec["lora"]),
+            peft_config=LoraConfig(**{"target_modules": "all-linear", **spec["lora"]}),
             output_dir=directory,
             seed=spec["seed"],
         )

@@ -2,6 +2,7 @@
 
 import json
 
+import encoder_decoder
 import ppo_scaling
 import ppo_vs_trl
 import pytest
@@ -40,3 +41,25 @@ def test_the_memory_of_four_models_on_one_base(capsys):
     # On one base: policy's and reward's adapters, and the value head.
     assert found["shared"]["parameters"] == base + 2 * 16 * (4 * 64 + 3 * 160) + 33
     assert "shared / four" in capsys.readouterr().out
+
+
+def test_an_encoder_decoder_beside_a_decoder(capsys, fresh_accelerate, monkeypatch):
+    monkeypatch.setattr(encoder_decoder, "measure", lambda python, worker, spec: json.loads(run(spec)))
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    found = encoder_decoder.main(["--quick"])
+    assert list(found) == ["decoder-only", "encoder-decoder", "decoder trained"]
+    assert all(measured["seconds"] > 0 for measured in found.values())
+    assert "encoder for each token" in capsys.readouterr().out
+
+
+def test_counts_of_an_encoder_decoder_by_hand(monkeypatch):
+    monkeypatch.setattr(encoder_decoder, "WIDTH", 1)
+    monkeypatch.setattr(encoder_decoder, "VOCABULARY", 10)
+    monkeypatch.setattr(encoder_decoder, "T5_FEED", 1)
+    monkeypatch.setattr(encoder_decoder, "T5_LAYERS", (1, 1))
+    # The encoder's layer has 6 weights, the decoder's 2 at prompt tokens and 8 at its own, of which each has 10 more.
+    count = encoder_decoder.operations
+    assert count("encoder-decoder", 3, 2, epochs=1) == 2 * (3 * 6 + 3 * 2 + 2 * 18) * 5
+    assert count("decoder trained", 3, 2, epochs=1) == 2 * (2 * 3 * 6 + (3 * 2 + 2 * 18) * 5)
+    again = (3 * 6 + 3 * 2 + 8 + 10) + (3 * 6 + 3 * 2 + 16 + 10)
+    assert count("encoder for each token", 3, 2, epochs=1) == 2 * ((18 + 6 + 36) + again * 4)

@@ -57,13 +57,13 @@ def test_attention_is_that_of_the_position_that_writes_the_token(models, pair, t
 def test_values_come_from_the_head_beside_the_policy(models, pair, tmp_path):
     prompt, completion = pair
     head, file = torch.nn.Linear(32, 1), tmp_path / "value_head.safetensors"
-    assert token_values(models[1], file, prompt, completion) is None
+    assert token_values(models[1], 0, file, prompt, completion) is None
     save_file(head.state_dict(), file)
     states = models[1].base_model(input_ids=torch.tensor([prompt + completion])).last_hidden_state[0]
     expected = head(states[len(prompt) - 1 : -1]).squeeze(-1)
-    assert token_values(models[1], file, prompt, completion).tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+    assert token_values(models[1], 0, file, prompt, completion).tolist() == pytest.approx(expected.tolist(), abs=1e-5)
     save_file(torch.nn.Linear(7, 1).state_dict(), file)
-    assert token_values(models[1], file, prompt, completion) is None
+    assert token_values(models[1], 0, file, prompt, completion) is None
 
 
 def test_an_inspection_has_all_of_it(models, pair, tokenizer, examples, tmp_path):

@@ -3,17 +3,19 @@
 import json
 import shutil
 import socket
+from dataclasses import replace
 
 import pytest
 import torch
 from huggingface_hub import constants
-from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForSeq2SeqLM
+from peft import AutoPeftModelForSeq2SeqLM, LoraConfig, get_peft_model
 
+from pipeline.models.adapters import adapter_config
 from pipeline.models.config import ModelConfig
 from pipeline.models.loading import (
     ModelNotFoundError,
     check_model_path,
+    is_encoder_decoder,
     load_model,
     load_policy,
     load_tokenizer,
@@ -108,13 +110,25 @@ def test_attention_implementation(taught_directory):
         assert load_model(taught_directory, config).config._attn_implementation == name
 
 
-def test_an_encoder_decoder_is_refused(tmp_path, model_config):
-    config = AutoConfig.for_model(
-        "t5", vocab_size=300, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0
-    )
-    AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"encoder-decoder \(t5\)"):
-        load_model(tmp_path, model_config)
+def test_an_encoder_decoder_loads_as_one_and_its_adapter_merges(taught_t5_directory, t5_config, tmp_path):
+    config = replace(t5_config, from_scratch=None, model_name_or_path=str(taught_t5_directory))
+    model = load_model(taught_t5_directory, config).eval()
+    assert type(model).__name__ == "T5ForConditionalGeneration" and is_encoder_decoder(config)
+    adapted = get_peft_model(model, adapter_config(model, lora_config(config))).eval()
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted.peft_config["default"].base_model_name_or_path = str(taught_t5_directory)
+    adapted.save_pretrained(tmp_path)
+    load_tokenizer(taught_t5_directory, config).save_pretrained(tmp_path)
+    ids = {"input_ids": torch.tensor([[5, 6, 2]]), "decoder_input_ids": torch.tensor([[1, 7, 8]])}
+    with torch.no_grad():
+        expected = adapted(**ids).logits
+        torch.testing.assert_close(load_model(tmp_path, config).eval()(**ids).logits, expected)
+        plain = AutoPeftModelForSeq2SeqLM.from_pretrained(tmp_path).eval()(**ids).logits
+    torch.testing.assert_close(plain, expected)
+    assert is_encoder_decoder(replace(config, model_name_or_path=str(tmp_path)))
+    assert load_tokenizer(tmp_path, config).padding_side == "right"
 
 
 def change_tokenizer(source, target, **changes):

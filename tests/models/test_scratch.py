@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from pipeline.models.decoder_start import decoder_prefix
 from pipeline.models.loading import load_model
 from pipeline.models.scratch import build_from_scratch, train_tokenizer
 
@@ -116,6 +117,39 @@ def test_gpt_neox_has_dropout_in_training_only(build, model_config):
     assert torch.equal(model.eval()(ids).logits, model(ids).logits)
     assert not torch.equal(model.train()(ids).logits, model(ids).logits)
     assert model.config.intermediate_size == 4 * model.config.hidden_size
+
+
+@pytest.mark.parametrize("architecture", ["t5", "bart"])
+def test_an_encoder_decoder_has_the_sizes_and_dropout_of_its_configuration(build, model_config, architecture):
+    directory = build(architecture=architecture, num_hidden_layers=1, num_decoder_layers=2, dropout=0.5)
+    model, tokenizer = load_model(directory, model_config), AutoTokenizer.from_pretrained(directory)
+    count = len([n for n, _ in model.named_modules() if n.endswith((".encoder_attn", ".EncDecAttention"))])
+    assert (model.config.num_hidden_layers, count) == (1, 2)
+    assert (model.config.d_model, model.config.vocab_size) == (32, len(tokenizer))
+    widths = {p.shape[0] for n, p in model.named_parameters() if n.endswith(("wi.weight", "fc1.weight"))}
+    assert widths == {4 * 32}
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert decoder_prefix(model) == [tokenizer.bos_token_id]
+    if architecture == "t5":  # a scale that Adam can move, and that saving keeps
+        assert model.get_input_embeddings().weight.std().item() == pytest.approx(32**-0.5, rel=0.05)
+        assert not model.config.scale_decoder_outputs
+    assert model.generation_config.forced_eos_token_id is None
+    ids = tokenizer("the cat")["input_ids"]
+    assert ids[-1] == tokenizer.eos_token_id and tokenizer("the")["input_ids"][:-1] == ids[: ids.index(ids[-1]) - 1]
+    inputs = {"input_ids": torch.tensor([ids]), "decoder_input_ids": torch.tensor([[1, 5, 6]])}
+    assert torch.equal(model.eval()(**inputs).logits, model(**inputs).logits)
+    assert not torch.equal(model.train()(**inputs).logits, model(**inputs).logits)
+
+
+def test_untied_embeddings_and_decoder_layers_where_there_are_none(build, scratch_config, model_config):
+    model = load_model(build(architecture="bart", tie_word_embeddings=False), model_config)
+    assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight
+    with pytest.raises(ValueError, match="tie_word_embeddings: a t5 always shares them, found false; use bart"):
+        replace(scratch_config, architecture="t5", tie_word_embeddings=False)
+    with pytest.raises(
+        ValueError, match=r"num_decoder_layers: .* for encoder-decoders \(t5, bart\) alone, found 2 with"
+    ):
+        replace(scratch_config, num_decoder_layers=2)
 
 
 def test_dropout_needs_an_architecture_that_has_it(scratch_config):

@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pipeline.models import head
 from pipeline.models.sequences import Sequences, make_sequences
-from pipeline.models.shared import SharedModel, check_trunk_and_head, remove_dropout
+from pipeline.models.shared import SharedModel, remove_dropout
+from pipeline.models.states import check_trunk_and_head
 
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11, 12]]
 COMPLETIONS = [[13, 14], [15, 16, 17, 18, 2], [19]]

@@ -49,20 +49,26 @@ SFT_CASES = {
         },
     ),
     "max_steps": (True, {**STEPS, "max_steps": 5, "logging_steps": 1, "save_total_limit": 1}),
+    "t5": (True, {**STEPS, "logging_steps": 3, "train_sampling_strategy": "group_by_length"}),
 }
 
 
 @pytest.fixture
-def sft(taught, tokenizer, examples, model_config, tmp_path, fresh_accelerate):
+def sft(taught, tokenizer, taught_t5, t5_tokenizer, examples, model_config, tmp_path, fresh_accelerate):
     """Each call trains SFT in a directory, or goes on there, and leaves its weights in `final.pt` beside it."""
 
-    def train(output: str, peft: bool = True, before=lambda trainer: None, **settings) -> None:
+    def train(output: str, peft: bool = True, before=lambda trainer: None, t5: bool = False, **settings) -> None:
         directory = tmp_path / output
         adapter = lora_config(replace(model_config, lora_dropout=0.2))
         arguments = sft_arguments({**SFT, **settings}, directory, seed=0)
         rows = examples.select(range(24)), examples.select(range(24, 32))
         trainer = build_sft_trainer(
-            taught(), arguments, tokenizer, *rows, adapter if peft else None, directory / "metrics.jsonl"
+            taught_t5() if t5 else taught(),
+            arguments,
+            t5_tokenizer if t5 else tokenizer,
+            *rows,
+            adapter if peft else None,
+            directory / "metrics.jsonl",
         )
         before(trainer)
         trainer.train(resume_from_checkpoint=last_checkpoint(arguments))
@@ -79,10 +85,13 @@ def drawing_reward(prompts, completions, **columns):
 
 
 @pytest.fixture
-def ppo(make_trainer, examples, tmp_path):
+def ppo(make_trainer, taught_t5, t5_tokenizer, examples, model_config, tmp_path):
     """Each call trains PPO in a directory, or goes on there, and leaves its weights in `<output>.pt`."""
 
-    def train(output: str, before=lambda trainer: None, **settings) -> None:
+    def train(output: str, before=lambda trainer: None, t5: bool = False, **settings) -> None:
+        if t5:
+            adapter = lora_config(replace(model_config, lora_target_modules="decoder-linear"))
+            settings |= {"model": taught_t5(), "processing_class": t5_tokenizer, "peft_config": adapter}
         settings = {"total_episodes": 32, "validation": examples.select(range(4)), "eval_steps": 2, **settings}
         trainer = make_trainer(output, reward=drawing_reward, **settings)
         before(trainer)
@@ -139,13 +148,18 @@ def survives_every_kill(train, tmp_path: Path) -> list[int]:
 def test_sft_killed_anywhere_ends_the_same(sft, tmp_path, case):
     peft, settings = SFT_CASES[case]
     expected = {"lora": [0, 2, 4, 6, 8, 9], "full": [0, 3, 6, 9], "uneven": [0, 3, 6, 9], "max_steps": [0, 2, 4, 5]}
-    assert survives_every_kill(lambda output: sft(output, peft, **settings), tmp_path) == expected[case]
+    expected["t5"] = expected["lora"]
+    starts = survives_every_kill(lambda output: sft(output, peft, t5=case == "t5", **settings), tmp_path)
+    assert starts == expected[case]
 
 
-@pytest.mark.parametrize("settings", [{}, {"use_peft": False, "save_steps": 1, "eval_steps": 3}], ids=["lora", "full"])
-def test_ppo_killed_anywhere_ends_the_same(ppo, tmp_path, settings):
-    starts = survives_every_kill(lambda output: ppo(output, **settings), tmp_path)
-    assert starts == ([0, 1, 2, 3, 4] if settings else [0, 2, 4])
+PPO_CASES = {"lora": {}, "full": {"use_peft": False, "save_steps": 1, "eval_steps": 3}, "t5": {"t5": True}}
+
+
+@pytest.mark.parametrize("case", PPO_CASES)
+def test_ppo_killed_anywhere_ends_the_same(ppo, tmp_path, case):
+    starts = survives_every_kill(lambda output: ppo(output, **PPO_CASES[case]), tmp_path)
+    assert starts == ([0, 1, 2, 3, 4] if case == "full" else [0, 2, 4])
 
 
 @pytest.mark.parametrize("kind", ["sft", "ppo"])

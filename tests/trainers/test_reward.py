@@ -93,7 +93,7 @@ def test_the_loss_is_that_of_the_formula_with_and_without_a_margin(reward, token
 
 def test_batches_hold_the_chosen_texts_first(tokenizer, examples):
     pairs = make_pairs(tokenizer, examples.select(range(2)), TRAIN)
-    batch = PairCollator(tokenizer.pad_token_id)(list(pair_dataset(tokenizer, pairs)))
+    batch = PairCollator(tokenizer.pad_token_id)(list(pair_dataset(tokenizer, pairs, False)))
     assert batch["prompt_ids"].shape[0] == batch["completion_ids"].shape[0] == 4 and "margin" not in batch
     texts = [
         tokenizer.decode(ids[mask])

@@ -1,0 +1,112 @@
+"""What a model has read before each completion token: the one place where causal models and encoder-decoders differ.
+
+State t has read the prompt and t completion tokens. Token t's log-probability and value come from state t; a reward
+head reads the state after the last token.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pipeline.models.decoder_start import decoder_prefix
+from pipeline.models.sequences import Sequences
+
+# Models that scale the decoder's output by d_model ** -0.5 before their LM head where this key of their config is set.
+SCALED_WHERE = {
+    "t5": "scale_decoder_outputs",
+    "longt5": "scale_decoder_outputs",
+    "umt5": "tie_word_embeddings",
+    "switch_transformers": "tie_word_embeddings",
+}
+
+
+def completion_states(model: PreTrainedModel, sequences: Sequences, last: bool = False) -> Tensor:
+    """[B, C, H]: the trunk's state before each completion token; with `last` [B, C + 1, H], the one after it too."""
+    ids, mask = sequences.completion_ids, sequences.completion_mask
+    if not last:
+        ids, mask = ids[:, :-1], mask[:, :-1]
+    if model.config.is_encoder_decoder:
+        return _decoder_states(model, sequences, ids)
+    read = torch.cat([sequences.prompt_ids, ids], dim=1)
+    mask = torch.cat([sequences.prompt_mask, mask], dim=1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    output = model.base_model(input_ids=read, attention_mask=mask.long(), position_ids=positions, use_cache=False)
+    return output.last_hidden_state[:, sequences.prompt_ids.shape[1] - 1 :]
+
+
+def final_states(model: PreTrainedModel, sequences: Sequences) -> Tensor:
+    """[B, H]: the state that has read the prompt and every completion token, an EOS at its end included."""
+    states, ends = completion_states(model, sequences, last=True), sequences.completion_mask.sum(1)
+    return states[torch.arange(len(ends), device=ends.device), ends]
+
+
+def _decoder_states(model: PreTrainedModel, sequences: Sequences, ids: Tensor) -> Tensor:
+    """What the decoder has read of `ids [B, C]`, from the last token it is given on: [B, C + 1, H]."""
+    prefix = torch.tensor(decoder_prefix(model), device=ids.device)
+    encoded = sequences.encoder_states
+    output = model.get_decoder()(
+        input_ids=torch.cat([prefix.expand(len(ids), -1), ids], dim=1),
+        encoder_hidden_states=encode(model, sequences) if encoded is None else encoded,
+        encoder_attention_mask=sequences.encoder_inputs()[1].long(),
+        use_cache=False,
+    )
+    return output.last_hidden_state[:, len(prefix) - 1 :]
+
+
+def encode(model: PreTrainedModel, sequences: Sequences, size: int | None = None) -> Tensor:
+    """The encoder's states [B, P, H] of the prompts, padded on the right; equal prompts are read once.
+
+    `size` is how many are read at a time; None: all.
+    """
+    ids, mask = sequences.encoder_inputs()
+    distinct, index = ids.masked_fill(~mask, -1).unique(dim=0, return_inverse=True)
+    encoder = model.get_encoder()
+    parts = [
+        encoder(input_ids=part.clamp(min=0), attention_mask=(part >= 0).long()).last_hidden_state
+        for part in distinct.split(size or len(distinct))
+    ]
+    # Not by indexing, whose gradient adds up in any order where there are several threads.
+    return torch.cat(parts).index_select(0, index)
+
+
+def lm_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """States [N, H] of the trunk -> logits [N, V], with what some encoder-decoders do before and after their head."""
+    head: nn.Module = model.get_output_embeddings()
+    if not model.config.is_encoder_decoder:
+        return head
+    flag = SCALED_WHERE.get(model.config.model_type)
+    scale = model.config.d_model**-0.5 if flag and getattr(model.config, flag) else None
+    bias = dict(model.named_buffers(recurse=False)).get("final_logits_bias")
+
+    def logits(states: Tensor) -> Tensor:
+        found = head(states if scale is None else states * scale)
+        return found if bias is None else found + bias
+
+    return logits
+
+
+@torch.no_grad()
+def check_trunk_and_head(model: PreTrainedModel) -> None:
+    """Refuse a model whose logits are more than its LM head on its trunk, which is how PPO computes them.
+
+    Raises:
+        ValueError: the logits differ (a model that scales or caps them), naming the model type.
+    """
+    ids, training = torch.arange(1, 5, device=model.device).unsqueeze(0), model.training
+    model.eval()  # dropout would make any two passes differ
+    row = Sequences(ids, torch.ones_like(ids, dtype=torch.bool), ids, torch.ones_like(ids, dtype=torch.bool))
+    if model.config.is_encoder_decoder:
+        start = torch.tensor([decoder_prefix(model)], device=model.device)
+        inputs = {"input_ids": ids, "decoder_input_ids": torch.cat([start, ids[:, :-1]], dim=1)}
+    else:
+        inputs = {"input_ids": torch.cat([ids, ids[:, :-1]], dim=1)}
+    own = model(**inputs, use_cache=False).logits[:, -ids.shape[1] :]
+    ours = lm_head(model)(completion_states(model, row))
+    model.train(training)
+    if not torch.allclose(own.float(), ours.float(), rtol=1e-3, atol=1e-3):
+        raise ValueError(
+            f"model: {model.config.model_type!r} changes its logits after the LM head (scaling or soft-capping), "
+            "which PPO here does not reproduce; choose another model"
+        )
