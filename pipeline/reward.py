@@ -221,7 +221,9 @@ def judged_pairs(recipe: Recipe, task: Task, judge: Judge, pairs: Sequence[Pair]
     chosen = judge(prompts, [p.chosen for p in pairs], [p.chosen_ids for p in pairs]).tolist()
     rejected = judge(prompts, [p.rejected for p in pairs], [p.rejected_ids for p in pairs]).tolist()
     metric = load_metric(recipe.eval.metrics[0].name, task.language, **recipe.eval.metrics[0].options)
-    agreement = consensus([(pair.row, pair.chosen, pair.rejected) for pair in pairs], metric)
+    agreement: list[dict[str, tuple[float, float]]] = [{}] * len(pairs)
+    if isinstance(recipe.reward.pairs, preferences.Config):  # among samples the reference would be one of the texts
+        agreement = consensus([(pair.row, pair.chosen, pair.rejected) for pair in pairs], metric)
     return [
         JudgedPair(a, b, len(pair.chosen), len(pair.rejected), others)
         for pair, a, b, others in zip(pairs, chosen, rejected, agreement, strict=True)

@@ -106,6 +106,15 @@ def test_the_chain_pays_ppo_by_what_the_stage_made(recipe, made, tmp_path, capsy
     assert "reward" in {cost["stage"] for cost in json.loads((made / "eval" / "report.json").read_text())["cost"]}
 
 
+def test_an_encoder_decoder_goes_through_the_chain(recipe, tmp_path):
+    text = Path(recipe).read_text()
+    Path(recipe).write_text(text.replace("{hidden_size", "{architecture: t5, hidden_size"))
+    for stage in (sft_stage, reward_stage, ppo_stage, eval_stage):
+        assert stage.main([recipe]) == 0
+    scores = json.loads((tmp_path / "runs" / "tiny" / "eval" / "report.json").read_text())["systems"]
+    assert set(scores["ppo"]["rewards"]) == {"learned", "chrf"}
+
+
 def raw_scores(run: Path, prompts: list[str], ids: list[list[int]]) -> list[float]:
     config = ModelConfig(model_name_or_path="unused")
     tokenizer = load_tokenizer(run / "sft", config)
