@@ -39,6 +39,18 @@ class Sequences:
             None if self.encoder_states is None else self.encoder_states[index, :prompt],
         )
 
+    def prompt_numbers(self) -> Tensor:
+        """[B] numbers that are equal where prompts are."""
+        mask = self.prompt_mask
+        keyed = torch.cat([self.prompt_ids.masked_fill(~mask, 0), mask.sum(1, keepdim=True)], dim=1)
+        return torch.unique(keyed, dim=0, return_inverse=True)[1]
+
+    def chunks(self, size: int) -> list[Tensor]:
+        """Row indices in order of length, `size` at a time: little padding, and equal prompts side by side."""
+        numbers, lengths = self.prompt_numbers(), self.lengths
+        longest = torch.zeros_like(lengths).scatter_reduce(0, numbers, lengths, "amax")[numbers]
+        return list(torch.argsort(longest * len(self) + numbers, stable=True).split(size))
+
     def encoder_inputs(self) -> tuple[Tensor, Tensor]:
         """The prompts as an encoder reads them, `ids, mask [B, P]` padded right: its positions count from the left."""
         width = self.prompt_ids.shape[1]

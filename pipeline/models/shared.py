@@ -1,7 +1,7 @@
 """One base model in every role of PPO: policy (adapter on), reference (adapter off), value (a head on the policy)."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,16 +10,15 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from pipeline.models.adapters import adapter_config, check_adapter
 from pipeline.models.fused_lora import fuse_adapters
-from pipeline.models.sequences import Sequences
+from pipeline.models.head import token_logprobs
+from pipeline.models.packing import disable_packing, enable_packing, pack, packed_states
+from pipeline.models.sequences import Sequences, make_sequences
 from pipeline.models.states import completion_states, encode, lm_head
 
-# Rows of [tokens, vocabulary] that exist at once while log-probs are taken, in numbers (64 MiB of float32).
-LOGIT_BUDGET = 2**24
 POLICY, VALUE = "default", "value"  # peft's adapter names; it calls the first one default
 
 
@@ -37,8 +36,9 @@ class SharedModel(nn.Module):
 
     With a `lora` config the base is frozen, the policy is base plus adapter, and the reference is the base alone. With
     None the whole model is trained, and a frozen copy of it is the reference. Temperature divides the logits of
-    policy and reference alike. The value head reads the policy's last hidden states or, with `value_adapter`, those of
-    a second adapter, which costs a second pass and leaves the policy's alone.
+    policy and reference alike. With `padding_free` a pass sees real tokens only, and each prompt once, wherever the
+    model's attention allows it (`packing.py`). The value head reads the policy's last hidden states or, with
+    `value_adapter`, those of a second adapter, which costs a second pass and leaves the policy's alone.
     """
 
     def __init__(
@@ -48,9 +48,13 @@ class SharedModel(nn.Module):
         temperature: float = 1.0,
         value_adapter: bool = False,
         entropy_gradient: bool = False,
+        padding_free: bool = True,
     ) -> None:
         super().__init__()
         self.temperature, self.entropy_gradient = temperature, entropy_gradient
+        self.padding_free = padding_free and enable_packing(model)
+        # Packed attention reads everything before a token: longer rows of a model with a window are padded instead.
+        self._window: int | None = model.config.get_text_config().to_dict().get("sliding_window")
         if lora is None:
             self._frozen = [copy.deepcopy(model).requires_grad_(False).eval()]  # in a list: not a submodule
             self.network: PreTrainedModel | PeftModel = model
@@ -74,6 +78,10 @@ class SharedModel(nn.Module):
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         remove_dropout(self)
+        if self.padding_free and not self._packing_agrees():
+            self.padding_free = False
+            for language_model in (self.causal_lm, *self._frozen):
+                disable_packing(language_model)
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -82,16 +90,16 @@ class SharedModel(nn.Module):
 
     def forward(self, sequences: Sequences) -> TokenOutputs:
         """Log-prob, entropy (nats) and value of each completion token under the policy."""
-        states = completion_states(self.causal_lm, sequences)
+        states = self._states(self.causal_lm, sequences)
         mask = sequences.completion_mask
-        logprobs, entropies = self._token_logprobs(self.causal_lm, states, sequences)
+        logprobs, entropies = self._token_logprobs(self.causal_lm, states, sequences.completion_ids[mask])
         if self.has_value_adapter:
             with self._value_adapter():
-                states = completion_states(self.causal_lm, sequences)
+                states = self._states(self.causal_lm, sequences)
         # The head computes in its own precision, whatever autocast does to the trunk.
         with torch.autocast(states.device.type, enabled=False):
             values = self.value_head(states.to(self.value_head.weight.dtype)).squeeze(-1)
-        return TokenOutputs(_scatter(logprobs, mask), _scatter(entropies, mask), values * mask)
+        return TokenOutputs(*(_scatter(part, mask) for part in (logprobs, entropies, values)))
 
     @property
     def encoder_is_frozen(self) -> bool:
@@ -107,11 +115,18 @@ class SharedModel(nn.Module):
         return replace(sequences, encoder_states=encode(self.causal_lm, sequences, size))
 
     @torch.no_grad()
-    def reference_logprobs(self, sequences: Sequences) -> Tensor:
-        """Log-prob [B, C] of each completion token under the reference policy."""
+    def reference_logprobs(self, *batches: Sequences) -> list[Tensor]:
+        """Log-prob [B, C] of each completion token under the reference policy, for every batch.
+
+        Together, because peft looks at every module to switch its adapters off and on.
+        """
+        results = []
         with self.reference() as model:
-            states = completion_states(model, sequences)
-            return _scatter(self._token_logprobs(model, states, sequences)[0], sequences.completion_mask)
+            for sequences in batches:
+                mask = sequences.completion_mask
+                states = self._states(model, sequences)
+                results.append(_scatter(self._token_logprobs(model, states, sequences.completion_ids[mask])[0], mask))
+        return results
 
     @contextmanager
     def reference(self) -> Iterator[PreTrainedModel]:
@@ -195,35 +210,35 @@ class SharedModel(nn.Module):
             for name, parameter in own.items():
                 parameter.copy_(state[name])
 
-    def _token_logprobs(self, model: PreTrainedModel, states: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies of the real completion tokens, [N] each, without keeping [N, V]."""
-        mask = sequences.completion_mask
-        hidden, targets = states[mask], sequences.completion_ids[mask]
-        head = lm_head(model)
-        rows = max(1, LOGIT_BUDGET // model.config.get_text_config().vocab_size)
-        if hidden.shape[0] <= rows:
-            return _score(head, hidden, targets, self.temperature, self.entropy_gradient)
-        parts = [
-            checkpoint(_score, head, h, t, self.temperature, self.entropy_gradient, use_reentrant=False)
-            for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)
-        ]
-        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    def _states(self, model: PreTrainedModel, sequences: Sequences) -> Tensor:
+        """[M, H] for the M completion tokens in row order: the state of token t has read the prompt and t tokens."""
+        if self.padding_free and (self._window is None or int(sequences.lengths.max()) <= self._window):
+            return packed_states(model, pack(sequences))
+        return completion_states(model, sequences)[sequences.completion_mask]
 
+    @torch.no_grad()
+    def _packing_agrees(self) -> bool:
+        """Whether packed and padded passes give the same states: a model may do more between tokens than attend."""
+        sequences = make_sequences([[1], [2, 3], [1]], [[3, 1, 2], [1], [2, 3]], 0, self.causal_lm.device)
+        try:
+            packed = self._states(self.causal_lm, sequences)
+        except TypeError:  # a forward method without room for one more argument
+            return False
+        self.padding_free = False
+        padded = self._states(self.causal_lm, sequences)
+        self.padding_free = True
+        # Broken weights give NaN either way, and are reported by the checks at the start of a run.
+        difference = (packed - padded).abs().max()
+        return not bool(difference > 1e-2 * padded.abs().max())
 
-def _score(
-    head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, temperature: float, entropy_gradient: bool
-) -> tuple[Tensor, Tensor]:
-    """Log-prob and entropy, in float32 or wider, of `targets [N]` given `hidden [N, H]`."""
-    logits = head(hidden)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-    logprobs = torch.log_softmax(logits, dim=-1)
-    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-        entropies = -(logprobs.exp() * logprobs).sum(-1)
-    return logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropies
+    def _token_logprobs(self, model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies of completion tokens, [M] each from [M, H], without keeping [M, V]."""
+        vocabulary = model.config.get_text_config().vocab_size
+        return token_logprobs(lm_head(model), hidden, targets, vocabulary, self.temperature, self.entropy_gradient)
 
 
 def _scatter(values: Tensor, mask: Tensor) -> Tensor:
-    """[N] values of the real tokens to [B, C], 0 elsewhere."""
+    """[M] values of the real tokens to [B, C], 0 elsewhere."""
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
 
 

@@ -145,7 +145,7 @@ def check_first_step(
     with accelerator.autocast():
         with torch.no_grad():
             rollout, again = model(sequences).logprobs, model(sequences).logprobs
-        reference = model.reference_logprobs(sequences)
+        reference = model.reference_logprobs(sequences)[0]
         with torch.enable_grad():
             update = model(sequences).logprobs.detach()
     kind = model.causal_lm.config.model_type

@@ -47,6 +47,7 @@ class PPOConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False
+    padding_free: bool = True
     bf16: bool | None = None  # None: on accelerators that support it
 
     response_length: int = 53

@@ -92,6 +92,7 @@ class PPOTrainer:
             args.temperature,
             value_adapter=args.value_model == "adapter",
             entropy_gradient=args.entropy_coef > 0,
+            padding_free=args.padding_free,
         )
         if args.gradient_checkpointing:
             shared.enable_gradient_checkpointing()

@@ -7,7 +7,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from pipeline.models.sequences import Sequences, length_sorted_chunks
+from pipeline.models.sequences import Sequences
 from pipeline.models.shared import SharedModel
 from pipeline.trainers.scores import Moments, prompts_without_signal
 
@@ -63,8 +63,8 @@ class Experience:
         return [self.rows(part) for part in order.chunk(count)]
 
     def micro_batches(self, size: int) -> list["Experience"]:
-        """At most `size` episodes at a time, sorted by length and trimmed, so that little of it is padding."""
-        return [self.rows(index) for index in length_sorted_chunks(self.sequences.lengths, size)]
+        """At most `size` episodes at a time, alike in length and trimmed, so that little of it is padding."""
+        return [self.rows(index) for index in self.sequences.chunks(size)]
 
     @property
     def num_tokens(self) -> int:
@@ -78,18 +78,28 @@ def score_tokens(model: SharedModel, sequences: Sequences, size: int) -> tuple[T
 
     The same rows together give the same rounding, so that the update's first ratio is exactly 1.
     """
-    results: list[Tensor] = []
-    for index in length_sorted_chunks(sequences.lengths, size):
-        part = sequences.rows(index)
-        width = part.completion_ids.shape[1]
-        outputs = model(part)
-        tensors = (outputs.logprobs, model.reference_logprobs(part), outputs.values, outputs.entropies)
-        if not results:  # in the precision of the model
-            results = [tensor.new_zeros(sequences.completion_mask.shape) for tensor in tensors]
-        for result, tensor in zip(results, tensors, strict=True):
-            result[index, :width] = tensor
-    logprobs, ref_logprobs, values, entropies = results
+    chunks = sequences.chunks(size)
+    parts = [sequences.rows(index) for index in chunks]
+    outputs = [model(part) for part in parts]
+    shape = sequences.completion_mask.shape
+    logprobs, values, entropies, ref_logprobs = (
+        _in_place(tensors, chunks, shape)
+        for tensors in (
+            [output.logprobs for output in outputs],
+            [output.values for output in outputs],
+            [output.entropies for output in outputs],
+            model.reference_logprobs(*parts),
+        )
+    )
     return logprobs, ref_logprobs, values, entropies
+
+
+def _in_place(parts: Sequence[Tensor], chunks: Sequence[Tensor], shape: torch.Size) -> Tensor:
+    """Trimmed results of chunks of rows, back where their rows stand in a batch of `shape`."""
+    result = parts[0].new_zeros(shape)
+    for part, index in zip(parts, chunks, strict=True):
+        result[index, : part.shape[1]] = part
+    return result
 
 
 STATISTICS = (

@@ -8,7 +8,7 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from pipeline.models import shared
+from pipeline.models import head
 from pipeline.models.sequences import Sequences, make_sequences
 from pipeline.models.shared import SharedModel, remove_dropout
 from pipeline.models.states import check_trunk_and_head
@@ -93,13 +93,13 @@ def test_logprobs_are_those_of_transformers(architecture, full):
     with torch.no_grad():
         outputs = model(sequences)
         assert_rows(outputs.logprobs, before)
-        assert torch.equal(outputs.logprobs, model.reference_logprobs(sequences))  # KL is exactly 0 at the start
+        assert torch.equal(outputs.logprobs, model.reference_logprobs(sequences)[0])  # KL is exactly 0 at the start
         assert not outputs.values.any()
         move(model)
         outputs = model(sequences)
         assert_rows(outputs.logprobs, own_logprobs(model.network, 0.7))
-        assert_rows(model.reference_logprobs(sequences), before)  # the reference stays the SFT model
-    assert (outputs.logprobs - model.reference_logprobs(sequences)).abs().max() > 1e-3
+        assert_rows(model.reference_logprobs(sequences)[0], before)  # the reference stays the SFT model
+    assert (outputs.logprobs - model.reference_logprobs(sequences)[0]).abs().max() > 1e-3
     assert outputs.values[sequences.completion_mask].all()
     assert not outputs.values[~sequences.completion_mask].any()
 
@@ -165,11 +165,12 @@ def test_chunked_logprobs_and_their_gradients_are_those_of_one_piece(monkeypatch
     move(model)
     loss, whole = gradients(model)
     scored = []
-    original = shared._score
-    monkeypatch.setattr(shared, "_score", lambda head, h, *rest: scored.append(len(h)) or original(head, h, *rest))
-    monkeypatch.setattr(shared, "LOGIT_BUDGET", 3 * 300)
+    original = head._log_softmax
+    monkeypatch.setattr(head, "_log_softmax", lambda logits, t: scored.append(len(logits)) or original(logits, t))
+    monkeypatch.setattr(head, "LOGIT_BUDGET", 3 * 300)
     chunked_loss, chunked = gradients(model)
-    assert scored[:3] == [3, 3, 2]  # eight tokens, three at a time, then again in the backward pass
+    # Eight tokens, three at a time. Where the head is trained, once more in the backward pass.
+    assert scored[:3] == [3, 3, 2] and len(scored) == (6 if full else 3)
     torch.testing.assert_close(chunked_loss, loss)
     torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-6)
     assert all(gradient.any() for gradient in chunked.values())
@@ -207,9 +208,9 @@ def test_full_fine_tuning_trains_everything_and_keeps_a_frozen_copy():
     model = SharedModel(build("llama"), None)
     assert all(p.requires_grad for p in model.parameters())
     sequences = batch()
-    before = model.reference_logprobs(sequences)
+    before = model.reference_logprobs(sequences)[0]
     move(model)
-    assert torch.equal(model.reference_logprobs(sequences), before)
+    assert torch.equal(model.reference_logprobs(sequences)[0], before)
     assert not torch.equal(model(sequences).logprobs, before)
     assert not any("_frozen" in name for name in model.state_dict())
     model.to(torch.float64)

@@ -5,10 +5,23 @@ from pathlib import Path
 
 import pytest
 from ppo_toys import SMALL, colours
+from torch import Tensor
+from torch.nn import functional
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from pipeline.models.loading import lora_config
 from pipeline.trainers.config import PPOConfig
 from pipeline.trainers.ppo import PPOTrainer
+
+
+@pytest.fixture
+def float64_norms(monkeypatch) -> None:
+    """Norms in the precision of the model: transformers' own take float64 through float32, there and back."""
+
+    def forward(norm: LlamaRMSNorm, x: Tensor) -> Tensor:
+        return functional.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
+
+    monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
 
 
 @pytest.fixture

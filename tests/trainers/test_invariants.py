@@ -9,7 +9,7 @@ import torch
 from ppo_toys import read_metrics, training_steps, weights
 from torch import Tensor
 
-from pipeline.models import shared
+from pipeline.models import head
 from pipeline.models.sequences import Sequences
 from pipeline.rewards import RewardConfig
 from pipeline.trainers.config import PPOConfig
@@ -30,7 +30,7 @@ HARD = {  # several epochs with clipping, so that a difference of the first one 
 
 
 @pytest.fixture
-def make_exact(make_trainer, taught):
+def make_exact(make_trainer, taught, float64_norms):
     """Trainers in float64 whose policy is some way from the reference, all the same way."""
 
     def make(name: str = "ppo", **settings) -> PPOTrainer:
@@ -209,10 +209,9 @@ def test_the_head_reads_completion_tokens_alone_and_logits_are_not_kept(make_tra
     trainer = make_trainer(use_peft=use_peft, num_ppo_epochs=1)
     experience, _ = trainer.compute_advantages(rollout_of(trainer))
     vocabulary, rows, kept = trainer.shared.causal_lm.config.vocab_size, [], []
-    monkeypatch.setattr(shared, "LOGIT_BUDGET", 3 * vocabulary)
-    trainer.shared.causal_lm.get_output_embeddings().register_forward_hook(
-        lambda module, inputs, logits: rows.append(logits.shape[:-1].numel())
-    )
+    monkeypatch.setattr(head, "LOGIT_BUDGET", 3 * vocabulary)
+    original = head._log_softmax
+    monkeypatch.setattr(head, "_log_softmax", lambda logits, t: rows.append(len(logits)) or original(logits, t))
 
     def pack(tensor: Tensor) -> Tensor:
         kept.append(tensor)

@@ -185,6 +185,7 @@ TESTED_APART = {
     "rewards",
     "sft_model_path",
     "gradient_checkpointing",
+    "padding_free",
     "num_sample_generations",
     "local_rollout_forward_batch_size",
 }

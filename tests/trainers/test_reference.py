@@ -113,7 +113,7 @@ def compare(make_trainer, taught, **settings) -> Compared:
 @pytest.mark.filterwarnings("ignore:.*lr_scheduler")
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("use_peft", [True, False], ids=["lora", "full"])
-def test_one_step_is_that_of_the_papers(make_trainer, taught, use_peft, settings):
+def test_one_step_is_that_of_the_papers(make_trainer, taught, float64_norms, use_peft, settings):
     found = compare(make_trainer, taught, use_peft=use_peft, **settings)
     rollout, experience, plain, args = found.rollout, found.experience, found.plain, found.trainer.args
     lengths = {len(episode.completion) for episode in found.episodes}

@@ -1,0 +1,92 @@
+"""Log-probs and entropies of chosen tokens from the LM head, without keeping [tokens, vocabulary]."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+# Rows of [tokens, vocabulary] that exist at once, in numbers (64 MiB of float32).
+LOGIT_BUDGET = 2**24
+
+
+def token_logprobs(
+    head: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    targets: Tensor,
+    vocabulary: int,
+    temperature: float,
+    entropy_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies (nats), [M] each, float32 or wider, of `targets [M]` given `hidden [M, H]`.
+
+    Entropies have a gradient only with `entropy_gradient`.
+    """
+    rows = max(1, LOGIT_BUDGET // vocabulary)
+    frozen = not entropy_gradient and _is_frozen(head)
+    parts = []
+    for states, tokens in zip(hidden.split(rows), targets.split(rows), strict=True):
+        if frozen:
+            parts.append(_FrozenHead.apply(states, head.weight, head.bias, tokens, temperature))
+        elif len(tokens) == len(targets):
+            parts.append(_score(head, states, tokens, temperature, entropy_gradient))
+        else:
+            parts.append(checkpoint(_score, head, states, tokens, temperature, entropy_gradient, use_reentrant=False))
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+
+def _is_frozen(head: Callable[[Tensor], Tensor]) -> bool:
+    """Whether the head is a plain layer that is not trained, whole on this device (ZeRO-3 and FSDP leave a stub)."""
+    return (
+        type(head) is nn.Linear
+        and type(head.weight) is nn.Parameter
+        and head.weight.shape == (head.out_features, head.in_features)
+        and not any(parameter.requires_grad for parameter in head.parameters())
+    )
+
+
+class _FrozenHead(torch.autograd.Function):
+    """Where the head is not trained, all that the backward pass needs is one vector a token.
+
+    The gradient of a log-prob by its hidden state, (one-hot - p) W / temperature, is taken while the logits are at
+    hand, and only scaled later: no logits are kept or computed again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        logits = functional.linear(hidden, weight, bias)
+        logprobs = _log_softmax(logits, temperature)
+        chosen = logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+        probabilities = logprobs.exp()
+        entropies = -logprobs.mul_(probabilities).sum(-1)
+        if ctx.needs_input_grad[0]:
+            slope = probabilities.neg_()
+            slope.scatter_add_(-1, targets.unsqueeze(-1), torch.ones_like(slope[:, :1]))
+            by_hidden = slope.to(logits.dtype) @ weight.to(logits.dtype)
+            ctx.save_for_backward(by_hidden if temperature == 1 else by_hidden / temperature)
+            ctx.dtype = hidden.dtype
+        ctx.mark_non_differentiable(entropies)
+        return chosen, entropies
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        (by_hidden,) = ctx.saved_tensors
+        return (by_hidden * gradient.unsqueeze(-1)).to(ctx.dtype), None, None, None, None
+
+
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
+
+
+def _score(
+    head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, temperature: float, entropy_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    logprobs = _log_softmax(head(hidden), temperature)
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
+        entropies = -(logprobs.exp() * logprobs).sum(-1)
+    return logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropies
