@@ -233,6 +233,8 @@ def test_every_key_changes_the_run(make_any_trainer, request, examples, outcomes
     if key in ("report_to", "run_name"):
         pytest.importorskip("tensorboard")
     value, needed = CHANGES[key]
+    if key == "padding_free" and "t5" in request.node.name:
+        pytest.skip("an encoder-decoder's passes are padded")
     before = f"{request.node.callspec.params['make_any_trainer']} {needed}"
     if before not in outcomes:
         outcomes[before] = outcome(make_any_trainer, examples, "before", needed)
