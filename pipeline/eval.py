@@ -28,10 +28,20 @@ from pipeline.evaluation.report import EvaluationReport, Outputs, StageCost, Tes
 from pipeline.evaluation.runs_pages import compare_command
 from pipeline.evaluation.systems import Answers, Source, answer
 from pipeline.metrics import load_metric
+from pipeline.models.loading import load_model, load_tokenizer, plain_model_directory
+from pipeline.models.reward_model import RewardNetwork, check_base
 from pipeline.recipe import Recipe, parse_stage_arguments
-from pipeline.rewards import Reward, as_completions, build_rewards, score_texts
+from pipeline.rewards import Reward, RewardFunction, as_completions, build_rewards, score_texts
+from pipeline.rewards.learned import AdapterReward
 from pipeline.run_directory import RunDirectory, control_run, versions
-from pipeline.stage import base_model_path, peak_memory_mib, plain_text, run_stage, sft_model_path
+from pipeline.stage import (
+    base_model_path,
+    learned_reward,
+    peak_memory_mib,
+    plain_text,
+    run_stage,
+    sft_model_path,
+)
 from pipeline.tasks import Task, load_task
 from pipeline.trainers.objective import advantages_and_returns, kl_penalty, spread_scores, token_rewards
 
@@ -93,7 +103,7 @@ def build_report(
     began: float,
 ) -> tuple[EvaluationReport, Details]:
     """The report, and what its pages show beside it."""
-    rewards = build_rewards(recipe.ppo.rewards, task.language) if recipe.ppo else []
+    rewards = build_rewards(recipe.ppo.rewards, task.language, loaded_reward(recipe, run, task)) if recipe.ppo else []
     judges = Judges(
         metrics=[load_metric(m.name, task.language, **m.options) for m in recipe.eval.metrics],
         score=lambda texts: score_rows(rewards, task.test, texts),
@@ -103,7 +113,7 @@ def build_report(
     )
     test = TestSet([plain_text(prompt) for prompt in task.test["prompt"]], list(task.test["references"]))
     outputs = score_answers(answers, test, task.test, judges, run.eval)
-    costs = read_cost(run.path, ("sft", "ppo"))
+    costs = read_cost(run.path, ("sft", "reward", "ppo"))
     report = assemble_report(answers, outputs, test, judges, report_settings(recipe, task), costs)
     details = Details(
         samples=all_samples(test, outputs, judges.metrics[0].name),
@@ -114,6 +124,21 @@ def build_report(
     )
     report.cost.append(eval_cost(began, outputs))
     return report, details
+
+
+def loaded_reward(recipe: Recipe, run: RunDirectory, task: Task) -> RewardFunction | None:
+    """The learned reward, with a network of its own; None if the recipe has none."""
+    if recipe.ppo.learned_reward is None:
+        return None
+    base = plain_model_directory(sft_model_path(recipe, run), recipe.model, run.eval / "base")
+    tokenizer = load_tokenizer(base, recipe.model)
+    reward = learned_reward(recipe, run, task, tokenizer)
+    if isinstance(reward, AdapterReward):
+        model = load_model(base, recipe.model)
+        check_base(reward.record, model, tokenizer, base)
+        network = RewardNetwork.load(model, reward.directory).to(PartialState().device).eval()
+        reward.attach(network.scores, PartialState().device, network.config.is_encoder_decoder)
+    return reward
 
 
 def score_rows(

@@ -13,7 +13,7 @@ from pipeline.models.loading import load_model, load_tokenizer, lora_config, pla
 from pipeline.recipe import Recipe, parse_stage_arguments
 from pipeline.rewards import build_rewards
 from pipeline.run_directory import RunDirectory
-from pipeline.stage import run_stage, sft_model_path
+from pipeline.stage import learned_reward, run_stage, sft_model_path
 from pipeline.tasks import Task, load_task
 from pipeline.trainers.ppo import PPOTrainer
 from pipeline.trainers.stopping import stop_signals
@@ -29,11 +29,13 @@ def train(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
     """Train the policy and save the best one."""
     task = load_task(recipe.task.name, recipe.task.config)
     path = plain_model_directory(sft_model_path(recipe, run), recipe.model, run.ppo / "base")
+    tokenizer = load_tokenizer(path, recipe.model)
+    learned = learned_reward(recipe, run, task, tokenizer)
     trainer = PPOTrainer(
         model=load_model(path, recipe.model),
         args=recipe.ppo,
-        processing_class=load_tokenizer(path, recipe.model),
-        reward_funcs=build_rewards(recipe.ppo.rewards, task.language),
+        processing_class=tokenizer,
+        reward_funcs=build_rewards(recipe.ppo.rewards, task.language, learned),
         train_dataset=task.prompts,
         eval_dataset=task.validation,
         peft_config=lora_config(recipe.model),

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from pipeline.evaluation.config import EvalConfig, MetricConfig
 from pipeline.models.config import ModelConfig
 from pipeline.recipe_checks import check_recipe
+from pipeline.recipe_reward import RewardSection, build_reward_section, reward_values
 from pipeline.recipe_sections import (
     TOP_LEVEL,
     SFTSection,
@@ -21,7 +22,6 @@ from pipeline.recipe_sections import (
     build_sft_section,
     check_keys,
     convert,
-    refuse_unsupported,
 )
 from pipeline.recipe_yaml import Document, RecipeError, did_you_mean, read_document
 from pipeline.rewards.config import RewardConfig
@@ -31,6 +31,7 @@ from pipeline.trainers.config import PPOConfig
 __all__ = [
     "Recipe",
     "RecipeError",
+    "RewardSection",
     "SFTSection",
     "TaskSection",
     "check_recipe",
@@ -64,6 +65,7 @@ class Recipe:
     model: ModelConfig
     task: TaskSection
     sft: SFTSection
+    reward: RewardSection | None = None
     ppo: PPOConfig | None = None
     eval: EvalConfig = field(default_factory=EvalConfig)
     source: Document | None = field(default=None, compare=False, repr=False)  # where it was written, for messages
@@ -110,6 +112,21 @@ class Recipe:
         """Whether PPO starts from a model made elsewhere, so that this recipe's sft stage is not needed."""
         return self.ppo is not None and self.ppo.sft_model_path is not None
 
+    @property
+    def reward_is_external(self) -> bool:
+        """Whether PPO is paid by a reward model made elsewhere, so that this recipe's reward stage is not needed."""
+        return self.ppo is not None and self.ppo.reward_model_path is not None
+
+    @property
+    def uses_own_reward(self) -> bool:
+        """Whether PPO is paid by what the reward stage of this run makes."""
+        return self.ppo is not None and self.ppo.learned_reward is not None and not self.reward_is_external
+
+    @property
+    def min_accuracy(self) -> float:
+        """The held-out accuracy below which PPO refuses a reward model."""
+        return RewardSection.min_accuracy if self.reward is None else self.reward.min_accuracy
+
 
 def _stripped_lines(path: Path) -> list[str]:
     return [line.strip() for line in path.read_text(encoding="utf-8-sig").replace("\r\n", "\n").split("\n")]
@@ -125,7 +142,6 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     document = read_document(path, overrides)
     values = document.data
-    refuse_unsupported(values, document)
     check_keys(values, TOP_LEVEL, (), document)
     for section in ("name", "model", "task"):
         if values.get(section) is None:
@@ -143,6 +159,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             model=model,
             task=_build_task(values["task"], document),
             sft=build_sft_section(values.get("sft"), model, document),
+            reward=build_reward_section(values["reward"], ppo, document) if "reward" in values else None,
             ppo=ppo,
             eval=_build_eval(values.get("eval"), ppo, document),
             source=document,
@@ -207,6 +224,7 @@ def recipe_values(recipe: Recipe) -> dict[str, Any]:
         "model": _plain(recipe.model),
         "task": {"name": recipe.task.name, **_plain(recipe.task.config)},
         "sft": {"use_peft": recipe.sft.use_peft, **_plain(recipe.sft.arguments)},
+        **({} if recipe.reward is None else {"reward": reward_values(recipe.reward)}),
         **({} if recipe.ppo is None else {"ppo": _plain(recipe.ppo)}),
         "eval": _plain(recipe.eval),
     }

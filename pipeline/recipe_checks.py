@@ -10,10 +10,13 @@ from pipeline.metrics import load_metric
 from pipeline.models.adapters import DECODER_LINEAR
 from pipeline.models.config import ModelConfig
 from pipeline.models.loading import check_model_path, is_encoder_decoder
-from pipeline.recipe_yaml import Document, KeyPath
+from pipeline.models.reward_model import RECORD_FILE, load_record
+from pipeline.recipe_yaml import Document, KeyPath, RecipeError
 from pipeline.rewards import build_rewards
+from pipeline.rewards.classifier import check_classifier
 from pipeline.rewards.config import RewardConfig
-from pipeline.tasks import task_module
+from pipeline.rewards.learned import check_accuracy, check_options, is_reward_folder
+from pipeline.tasks import preferences, task_module
 
 if TYPE_CHECKING:
     from pipeline.recipe import Recipe
@@ -46,6 +49,9 @@ def check_recipe(recipe: "Recipe", num_processes: int = 1) -> None:
         for system in recipe.eval.further_systems:
             check_model_path(system.path, "eval.systems")
         task_module(recipe.task.name).files(recipe.task.config)
+        _check_reward_model(recipe, document)
+    except RecipeError:
+        raise
     except ValueError as error:
         raise document.restate(error) from error
     _check_idle_options(recipe, document)
@@ -57,10 +63,63 @@ def check_recipe(recipe: "Recipe", num_processes: int = 1) -> None:
     _check_writable(recipe, document)
 
 
+def _not_loaded_yet(**columns: list) -> list[float]:
+    raise NotImplementedError("the learned reward is loaded by the stage that uses it")
+
+
+def _check_reward_model(recipe: "Recipe", document: Document) -> None:
+    """The learned reward is there or will be made, and is one."""
+    if recipe.reward is not None:
+        if isinstance(recipe.reward.pairs, preferences.Config):
+            preferences.files(recipe.reward.pairs)
+        else:
+            _check_ranking(recipe)
+        if recipe.reward.model is not None:
+            check_model_path(recipe.reward.model, "reward.model")
+            check_classifier(recipe.reward.model, recipe.model, "reward.model")
+    learned = recipe.ppo.learned_reward if recipe.ppo is not None else None
+    if learned is None:
+        return
+    path = recipe.ppo.reward_model_path
+    if path is None and recipe.reward is None:
+        raise document.error(
+            ("ppo", "rewards"),
+            "'learned' needs a reward model: add a reward section, or name a finished one or a classifier in "
+            "ppo.reward_model_path",
+        )
+    if path is None:
+        check_options(learned.options, recipe.reward.model is None)
+    elif is_reward_folder(path):
+        record = load_record(path)
+        check_options(learned.options, record.kind == "adapter")
+        check_accuracy(record, recipe.min_accuracy, path)
+    else:
+        check_options(learned.options, False)
+        _check_place(path)
+
+
+def _check_ranking(recipe: "Recipe") -> None:
+    try:
+        load_metric(recipe.reward.pairs.metric, recipe.language)
+    except ValueError as error:
+        raise ValueError(f"reward.pairs.metric: {error}") from error
+
+
+def _check_place(path: str) -> None:
+    if Path(path).expanduser().is_dir() and not (Path(path).expanduser() / "config.json").is_file():
+        raise ValueError(
+            f"ppo.reward_model_path: {path!r} holds neither a finished reward model ({RECORD_FILE}) nor a classifier "
+            "(config.json); finish its reward stage, or give another"
+        )
+    check_model_path(path, "ppo.reward_model_path")
+    check_classifier(path, ModelConfig(model_name_or_path=path))
+
+
 def _check_idle_options(recipe: "Recipe", document: Document) -> None:
     if recipe.ppo is not None and recipe.ppo.run_name is not None and not recipe.ppo.report_to:
         raise document.error(("ppo", "run_name"), "it would do nothing, because report_to is empty; set ppo.report_to")
-    if recipe.sft.use_peft or (recipe.ppo is not None and recipe.ppo.use_peft):
+    trains_reward = recipe.reward is not None and recipe.reward.model is None  # always an adapter
+    if recipe.sft.use_peft or trains_reward or (recipe.ppo is not None and recipe.ppo.use_peft):
         return
     for f in dataclasses.fields(ModelConfig):
         if f.name.startswith(("lora_", "use_rslora", "use_dora")) and getattr(recipe.model, f.name) != f.default:
@@ -151,7 +210,7 @@ def _check_metrics_and_rewards(recipe: "Recipe", document: Document) -> None:
             raise document.restate(error, ("eval", "metrics", index)) from error
     rewards = recipe.ppo.rewards if recipe.ppo is not None else ()
     try:
-        build_rewards(rewards, recipe.language)
+        build_rewards(rewards, recipe.language, _not_loaded_yet)
     except (ValueError, TypeError) as error:
         raise document.restate(error, _refused_reward(rewards, recipe.language)) from error
 
@@ -160,7 +219,7 @@ def _refused_reward(rewards: Sequence[RewardConfig], language: str | None) -> Ke
     """The key path of the reward that cannot be built, or of all of them where each can be built alone."""
     for index, reward in enumerate(rewards):
         try:
-            build_rewards([reward], language)
+            build_rewards([reward], language, _not_loaded_yet)
         except (ValueError, TypeError):
             return ("ppo", "rewards", index)
     return ("ppo", "rewards")

@@ -16,8 +16,7 @@ from pipeline.rewards.config import RewardConfig
 from pipeline.trainers.config import PPOConfig
 from pipeline.trainers.sft import DEFAULTS as SFT_DEFAULTS
 
-TOP_LEVEL = ("name", "seed", "output_dir", "model", "task", "sft", "ppo", "eval")
-NO_REWARD_STAGE = "this version has no reward-model stage"
+TOP_LEVEL = ("name", "seed", "output_dir", "model", "task", "sft", "reward", "ppo", "eval")
 
 _UPLOADS = "Relay never uploads anything"
 _HARDWARE = "hardware is chosen by accelerate launch and accelerate_configs/, not by a recipe"
@@ -111,6 +110,7 @@ def _suggestion(key: str, known: list[str]) -> str:
         "the top level": TOP_LEVEL,
         "model": [f.name for f in fields(ModelConfig)],
         "sft": [name for name in sft_fields() if name not in REFUSED_SFT_KEYS],
+        "reward": ["pairs", "model", "min_accuracy", "margin_weight"],
         "ppo": [f.name for f in fields(PPOConfig)],
         "eval": [f.name for f in fields(EvalConfig)],
     }
@@ -136,20 +136,37 @@ def build_sft_section(values: object, model: ModelConfig, document: Document) ->
     values, path = dict(as_mapping(values, ("sft",), document)), ("sft",)
     use_peft = values.pop("use_peft", model.use_peft and model.from_scratch is None)
     use_peft = convert(use_peft, bool, (*path, "use_peft"), document)
-    for key in values:
-        if key in REFUSED_SFT_KEYS or key.startswith(("hub_", "push_to_hub")):
-            reason = REFUSED_SFT_KEYS.get(key, _UPLOADS)
-            raise document.error((*path, key), f"this key of SFTConfig is not for a recipe: {reason}")
-    known = sft_fields()
-    check_keys(values, ["use_peft", *(name for name in known if name not in REFUSED_SFT_KEYS)], path, document)
-    hints = get_type_hints(SFTConfig)
-    arguments = {key: convert(value, hints[key], (*path, key), document) for key, value in values.items()}
-    for key, value in arguments.items():
-        _check_choice(known[key], value, (*path, key), document)
-    _check_conflicts(arguments, document)
+    arguments = convert_arguments("sft", values, SFTConfig, REFUSED_SFT_KEYS, ("use_peft",), document)
+    refuse_conflicts("sft", arguments, SFTConfig, SFT_DEFAULTS, ACTS_ONLY_WITH, document)
     if model.from_scratch is not None and "max_length" not in arguments:
-        arguments["max_length"] = min(known["max_length"].default, model.from_scratch.max_position_embeddings)
+        arguments["max_length"] = min(SFTConfig.max_length, model.from_scratch.max_position_embeddings)
     return SFTSection(use_peft, arguments)
+
+
+def convert_arguments(
+    section: str,
+    values: Mapping[str, Any],
+    config_class: type,
+    refused: Mapping[str, str],
+    own: Iterable[str],
+    document: Document,
+) -> dict[str, Any]:
+    """The keys of a section as arguments of a config class of TRL, without building one; `own` are keys of Relay.
+
+    Raises:
+        RecipeError: a key the class lacks, a refused one, a wrong type, or a value that is none of its choices.
+    """
+    for key in values:
+        if key in refused or key.startswith(("hub_", "push_to_hub")):
+            reason = refused.get(key, _UPLOADS)
+            raise document.error((section, key), f"this key of {config_class.__name__} is not for a recipe: {reason}")
+    known = {f.name: f for f in fields(config_class)}
+    check_keys(values, [*own, *(name for name in known if name not in refused)], (section,), document)
+    hints = get_type_hints(config_class)
+    arguments = {key: convert(value, hints[key], (section, key), document) for key, value in values.items()}
+    for key, value in arguments.items():
+        _check_choice(known[key], value, (section, key), document)
+    return arguments
 
 
 def sft_fields() -> dict[str, Field]:
@@ -165,27 +182,41 @@ def _check_choice(field: Field, value: object, path: KeyPath, document: Document
         raise document.error(path, f"expected one of {', '.join(choices)}, found {_found(value)}{hint}")
 
 
-def _check_conflicts(arguments: Mapping[str, Any], document: Document) -> None:
-    effective = {name: f.default for name, f in sft_fields().items()} | dict(SFT_DEFAULTS) | dict(arguments)
-    for key, (other, wanted) in ACTS_ONLY_WITH.items():
+def refuse_conflicts(
+    section: str,
+    arguments: Mapping[str, Any],
+    config_class: type,
+    defaults: Mapping[str, Any],
+    acts_only_with: Mapping[str, tuple[str, tuple[Any, ...]]],
+    document: Document,
+) -> None:
+    """Refuse keys of a section that others make idle.
+
+    Raises:
+        RecipeError: naming both.
+    """
+    effective = {f.name: f.default for f in fields(config_class)} | dict(defaults) | dict(arguments)
+    for key, (other, wanted) in acts_only_with.items():
         if key in arguments and effective[other] not in wanted:
             raise document.error(
-                ("sft", key),
+                (section, key),
                 f"it would do nothing, because {other} is {_found(effective[other])}; "
-                f"set sft.{other}: {_plain(wanted[0])} or remove it",
+                f"set {section}.{other}: {_plain(wanted[0])} or remove it",
             )
     if "num_train_epochs" in arguments and effective["max_steps"] > 0:
-        raise document.error(("sft", "num_train_epochs"), "it would do nothing, because max_steps is set; keep one")
+        raise document.error((section, "num_train_epochs"), "it would do nothing, because max_steps is set; keep one")
     reported = effective["report_to"] or []
     trackers = {reported} if isinstance(reported, str) else set(reported)
     if "run_name" in arguments and not trackers - {"none"}:
-        raise document.error(("sft", "run_name"), "it would do nothing, because report_to is none; set sft.report_to")
+        raise document.error(
+            (section, "run_name"), f"it would do nothing, because report_to is none; set {section}.report_to"
+        )
     if "project" in arguments and not trackers & {"trackio", "all"}:
-        raise document.error(("sft", "project"), "it would do nothing: only report_to: trackio reads it")
+        raise document.error((section, "project"), "it would do nothing: only report_to: trackio reads it")
     for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
         new = old.replace("gradient", "activation")
         if old in arguments and arguments.get(new) is not None:
-            raise document.error(("sft", old), f"it would do nothing, because {new} is set too; keep one")
+            raise document.error((section, old), f"it would do nothing, because {new} is set too; keep one")
 
 
 def convert(value: object, annotation: Any, path: KeyPath, document: Document) -> Any:
@@ -256,8 +287,6 @@ def _build_line(cls: type, value: str | dict[str, Any], path: KeyPath, document:
             raise document.error(
                 (*path, key), f"unknown key{hint} (an option of that name goes into options: {{{key}: ...}})"
             )
-    if values.get("name") == "learned":
-        raise document.error(path, f"a learned reward cannot be used: {NO_REWARD_STAGE}")
     return build_section(cls, {**values, "options": {**extra, **given}}, path, document)
 
 
@@ -295,12 +324,3 @@ def _hint(value: object, options: list[Any]) -> str:
         return "; put quotes around it"
     enums = [str(member.value) for option in options if _is_enum(option) for member in option]
     return did_you_mean(value, enums) if isinstance(value, str) else ""
-
-
-def refuse_unsupported(values: Mapping[str, Any], document: Document) -> None:
-    """Refuse by name what other versions have and this one does not."""
-    if "reward" in values:
-        raise document.error(("reward",), f"{NO_REWARD_STAGE}; remove the section and pay PPO with ppo.rewards")
-    ppo = values.get("ppo")
-    if isinstance(ppo, dict) and "reward_model_path" in ppo:
-        raise document.error(("ppo", "reward_model_path"), f"{NO_REWARD_STAGE}; pay PPO with ppo.rewards")

@@ -159,6 +159,8 @@ def plan_stages(recipe: Recipe, only: str | None, start: str | None, force: bool
         raise RecipeError(f"{only or start}: this recipe does not run that stage: {absent[only or start]}")
     directory, plan = RunDirectory.of(recipe), []
     for stage in STAGES:
+        if stage == "reward" and recipe.reward is None:
+            continue  # nothing is said of a stage that nobody asked for
         if stage in absent:
             plan.append(PlannedStage(stage, "not needed", absent[stage]))
         elif stage not in chosen:
@@ -173,6 +175,10 @@ def not_needed(recipe: Recipe) -> dict[str, str]:
     absent = {}
     if recipe.sft_is_external:
         absent["sft"] = f"ppo.sft_model_path is {recipe.ppo.sft_model_path}"
+    if recipe.reward is None:
+        absent["reward"] = "the recipe has no reward section"
+    elif recipe.reward_is_external:
+        absent["reward"] = f"ppo.reward_model_path is {recipe.ppo.reward_model_path}"
     if recipe.ppo is None:
         absent["ppo"] = "the recipe has no ppo section"
     return absent

@@ -20,9 +20,9 @@ from ruamel.yaml import YAML
 
 from pipeline.evaluation.config import AUTO
 from pipeline.recipe import Recipe, recipe_values
-from pipeline.tasks import task_module
+from pipeline.tasks import preferences, task_module
 
-STAGES = ("sft", "ppo", "eval")
+STAGES = ("sft", "reward", "ppo", "eval")
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "sacrebleu", "trl-relay")
 STARTED, FINISHED = "started.json", "stage.json"
 ABSENT = "absent"
@@ -97,13 +97,18 @@ def versions() -> dict[str, str]:
 def stage_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
     """What the result of a stage depends on, flat: `{"model.lora_r": 16, ...}`; the run's name and place do not count.
 
-    ppo depends on sft too, unless `ppo.sft_model_path` names another model; eval depends on everything before it.
+    What comes after sft depends on it too, unless `ppo.sft_model_path` names another model; ppo depends on a reward
+    stage that pays it, and eval on everything before it. `reward.min_accuracy` changes no result.
     """
-    sections = ["seed", "model", "task", "sft", "ppo", "eval"][: 4 + STAGES.index(stage)]
+    sections = ["seed", "model", "task", "sft", "reward", "ppo", "eval"][: 4 + STAGES.index(stage)]
     values = recipe_values(recipe)
     if recipe.sft_is_external and stage != "sft":
         sections.remove("sft")
-    return _flat({section: values[section] for section in sections if section in values})
+    if stage not in ("sft", "reward") and not recipe.uses_own_reward:
+        sections.remove("reward")
+    flat = _flat({section: values[section] for section in sections if section in values})
+    flat.pop("reward.min_accuracy", None)
+    return flat
 
 
 def stage_inputs(recipe: Recipe, stage: str) -> dict[str, str]:
@@ -115,6 +120,11 @@ def stage_inputs(recipe: Recipe, stage: str) -> dict[str, str]:
     models = [recipe.model.model_name_or_path]
     if recipe.sft_is_external and stage != "sft":
         models.append(recipe.ppo.sft_model_path)
+    if stage == "reward":
+        inputs |= {str(p): _digest_file(p) for p in pair_files(recipe)}
+        models.append(recipe.reward.model if recipe.reward else None)
+    if stage in ("ppo", "eval") and recipe.reward_is_external:
+        models.append(recipe.ppo.reward_model_path)
     local = [Path(model).expanduser() for model in models if model is not None]
     inputs |= {str(p): _digest_model(p) for p in local if p.is_dir()}
     directory = RunDirectory.of(recipe)
@@ -129,9 +139,21 @@ def stage_inputs(recipe: Recipe, stage: str) -> dict[str, str]:
     return inputs | {name: _digest_file(record) if record.is_file() else ABSENT for name, record in records.items()}
 
 
+def pair_files(recipe: Recipe) -> list[Path]:
+    """The local files that the pairs of the reward stage are read from.
+
+    Raises:
+        TaskError: one that is not there.
+    """
+    own = recipe.reward is not None and isinstance(recipe.reward.pairs, preferences.Config)
+    return preferences.files(recipe.reward.pairs) if own else []
+
+
 def needed_stages(recipe: Recipe, stage: str) -> list[str]:
     """The stages of this run whose results a stage reads."""
     needed = [] if stage == "sft" or recipe.sft_is_external else ["sft"]
+    if stage in ("ppo", "eval") and recipe.uses_own_reward:
+        needed.append("reward")
     return [*needed, "ppo"] if stage == "eval" and "ppo" in recipe.eval.systems else needed
 
 

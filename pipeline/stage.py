@@ -14,10 +14,19 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets.utils.logging import disable_progress_bar
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from pipeline.models.scratch import build_from_scratch
 from pipeline.recipe import Recipe
+from pipeline.rewards.classifier import ClassifierReward
+from pipeline.rewards.learned import (
+    CALIBRATION_ROWS,
+    AdapterReward,
+    is_reward_folder,
+    load_learned_reward,
+    reward_on_references,
+)
 from pipeline.run_directory import (
     RunDirectory,
     begin_stage,
@@ -133,6 +142,33 @@ def plain_text(value: object) -> str:
 def sft_model_path(recipe: Recipe, run: RunDirectory) -> Path | str:
     """The SFT model PPO starts from and is compared with."""
     return recipe.ppo.sft_model_path if recipe.sft_is_external else run.sft
+
+
+def reward_model_path(recipe: Recipe, run: RunDirectory) -> Path | str:
+    """The learned reward that pays PPO: a reward stage's folder, or a classifier."""
+    return recipe.ppo.reward_model_path if recipe.reward_is_external else run.reward
+
+
+def learned_reward(
+    recipe: Recipe, run: RunDirectory, task: Task, tokenizer: PreTrainedTokenizerBase
+) -> AdapterReward | ClassifierReward | None:
+    """The function of the reward `learned`, if the recipe has one; an adapter's still has to be attached.
+
+    Raises:
+        ValueError: no finished reward model, one that PPO must not trust, or no classifier with one output.
+    """
+    config = recipe.ppo.learned_reward if recipe.ppo else None
+    if config is None:
+        return None
+    path = reward_model_path(recipe, run)
+    reward = load_learned_reward(path, recipe.model, tokenizer, recipe.min_accuracy, config.options)
+    if isinstance(reward, ClassifierReward):
+        reward.to(PartialState().device)
+        if not is_reward_folder(path):
+            say(f"{path}: a classifier that no reward stage has judged, so its accuracy is unknown")
+            first = task.prompts[:CALIBRATION_ROWS]
+            reward_on_references(reward, first["prompt"], [references[0] for references in first["references"]])
+    return reward
 
 
 def quiet_libraries() -> None:

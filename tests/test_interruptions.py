@@ -1,5 +1,6 @@
 """Stages that are stopped, killed, started twice and run again: exit codes, messages, and what they leave."""
 
+import json
 import os
 import signal
 import socket
@@ -12,14 +13,17 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline import ppo as ppo_stage
+from pipeline import reward as reward_stage
 from pipeline import sft as sft_stage
 from pipeline.run_lock import RunInUseError, run_lock
 from pipeline.trainers import ppo as ppo_trainer
-from pipeline.trainers import sft_resume
+from pipeline.trainers import resumable
 from pipeline.trainers.checkpoint_files import list_checkpoints, newest_checkpoint
-from pipeline.trainers.sft_resume import ResumableSFTTrainer
+from pipeline.trainers.reward import ResumableRewardTrainer
+from pipeline.trainers.sft import ResumableSFTTrainer
 
-STAGES = {"sft": sft_stage, "ppo": ppo_stage}
+STAGES = {"sft": sft_stage, "reward": reward_stage, "ppo": ppo_stage}
+TRAINERS = {"sft": ResumableSFTTrainer, "reward": ResumableRewardTrainer}
 RECIPE = """
 name: tiny
 output_dir: {root}/runs
@@ -27,6 +31,11 @@ model:
   from_scratch: {{hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, vocab_size: 270}}
 task: {{name: parallel, data_dir: {root}, source: "{{split}}.en", target: "{{split}}.de"}}
 sft: {{num_train_epochs: 3, per_device_train_batch_size: 2, gradient_checkpointing: false, learning_rate: 1e-2}}
+reward:
+  pairs: {{path: "{root}/{{split}}.jsonl"}}
+  num_train_epochs: 3
+  per_device_train_batch_size: 2
+  gradient_checkpointing: false
 ppo:
   rewards: [{{name: calling.reward}}]
   total_episodes: 12
@@ -50,6 +59,8 @@ def recipe(tmp_path, monkeypatch, fresh_accelerate) -> str:
     for split in ("train", "validation", "test"):
         (tmp_path / f"{split}.en").write_text("a\nb\nc\na b\nb c\nc a\n")
         (tmp_path / f"{split}.de").write_text("x\ny\nz\nx y\ny z\nz x\n")
+        rows = [{"prompt": f"{split} {n}\n", "chosen": "x", "rejected": "y z"} for n in range(6)]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "calling.py").write_text(REWARD)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "calling", raising=False)
@@ -68,7 +79,7 @@ def signalled(stage: str, arguments: list[str], number: int, step: int, times: i
             # Rollouts alone have four completions: the first is the trial before training, which has two.
             calling.NUMBER, calling.TURNS = number, [times * (turn == step) for turn in range(1, 50)]
         else:
-            step_of = ResumableSFTTrainer.training_step
+            step_of = TRAINERS[stage].training_step
 
             def training_step(trainer, *args, **kwargs):
                 if trainer.state.global_step + 1 == step:
@@ -76,7 +87,7 @@ def signalled(stage: str, arguments: list[str], number: int, step: int, times: i
                         os.kill(os.getpid(), number)
                 return step_of(trainer, *args, **kwargs)
 
-            ResumableSFTTrainer.training_step = training_step
+            TRAINERS[stage].training_step = training_step
         return STAGES[stage].main(arguments)
 
     return forks.run(body)
@@ -91,11 +102,11 @@ def result(run: Path, stage: str) -> tuple[dict[str, torch.Tensor], str]:
 
 def prepare(recipe: str, stage: str, *overrides: str) -> None:
     """Run what a stage stands on."""
-    if stage == "ppo":
+    if stage != "sft":
         assert sft_stage.main([recipe, *overrides]) == 0
 
 
-@pytest.mark.parametrize("stage", ["sft", "ppo"])
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
 def test_a_signal_saves_and_the_same_command_ends_the_same(recipe, tmp_path, capfd, stage, number):
     for name in ("whole", "broken"):
@@ -227,7 +238,7 @@ def two_processes(port: int, call) -> list[int]:
     return [forks.wait(child) for child in [forks.start(process(rank)) for rank in (0, 1)]]
 
 
-@pytest.mark.parametrize("stage", ["sft", "ppo"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_processes_stop_together_and_go_on_together(recipe, tmp_path, stage):
     """Only the second one gets the signal."""
     with socket.socket() as free:
@@ -238,7 +249,7 @@ def test_processes_stop_together_and_go_on_together(recipe, tmp_path, stage):
     def train(name: str, step: int | None = None) -> list[int]:
         def call(rank: int) -> int:
             if rank == 1 and step is not None:
-                module = {"sft": sft_resume, "ppo": ppo_trainer}[stage]
+                module = ppo_trainer if stage == "ppo" else resumable
                 asked, requested_stop = [], module.requested_stop
 
                 def signal_first() -> int | None:

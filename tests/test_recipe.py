@@ -115,7 +115,8 @@ def test_numbers_and_text_reach_the_configs_as_written():
         ),
         (
             {"line2": "xyz: 3"},
-            "recipe.yaml:2: xyz: unknown key; the keys here are name, seed, output_dir, model, task, sft, ppo, eval",
+            "recipe.yaml:2: xyz: unknown key; the keys here are name, seed, output_dir, model, task, sft, reward, "
+            "ppo, eval",
         ),
         ({"line10": "  rewards: [ter]"}, "recipe.yaml:10: ppo.rewards: duplicate key, first written at recipe.yaml:8"),
         (
@@ -135,14 +136,49 @@ def test_numbers_and_text_reach_the_configs_as_written():
             {"line8": "  rewards: []"},
             "recipe.yaml:8: ppo.rewards: at least one reward is needed, such as [{name: bleu}], found 'none'",
         ),
-        ({"line2": "reward: {}"}, "recipe.yaml:2: reward: this version has no reward-model stage; "
-         "remove the section and pay PPO with ppo.rewards"),
-        ({"line8": "  rewards: [{name: learned, weight: 0.5}]"}, "recipe.yaml:8: ppo.rewards.0: "
-         "a learned reward cannot be used: this version has no reward-model stage"),
-        ({"line8": "  rewards: [bleu, learned]"}, "recipe.yaml:8: ppo.rewards.1: "
-         "a learned reward cannot be used: this version has no reward-model stage"),
-        ({"line10": "  reward_model_path: x"}, "recipe.yaml:10: ppo.reward_model_path: "
-         "this version has no reward-model stage; pay PPO with ppo.rewards"),
+        (
+            {"line10": "  reward_model_path: x"},
+            "recipe.yaml:10: ppo.reward_model_path: does nothing without the reward learned in ppo.rewards, found 'x'",
+        ),
+        (
+            {"line2": "reward: {max_length: 5}"},
+            "recipe.yaml:2: reward.max_length: this key of RewardConfig is not for a recipe: pairs longer than the "
+            "model's context are dropped and counted",
+        ),
+        (
+            {"line2": "reward: {lerning_rate: 5}"},
+            "recipe.yaml:2: reward.lerning_rate: unknown key; did you mean 'learning_rate'?",
+        ),
+        (
+            {"line2": "reward: {eval_steps: 5}"},
+            "recipe.yaml:2: reward.eval_steps: it would do nothing, because eval_strategy is 'epoch'; "
+            "set reward.eval_strategy: steps or remove it",
+        ),
+        (
+            {"line2": "reward: {min_accuracy: 55}"},
+            "recipe.yaml:2: reward.min_accuracy: must be from 0 to 1, found 55.0",
+        ),
+        (
+            {"line2": "reward: {pairs: {from: ppo}}"},
+            "recipe.yaml:2: reward.pairs.from: must be one or both of sft, references, found ['ppo']; for a "
+            "preference data set name its path",
+        ),
+        (
+            {"line2": "reward: {pairs: {from: sft, path: x.jsonl}}"},
+            "recipe.yaml:2: reward.pairs.from: it would do nothing, because path names a data set; keep one",
+        ),
+        (
+            {"line2": "reward: {pairs: {origins: [sft]}}"},
+            "recipe.yaml:2: reward.pairs.origins: unknown key; did you mean 'from'?",
+        ),
+        (
+            {"line2": "reward: {pairs: {sampels: 3}}"},
+            "recipe.yaml:2: reward.pairs.sampels: unknown key; did you mean 'samples'?",
+        ),
+        (
+            {"line2": "reward: {model: x, learning_rate: 1e-3}"},
+            "recipe.yaml:2: reward.learning_rate: it would do nothing: reward.model is judged as it is, not trained",
+        ),
         (
             {"line5": "task: {name: paralel}"},
             "recipe.yaml:5: task.name: 'paralel' is not one of parallel, columns, synthetic, "
@@ -168,7 +204,7 @@ def test_numbers_and_text_reach_the_configs_as_written():
             "recipe.yaml:3: model: set exactly one of model_name_or_path and from_scratch, found neither",
         ),
         ({"line7": "other:"}, "recipe.yaml:7: other: unknown key; the keys here are "
-         "name, seed, output_dir, model, task, sft, ppo, eval"),
+         "name, seed, output_dir, model, task, sft, reward, ppo, eval"),
     ],
 )  # fmt: skip
 def test_refusals_name_file_line_key_and_fix(lines, message):
@@ -249,7 +285,10 @@ def test_refusals_name_file_line_key_and_fix(lines, message):
         ("eval.samples_per_prompt=-1", "eval.samples_per_prompt: must be at least 0, found -1"),
         ("eval.sample_temperature=0", "eval.sample_temperature: must be above 0, found 0.0"),
         ("ppo.lam=2", "ppo.lam: must be in [0, 1], found 2.0"),
-        ("nonsense=1", "nonsense: unknown key; the keys here are name, seed, output_dir, model, task, sft, ppo, eval"),
+        (
+            "nonsense=1",
+            "nonsense: unknown key; the keys here are name, seed, output_dir, model, task, sft, reward, ppo, eval",
+        ),
         ("ppo.kl_coeff=1", "ppo.kl_coeff: unknown key; did you mean 'kl_coef'?"),
         ("seed=!!python/none 1", "seed: tags are not allowed in a recipe, found !!python/none"),
         ("ppo.rewards=[bleu", "not valid YAML: expected ',' or ']', but got '<stream end>'"),
@@ -498,7 +537,7 @@ def test_evaluation_follows_ppo():
          "choose another directory"),
         ("eval.metrics=[blue]", "eval.metrics.0: unknown metric 'blue'; did you mean 'bleu'? "),
         ("eval.metrics=[chrf, {name: bleu, lower: 1}]", "eval.metrics.1: metric bleu: unknown option 'lower'"),
-        ("ppo.rewards=[bleu, nothing]", "ppo.rewards: 'nothing' is not one of constant, bleu, "),
+        ("ppo.rewards=[bleu, nothing]", "ppo.rewards: 'nothing' is not one of constant, learned, bleu, "),
         ("ppo.rewards=[bleu, bleu]", "ppo.rewards: each reward once, found bleu, bleu"),
         ("ppo.rewards=[no_such_package.reward]", "ppo.rewards: cannot import 'no_such_package.reward' "
          "(No module named 'no_such_package')"),

@@ -30,6 +30,7 @@ from pipeline.run_directory import (
     stage_status,
 )
 
+OWN = tuple(stage for stage in STAGES if stage != "reward")  # those of a recipe without a reward section
 RECIPE = """\
 name: demo
 model: {from_scratch: {hidden_size: 32, num_attention_heads: 2, vocab_size: 400, max_position_embeddings: 64}}
@@ -109,7 +110,7 @@ def plan(output):
 def test_the_chain_runs_in_order_and_then_has_nothing_to_do(behaviour, capsys):
     assert run.main(["recipe.yaml"]) == 0
     output = capsys.readouterr().out
-    assert plan(output) == dict.fromkeys(STAGES, ("run", "not started yet"))
+    assert plan(output) == dict.fromkeys(OWN, ("run", "not started yet"))
     assert "sft: 10 examples, batch 4 per device x 1 accumulated x 1 = 4; 2 epochs, 6 optimizer steps\n" in output
     assert (
         "ppo: batch 2 per device x 4 accumulated x 1 = 8 episodes, mini-batch 4, micro-batch 2 per device; "
@@ -122,7 +123,7 @@ def test_the_chain_runs_in_order_and_then_has_nothing_to_do(behaviour, capsys):
 
     assert run.main(["recipe.yaml"]) == 0
     output = capsys.readouterr().out
-    assert plan(output) == dict.fromkeys(STAGES, ("skip", "complete and unchanged"))
+    assert plan(output) == dict.fromkeys(OWN, ("skip", "complete and unchanged"))
     assert output.splitlines()[-1] == "report: runs/demo/eval/report.html"
     assert launched() == []
 
@@ -206,7 +207,7 @@ def test_changed_data_runs_everything_again(behaviour, capsys):
 def test_a_dry_run_shows_the_plan_and_writes_nothing(behaviour, capsys):
     before = sorted(Path().rglob("*"))
     assert run.main(["recipe.yaml", "--dry-run"]) == 0
-    assert plan(capsys.readouterr().out) == dict.fromkeys(STAGES, ("run", "not started yet"))
+    assert plan(capsys.readouterr().out) == dict.fromkeys(OWN, ("run", "not started yet"))
     assert sorted(Path().rglob("*")) == before
     run.main(["recipe.yaml"])
     before = {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
@@ -290,7 +291,7 @@ def test_a_recipe_that_cannot_run_starts_nothing(behaviour, capsys):
         output = capsys.readouterr()
         assert output.err.startswith(f"error: {message}")
         assert output.out == ""
-    for arguments in (["recipe.yaml", "--only", "reward"], ["recipe.yaml", "--", "--no-such-option"]):
+    for arguments in (["recipe.yaml", "--only", "judge"], ["recipe.yaml", "--", "--no-such-option"]):
         with pytest.raises(SystemExit) as raised:
             run.main(arguments)
         assert raised.value.code == 2
@@ -435,7 +436,7 @@ def complete(recipe, *stages):
 )
 def test_a_fingerprint_covers_what_a_stage_depends_on(override, changed):
     before, after = recipe_with(), recipe_with(override)
-    different = [stage for stage in STAGES if stage_fingerprint(before, stage) != stage_fingerprint(after, stage)]
+    different = [stage for stage in OWN if stage_fingerprint(before, stage) != stage_fingerprint(after, stage)]
     assert different == changed
 
 

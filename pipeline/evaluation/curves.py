@@ -17,6 +17,14 @@ PANELS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "learning rate": ("learning_rate",),
         "tokens/s": ("tokens_per_second",),
     },
+    "reward": {
+        "loss": ("loss", "eval_loss"),
+        "accuracy": ("accuracy", "eval_accuracy"),
+        "margin of scores": ("margin", "eval_margin"),
+        "mean score": ("mean_reward", "eval_mean_reward"),
+        "gradient norm": ("grad_norm",),
+        "learning rate": ("learning_rate",),
+    },
     "ppo": {
         "reward": ("objective/scores", "eval_reward"),
         "KL to SFT, nats/completion": ("objective/kl",),
@@ -89,6 +97,8 @@ def tokens_by_step(stage: str, events: Sequence[Mapping[str, object]]) -> dict[i
     """Tokens a stage had trained on (sft) or sampled (ppo) by each logged step."""
     if stage == "sft":
         return {int(e["step"]): float(e[SEEN]) for e in events if isinstance(e.get(SEEN), int | float)}
+    if stage == "reward":
+        return {int(e["step"]): float(e["num_tokens"]) for e in events if isinstance(e.get("num_tokens"), int | float)}
     found, total, before = {}, 0.0, 0
     for event in events:
         if isinstance(event.get("objective/length"), int | float) and "episode" in event:

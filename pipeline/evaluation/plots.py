@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from pipeline.evaluation.curves import Panel
 from pipeline.evaluation.inspection import Credit
 from pipeline.evaluation.report import EvaluationReport
+from pipeline.evaluation.reward_quality import JudgedPair, Reliability
 
 INK = "#808080"  # stands out from white and from black
 COLOURS = ("#3b82f6", "#f59e0b", "#10b981", "#a855f7", "#ef4444", "#06b6d4")
@@ -113,6 +114,28 @@ def credit_plot(credit: Credit, name: str) -> str:
         axis.set_xticks(places, [" ".join(token.split())[:LABEL] for token in credit.tokens], rotation=60, ha="right")
         axis.legend(fontsize=7)
         return _svg(figure, name)
+
+
+def reliability_plot(table: Sequence[Reliability]) -> str:
+    """A reward model's predicted against observed frequency; on the dashed line both are the same."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _grid(1, columns=1)
+        axes[0].plot([0.5, 1.0], [0.5, 1.0], linestyle="--", color=INK, linewidth=1)
+        axes[0].plot([bin_.predicted for bin_ in table], [bin_.observed for bin_ in table], marker="o")
+        axes[0].set_title("reliability: right against predicted")
+        return _svg(figure, "reliability")
+
+
+def pair_score_plot(pairs: Sequence[JudgedPair], shift: float, scale: float) -> str:
+    """How a reward model's scores of chosen and rejected held-out texts are spread."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _grid(1, columns=1)
+        chosen = [(pair.chosen_score - shift) / scale for pair in pairs]
+        rejected = [(pair.rejected_score - shift) / scale for pair in pairs]
+        axes[0].hist([chosen, rejected], bins=20, label=["chosen", "rejected"])
+        axes[0].set_title("scores of held-out texts")
+        axes[0].legend(fontsize=7)
+        return _svg(figure, "pair-scores")
 
 
 def _grid(count: int, columns: int) -> tuple[Figure, list[Axes]]:

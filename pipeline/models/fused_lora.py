@@ -6,6 +6,7 @@ be rounded away. There the copy is the frozen weight in autocast's precision, wh
 every forward pass. The gradients of the adapter are those of peft, without keeping what it keeps for them.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -64,7 +65,7 @@ def fuse_adapters(network: nn.Module) -> None:
     layers = [m for m in network.modules() if type(m) is LoraLinear and _is_plain(m)]
     size = sum(layer.base_layer.weight.numel() * layer.base_layer.weight.element_size() for layer in layers)
     for layer in layers:
-        layer.forward = partial(_forward, layer, _Copy() if size <= COPY_BUDGET else None)
+        layer.forward = partial(_forward, layer, _Copy() if size <= COPY_BUDGET else None, layer.forward)
 
 
 class _Copy:
@@ -85,10 +86,12 @@ def _is_plain(layer: LoraLinear) -> bool:
     )
 
 
-def _forward(layer: LoraLinear, copy: _Copy | None, x: Tensor) -> Tensor:
+def _forward(layer: LoraLinear, copy: _Copy | None, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     base, name = layer.base_layer, layer.active_adapters[0]
-    if layer.disable_adapters or layer.merged:
+    if layer.disable_adapters or layer.merged or name not in layer.lora_A:
         return base(x)
+    if name in layer.lora_variant or layer.lora_bias[name]:  # of another adapter, which came later
+        return plain(x)
     down, up, scaling = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else base.weight.dtype

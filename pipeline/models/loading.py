@@ -101,6 +101,12 @@ def is_encoder_decoder(config: ModelConfig) -> bool:
     return load_config(config.model_name_or_path, config).is_encoder_decoder
 
 
+def position_limit(config: PretrainedConfig) -> int | None:
+    """How many tokens a model can read; None where its configuration sets no limit (ALiBi, recurrent models)."""
+    # Architectures write it under names of their own, which transformers maps to this one.
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def load_tokenizer(path: str | Path, config: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model. One without a pad token pads with EOS, which the masks keep apart from real EOS.
 

@@ -1,4 +1,4 @@
-"""One base model in every role of PPO: policy (adapter on), reference (adapter off), value (a head on the policy)."""
+"""One base model in every role of PPO: policy, reference (adapters off), value and a learned reward."""
 
 import copy
 from collections.abc import Iterator
@@ -16,10 +16,11 @@ from pipeline.models.adapters import adapter_config, check_adapter
 from pipeline.models.fused_lora import fuse_adapters
 from pipeline.models.head import token_logprobs
 from pipeline.models.packing import disable_packing, enable_packing, pack, packed_states
+from pipeline.models.reward_model import apply_head, load_head
 from pipeline.models.sequences import Sequences, make_sequences
-from pipeline.models.states import completion_states, encode, head_parts
+from pipeline.models.states import completion_states, encode, final_states, head_parts
 
-POLICY, VALUE = "default", "value"  # peft's adapter names; it calls the first one default
+POLICY, VALUE, REWARD = "default", "value", "reward"  # peft's adapter names; it calls the first one default
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class SharedModel(nn.Module):
     None the whole model is trained, and a frozen copy of it is the reference. Temperature divides the logits of
     policy and reference alike. With `padding_free` a pass sees real tokens only, and each prompt once, wherever the
     model's attention allows it (`packing.py`). The value head reads the policy's last hidden states or, with
-    `value_adapter`, those of a second adapter, which costs a second pass and leaves the policy's alone.
+    `value_adapter`, those of a second adapter, which costs a second pass and leaves the policy's alone. A learned
+    reward is one more adapter with a head, both frozen: on the base if that is frozen, else on the reference's copy.
     """
 
     def __init__(
@@ -56,14 +58,15 @@ class SharedModel(nn.Module):
         # Packed attention reads everything before a token: longer rows of a model with a window are padded instead.
         self._window: int | None = model.config.get_text_config().to_dict().get("sliding_window")
         if lora is None:
-            self._frozen = [copy.deepcopy(model).requires_grad_(False).eval()]  # in a list: not a submodule
+            self._frozen: list[PreTrainedModel | PeftModel] = [copy.deepcopy(model).requires_grad_(False).eval()]
             self.network: PreTrainedModel | PeftModel = model
         else:
-            self._frozen = []
+            self._frozen = []  # in a list, as the reward's head: no submodules, neither trained nor saved
             lora = adapter_config(model, lora)
             self.network = get_peft_model(model, lora)
             check_adapter(self.network)
             fuse_adapters(self.network)
+        self._reward_head: list[nn.Linear] = []
         self.has_value_adapter = value_adapter
         if value_adapter:
             self.network.add_adapter(VALUE, lora)
@@ -94,7 +97,7 @@ class SharedModel(nn.Module):
         mask = sequences.completion_mask
         logprobs, entropies = self._token_logprobs(self.causal_lm, states, sequences.completion_ids[mask])
         if self.has_value_adapter:
-            with self._value_adapter():
+            with self._adapter(VALUE):
                 states = self._states(self.causal_lm, sequences)
         # The head computes in its own precision, whatever autocast does to the trunk.
         with torch.autocast(states.device.type, enabled=False):
@@ -131,17 +134,40 @@ class SharedModel(nn.Module):
     @contextmanager
     def reference(self) -> Iterator[PreTrainedModel]:
         """The reference policy as a language model."""
-        if self._frozen:
+        if self._frozen and isinstance(self._frozen[0], PeftModel):
+            with self._frozen[0].disable_adapter():
+                yield self._frozen[0].get_base_model()
+        elif self._frozen:
             yield self._frozen[0]
         else:
             with self._trainable_kept(), self.network.disable_adapter():
                 yield self.causal_lm
 
+    def add_reward(self, directory: Path) -> None:
+        """Put a reward adapter and its head beside the others: a few weights, no second model."""
+        if self._frozen:
+            self._frozen[0] = PeftModel.from_pretrained(self._frozen[0], str(directory), adapter_name=REWARD).eval()
+        else:
+            with self._trainable_kept():
+                self.network.load_adapter(str(directory), REWARD, torch_device=str(self.causal_lm.device))
+                self.network.set_adapter(POLICY)
+        self._reward_head = [load_head(directory).to(self.causal_lm.device)]
+
+    @torch.no_grad()
+    def reward_scores(self, sequences: Sequences) -> Tensor:
+        """Raw scores [B] of the learned reward."""
+        if self._frozen:
+            states = final_states(self._frozen[0].get_base_model(), sequences)
+        else:
+            with self._adapter(REWARD):
+                states = final_states(self.causal_lm, sequences)
+        return apply_head(self._reward_head[0], states)
+
     @contextmanager
-    def _value_adapter(self) -> Iterator[None]:
-        """The value's adapter in the place of the policy's."""
+    def _adapter(self, name: str) -> Iterator[None]:
+        """Another adapter in the place of the policy's."""
         with self._trainable_kept():
-            self.network.set_adapter(VALUE)
+            self.network.set_adapter(name)
         try:
             yield
         finally:
@@ -150,13 +176,22 @@ class SharedModel(nn.Module):
 
     @contextmanager
     def _trainable_kept(self) -> Iterator[None]:
-        """peft freezes the adapters it switches off; a backward pass would then leave them without gradients."""
+        """peft freezes the adapters it switches off, and frees the one it switches on: neither is meant.
+
+        A backward pass would leave the one without gradients, and an optimizer made later would train a reward.
+        """
+        rewards = [p for name, p in self.network.named_parameters() if f".{REWARD}." in name]
+        for parameter in rewards:
+            parameter.requires_grad_(False)
         trained = [p for p in self.network.parameters() if p.requires_grad]
         try:
             yield
         finally:
             for parameter in trained:
                 parameter.requires_grad_(True)
+            for name, parameter in self.network.named_parameters():
+                if f".{REWARD}." in name:
+                    parameter.requires_grad_(False)
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute layers in the backward pass, each under the adapter that was active in its forward pass."""
@@ -164,11 +199,11 @@ class SharedModel(nn.Module):
 
     def _checkpoint_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         active = self.has_value_adapter and self.network.active_adapter == VALUE
-        return nullcontext(), self._value_adapter() if active else nullcontext()
+        return nullcontext(), self._adapter(VALUE) if active else nullcontext()
 
     def to(self, *args, **kwargs) -> "SharedModel":
-        """Move the frozen copy, which is not a submodule, along."""
-        for model in self._frozen:
+        """Move the frozen copy and the reward's head, which are no submodules, along."""
+        for model in [*self._frozen, *self._reward_head]:
             model.to(*args, **kwargs)
         return super().to(*args, **kwargs)
 
@@ -184,9 +219,9 @@ class SharedModel(nn.Module):
 
     def save_pretrained(self, directory: Path) -> None:
         """The policy as peft or transformers save it, and the value head beside it."""
-        if self.has_value_adapter:
-            self.network.save_pretrained(directory, selected_adapters=[POLICY])
-            self.network.save_pretrained(directory, selected_adapters=[VALUE])
+        if isinstance(self.network, PeftModel):
+            for name in [POLICY, *([VALUE] if self.has_value_adapter else [])]:
+                self.network.save_pretrained(directory, selected_adapters=[name])
         else:
             self.network.save_pretrained(directory)
         save_file(

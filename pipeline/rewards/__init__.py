@@ -29,6 +29,9 @@ __all__ = [
 ]
 
 
+LEARNED = "learned"
+
+
 class RewardFunction(Protocol):
     """TRL's GRPO reward signature: one number for each completion, or None where the function does not apply.
 
@@ -55,13 +58,22 @@ class Reward:
     weight: float = 1.0
 
 
-def build_rewards(configs: Sequence[RewardConfig], language: str | None = None) -> list[Reward]:
-    """Look each reward up: `constant`, a metric's name, or the dotted path of a function.
+def build_rewards(
+    configs: Sequence[RewardConfig], language: str | None = None, learned: RewardFunction | None = None
+) -> list[Reward]:
+    """Look each reward up: `constant`, `learned`, a metric's name, or the dotted path of a function.
+
+    `learned` is the function of the reward of that name, whose model the caller has loaded.
 
     Raises:
         ValueError: an unknown name or option; a path that cannot be imported or is not callable.
     """
-    rewards = [Reward(config.name, _function(config, language), config.weight) for config in configs]
+    rewards = [
+        Reward(
+            config.name, learned if config.name == LEARNED and learned else _function(config, language), config.weight
+        )
+        for config in configs
+    ]
     names = [reward.name for reward in rewards]
     if len(set(names)) != len(names):
         raise ValueError(f"ppo.rewards: each reward once, found {', '.join(names)}")
@@ -74,7 +86,7 @@ def _function(config: RewardConfig, language: str | None) -> RewardFunction:
     if config.name in METRIC_NAMES or ":" in config.name:
         return metric_reward(load_metric(config.name, language, **config.options))
     if "." not in config.name:
-        known = ", ".join(("constant", *METRIC_NAMES))
+        known = ", ".join(("constant", LEARNED, *METRIC_NAMES))
         raise ValueError(
             f"ppo.rewards: {config.name!r} is not one of {known}, nor the dotted path of a function "
             "(package.module.function)"

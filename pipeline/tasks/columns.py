@@ -166,8 +166,8 @@ def load(config: Config) -> Task:
         TaskError: as `files`; a column that is not there; values that give no example, with the rows they are in.
     """
     files(config)
-    tables = _tables(config)
-    bounds = {split: _bounds(getattr(config, split), len(tables[split].rows)) for split in SPLITS}
+    tables = read_tables(config)
+    bounds = {split: row_bounds(getattr(config, split), len(tables[split].rows)) for split in SPLITS}
     _check_disjoint(config, bounds)
     splits = {}
     for split in SPLITS:
@@ -181,7 +181,12 @@ def load(config: Config) -> Task:
     return hold_out(Task(**splits, language=config.language), config.ppo_examples)
 
 
-def _tables(config: Config) -> dict[str, Table]:
+def read_tables(config: Config) -> dict[str, Table]:
+    """The rows of each split's file or data set, which may be more than the split.
+
+    Raises:
+        TaskError: a split that is not there, or a file that cannot be read.
+    """
     names = {split: _split_name(config, split) for split in SPLITS}
     if not config.is_local:
         found = read_hub(config.path, config.subset, config.revision)
@@ -206,7 +211,7 @@ def _named(tables: dict[str, Table], name: str, split: str) -> Table:
     return tables[name]
 
 
-def _bounds(expression: str, size: int) -> tuple[int, int]:
+def row_bounds(expression: str, size: int) -> tuple[int, int]:
     """First row and the row after the last of `name[from:to]`."""
     ends = [_row(text, size) for text in SPLIT.fullmatch(expression).groups()[1:]]
     start, stop, _ = slice(*ends).indices(size)

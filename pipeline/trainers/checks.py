@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.models.decoder_start import decoder_prefix
+from pipeline.models.loading import position_limit
 from pipeline.models.sequences import Sequences, make_sequences
 from pipeline.models.shared import SharedModel
 from pipeline.models.states import check_trunk_and_head
-from pipeline.rewards import Reward, check_rewards
 from pipeline.trainers.config import PPOConfig
 
 # The largest |log pi - log rho| of a token that rounding explains: DoRA and checkpointing compute in another order.
@@ -21,13 +21,11 @@ ROUNDING = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.2, torch
 PROBE_ROWS = 4
 
 
-def check_model_and_data(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rewards: Sequence[Reward], dataset: Dataset
-) -> None:
+def check_model_and_data(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset) -> None:
     """Look at what PPO is given before anything is built from it.
 
     Raises:
-        ValueError: a model with an adapter, no rows, no special tokens, or a reward that does not score two rows.
+        ValueError: a model with an adapter, no rows, or no special tokens.
     """
     if isinstance(model, PeftModel):
         raise ValueError(
@@ -37,8 +35,12 @@ def check_model_and_data(
     if len(dataset) == 0:
         raise ValueError("train_dataset: it has no rows, so there is no prompt to answer")
     check_special_tokens(model, tokenizer)
+
+
+def first_rows(dataset: Dataset) -> dict[str, list]:
+    """Two rows for the rewards to score, with empty completions where the data has none."""
     first = dataset[: min(2, len(dataset))]
-    check_rewards(rewards, {"completion": [""] * len(first["prompt"]), **first})
+    return {"completion": [""] * len(first["prompt"]), **first}
 
 
 def check_start(
@@ -102,7 +104,7 @@ def check_prompts(
             f"{split}: {len(unknown)} of {len(prompts)} prompts have tokens beyond the model's {rows} embeddings, the "
             f"first in row {unknown[0]}; use the model's own tokenizer, or model.resize_token_embeddings"
         )
-    limit = position_limit(model)
+    limit = position_limit(model.config)
     if limit is None:
         return
     prefix = len(decoder_prefix(model))
@@ -121,12 +123,6 @@ def check_prompts(
             f"{response_length} tokens in the {limit} positions of the model (max_position_embeddings), the longest "
             f"with {len(prompts[longest])} tokens in row {longest}; lower response_length or shorten the prompts"
         )
-
-
-def position_limit(model: PreTrainedModel) -> int | None:
-    """How many tokens the model can read; None where its configuration sets no limit (ALiBi, recurrent models)."""
-    # Architectures write it under names of their own, which transformers maps to this one.
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def check_first_step(

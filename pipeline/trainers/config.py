@@ -15,6 +15,7 @@ KL_PLACEMENTS = ("reward", "loss")
 REWARD_SHAPING = ("none", "prefix")
 SCORE_SCALING = ("none", "running", "reference")
 VALUE_MODELS = ("head", "adapter")
+LEARNED = "learned"
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class PPOConfig:
 
     rewards: tuple[RewardConfig, ...]
     sft_model_path: str | None = None  # None: this run's sft stage
+    reward_model_path: str | None = None  # of the reward `learned`; None: this run's reward stage
     use_peft: bool = True
     total_episodes: int = 10_000
     per_device_train_batch_size: int = 32
@@ -99,6 +101,11 @@ class PPOConfig:
             _require(getattr(self, name) in choices, name, f"must be one of {choices}", getattr(self, name))
         _check_sizes(self)
         _check_combinations(self)
+
+    @property
+    def learned_reward(self) -> RewardConfig | None:
+        """The line of `rewards` that is a learned reward, if there is one."""
+        return next((reward for reward in self.rewards if reward.name == LEARNED), None)
 
     def batch_size(self, num_processes: int) -> int:
         """Episodes of one rollout over all processes."""
@@ -229,6 +236,12 @@ def _check_combinations(args: PPOConfig) -> None:
         "missing_eos_score",
         "replaces the score that missing_eos_penalty would be subtracted from; keep one",
         args.missing_eos_score,
+    )
+    _require(
+        args.reward_model_path is None or args.learned_reward is not None,
+        "reward_model_path",
+        "does nothing without the reward learned in ppo.rewards",
+        args.reward_model_path,
     )
     _require(all(args.stop_strings), "stop_strings", "must not hold an empty text", args.stop_strings)
     empty_warmup = args.value_warmup_steps > 0 and args.vf_coef == 0

@@ -1,4 +1,4 @@
-"""What a person and a tracker see of a PPO run: progress bar, samples, metrics.jsonl, trackers."""
+"""What a person and a tracker see of a run: progress bar, samples, metrics.jsonl, timing.jsonl, trackers."""
 
 import json
 import math
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from tqdm import tqdm
+from transformers import TrainerCallback
 
 
 class TrainingLog:
@@ -82,6 +83,31 @@ class TimingLog:
         """Record one event."""
         with self.file.open("a") as file:
             file.write(json_line(step, {"seconds": round(time.monotonic() - self.began, 3)}))
+
+
+class MetricsFileCallback(TrainerCallback):
+    """Writes each log event as one JSON line; a resumed run first drops the lines after its checkpoint.
+
+    Times and speeds are left out, so that two runs of the same seed write the same file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.timing = TimingLog(path.with_name("timing.jsonl"))
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Keep only the lines up to the step training starts from."""
+        if state.is_world_process_zero:
+            keep_lines(self.path, state.global_step, ending="train_loss")
+            self.timing.start(state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        """Append one event."""
+        if state.is_world_process_zero:
+            values = {k: v for k, v in (logs or {}).items() if not k.endswith(("_runtime", "_per_second"))}
+            with self.path.open("a") as file:
+                file.write(json_line(state.global_step, values))
+            self.timing.write(state.global_step)
 
 
 def keep_lines(file: Path, step: int, ending: str | None = None) -> None:

@@ -13,13 +13,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.models.generation import Decoding, finished, generate
+from pipeline.models.reward_model import check_base
 from pipeline.models.sequences import make_sequences
 from pipeline.models.shared import SharedModel
 from pipeline.models.text import decode, encode_prompts
-from pipeline.rewards import Reward, RewardError, Scores, as_completions, score_texts
+from pipeline.rewards import Reward, RewardError, Scores, as_completions, check_rewards, score_texts
+from pipeline.rewards.learned import AdapterReward
 from pipeline.trainers.checkpoint import Checkpoint, TrainerState, load_checkpoint, save_checkpoint, state_size
 from pipeline.trainers.checkpoint_files import check_space, clear_checkpoints, newest_checkpoint
-from pipeline.trainers.checks import check_model_and_data, check_start
+from pipeline.trainers.checks import check_model_and_data, check_start, first_rows
 from pipeline.trainers.config import PPOConfig
 from pipeline.trainers.learner import Learner
 from pipeline.trainers.logs import TrainingLog, sample_line
@@ -85,7 +87,10 @@ class PPOTrainer:
             project_dir=str(self.output_dir),
         )
         set_seed(seed)  # python, numpy and torch, before the adapter is initialised
-        check_model_and_data(model, processing_class, self.rewards, train_dataset)
+        check_model_and_data(model, processing_class, train_dataset)
+        adapters = [reward.function for reward in self.rewards if isinstance(reward.function, AdapterReward)]
+        for adapter in adapters:
+            check_base(adapter.record, model, processing_class, model.config.name_or_path)
         shared = SharedModel(
             model,
             peft_config if args.use_peft else None,
@@ -94,6 +99,8 @@ class PPOTrainer:
             entropy_gradient=args.entropy_coef > 0,
             padding_free=args.padding_free,
         )
+        for adapter in adapters:
+            shared.add_reward(adapter.directory)
         if args.gradient_checkpointing:
             shared.enable_gradient_checkpointing()
         shared.train()
@@ -106,6 +113,9 @@ class PPOTrainer:
         self.learner = Learner(shared, args, self.accelerator)
         self.shared = self.learner.shared
         self.optimizer, self.scheduler = self.learner.optimizer, self.learner.scheduler
+        for adapter in adapters:
+            adapter.attach(self.shared.reward_scores, self.accelerator.device, model.config.is_encoder_decoder)
+        check_rewards(self.rewards, first_rows(train_dataset))
         check_start(self.shared, processing_class, self._prompt_ids, self._eval_prompt_ids, args, self.accelerator)
         self.state, self._warned = TrainerState(), False
 

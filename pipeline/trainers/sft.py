@@ -11,16 +11,16 @@ from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from trl import SFTConfig
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
 
 from pipeline.models.adapters import adapter_config, check_adapter
 from pipeline.models.decoder_start import decoder_prefix
 from pipeline.models.sequences import pad_right
 from pipeline.models.text import encode_completions, encode_prompts
 from pipeline.trainers.checkpoint_files import newest_checkpoint
-from pipeline.trainers.logs import TimingLog, json_line, keep_lines
-from pipeline.trainers.sft_resume import ResumableSFTTrainer
+from pipeline.trainers.logs import MetricsFileCallback
+from pipeline.trainers.resumable import ResumableTrainer
 
 DEFAULTS: Mapping[str, Any] = {
     "eval_strategy": "epoch",
@@ -33,25 +33,33 @@ DEFAULTS: Mapping[str, Any] = {
 }
 
 
+class ResumableSFTTrainer(ResumableTrainer, SFTTrainer):
+    """TRL's trainer that resumes."""
+
+
 def sft_arguments(arguments: Mapping[str, Any], output_dir: Path, seed: int) -> SFTConfig:
     """TRL's `SFTConfig` for the `sft:` section, with defaults that work on the machine at hand.
 
     TRL defaults to bf16 and refuses it on a machine without an accelerator; here bf16 is on where the accelerator has
     it, and on a CPU only when the recipe asks for it. Evaluation and saving happen once an epoch unless it says else.
     """
-    accelerator_present = torch.accelerator.is_available()
-    settings = {**DEFAULTS, **arguments}
+    return SFTConfig(
+        **complete_arguments(DEFAULTS, arguments),
+        output_dir=str(output_dir / "checkpoints"),
+        seed=seed,
+        use_cpu=not torch.accelerator.is_available(),
+    )
+
+
+def complete_arguments(defaults: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """`arguments` of a config class of TRL over Relay's `defaults`, bf16 set to what the machine has."""
+    settings = {**defaults, **arguments}
     if settings.get("bf16") is None and not settings.get("fp16"):
         settings["bf16"] = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     if settings["eval_strategy"] == "no" and "load_best_model_at_end" not in arguments:
         settings["load_best_model_at_end"] = False
     settings.setdefault("disable_tqdm", False)  # transformers hides its bar where its log level is raised
-    return SFTConfig(
-        **settings,
-        output_dir=str(output_dir / "checkpoints"),
-        seed=seed,
-        use_cpu=not accelerator_present,
-    )
+    return settings
 
 
 def sft_dataset(
@@ -198,28 +206,3 @@ class EncoderDecoderCollator:
             "decoder_input_ids": pad_right([self.prefix + row["labels"][:-1] for row in rows], self.pad_id)[0],
             "labels": pad_right([given + row["labels"] for row in rows], -100)[0],
         }
-
-
-class MetricsFileCallback(TrainerCallback):
-    """Writes each log event as one JSON line; a resumed run first drops the lines after its checkpoint.
-
-    Times and speeds are left out, so that two runs of the same seed write the same file.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.timing = TimingLog(path.with_name("timing.jsonl"))
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        """Keep only the lines up to the step training starts from."""
-        if state.is_world_process_zero:
-            keep_lines(self.path, state.global_step, ending="train_loss")
-            self.timing.start(state.global_step)
-
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        """Append one event."""
-        if state.is_world_process_zero:
-            values = {k: v for k, v in (logs or {}).items() if not k.endswith(("_runtime", "_per_second"))}
-            with self.path.open("a") as file:
-                file.write(json_line(state.global_step, values))
-            self.timing.write(state.global_step)

@@ -6,8 +6,9 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config
 
+from pipeline.models.loading import position_limit
 from pipeline.models.shared import SharedModel
-from pipeline.trainers.checks import check_prompts, check_special_tokens, position_limit
+from pipeline.trainers.checks import check_prompts, check_special_tokens
 from pipeline.trainers.sft import build_sft_trainer, sft_arguments
 
 
@@ -44,11 +45,11 @@ def test_prompts_are_looked_at_one_by_one(taught):
 
 
 def test_a_model_without_a_limit_has_room_for_all(taught):
-    assert position_limit(taught()) == 64
+    assert position_limit(taught().config) == 64
     gpt2 = GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=1, n_positions=7)  # another name for the same
-    assert position_limit(AutoModelForCausalLM.from_config(gpt2)) == 7
+    assert position_limit(gpt2) == 7
     bloom = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=9, hidden_size=8, n_layer=1, n_head=1))
-    assert position_limit(bloom) is None
+    assert position_limit(bloom.config) is None
     check_prompts([[5] * 1000], 4, bloom)
 
 

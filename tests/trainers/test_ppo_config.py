@@ -184,6 +184,7 @@ CHANGES: dict[str, tuple[object, dict]] = {
 TESTED_APART = {
     "rewards",
     "sft_model_path",
+    "reward_model_path",
     "gradient_checkpointing",
     "padding_free",
     "num_sample_generations",

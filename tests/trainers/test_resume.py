@@ -184,7 +184,7 @@ def test_a_real_kill(sft, ppo, tmp_path, kind):
 def test_a_signal_saves_after_the_step_and_the_run_ends_the_same(sft, ppo, tmp_path, monkeypatch, kind, step):
     train = {"sft": lambda output: sft(output, logging_steps=2), "ppo": ppo}[kind]
     train("whole")
-    module = {"sft": "pipeline.trainers.sft_resume", "ppo": "pipeline.trainers.ppo"}[kind]
+    module = {"sft": "pipeline.trainers.resumable", "ppo": "pipeline.trainers.ppo"}[kind]
     asked = []
 
     def stop_at_step():
@@ -324,7 +324,7 @@ def test_a_disk_without_room_is_refused_before_the_first_step(sft, ppo, tmp_path
 def test_the_estimated_size_is_near_the_true_one(sft, ppo, tmp_path, monkeypatch):
     estimates = []
     monkeypatch.setattr(
-        "pipeline.trainers.sft_resume.check_space", lambda directory, size, count: estimates.append(size)
+        "pipeline.trainers.resumable.check_space", lambda directory, size, count: estimates.append(size)
     )
     sft("run", peft=False, max_steps=1)
     (path,) = list_checkpoints(tmp_path / "run" / "checkpoints")

@@ -1,4 +1,4 @@
-"""TRL's SFT trainer, interrupted at any point and continued to the same bit."""
+"""A trainer of transformers or TRL, interrupted at any point and continued to the same bit."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
-from transformers import TrainerCallback
-from trl import SFTTrainer
+from torch import nn
+from transformers import Trainer, TrainerCallback
 
 from pipeline.trainers.checkpoint import load_tensors, tensors_alone
 from pipeline.trainers.checkpoint_files import (
@@ -24,13 +24,16 @@ from pipeline.trainers.stopping import Stopped, requested_stop
 LOOP_FILE = "loop_state.pt"
 
 
-class ResumableSFTTrainer(SFTTrainer):
-    """`SFTTrainer` whose checkpoints are atomic and complete, and which never steps on a gradient that is not finite.
+class ResumableTrainer(Trainer):
+    """Put before a trainer of TRL: checkpoints are atomic and complete, and no step is made on a gradient that is NaN.
 
     transformers 5.23 writes a checkpoint in place, and leaves out what decides the further log and order of data: the
     sums since the last log line, TRL's metrics, and the random state an epoch began with, from which
-    `group_by_length` draws its order. `train(resume_from_checkpoint=...)` puts all of it back.
+    `group_by_length` draws its order. `train(resume_from_checkpoint=...)` puts all of it back. `section` is the
+    recipe's name for the settings, which messages name.
     """
+
+    section = "sft"
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -63,12 +66,16 @@ class ResumableSFTTrainer(SFTTrainer):
     def _checkpoint_size(self) -> int:
         """About how many bytes a checkpoint takes, or fewer: weights, and two moments of each for Adam."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        adapter = isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
-        saved = trained if adapter else list(self.model.parameters())
+        saved = self._saved_parameters()
         optimizer = str(self.args.optim.value)
         moments = 2 if "adam" in optimizer and "bit" not in optimizer else 0
         size = sum(p.numel() * p.element_size() for p in saved)
         return size + moments * sum(p.numel() * p.element_size() for p in trained)
+
+    def _saved_parameters(self) -> list[nn.Parameter]:
+        """The weights in a checkpoint: those that are trained where they are an adapter, else all."""
+        adapter = isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
+        return [p for p in self.model.parameters() if p.requires_grad or not adapter]
 
     def restore_loop(self) -> None:
         """Put back what a training loop keeps outside its state; the loop has just set it to its start."""
@@ -136,7 +143,7 @@ class ResumableSFTTrainer(SFTTrainer):
             what = "gradient" if self._loss_is_finite else "loss"
             raise FloatingPointError(
                 f"step {self.state.global_step + 1}: the {what} is not finite, so no step is made and nothing saved; "
-                "lower sft.learning_rate, or look at the examples of that step"
+                f"lower {self.section}.learning_rate, or look at the examples of that step"
             )
         return norm
 
@@ -178,7 +185,8 @@ class ResumableSFTTrainer(SFTTrainer):
             self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))
             if self.args.should_save:
-                (folder / "training_args.bin").unlink()  # a pickle of settings, which nobody has to trust
+                # A pickle of settings, which nobody has to trust.
+                (folder / "training_args.bin").unlink(missing_ok=True)
                 torch.save({"processes": loops}, folder / LOOP_FILE)
                 self.state.save_to_json(str(folder / "trainer_state.json"))
         keep_newest(Path(self.args.output_dir), self.args.save_total_limit, best)
@@ -198,7 +206,7 @@ class ResumableSFTTrainer(SFTTrainer):
 class _LoopCallback(TrainerCallback):
     """The point of the loop at which its own state has been set to the start."""
 
-    def __init__(self, trainer: ResumableSFTTrainer) -> None:
+    def __init__(self, trainer: ResumableTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:

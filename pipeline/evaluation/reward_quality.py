@@ -1,0 +1,265 @@
+"""Whether a reward model can be trusted: held-out accuracy, calibration, correlations, length bias, trivial rules."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+
+from pipeline.metrics import Metric
+
+BINS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+Z95 = 1.959964
+# Where a finding becomes a warning.
+FEW_PAIRS, LENGTH_BIAS, CALIBRATION_ERROR = 100, 0.5, 0.1
+
+
+@dataclass(frozen=True)
+class JudgedPair:
+    """A held-out pair with its raw scores, and what trivial rules look at: lengths in characters, and by rule name
+    the value of either text (the larger one wins)."""
+
+    chosen_score: float
+    rejected_score: float
+    chosen_length: int
+    rejected_length: int
+    others: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class JudgedText:
+    """A held-out text: the number of its prompt, its raw score, its length in tokens, sentence scores by metric."""
+
+    prompt: int
+    score: float
+    length: int
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Share:
+    """How often something holds among `count` cases, with its 95 % interval (Wilson 1927); ties count half."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Pairs whose preferred text wins with a predicted probability in [low, high): how sure, and how often right."""
+
+    low: float
+    high: float
+    count: int
+    predicted: float
+    observed: float
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Of the score with `name` over held-out texts: Pearson's r, Spearman's rho, and r within the prompts.
+
+    Within: values minus their prompt's mean, which is what several completions of a prompt are paid by. None where
+    nothing varies.
+    """
+
+    name: str
+    pearson: float | None
+    spearman: float | None
+    within_prompt: float | None
+    count: int
+
+
+@dataclass(frozen=True)
+class RewardReport:
+    """What is known of a reward model; `score = (raw - shift) / scale`."""
+
+    verdict: str
+    warnings: list[str]
+    findings: list[str]
+    accuracy: Share
+    training_accuracy: Share | None
+    rules: list[Share]
+    reliability: list[Reliability]
+    calibration_error: float
+    correlations: list[Correlation]
+    shift: float
+    scale: float
+    pairs: dict[str, object]
+    settings: dict[str, object]
+
+
+def share(name: str, wins: Sequence[float]) -> Share:
+    """The mean of `wins` (1, 0, or 0.5 for a tie)."""
+    n, p = len(wins), float(np.mean(wins))
+    centre, spread = p + Z95**2 / (2 * n), Z95 * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n * n))
+    scale = 1 + Z95**2 / n
+    return Share(name, p, (centre - spread) / scale, (centre + spread) / scale, n)
+
+
+def wins(pairs: Sequence[tuple[float, float]]) -> list[float]:
+    """1 where the first value is larger, 0.5 where both are equal, else 0."""
+    return [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in pairs]
+
+
+def accuracy(pairs: Sequence[JudgedPair], name: str = "reward model") -> Share:
+    """How often the chosen text scores higher."""
+    return share(name, wins([(p.chosen_score, p.rejected_score) for p in pairs]))
+
+
+def trivial_rules(pairs: Sequence[JudgedPair]) -> list[Share]:
+    """What rules without any learning get right on the same pairs."""
+    rules: dict[str, Callable[[JudgedPair], tuple[float, float]]] = {
+        "the shorter text wins": lambda p: (-p.chosen_length, -p.rejected_length),
+        "the longer text wins": lambda p: (p.chosen_length, p.rejected_length),
+    }
+    shares = [share(name, wins([rule(p) for p in pairs])) for name, rule in rules.items()]
+    for name in dict.fromkeys(name for p in pairs for name in p.others):
+        known = [p.others[name] for p in pairs if name in p.others]
+        shares.append(share(name, wins(known)))
+    return shares
+
+
+def consensus(pairs: Sequence[tuple[int, str, str]], metric: Metric) -> list[dict[str, tuple[float, float]]]:
+    """For each pair (prompt, chosen, rejected) how well either text agrees with the prompt's other texts.
+
+    That is its mean sentence score against each of them in the part of a reference; the other text of the pair is one.
+    """
+    texts: dict[int, dict[str, None]] = {}
+    for prompt, *both in pairs:
+        texts.setdefault(prompt, {}).update(dict.fromkeys(both))
+    wanted = [(p, text, other) for p, every in texts.items() for text in every for other in every if other != text]
+    scores = metric.sample_scores([text for _, text, _ in wanted], [[other] for *_, other in wanted])
+    values: dict[tuple[int, str], list[float]] = {}
+    for (prompt, text, _), score in zip(wanted, scores, strict=True):
+        values.setdefault((prompt, text), []).append(score)
+    name = f"higher {metric.name} to the other texts of the prompt"
+    means = {key: float(np.mean(found)) for key, found in values.items()}
+    return [{name: (means[prompt, chosen], means[prompt, rejected])} for prompt, chosen, rejected in pairs]
+
+
+def reliability_table(pairs: Sequence[JudgedPair]) -> tuple[list[Reliability], float]:
+    """Predicted against observed frequency of the preferred text being the chosen one; the expected calibration error.
+
+    The prediction is that of the loss, Bradley and Terry's sigmoid of the difference of raw scores.
+    """
+    differences = np.array([p.chosen_score - p.rejected_score for p in pairs])
+    predicted = 1 / (1 + np.exp(-np.abs(differences)))
+    right = np.where(differences == 0, 0.5, differences > 0)
+    table, error = [], 0.0
+    for low, high in pairwise(BINS):
+        inside = (predicted >= low) & ((predicted < high) | (high == BINS[-1]))
+        if inside.any():
+            means = float(predicted[inside].mean()), float(right[inside].mean())
+            table.append(Reliability(low, high, int(inside.sum()), *means))
+            error += inside.mean() * abs(means[0] - means[1])
+    return table, float(error)
+
+
+def correlations(texts: Sequence[JudgedText]) -> list[Correlation]:
+    """The score against each metric, and against the length in tokens."""
+    found = []
+    for name in dict.fromkeys(name for text in texts for name in text.metrics):
+        known = [text for text in texts if name in text.metrics]
+        found.append(_correlation(name, known, [text.metrics[name] for text in known]))
+    return [*found, _correlation("length, tokens", texts, [float(text.length) for text in texts])]
+
+
+def _correlation(name: str, texts: Sequence[JudgedText], values: Sequence[float]) -> Correlation:
+    scores, values = np.array([text.score for text in texts]), np.array(values)
+    prompts = [text.prompt for text in texts]
+    return Correlation(
+        name,
+        pearson(scores, values),
+        pearson(_ranks(scores), _ranks(values)),
+        pearson(_centred(scores, prompts), _centred(values, prompts)),
+        len(texts),
+    )
+
+
+def pearson(a: np.ndarray, b: np.ndarray) -> float | None:
+    """Pearson's r of two arrays [N]; None where one does not vary."""
+    if len(a) < 2 or np.ptp(a) < 1e-12 or np.ptp(b) < 1e-12:
+        return None
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks [N], equal values sharing their mean rank."""
+    distinct, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(count)
+    return (last - (count - 1) / 2)[place] if len(distinct) else values
+
+
+def _centred(values: np.ndarray, prompts: Sequence[int]) -> np.ndarray:
+    _, place = np.unique(np.array(prompts), return_inverse=True)
+    means = np.bincount(place, values) / np.bincount(place)
+    return values - means[place]
+
+
+def judge_reward(
+    held_out: Sequence[JudgedPair],
+    training: Sequence[JudgedPair],
+    texts: Sequence[JudgedText],
+    calibration: tuple[float, float],
+    min_accuracy: float,
+    pairs: dict[str, object],
+    settings: dict[str, object],
+) -> RewardReport:
+    """The report on a reward model from what it said of held-out pairs and texts."""
+    right, rules = accuracy(held_out), trivial_rules(held_out)
+    table, error = reliability_table(held_out)
+    related = correlations(texts)
+    return RewardReport(
+        verdict=_verdict(right, rules, min_accuracy),
+        warnings=_warnings(right, rules, error, related),
+        findings=_findings(right, rules),
+        accuracy=right,
+        training_accuracy=accuracy(training) if training else None,
+        rules=rules,
+        reliability=table,
+        calibration_error=error,
+        correlations=related,
+        shift=calibration[0],
+        scale=calibration[1],
+        pairs=pairs,
+        settings=settings,
+    )
+
+
+def _verdict(right: Share, rules: Sequence[Share], min_accuracy: float) -> str:
+    best = max(rules, key=lambda rule: rule.value)
+    said = f"The reward model prefers the better text in {right.value:.1%} of {right.count} held-out pairs"
+    interval = f"[{right.low:.1%}, {right.high:.1%}]"
+    allowed = "" if right.value >= min_accuracy else f" PPO refuses it: reward.min_accuracy is {min_accuracy:.0%}."
+    return f"{said} {interval}; the best trivial rule ({best.name}) gets {best.value:.1%}.{allowed}"
+
+
+def _findings(right: Share, rules: Sequence[Share]) -> list[str]:
+    beaten = [rule.name for rule in rules if right.low > rule.value]
+    if right.low > 0.5 and len(beaten) == len(rules):
+        return ["It beats chance and every trivial rule: its interval is above all of them."]
+    return [] if right.low > 0.5 else ["It does not beat chance: 50 % is within its interval."]
+
+
+def _warnings(right: Share, rules: Sequence[Share], error: float, related: Sequence[Correlation]) -> list[str]:
+    warnings = []
+    if right.count < FEW_PAIRS:
+        warnings.append(f"only {right.count} pairs are held out, so every figure here is rough")
+    for rule in rules:
+        if rule.value >= right.value:
+            warnings.append(f"a trivial rule does as well or better: {rule.name} in {rule.value:.1%} of the pairs")
+    if error > CALIBRATION_ERROR:
+        warnings.append(f"its probabilities are off by {error:.1%} on average (a margin in the loss makes it surer)")
+    for found in related:
+        within = found.within_prompt if found.within_prompt is not None else found.pearson
+        if found.name.startswith("length") and within is not None and abs(within) > LENGTH_BIAS:
+            kind = "longer" if within > 0 else "shorter"
+            warnings.append(f"length bias: it prefers {kind} completions of a prompt (r = {within:+.2f})")
+        elif not found.name.startswith("length") and within is not None and within < 0:
+            warnings.append(f"within a prompt its scores run against {found.name} (r = {within:+.2f})")
+    return warnings

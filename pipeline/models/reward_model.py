@@ -1,0 +1,186 @@
+"""The reward model: an adapter and a scalar head on the base that PPO shares, and the record that goes with it."""
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from pipeline.models.adapters import adapter_config, check_adapter
+from pipeline.models.fused_lora import fuse_adapters
+from pipeline.models.sequences import Sequences
+from pipeline.models.states import final_states
+
+HEAD_FILE, RECORD_FILE = "reward_head.safetensors", "reward_model.json"
+PROBE_VALUES = 1024  # about as many numbers of each weight decide whether two bases are the same
+
+
+@dataclass(frozen=True)
+class RewardRecord:
+    """What goes with a reward model: `score = (raw - shift) / scale`, and what it was judged by.
+
+    `kind` is `adapter` (over the base with these digests) or `classifier` (at `path`, with its own tokenizer, and a
+    `template` where it needs one). `accuracy` is the share of `held_out_pairs` whose chosen text scores higher.
+    """
+
+    kind: str
+    path: str
+    shift: float
+    scale: float
+    accuracy: float | None
+    held_out_pairs: int
+    base_digest: str | None = None
+    tokenizer_digest: str | None = None
+    template: str | None = None
+
+    def save(self, directory: Path) -> None:
+        """Write `reward_model.json`."""
+        (directory / RECORD_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+
+def load_record(directory: str | Path) -> RewardRecord:
+    """The record in the folder of a reward stage.
+
+    Raises:
+        ValueError: there is none, or it is not whole.
+    """
+    file = Path(directory).expanduser() / RECORD_FILE
+    try:
+        return RewardRecord(**json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"ppo.reward_model_path: {str(directory)!r} holds no finished reward model ({RECORD_FILE} is missing or "
+            "broken); give the reward folder of a run whose reward stage has finished"
+        ) from error
+
+
+def apply_head(head: nn.Linear, states: Tensor) -> Tensor:
+    """Raw scores [B] of `states [B, H]`, in the head's own precision whatever autocast does to the trunk."""
+    with torch.autocast(states.device.type, enabled=False):
+        return head(states.to(head.weight.dtype)).squeeze(-1)
+
+
+class RewardNetwork(nn.Module):
+    """A language model with a LoRA adapter and a scalar head, as TRL's `RewardTrainer` wants it."""
+
+    def __init__(self, network: PeftModel, head: nn.Linear) -> None:
+        super().__init__()
+        self.network, self.head = network, head
+        self.config = copy.deepcopy(self.causal_lm.config)
+        self.config.num_labels = 1
+
+    @classmethod
+    def create(cls, model: PreTrainedModel, lora: LoraConfig, fused: bool) -> "RewardNetwork":
+        """A fresh adapter and head; `fused` layers are faster and have no dropout.
+
+        Raises:
+            ValueError: an adapter on weights that the model uses twice.
+        """
+        width = model.get_output_embeddings().weight.shape[1]
+        network = get_peft_model(model, adapter_config(model, lora))
+        check_adapter(network)
+        if fused:
+            fuse_adapters(network)
+        head = nn.Linear(width, 1, bias=False, dtype=torch.float32)  # a bias would cancel out of every pair
+        nn.init.normal_(head.weight, std=(width + 1) ** -0.5)
+        return cls(network, head)
+
+    @classmethod
+    def load(cls, model: PreTrainedModel, directory: str | Path) -> "RewardNetwork":
+        """The saved adapter and head over `model`, which they were trained on."""
+        return cls(PeftModel.from_pretrained(model, str(directory)), load_head(directory))
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The language model, with the adapter's layers inside it."""
+        return self.network.get_base_model()
+
+    def forward(
+        self,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        completion_ids: Tensor,
+        completion_mask: Tensor,
+        **unused: object,
+    ) -> SequenceClassifierOutput:
+        """`logits [B, 1]`; TRL also passes what only its loss reads."""
+        sequences = Sequences(prompt_ids, prompt_mask, completion_ids, completion_mask)
+        return SequenceClassifierOutput(logits=apply_head(self.head, self._states(sequences)).unsqueeze(-1))
+
+    def _states(self, sequences: Sequences) -> Tensor:
+        return final_states(self.causal_lm, sequences)
+
+    @torch.no_grad()
+    def scores(self, sequences: Sequences) -> Tensor:
+        """Raw scores [B]."""
+        return apply_head(self.head, self._states(sequences))
+
+    def add_model_tags(self, tags: object) -> None:
+        """Nothing: tags are for uploads, which Relay never makes."""
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping | None = None, **more: Any) -> None:
+        """Recompute layers in the backward pass, as the language model does it."""
+        settings = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        self.causal_lm.gradient_checkpointing_enable(settings, **more)
+
+    def save_pretrained(self, directory: Path) -> None:
+        """The adapter as peft saves it, and the head beside it."""
+        self.network.save_pretrained(directory)
+        save_file({"weight": self.head.weight.detach().cpu().contiguous()}, Path(directory) / HEAD_FILE)
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Name -> tensor of everything that is trained."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+
+def load_head(directory: str | Path) -> nn.Linear:
+    """The head that was saved beside an adapter."""
+    weight = load_file(Path(directory).expanduser() / HEAD_FILE)["weight"]
+    head = nn.Linear(weight.shape[1], 1, bias=False, dtype=weight.dtype)
+    with torch.no_grad():
+        head.weight.copy_(weight)
+    return head.requires_grad_(False)
+
+
+def check_base(record: RewardRecord, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: object) -> None:
+    """Refuse a reward adapter over a model or tokenizer that it was not trained on.
+
+    Raises:
+        ValueError: naming both.
+    """
+    for what, known, here in (
+        ("model", record.base_digest, weights_digest(model)),
+        ("tokenizer", record.tokenizer_digest, tokenizer_digest(tokenizer)),
+    ):
+        if known != here:
+            raise ValueError(
+                f"ppo.reward_model_path: the reward adapter was trained over the {what} of {record.path!r}, and PPO "
+                f"starts from {str(base)!r}, whose {what} is another; train the reward on that one, or start PPO from "
+                "the reward's"
+            )
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """A SHA-256 over names, shapes and evenly chosen numbers of every weight, as bfloat16 whatever their dtype."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().reshape(-1)
+        chosen = flat[:: max(1, flat.numel() // PROBE_VALUES)].to(torch.bfloat16).float().cpu()
+        digest.update(f"{name} {tuple(parameter.shape)}".encode() + chosen.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A SHA-256 over vocabulary, special tokens and chat template."""
+    special: Sequence[int | None] = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    content = [sorted(tokenizer.get_vocab().items()), special, tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,178 @@
+"""The learned reward of a reward stage: found, checked, and scored from token ids on the base that PPO shares."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.models.config import ModelConfig
+from pipeline.models.reward_model import RECORD_FILE, RewardRecord, load_record
+from pipeline.models.sequences import Sequences, length_sorted_chunks, make_sequences
+from pipeline.models.text import decode, encode_completions, encode_prompts
+from pipeline.rewards.classifier import ClassifierReward
+from pipeline.rewards.metric import text_of
+
+CALIBRATION_ROWS = 256
+OPTIONS = {"batch_size": int, "template": str}
+
+# Sequences on the judge's device -> raw scores [B].
+Judge = Callable[[Sequences], Tensor]
+
+
+class AdapterReward:
+    """The score of a reward adapter: `(raw - shift) / scale`, 0 for the average reference, with a spread of 1.
+
+    Completions are scored from the token ids that the policy wrote. Ids that do not spell the text (those of another
+    tokenizer) are not used: the text is then tokenised. `attach` gives the network, which PPO shares with the policy.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, record: RewardRecord, directory: Path, batch_size: int = 128
+    ) -> None:
+        self.tokenizer, self.record, self.directory, self.batch_size = tokenizer, record, directory, batch_size
+        self._judge: Judge | None = None
+        self._device, self._encoder_decoder = torch.device("cpu"), False
+
+    def attach(self, judge: Judge, device: torch.device, encoder_decoder: bool = False) -> None:
+        """Score by `judge`, a network on `device`."""
+        self._judge, self._device, self._encoder_decoder = judge, device, encoder_decoder
+
+    def __call__(
+        self, prompts: list, completions: list, *, completion_ids: list[list[int]], **columns: list
+    ) -> list[float]:
+        """One score for each completion; equal ones are scored once, so that they score alike to the last bit.
+
+        Raises:
+            ValueError: a score is not finite.
+        """
+        ids = self._tokens(prompts, completions, completion_ids)
+        prompt_ids = encode_prompts(self.tokenizer, prompts, self._encoder_decoder)
+        keys = list(zip(map(tuple, prompt_ids), map(tuple, ids), strict=True))
+        distinct = list(dict.fromkeys(keys))
+        raw = score_tokens([k[0] for k in distinct], [k[1] for k in distinct], self.tokenizer, *self._scoring)
+        scores = dict(zip(distinct, ((raw - self.record.shift) / self.record.scale).tolist(), strict=True))
+        return [scores[key] for key in keys]
+
+    @property
+    def _scoring(self) -> tuple[Judge, torch.device, int]:
+        assert self._judge is not None, "attach() comes first"
+        return self._judge, self._device, self.batch_size
+
+    def _tokens(self, prompts: list, completions: list, completion_ids: list[list[int]]) -> list[list[int]]:
+        texts, size = [text_of(completion) for completion in completions], len(self.tokenizer)
+        known = [bool(ids) and max(ids) < size for ids in completion_ids]
+        spelled = decode(self.tokenizer, [ids if ok else [] for ids, ok in zip(completion_ids, known, strict=True)])
+        fresh = encode_completions(self.tokenizer, prompts, texts)
+        rows = zip(completion_ids, known, spelled, texts, fresh, strict=True)
+        return [ids if ok and spelt == text.strip() else new for ids, ok, spelt, text, new in rows]
+
+
+def score_tokens(
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    judge: Judge,
+    device: torch.device,
+    batch_size: int,
+) -> Tensor:
+    """Raw scores [B], on the CPU in float32, of completions given as token ids."""
+    lengths = torch.tensor([len(p) + len(c) for p, c in zip(prompts, completions, strict=True)])
+    scores = torch.zeros(len(prompts))
+    for index in length_sorted_chunks(lengths, batch_size):
+        rows = index.tolist()
+        sequences = make_sequences(
+            [prompts[r] for r in rows], [completions[r] for r in rows], tokenizer.pad_token_id, device
+        )
+        scores[index] = judge(sequences).float().cpu()
+    return scores
+
+
+def calibration(scores: Tensor, references: Tensor) -> tuple[float, float]:
+    """Shift and scale for raw scores: `references` average 0, and `scores` have a standard deviation of 1.
+
+    Raises:
+        ValueError: a score is not finite, or all are the same.
+    """
+    for name, values in (("text", scores), ("reference", references)):
+        bad = (~torch.isfinite(values)).nonzero()
+        if len(bad):
+            raise ValueError(
+                f"reward: the score of {name} {int(bad[0])} is {float(values[bad[0]])} ({len(bad)} in all); lower "
+                "reward.learning_rate, or load the model with model.dtype: float32"
+            )
+    spread = float(scores.double().std(correction=0))
+    if spread < 1e-8:
+        raise ValueError(
+            "reward: every text scores the same, so the reward model has learnt nothing; look at "
+            "reward.learning_rate and at the pairs"
+        )
+    return float(references.double().mean()), spread
+
+
+def check_accuracy(record: RewardRecord, min_accuracy: float, place: object) -> None:
+    """Refuse to pay PPO with a reward model that does not tell better from worse.
+
+    Raises:
+        ValueError: naming the accuracy and how to go on all the same.
+    """
+    if record.accuracy is not None and record.accuracy < min_accuracy:
+        raise ValueError(
+            f"reward.min_accuracy: the reward model in {str(place)!r} prefers the better text in "
+            f"{record.accuracy:.1%} of {record.held_out_pairs} held-out pairs, below {min_accuracy:.1%}: see "
+            f"{place}/report; train a better one, or set reward.min_accuracy lower to use it all the same"
+        )
+
+
+def check_options(options: Mapping[str, Any], is_adapter: bool) -> None:
+    """Refuse options of `{name: learned, ...}` that do not exist or would do nothing.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    for key, value in options.items():
+        if key not in OPTIONS or not isinstance(value, OPTIONS[key]):
+            raise ValueError(
+                f"ppo.rewards: 'learned' has the options batch_size (a number) and template (a text), found {key}: "
+                f"{value!r}"
+            )
+        if key == "template" and is_adapter:
+            raise ValueError("ppo.rewards: 'learned' reads token ids here, so its option template would do nothing")
+        if key == "template" and ("{prompt}" not in value or "{completion}" not in value):
+            raise ValueError(f"ppo.rewards: the template needs {{prompt}} and {{completion}} in it, found {value!r}")
+
+
+def is_reward_folder(path: str | Path) -> bool:
+    """Whether a path is the folder of a finished reward stage."""
+    return (Path(path).expanduser() / RECORD_FILE).is_file()
+
+
+def load_learned_reward(
+    path: str | Path,
+    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    min_accuracy: float,
+    options: Mapping[str, Any],
+) -> AdapterReward | ClassifierReward:
+    """The learned reward in a reward stage's folder or of a classifier; an adapter's still has to be attached.
+
+    Raises:
+        ValueError: as `load_record`, `check_accuracy` and `check_classifier`.
+    """
+    if not is_reward_folder(path):
+        return ClassifierReward(str(path), config, **options)
+    record = load_record(path)
+    check_accuracy(record, min_accuracy, path)
+    check_options(options, record.kind == "adapter")
+    if record.kind == "adapter":
+        return AdapterReward(tokenizer, record, Path(path).expanduser(), **options)
+    settings = {"template": record.template, **options}
+    return ClassifierReward(record.path, config, **settings).calibrate(record.shift, record.scale)
+
+
+def reward_on_references(reward: ClassifierReward, prompts: list, references: list[str]) -> ClassifierReward:
+    """Shift and scale a classifier that no reward stage has judged by what it says of references."""
+    scores = reward.raw_scores(prompts, references)
+    return reward.calibrate(*calibration(scores, scores))

@@ -1,0 +1,169 @@
+"""Preference data by its columns: a prompt, the better and the worse of two answers, and by how much."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.tasks import columns
+from pipeline.tasks.examples import Message, Unusable, read_prompt, read_rows, read_text
+from pipeline.tasks.tables import Table
+from pipeline.tasks.types import TaskError, check_limits
+
+PARTS = ("train", "validation")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Where the pairs are, and which columns make one: the keys of `reward.pairs` beside a `path`.
+
+    `path`, `data_dir`, `subset`, `revision`, `train` and `validation` are those of the task `columns`. `prompt` is a
+    column of texts or chat messages, or a template with `{column}` in it; null where `chosen` and `rejected` are
+    chats that begin with it. `chosen` and `rejected` are columns of texts or chats, of which the last message counts;
+    `margin` is a column of numbers: by how much chosen is better.
+    """
+
+    path: str
+    data_dir: str = "."
+    subset: str | None = None
+    revision: str | None = None
+    train: str = "train"
+    validation: str = "validation"
+    prompt: str | None = "prompt"
+    chosen: str = "chosen"
+    rejected: str = "rejected"
+    margin: str | None = None
+    min_margin: float = 0.0
+    max_train_pairs: int | None = None
+    max_validation_pairs: int | None = None
+
+    def __post_init__(self) -> None:
+        limits = {f"max_{part}_pairs": getattr(self, f"max_{part}_pairs") for part in PARTS}
+        with_named_keys(lambda: check_limits(**limits))
+        if not self.min_margin >= 0:
+            raise TaskError(f"reward.pairs.min_margin: must not be negative, found {self.min_margin}")
+        if self.min_margin and self.margin is None:
+            raise TaskError("reward.pairs.min_margin: it would do nothing, because no column is named in margin")
+        with_named_keys(lambda: self.as_columns)
+
+    @property
+    def as_columns(self) -> columns.Config:
+        """The same data as the task `columns` reads it; preference data needs no test split of its own."""
+        return columns.Config(
+            path=self.path,
+            data_dir=self.data_dir,
+            subset=self.subset,
+            revision=self.revision,
+            train=self.train,
+            validation=self.validation,
+            test=self.validation,
+            prompt=self.chosen if self.prompt is None else self.prompt,
+            completion=self.chosen,
+        )
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Two answers to a prompt (a text or chat messages), the better one first; `margin` where the data has one."""
+
+    prompt: str | list[Message]
+    chosen: str
+    rejected: str
+    margin: float | None = None
+
+
+def with_named_keys(read: Any) -> Any:
+    """The result of `read()`, whose messages name `reward.pairs` instead of the task section.
+
+    Raises:
+        TaskError: what `read` raised.
+    """
+    try:
+        return read()
+    except TaskError as error:
+        raise TaskError(str(error).replace("task.", "reward.pairs.").replace("task:", "reward.pairs:")) from error
+
+
+def files(config: Config) -> list[Path]:
+    """Every local file the pairs are read from.
+
+    Raises:
+        TaskError: as `columns.files`.
+    """
+    return with_named_keys(lambda: columns.files(config.as_columns))
+
+
+def load(config: Config) -> dict[str, list[Preference]]:
+    """The pairs of `train` and `validation`.
+
+    Raises:
+        TaskError: a column that is not there, or values that give no pair, with the rows they are in.
+    """
+    return with_named_keys(lambda: {part: _read(config, part) for part in PARTS})
+
+
+def _read(config: Config, part: str) -> list[Preference]:
+    table = columns.read_tables(config.as_columns)[part]
+    start, stop = columns.row_bounds(getattr(config, part), len(table.rows))
+    limit = getattr(config, f"max_{part}_pairs")
+    if start >= stop:
+        raise TaskError(f"task.{part}: {getattr(config, part)!r} is empty: {table.place} has {len(table.rows)} rows")
+    return _pairs(config, table.part(start, min(stop, start + (limit or stop))))
+
+
+def _pairs(config: Config, table: Table) -> list[Preference]:
+    if config.prompt is None:
+        prompts = read_rows(table, "chosen", config.chosen, lambda name, row: _shared_prompt(config, row))
+    else:
+        prompts = read_rows(table, "prompt", config.prompt, _prompt)
+    chosen = read_rows(table, "chosen", config.chosen, _answer)
+    rejected = read_rows(table, "rejected", config.rejected, _answer)
+    margins: list[float | None] = [None] * len(chosen)
+    if config.margin is not None:
+        margins = read_rows(table, "margin", config.margin, _margin)
+    return [Preference(*values) for values in zip(prompts, chosen, rejected, margins, strict=True)]
+
+
+def _prompt(name: str, row: dict[str, Any]) -> str | list[Message]:
+    value = row.get(name)
+    if isinstance(value, list):
+        return [_message(message, name) for message in value]
+    return read_prompt(name, row)
+
+
+def _answer(name: str, row: dict[str, Any]) -> str:
+    value = row.get(name)
+    if not isinstance(value, list):
+        return read_text(name, row)
+    if not value or _message(value[-1], name)["role"] != "assistant":
+        raise Unusable(f"the chat in the column {name!r} does not end with a message of the role assistant")
+    return value[-1]["content"]
+
+
+def _shared_prompt(config: Config, row: dict[str, Any]) -> list[Message]:
+    chats = [row.get(name) for name in (config.chosen, config.rejected)]
+    if not all(isinstance(chat, list) and len(chat) > 1 for chat in chats):
+        raise Unusable("without a prompt column, chosen and rejected must be chats of two messages or more")
+    starts = [[_message(message, config.chosen) for message in chat[:-1]] for chat in chats]
+    if starts[0] != starts[1]:
+        raise Unusable("chosen and rejected differ before their last message, so they answer different prompts")
+    return starts[0]
+
+
+def _message(message: object, column: str) -> Message:
+    if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+        raise Unusable(f"a message in the column {column!r} has no role and content that are texts")
+    return {"role": message["role"], "content": message["content"]}
+
+
+def _margin(name: str, row: dict[str, Any]) -> float:
+    value = row.get(name)
+    try:
+        number = float("nan") if isinstance(value, bool) or value is None else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise Unusable(f"the margin is not a finite number ({value!r})")
+    if number < 0:
+        raise Unusable(f"the margin is negative ({number:g}), as if chosen and rejected were swapped")
+    return number

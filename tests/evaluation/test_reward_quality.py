@@ -1,0 +1,94 @@
+"""The figures of a reward report against numbers worked out by hand."""
+
+import math
+
+import numpy as np
+import pytest
+
+from pipeline.evaluation.reward_quality import (
+    JudgedPair,
+    JudgedText,
+    consensus,
+    correlations,
+    judge_reward,
+    reliability_table,
+    share,
+    trivial_rules,
+)
+from pipeline.metrics import load_metric
+
+P = math.log(3)  # a difference of scores that predicts 75 %
+
+
+def pair(chosen: float, rejected: float, lengths=(3, 5), **others) -> JudgedPair:
+    return JudgedPair(chosen, rejected, *lengths, others)
+
+
+def test_a_share_has_wilsons_interval():
+    found = share("x", [1.0] * 60 + [0.0] * 40)
+    assert found.value == 0.6 and found.count == 100
+    assert (found.low, found.high) == pytest.approx((0.5020, 0.6906), abs=1e-4)  # by the formula, z = 1.96
+
+
+def test_rules_look_at_lengths_and_a_tie_counts_half():
+    pairs = [pair(0, 0, (3, 5)), pair(0, 0, (4, 4)), pair(0, 0, (9, 5), other=(2.0, 1.0))]
+    assert {rule.name: (rule.value, rule.count) for rule in trivial_rules(pairs)} == {
+        "the shorter text wins": (0.5, 3),
+        "the longer text wins": (0.5, 3),
+        "other": (1.0, 1),
+    }
+    assert trivial_rules(pairs[:1])[0].value == 1.0
+
+
+def test_reliability_compares_the_prediction_with_what_happened():
+    table, error = reliability_table([pair(P, 0), pair(P, 0), pair(P, 0), pair(0, P), pair(1, 1)])
+    assert [(bin_.low, bin_.count, bin_.observed) for bin_ in table] == [(0.5, 1, 0.5), (0.7, 4, 0.75)]
+    assert [bin_.predicted for bin_ in table] == pytest.approx([0.5, 0.75])
+    assert error == pytest.approx(0.0)
+    _, error = reliability_table([pair(P, 0), pair(0, P)])
+    assert error == pytest.approx(0.25)
+
+
+def test_correlations_overall_and_within_prompts():
+    # Across prompts the score follows the metric; within each it runs against it.
+    values = [(0, 0.0, 1.0), (0, 1.0, 0.0), (1, 10.0, 11.0), (1, 11.0, 10.0)]
+    texts = [JudgedText(prompt, score, 4, {"bleu": metric}) for prompt, score, metric in values]
+    bleu, length = correlations(texts)
+    a, b = np.array([v[1] for v in values]), np.array([v[2] for v in values])
+    assert bleu.pearson == pytest.approx(np.corrcoef(a, b)[0, 1]) and bleu.pearson > 0.9
+    assert bleu.spearman == pytest.approx(0.6)  # ranks 1 2 3 4 against 2 1 4 3
+    assert bleu.within_prompt == pytest.approx(-1.0)
+    assert (length.name, length.pearson, length.within_prompt) == ("length, tokens", None, None)
+
+
+def test_consensus_scores_a_text_by_the_others_of_its_prompt():
+    metric = load_metric("exact_match")
+    found = consensus([(0, "a", "b"), (0, "a", "c"), (1, "x", "y")], metric)
+    assert list(found[0].values()) == [(0.0, 0.0)] and "exact_match" in next(iter(found[0]))
+    metric = load_metric("token_f1")
+    # "red dog" shares one word of two with "red cat", none with "no": 0.25; "no" shares nothing.
+    found = consensus([(0, "red dog", "no"), (0, "red dog", "red cat")], metric)
+    assert list(found[0].values()) == [(0.25, 0.0)] and list(found[1].values()) == [(0.25, 0.25)]
+
+
+def report(pairs, texts=(), **keys):
+    texts = texts or [JudgedText(0, 0.0, 1, {}), JudgedText(0, 1.0, 2, {})]
+    return judge_reward(pairs, [], texts, (0.0, 1.0), keys.get("min_accuracy", 0.55), {}, {})
+
+
+def test_the_verdict_names_the_best_rule_and_a_refusal():
+    good = report([pair(1, 0, (5, 3))] * 190 + [pair(0, 1, (5, 3))] * 10)
+    assert good.verdict.startswith("The reward model prefers the better text in 95.0% of 200 held-out pairs [91.0%,")
+    assert "(the longer text wins) gets 100.0%" in good.verdict and "refuses" not in good.verdict
+    assert any("a trivial rule does as well or better: the longer text wins in 100.0%" in w for w in good.warnings)
+    bad = report([pair(1, 0), pair(0, 1)])
+    assert "PPO refuses it: reward.min_accuracy is 55%" in bad.verdict
+    assert bad.findings == ["It does not beat chance: 50 % is within its interval."]
+    assert "only 2 pairs are held out" in bad.warnings[0]
+
+
+def test_warnings_of_length_and_of_a_metric_that_it_runs_against():
+    texts = [JudgedText(n % 3, float(n), 10 - n, {"bleu": -float(n)}) for n in range(9)]
+    warnings = " ".join(report([pair(1, 0)] * 150, texts).warnings)
+    assert "length bias: it prefers shorter completions of a prompt (r = -1.00)" in warnings
+    assert "within a prompt its scores run against bleu (r = -1.00)" in warnings

@@ -1,0 +1,87 @@
+"""Preference data by its columns: texts, chats, margins, and what is refused with the rows it is in."""
+
+import json
+
+import pytest
+
+from pipeline.tasks.preferences import Config, Preference, files, load
+from pipeline.tasks.types import TaskError
+
+ROW = {"prompt": "p", "chosen": "good", "rejected": "bad"}
+USER, GOOD, BAD = ({"role": r, "content": c} for r, c in (("user", "hi"), ("assistant", "good"), ("assistant", "bad")))
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Each call writes both splits and gives the config of their columns."""
+
+    def write(*rows, validation=None, **keys) -> Config:
+        for split, content in (("train", rows), ("validation", validation or [{**rows[0]}])):
+            (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+        return Config(path=str(tmp_path / "{split}.jsonl"), **keys)
+
+    return write
+
+
+def test_texts_by_column_and_template(data):
+    row = {"source": "a dog", "better": "ein Hund", "worse": "Hund", "by": 3}
+    config = data(row, prompt="{source}\n", chosen="better", rejected="worse", margin="by")
+    assert load(config)["train"] == [Preference("a dog\n", "ein Hund", "Hund", 3.0)]
+    assert [path.name for path in files(config)] == ["train.jsonl", "validation.jsonl"]
+
+
+def test_chats_with_a_prompt_column_and_without_one(data):
+    expected = [Preference([USER], "good", "bad")]
+    assert load(data({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}))["train"] == expected
+    assert load(data({"prompt": [USER], "chosen": "good", "rejected": [USER, BAD]}))["train"] == expected
+    whole = {"chosen": [USER, GOOD], "rejected": [USER, BAD]}
+    assert load(data(whole, prompt=None))["train"] == expected
+
+
+def test_a_part_of_one_file_and_a_limit(tmp_path):
+    path = tmp_path / "all.jsonl"
+    path.write_text("".join(json.dumps({**ROW, "prompt": f"p{n}"}) + "\n" for n in range(10)))
+    config = Config(path=str(path), train="train[:80%]", validation="train[80%:]", max_train_pairs=3)
+    loaded = load(config)
+    assert [p.prompt for p in loaded["train"]] == ["p0", "p1", "p2"]
+    assert [p.prompt for p in loaded["validation"]] == ["p8", "p9"]
+
+
+@pytest.mark.parametrize(
+    ("row", "keys", "message"),
+    [
+        (
+            {"margin": -2},
+            {"margin": "margin"},
+            "the margin is negative \\(-2\\), as if chosen and rejected were swapped",
+        ),
+        ({"margin": None}, {"margin": "margin"}, "the margin is not a finite number \\(None\\)"),
+        ({"margin": "x"}, {"margin": "margin"}, "the margin is not a finite number"),
+        ({"chosen": None}, {}, "the column 'chosen' is null or missing"),
+        ({}, {"chosen": "chose"}, "reward.pairs.chosen: no column 'chose' in .*; did you mean 'chosen'\\?"),
+        ({"chosen": [USER]}, {}, "'chosen' does not end with a message of the role assistant"),
+        ({}, {"prompt": None}, "without a prompt column, chosen and rejected must be chats"),
+        (
+            {"chosen": [USER, GOOD], "rejected": [{"role": "user", "content": "ho"}, BAD]},
+            {"prompt": None},
+            "chosen and rejected differ before their last message",
+        ),
+    ],
+)
+def test_rows_that_give_no_pair(data, row, keys, message):
+    config = data({**ROW, **row}, **keys)
+    with pytest.raises(TaskError, match=message) as raised:
+        load(config)
+    assert str(raised.value).startswith("reward.pairs.")
+
+
+def test_what_is_missing_names_the_section(tmp_path):
+    config = Config(path=str(tmp_path / "{split}.jsonl"))
+    with pytest.raises(
+        TaskError, match=r"^reward\.pairs\.path: no file '.*train\.jsonl' .*set reward\.pairs\.data_dir"
+    ):
+        files(config)
+    with pytest.raises(TaskError, match=r"^reward\.pairs\.min_margin: it would do nothing"):
+        Config(path="x.jsonl", min_margin=1.0)
+    with pytest.raises(TaskError, match=r"^reward\.pairs\.max_train_pairs: must be at least 1"):
+        Config(path="x.jsonl", max_train_pairs=0)
