@@ -86,7 +86,18 @@ def collected_pairs(
             ]
             samples = []
         prompts = {plain_text(pair.prompt): pair.prompt for pair in found}
-        ids = dict(zip(prompts, map(len, encode_prompts(tokenizer, list(prompts.values()))), strict=True))
+        ids = dict(
+            zip(
+                prompts,
+                map(
+                    len,
+                    encode_prompts(
+                        tokenizer, list(prompts.values()), load_config(base, recipe.model).is_encoder_decoder
+                    ),
+                ),
+                strict=True,
+            )
+        )
         limit = None if recipe.reward.model else position_limit(load_config(base, recipe.model))
         pairs, counts = check_pairs(found, lambda pair: ids[plain_text(pair.prompt)], limit, source.min_margin)
         if PartialState().is_main_process:
@@ -141,7 +152,8 @@ def train_adapter(
     device, size = trainer.accelerator.device, recipe.reward.batch_size
 
     def judge(prompts: list, texts: Sequence[str], ids: Sequence[Sequence[int]]) -> Tensor:
-        return score_tokens(encode_prompts(tokenizer, prompts), ids, tokenizer, network.scores, device, size)
+        prompt_ids = encode_prompts(tokenizer, prompts, network.config.is_encoder_decoder)
+        return score_tokens(prompt_ids, ids, tokenizer, network.scores, device, size)
 
     summary = {"train_loss": result.training_loss, "steps": trainer.state.global_step}
     return RewardRecord("adapter", str(base), 0.0, 1.0, None, 0, **digests), judge, summary

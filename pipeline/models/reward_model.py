@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from pipeline.models.adapters import check_adapter
+from pipeline.models.adapters import adapter_config, check_adapter
 from pipeline.models.fused_lora import fuse_adapters
 from pipeline.models.sequences import Sequences
 from pipeline.models.states import final_states
@@ -70,7 +70,7 @@ def apply_head(head: nn.Linear, states: Tensor) -> Tensor:
 
 
 class RewardNetwork(nn.Module):
-    """A causal language model with a LoRA adapter and a scalar head, as TRL's `RewardTrainer` wants it."""
+    """A language model with a LoRA adapter and a scalar head, as TRL's `RewardTrainer` wants it."""
 
     def __init__(self, network: PeftModel, head: nn.Linear) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class RewardNetwork(nn.Module):
             ValueError: an adapter on weights that the model uses twice.
         """
         width = model.get_output_embeddings().weight.shape[1]
-        network = get_peft_model(model, lora)
+        network = get_peft_model(model, adapter_config(model, lora))
         check_adapter(network)
         if fused:
             fuse_adapters(network)

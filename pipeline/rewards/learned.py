@@ -34,11 +34,11 @@ class AdapterReward:
     ) -> None:
         self.tokenizer, self.record, self.directory, self.batch_size = tokenizer, record, directory, batch_size
         self._judge: Judge | None = None
-        self._device = torch.device("cpu")
+        self._device, self._encoder_decoder = torch.device("cpu"), False
 
-    def attach(self, judge: Judge, device: torch.device) -> None:
+    def attach(self, judge: Judge, device: torch.device, encoder_decoder: bool = False) -> None:
         """Score by `judge`, a network on `device`."""
-        self._judge, self._device = judge, device
+        self._judge, self._device, self._encoder_decoder = judge, device, encoder_decoder
 
     def __call__(
         self, prompts: list, completions: list, *, completion_ids: list[list[int]], **columns: list
@@ -49,7 +49,8 @@ class AdapterReward:
             ValueError: a score is not finite.
         """
         ids = self._tokens(prompts, completions, completion_ids)
-        keys = list(zip(map(tuple, encode_prompts(self.tokenizer, prompts)), map(tuple, ids), strict=True))
+        prompt_ids = encode_prompts(self.tokenizer, prompts, self._encoder_decoder)
+        keys = list(zip(map(tuple, prompt_ids), map(tuple, ids), strict=True))
         distinct = list(dict.fromkeys(keys))
         raw = score_tokens([k[0] for k in distinct], [k[1] for k in distinct], self.tokenizer, *self._scoring)
         scores = dict(zip(distinct, ((raw - self.record.shift) / self.record.scale).tolist(), strict=True))

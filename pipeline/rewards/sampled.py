@@ -91,7 +91,8 @@ def _answers(
         min_new_tokens=settings.min_new_tokens,
         stop_strings=settings.stop_strings,
     )
-    copies = [ids for ids in encode_prompts(tokenizer, block["prompt"]) for _ in range(settings.samples)]
+    prompts = encode_prompts(tokenizer, block["prompt"], model.config.is_encoder_decoder)
+    copies = [ids for ids in prompts for _ in range(settings.samples)]
     written = generate(model, tokenizer, copies, decoding, settings.batch_size)
     texts = decode(tokenizer, written)
     references = [reference for reference in block["references"] for _ in range(settings.samples)]

@@ -46,10 +46,10 @@ def reward_arguments(arguments: Mapping[str, Any], output_dir: Path, seed: int) 
     )
 
 
-def pair_dataset(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> Dataset:
+def pair_dataset(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], encoder_decoder: bool = False) -> Dataset:
     """Token ids of each pair: `prompt_ids`, and the two completions under the names by which TRL knows it is done."""
     columns: dict[str, list] = {
-        "prompt_ids": encode_prompts(tokenizer, [pair.prompt for pair in pairs]),
+        "prompt_ids": encode_prompts(tokenizer, [pair.prompt for pair in pairs], encoder_decoder),
         "chosen_ids": [pair.chosen_ids for pair in pairs],
         "rejected_ids": [pair.rejected_ids for pair in pairs],
     }
@@ -73,7 +73,7 @@ class PairCollator:
         prompts = [row["prompt_ids"] for row in rows] * 2
         completions = [row["chosen_ids"] for row in rows] + [row["rejected_ids"] for row in rows]
         sequences = make_sequences(prompts, completions, self.pad_id)
-        batch = dict(vars(sequences))
+        batch = {name: part for name, part in vars(sequences).items() if part is not None}
         # TRL counts its tokens.
         batch["attention_mask"] = torch.cat([sequences.prompt_mask, sequences.completion_mask], 1).long()
         if "margin" in rows[0]:
@@ -131,12 +131,13 @@ def build_reward_trainer(
     if args.disable_dropout:
         remove_dropout(network)  # TRL's own switch knows torch's dropout modules alone
     splits = {split: [pair for pair in pairs if pair.split == split] for split in (TRAIN, HELD_OUT)}
+    data = {k: pair_dataset(tokenizer, found, model.config.is_encoder_decoder) for k, found in splits.items()}
     return ResumableRewardTrainer(
         model=network,
         args=args,
         processing_class=tokenizer,
         data_collator=PairCollator(tokenizer.pad_token_id),
-        train_dataset=pair_dataset(tokenizer, splits[TRAIN]),
-        eval_dataset=pair_dataset(tokenizer, splits[HELD_OUT]) if args.eval_strategy != "no" else None,
+        train_dataset=data[TRAIN],
+        eval_dataset=data[HELD_OUT] if args.eval_strategy != "no" else None,
         callbacks=[MetricsFileCallback(metrics_file)],
     )

@@ -217,7 +217,7 @@ def test_a_function_that_raises():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (RewardConfig("blue"), "ppo.rewards: 'blue' is not one of constant, learned, bleu, chrf, ter, rouge1, rouge2, "),
+        (RewardConfig("blue"), "ppo.rewards: 'blue' is not one of constant, learned, bleu, chrf, ter, rouge1, "),
         (RewardConfig("no_such.reward"), "ppo.rewards: cannot import 'no_such.reward' (No module named 'no_such')"),
         (RewardConfig("math.no_such"), "ppo.rewards: cannot import 'math.no_such' ("),
         (RewardConfig(".reward"), "ppo.rewards: cannot import '.reward' ("),
