@@ -52,6 +52,7 @@ def run_stage(recipe: Recipe, stage: str, body: StageBody) -> int:
     """
     run, state = RunDirectory.of(recipe), PartialState(cpu=not torch.accelerator.is_available())
     quiet_libraries()
+    limit_kernel_cache()
     # Every process decides before the main one writes anything.
     problem, status = missing_input(recipe, stage), stage_status(run, recipe, stage)
     state.wait_for_everyone()
@@ -169,6 +170,15 @@ def learned_reward(
             first = task.prompts[:CALIBRATION_ROWS]
             reward_on_references(reward, first["prompt"], [references[0] for references in first["references"]])
     return reward
+
+
+def limit_kernel_cache() -> None:
+    """Let oneDNN keep fewer compiled kernels: in bf16 on a CPU, one for each shape of a product.
+
+    It keeps 1024, which are hundreds of megabytes, and texts have new lengths in every batch. One PPO update uses some
+    80 again and again. Read when the first product runs; a value that is set already stays.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 
 def quiet_libraries() -> None:

@@ -117,9 +117,32 @@ def test_an_encoder_decoder_goes_through_the_chain(recipe, tmp_path):
 
 def raw_scores(run: Path, prompts: list[str], ids: list[list[int]]) -> list[float]:
     config = ModelConfig(model_name_or_path="unused")
-    tokenizer = load_tokenizer(run / "sft", config)
-    network = RewardNetwork.load(load_model(run / "sft", config), run / "reward").eval()
-    return network.scores(make_sequences(encode_prompts(tokenizer, prompts), ids, tokenizer.pad_token_id)).tolist()
+    tokenizer, model = load_tokenizer(run / "sft", config), load_model(run / "sft", config)
+    prompt_ids = encode_prompts(tokenizer, prompts, model.config.is_encoder_decoder)
+    network = RewardNetwork.load(model, run / "reward").eval()
+    return network.scores(make_sequences(prompt_ids, ids, tokenizer.pad_token_id)).tolist()
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "decoder-linear"])
+def test_a_reward_over_an_encoder_decoder_pays_its_policy(recipe, tmp_path, targets):
+    family = ["model.from_scratch.architecture=t5", f"model.lora_target_modules={targets}", "eval.systems=[sft]"]
+    for stage in (sft_stage, reward_stage, ppo_stage, eval_stage):
+        assert stage.main([recipe, *family]) == 0
+    run = tmp_path / "runs" / "tiny"
+    assert json.loads((run / "reward" / "adapter_config.json").read_text())["task_type"] == "SEQ_2_SEQ_LM"
+    record, system = (
+        load_record(run / "reward"),
+        json.loads((run / "eval" / "report.json").read_text())["systems"]["sft"],
+    )
+    line = json.loads((run / "eval" / system["predictions"]).read_text().splitlines()[0])
+    tokenizer = load_tokenizer(run / "sft", ModelConfig(model_name_or_path="unused"))
+    assert encode_prompts(tokenizer, [line["prompt"]], True)[0][-1] == tokenizer.eos_token_id
+    expected = raw_scores(run, [line["prompt"]], [line["completion_ids"]])[0]
+    assert line["rewards"]["learned"] == pytest.approx((expected - record.shift) / record.scale, abs=1e-4)
+    first = json.loads((run / "ppo" / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["eval_reward"] == pytest.approx(
+        first["eval_reward/learned"] + 0.5 * first["eval_reward/chrf"], abs=1e-5
+    )
 
 
 def test_references_average_zero_and_texts_have_unit_spread(made):

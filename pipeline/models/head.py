@@ -1,6 +1,5 @@
 """Log-probs and entropies of chosen tokens from the LM head, without keeping [tokens, vocabulary]."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,31 +12,33 @@ LOGIT_BUDGET = 2**24
 
 
 def token_logprobs(
-    head: Callable[[Tensor], Tensor],
+    head: nn.Module,
     hidden: Tensor,
     targets: Tensor,
     vocabulary: int,
     temperature: float,
     entropy_gradient: bool,
+    offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies (nats), [M] each, float32 or wider, of `targets [M]` given `hidden [M, H]`.
 
-    Entropies have a gradient only with `entropy_gradient`.
+    Entropies have a gradient only with `entropy_gradient`. `offset [V]` is added to the head's logits.
     """
     rows = max(1, LOGIT_BUDGET // vocabulary)
     frozen = not entropy_gradient and _is_frozen(head)
     parts = []
     for states, tokens in zip(hidden.split(rows), targets.split(rows), strict=True):
         if frozen:
-            parts.append(_FrozenHead.apply(states, head.weight, head.bias, tokens, temperature))
+            parts.append(_FrozenHead.apply(states, head.weight, head.bias, tokens, temperature, offset))
         elif len(tokens) == len(targets):
-            parts.append(_score(head, states, tokens, temperature, entropy_gradient))
+            parts.append(_score(head, states, tokens, temperature, entropy_gradient, offset))
         else:
-            parts.append(checkpoint(_score, head, states, tokens, temperature, entropy_gradient, use_reentrant=False))
+            given = (head, states, tokens, temperature, entropy_gradient, offset)
+            parts.append(checkpoint(_score, *given, use_reentrant=False))
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
 
-def _is_frozen(head: Callable[[Tensor], Tensor]) -> bool:
+def _is_frozen(head: nn.Module) -> bool:
     """Whether the head is a plain layer that is not trained, whole on this device (ZeRO-3 and FSDP leave a stub)."""
     return (
         type(head) is nn.Linear
@@ -56,10 +57,16 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        offset: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         logits = functional.linear(hidden, weight, bias)
-        logprobs = _log_softmax(logits, temperature)
+        logprobs = _log_softmax(logits, temperature, offset)
         chosen = logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
         probabilities = logprobs.exp()
         entropies = -logprobs.mul_(probabilities).sum(-1)
@@ -75,18 +82,25 @@ class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         (by_hidden,) = ctx.saved_tensors
-        return (by_hidden * gradient.unsqueeze(-1)).to(ctx.dtype), None, None, None, None
+        return (by_hidden * gradient.unsqueeze(-1)).to(ctx.dtype), None, None, None, None, None
 
 
-def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+def _log_softmax(logits: Tensor, temperature: float, offset: Tensor | None) -> Tensor:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if offset is not None:
+        logits = logits + offset
     return torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
 
 
 def _score(
-    head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, temperature: float, entropy_gradient: bool
+    head: nn.Module,
+    hidden: Tensor,
+    targets: Tensor,
+    temperature: float,
+    entropy_gradient: bool,
+    offset: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    logprobs = _log_softmax(head(hidden), temperature)
+    logprobs = _log_softmax(head(hidden), temperature, offset)
     with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         entropies = -(logprobs.exp() * logprobs).sum(-1)
     return logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropies

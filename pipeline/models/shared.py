@@ -18,7 +18,7 @@ from pipeline.models.head import token_logprobs
 from pipeline.models.packing import disable_packing, enable_packing, pack, packed_states
 from pipeline.models.reward_model import apply_head, load_head
 from pipeline.models.sequences import Sequences, make_sequences
-from pipeline.models.states import completion_states, encode, final_states, lm_head
+from pipeline.models.states import completion_states, encode, final_states, head_parts
 
 POLICY, VALUE, REWARD = "default", "value", "reward"  # peft's adapter names; it calls the first one default
 
@@ -269,7 +269,9 @@ class SharedModel(nn.Module):
     def _token_logprobs(self, model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies of completion tokens, [M] each from [M, H], without keeping [M, V]."""
         vocabulary = model.config.get_text_config().vocab_size
-        return token_logprobs(lm_head(model), hidden, targets, vocabulary, self.temperature, self.entropy_gradient)
+        head, scale, offset = head_parts(model)
+        hidden = hidden if scale == 1 else hidden * scale
+        return token_logprobs(head, hidden, targets, vocabulary, self.temperature, self.entropy_gradient, offset)
 
 
 def _scatter(values: Tensor, mask: Tensor) -> Tensor:

@@ -71,17 +71,23 @@ def encode(model: PreTrainedModel, sequences: Sequences, size: int | None = None
     return torch.cat(parts).index_select(0, index)
 
 
+def head_parts(model: PreTrainedModel) -> tuple[nn.Module, float, Tensor | None]:
+    """The LM head, what states are multiplied by before it, and what is added to its logits, [V] (None: nothing)."""
+    head = model.get_output_embeddings()
+    if not model.config.is_encoder_decoder:
+        return head, 1.0, None
+    flag = SCALED_WHERE.get(model.config.model_type)
+    scale = model.config.d_model**-0.5 if flag and getattr(model.config, flag) else 1.0
+    bias = dict(model.named_buffers(recurse=False)).get("final_logits_bias")
+    return head, scale, None if bias is None else bias[0]
+
+
 def lm_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     """States [N, H] of the trunk -> logits [N, V], with what some encoder-decoders do before and after their head."""
-    head: nn.Module = model.get_output_embeddings()
-    if not model.config.is_encoder_decoder:
-        return head
-    flag = SCALED_WHERE.get(model.config.model_type)
-    scale = model.config.d_model**-0.5 if flag and getattr(model.config, flag) else None
-    bias = dict(model.named_buffers(recurse=False)).get("final_logits_bias")
+    head, scale, bias = head_parts(model)
 
     def logits(states: Tensor) -> Tensor:
-        found = head(states if scale is None else states * scale)
+        found = head(states if scale == 1 else states * scale)
         return found if bias is None else found + bias
 
     return logits

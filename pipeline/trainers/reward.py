@@ -73,7 +73,7 @@ class PairCollator:
         prompts = [row["prompt_ids"] for row in rows] * 2
         completions = [row["chosen_ids"] for row in rows] + [row["rejected_ids"] for row in rows]
         sequences = make_sequences(prompts, completions, self.pad_id)
-        batch = dict(vars(sequences))
+        batch = {name: part for name, part in vars(sequences).items() if part is not None}
         # TRL counts its tokens.
         batch["attention_mask"] = torch.cat([sequences.prompt_mask, sequences.completion_mask], 1).long()
         if "margin" in rows[0]:

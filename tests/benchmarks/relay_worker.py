@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")  # as the stages set it
 
 import torch
 import transformers

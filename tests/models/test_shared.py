@@ -166,7 +166,9 @@ def test_chunked_logprobs_and_their_gradients_are_those_of_one_piece(monkeypatch
     loss, whole = gradients(model)
     scored = []
     original = head._log_softmax
-    monkeypatch.setattr(head, "_log_softmax", lambda logits, t: scored.append(len(logits)) or original(logits, t))
+    monkeypatch.setattr(
+        head, "_log_softmax", lambda logits, *rest: scored.append(len(logits)) or original(logits, *rest)
+    )
     monkeypatch.setattr(head, "LOGIT_BUDGET", 3 * 300)
     chunked_loss, chunked = gradients(model)
     # Eight tokens, three at a time. Where the head is trained, once more in the backward pass.

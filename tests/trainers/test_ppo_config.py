@@ -209,7 +209,7 @@ def outcome(make_trainer, examples, name: str, settings: dict):
     trainer = make_trainer(
         name,
         **{"total_episodes": 16, **settings},
-        validation=examples.select(range(3)) if evaluates else None,
+        validation=examples.select(range(12)) if evaluates else None,
         compute_metrics=scripted() if evaluates else None,
     )
     trainer.train()
@@ -221,14 +221,25 @@ def outcome(make_trainer, examples, name: str, settings: dict):
     return weights, read_metrics(trainer.output_dir), files
 
 
+@pytest.fixture(params=["llama", "t5"])
+def make_any_trainer(request, make_trainer, taught_t5, t5_tokenizer):
+    """The trainer of either family."""
+    if request.param == "llama":
+        return make_trainer
+    return lambda name, **settings: make_trainer(name, model=taught_t5(), processing_class=t5_tokenizer, **settings)
+
+
 @pytest.mark.parametrize("key", CHANGES)
-def test_every_key_changes_the_run(make_trainer, examples, outcomes, key):
+def test_every_key_changes_the_run(make_any_trainer, request, examples, outcomes, key):
     if key in ("report_to", "run_name"):
         pytest.importorskip("tensorboard")
     value, needed = CHANGES[key]
-    if str(needed) not in outcomes:
-        outcomes[str(needed)] = outcome(make_trainer, examples, "before", needed)
-    assert outcome(make_trainer, examples, "after", {**needed, key: value}) != outcomes[str(needed)]
+    if key == "padding_free" and "t5" in request.node.name:
+        pytest.skip("an encoder-decoder's passes are padded")
+    before = f"{request.node.callspec.params['make_any_trainer']} {needed}"
+    if before not in outcomes:
+        outcomes[before] = outcome(make_any_trainer, examples, "before", needed)
+    assert outcome(make_any_trainer, examples, "after", {**needed, key: value}) != outcomes[before]
 
 
 def test_two_runs_without_a_change_are_equal(make_trainer, examples):
