@@ -137,7 +137,7 @@ def loaded_reward(recipe: Recipe, run: RunDirectory, task: Task) -> RewardFuncti
         model = load_model(base, recipe.model)
         check_base(reward.record, model, tokenizer, base)
         network = RewardNetwork.load(model, reward.directory).to(PartialState().device).eval()
-        reward.attach(network.scores, PartialState().device, network.config.is_encoder_decoder)
+        reward.attach(network.scores, network.causal_lm)
     return reward
 
 

@@ -42,6 +42,7 @@ from pipeline.trainers.reward import build_reward_trainer, reward_arguments
 from pipeline.trainers.sft import last_checkpoint
 from pipeline.trainers.stopping import stop_signals
 
+DECODER_PREFIX = 2  # start token and language code
 SHOWN_PAIRS, TRAINING_PAIRS, REFERENCES = 20, 1000, 1000  # in the report; of the training pairs and references, scored
 
 # (prompts, texts, their token ids) -> raw scores [N]
@@ -85,21 +86,7 @@ def collected_pairs(
                 *data_pairs(tokenizer, HELD_OUT, data["validation"]),
             ]
             samples = []
-        prompts = {plain_text(pair.prompt): pair.prompt for pair in found}
-        ids = dict(
-            zip(
-                prompts,
-                map(
-                    len,
-                    encode_prompts(
-                        tokenizer, list(prompts.values()), load_config(base, recipe.model).is_encoder_decoder
-                    ),
-                ),
-                strict=True,
-            )
-        )
-        limit = None if recipe.reward.model else position_limit(load_config(base, recipe.model))
-        pairs, counts = check_pairs(found, lambda pair: ids[plain_text(pair.prompt)], limit, source.min_margin)
+        pairs, counts = check_pairs(found, fitting(recipe, base, found), source.min_margin)
         if PartialState().is_main_process:
             write_lines(pairs, files["pairs.jsonl"])
             write_lines(samples, files["samples.jsonl"])
@@ -107,6 +94,24 @@ def collected_pairs(
         say(*counts.sentences())
         PartialState().wait_for_everyone()
     return read_lines(Pair, files["pairs.jsonl"]), read_lines(Sample, files["samples.jsonl"])
+
+
+def fitting(recipe: Recipe, base: Path | str, pairs: Sequence[Pair]) -> Callable[[Pair], bool]:
+    """Whether the model can read a pair's texts; a classifier looks at that itself."""
+    config, tokenizer = load_config(base, recipe.model), load_tokenizer(base, recipe.model)
+    limit = None if recipe.reward.model else position_limit(config)
+    prompts = {plain_text(pair.prompt): pair.prompt for pair in pairs}
+    encoded = encode_prompts(tokenizer, list(prompts.values()), config.is_encoder_decoder)
+    lengths = dict(zip(prompts, map(len, encoded), strict=True))
+
+    def fits(pair: Pair) -> bool:
+        prompt = lengths[plain_text(pair.prompt)]
+        text = max(len(pair.chosen_ids), len(pair.rejected_ids))
+        # The two sides of an encoder-decoder have positions of their own, and the decoder is given a token or two.
+        needed = max(prompt, text + DECODER_PREFIX) if config.is_encoder_decoder else prompt + text
+        return limit is None or needed <= limit
+
+    return fits
 
 
 def sampled(recipe: Recipe, task: Task, base: Path | str) -> tuple[list[Pair], list[Sample]]:
@@ -149,11 +154,10 @@ def train_adapter(
         network.save_pretrained(run.reward)
         tokenizer.save_pretrained(run.reward)
     trainer.accelerator.wait_for_everyone()
-    device, size = trainer.accelerator.device, recipe.reward.batch_size
+    device, size, seq2seq = trainer.accelerator.device, recipe.reward.batch_size, model.config.is_encoder_decoder
 
     def judge(prompts: list, texts: Sequence[str], ids: Sequence[Sequence[int]]) -> Tensor:
-        prompt_ids = encode_prompts(tokenizer, prompts, network.config.is_encoder_decoder)
-        return score_tokens(prompt_ids, ids, tokenizer, network.scores, device, size)
+        return score_tokens(encode_prompts(tokenizer, prompts, seq2seq), ids, tokenizer, network.scores, device, size)
 
     summary = {"train_loss": result.training_loss, "steps": trainer.state.global_step}
     return RewardRecord("adapter", str(base), 0.0, 1.0, None, 0, **digests), judge, summary

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.models.config import ModelConfig
 from pipeline.models.reward_model import RECORD_FILE, RewardRecord, load_record
@@ -36,9 +36,10 @@ class AdapterReward:
         self._judge: Judge | None = None
         self._device, self._encoder_decoder = torch.device("cpu"), False
 
-    def attach(self, judge: Judge, device: torch.device, encoder_decoder: bool = False) -> None:
-        """Score by `judge`, a network on `device`."""
-        self._judge, self._device, self._encoder_decoder = judge, device, encoder_decoder
+    def attach(self, judge: Judge, model: PreTrainedModel) -> None:
+        """Score by `judge`, a network over `model`, on its device."""
+        self._judge, self._device = judge, model.device
+        self._encoder_decoder = model.config.is_encoder_decoder
 
     def __call__(
         self, prompts: list, completions: list, *, completion_ids: list[list[int]], **columns: list
@@ -49,8 +50,8 @@ class AdapterReward:
             ValueError: a score is not finite.
         """
         ids = self._tokens(prompts, completions, completion_ids)
-        prompt_ids = encode_prompts(self.tokenizer, prompts, self._encoder_decoder)
-        keys = list(zip(map(tuple, prompt_ids), map(tuple, ids), strict=True))
+        read = encode_prompts(self.tokenizer, prompts, self._encoder_decoder)
+        keys = list(zip(map(tuple, read), map(tuple, ids), strict=True))
         distinct = list(dict.fromkeys(keys))
         raw = score_tokens([k[0] for k in distinct], [k[1] for k in distinct], self.tokenizer, *self._scoring)
         scores = dict(zip(distinct, ((raw - self.record.shift) / self.record.scale).tolist(), strict=True))

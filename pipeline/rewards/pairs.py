@@ -92,11 +92,11 @@ def prompt_pairs(
 
 
 def check_pairs(
-    pairs: Sequence[Pair], prompt_length: Callable[[Pair], int], limit: int | None, min_margin: float
+    pairs: Sequence[Pair], fits: Callable[[Pair], bool], min_margin: float
 ) -> tuple[list[Pair], PairCounts]:
     """The pairs that can be learnt from, and why the others cannot.
 
-    `limit` is how many tokens the model reads. The two orders of one pair contradict each other, so both go.
+    `fits` says whether the model can read a pair's texts. Two orders of one pair contradict each other, so both go.
 
     Raises:
         ValueError: nothing is left to train on, or to hold out.
@@ -108,12 +108,11 @@ def check_pairs(
     kept = []
     for pair in pairs:
         key = (_key(pair.prompt), pair.chosen, pair.rejected)
-        longest = max(len(pair.chosen_ids), len(pair.rejected_ids))
         reasons = {
             EMPTY: not pair.chosen.strip() or not pair.rejected.strip(),
             EQUAL: pair.chosen.strip() == pair.rejected.strip(),
             NARROW: pair.margin is not None and pair.margin < min_margin,
-            LONG: limit is not None and prompt_length(pair) + longest > limit,
+            LONG: not fits(pair),
             SWAPPED: (key[0], pair.rejected, pair.chosen) in orders,
             KNOWN: pair.split == TRAIN and key[0] in known,
             REPEATED: key in seen,

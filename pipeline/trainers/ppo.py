@@ -114,7 +114,7 @@ class PPOTrainer:
         self.shared = self.learner.shared
         self.optimizer, self.scheduler = self.learner.optimizer, self.learner.scheduler
         for adapter in adapters:
-            adapter.attach(self.shared.reward_scores, self.accelerator.device, model.config.is_encoder_decoder)
+            adapter.attach(self.shared.reward_scores, self.shared.causal_lm)
         check_rewards(self.rewards, first_rows(train_dataset))
         check_start(self.shared, processing_class, self._prompt_ids, self._eval_prompt_ids, args, self.accelerator)
         self.state, self._warned = TrainerState(), False

@@ -46,7 +46,7 @@ def reward_arguments(arguments: Mapping[str, Any], output_dir: Path, seed: int) 
     )
 
 
-def pair_dataset(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], encoder_decoder: bool = False) -> Dataset:
+def pair_dataset(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], encoder_decoder: bool) -> Dataset:
     """Token ids of each pair: `prompt_ids`, and the two completions under the names by which TRL knows it is done."""
     columns: dict[str, list] = {
         "prompt_ids": encode_prompts(tokenizer, [pair.prompt for pair in pairs], encoder_decoder),
@@ -130,14 +130,16 @@ def build_reward_trainer(
     network = RewardNetwork.create(model, lora, fused=args.disable_dropout)
     if args.disable_dropout:
         remove_dropout(network)  # TRL's own switch knows torch's dropout modules alone
-    splits = {split: [pair for pair in pairs if pair.split == split] for split in (TRAIN, HELD_OUT)}
-    data = {k: pair_dataset(tokenizer, found, model.config.is_encoder_decoder) for k, found in splits.items()}
+    datasets = {
+        split: pair_dataset(tokenizer, [p for p in pairs if p.split == split], model.config.is_encoder_decoder)
+        for split in (TRAIN, HELD_OUT)
+    }
     return ResumableRewardTrainer(
         model=network,
         args=args,
         processing_class=tokenizer,
         data_collator=PairCollator(tokenizer.pad_token_id),
-        train_dataset=data[TRAIN],
-        eval_dataset=data[HELD_OUT] if args.eval_strategy != "no" else None,
+        train_dataset=datasets[TRAIN],
+        eval_dataset=datasets[HELD_OUT] if args.eval_strategy != "no" else None,
         callbacks=[MetricsFileCallback(metrics_file)],
     )

@@ -6,6 +6,7 @@ import encoder_decoder
 import ppo_scaling
 import ppo_vs_trl
 import pytest
+import reward_memory
 import torch
 from relay_worker import run
 
@@ -29,6 +30,17 @@ def test_slopes_and_counts_by_hand():
     # One row of one prompt and one completion token, width 1, vocabulary 10: two tokens through 2 * 4 * 12 and
     # attention 4 * 4 * 1, one through a head of 20; a pass to write, two to score, four epochs of two.
     assert ppo_scaling.operations(1, 1, 10, 1, prompt=1) == (2 * (96 + 16) + 20) * 11
+
+
+def test_the_memory_of_four_models_on_one_base(capsys):
+    sizes = "--hidden 32 --layers 1 --vocabulary 300 --batch 2 --prompt 4 --response 4"
+    found = reward_memory.main(sizes.split())
+    base = 300 * 32 + 4 * 32 * 32 + 3 * 32 * 128 + 3 * 32
+    assert found["four"]["parameters"] - found["full"]["parameters"] == 16 * (4 * 64 + 3 * 160)  # the policy's adapter
+    assert found["full"]["parameters"] == 4 * base and found["full"]["trained"] == 2 * base
+    # On one base: policy's and reward's adapters, and the value head.
+    assert found["shared"]["parameters"] == base + 2 * 16 * (4 * 64 + 3 * 160) + 33
+    assert "shared / four" in capsys.readouterr().out
 
 
 def test_an_encoder_decoder_beside_a_decoder(capsys, fresh_accelerate, monkeypatch):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from pipeline.models.reward_model import (
     RECORD_FILE,
@@ -35,17 +35,22 @@ SIZES = {
     "max_position_embeddings": 64,
     "vocab_size": 300,
 }
-KINDS = {"llama": SIZES, "gpt_neox": SIZES, "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 300}}
+T5 = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_heads": 2, "vocab_size": 300}
+BART = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
+        "encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": 300}  # fmt: skip
+CAUSAL = {"llama": SIZES, "gpt_neox": SIZES, "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 300}}
+KINDS = {**CAUSAL, "t5": {**T5, "decoder_start_token_id": 0}, "bart": {**BART, "decoder_start_token_id": 2}}
 
 
 def build(kind: str = "llama"):
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **KINDS[kind], bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    return AutoModelForCausalLM.from_config(config).eval()
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    return kind.from_config(config).eval()
 
 
 def lora(**options) -> LoraConfig:
-    return LoraConfig(**{"task_type": "CAUSAL_LM", "r": 4, "target_modules": "all-linear", **options})
+    return LoraConfig(**{"r": 4, "target_modules": "all-linear", **options})
 
 
 def moved(network: torch.nn.Module, seed: int = 1) -> torch.nn.Module:
@@ -67,12 +72,23 @@ def saved(directory: Path, kind: str = "llama", **options) -> RewardNetwork:
     return network.eval()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CAUSAL)
 def test_the_state_has_read_the_last_token_and_no_padding(kind):
     model = build(kind)
     states = final_states(model, sequences())
     for row, ids in enumerate(p + c for p, c in zip(PROMPTS, COMPLETIONS, strict=True)):
         alone = model.base_model(input_ids=torch.tensor([ids])).last_hidden_state[0, -1]
+        torch.testing.assert_close(states[row], alone)
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_the_decoders_state_has_read_the_last_token_and_no_padding(kind):
+    model = build(kind)
+    start = model.config.decoder_start_token_id
+    states = final_states(model, sequences())
+    for row, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
+        ids = {"input_ids": torch.tensor([prompt]), "decoder_input_ids": torch.tensor([[start, *completion]])}
+        alone = model(**ids, output_hidden_states=True).decoder_hidden_states[-1][0, -1]
         torch.testing.assert_close(states[row], alone)
 
 

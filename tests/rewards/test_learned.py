@@ -27,7 +27,7 @@ TEXTS = ["north red", "west blue one", "north red"]
 
 
 @pytest.fixture
-def adapter(tokenizer, tmp_path):
+def adapter(tokenizer, taught, tmp_path):
     """A reward whose network gives each completion the sum of its token ids; and what it was shown."""
     shown = []
 
@@ -36,7 +36,7 @@ def adapter(tokenizer, tmp_path):
         return (sequences.completion_ids * sequences.completion_mask).sum(1)
 
     reward = AdapterReward(tokenizer, RECORD, tmp_path)
-    reward.attach(judge, torch.device("cpu"))
+    reward.attach(judge, taught())
     return reward, shown
 
 
@@ -58,9 +58,9 @@ def test_ids_of_another_tokenizer_are_not_used(adapter, tokenizer, ids):
     assert reward(PROMPTS[:1], TEXTS[:1], completion_ids=ids) == [(sum(expected[0]) - 10) / 2]
 
 
-def test_a_score_that_is_not_finite_stops_naming_reward_and_text(tokenizer, tmp_path):
+def test_a_score_that_is_not_finite_stops_naming_reward_and_text(tokenizer, taught, tmp_path):
     reward = AdapterReward(tokenizer, RECORD, tmp_path)
-    reward.attach(lambda sequences: torch.full((len(sequences),), torch.nan), torch.device("cpu"))
+    reward.attach(lambda sequences: torch.full((len(sequences),), torch.nan), taught())
     with pytest.raises(RewardError, match="reward 'learned' returned nan for completion 0 \\('north red'\\)"):
         score_texts([Reward("learned", reward)], PROMPTS[:1], TEXTS[:1], {"completion_ids": [[5]]})
 

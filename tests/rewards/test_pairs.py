@@ -30,6 +30,10 @@ def pair(prompt="p", chosen="good", rejected="bad", split=TRAIN, margin: float |
     return Pair(split, 0, prompt, chosen, rejected, list(ids), list(ids), margin, "data")
 
 
+def fits(pair: Pair) -> bool:
+    return pair.prompt != "long"
+
+
 def found(settings: SampledPairs, samples=SAMPLES) -> list[tuple[str, str, float]]:
     pairs = prompt_pairs(settings, "p", TRAIN, 7, samples, REFERENCE)
     assert {(p.prompt, p.split, p.row) for p in pairs} <= {("p", TRAIN, 7)}
@@ -58,14 +62,14 @@ def test_references_against_samples_in_the_order_of_sampling():
         (EMPTY, pair(rejected="")),
         (EQUAL, pair(rejected="good ")),
         (NARROW, pair(margin=0.05)),
-        (LONG, pair(ids=range(8))),
+        (LONG, pair("long")),
         (REPEATED, pair("q", "x", "y")),
         (KNOWN, pair("held", "x", "y")),
     ],
 )
 def test_a_pair_that_teaches_nothing_is_dropped_and_counted(reason, bad):
     good = [pair("q", "x", "y"), pair("held", split=HELD_OUT)]
-    kept, counts = check_pairs([*good, bad], lambda p: 3, 10, 0.1)
+    kept, counts = check_pairs([*good, bad], fits, 0.1)
     assert kept == good
     assert counts.dropped == {reason: 1} and counts.found == 3 and counts.kept == {TRAIN: 1, HELD_OUT: 1}
     assert counts.sentences() == ["pairs: 1 for training and 1 held out, of 3", f"dropped 1: {reason}"]
@@ -73,13 +77,8 @@ def test_a_pair_that_teaches_nothing_is_dropped_and_counted(reason, bad):
 
 def test_swapped_pairs_contradict_each_other_and_both_go():
     pairs = [pair(chosen="x", rejected="y"), pair(chosen="y", rejected="x"), pair("q"), pair("h", split=HELD_OUT)]
-    kept, counts = check_pairs(pairs, lambda p: 0, None, 0.0)
+    kept, counts = check_pairs(pairs, fits, 0.0)
     assert kept == pairs[2:] and counts.dropped == {SWAPPED: 2}
-
-
-def test_the_length_of_the_context_is_the_limit_itself():
-    pairs = [pair(ids=range(7)), pair("h", split=HELD_OUT)]
-    assert len(check_pairs(pairs, lambda p: 3, 10, 0.0)[0]) == 2
 
 
 @pytest.mark.parametrize(("split", "where"), [(TRAIN, "held out"), (HELD_OUT, "to train on")])
@@ -87,13 +86,13 @@ def test_nothing_left_is_refused_with_the_reasons(split, where):
     pairs = [pair(split=split), pair(chosen="same", rejected="same", split=split)]
     message = f"reward.pairs: no pair is left {where}; pairs: .*; dropped 1: {EQUAL}"
     with pytest.raises(ValueError, match=message):
-        check_pairs(pairs, lambda p: 0, None, 0.0)
+        check_pairs(pairs, fits, 0.0)
 
 
 def test_chat_prompts_are_told_apart_by_their_content():
     chats = [[{"role": "user", "content": text}] for text in ("a", "b")]
     pairs = [pair(chats[0]), pair(chats[1], split=HELD_OUT), pair([dict(chats[1][0])])]
-    kept, counts = check_pairs(pairs, lambda p: 0, None, 0.0)
+    kept, counts = check_pairs(pairs, fits, 0.0)
     assert len(kept) == 2 and counts.dropped == {KNOWN: 1}
 
 

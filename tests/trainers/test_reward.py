@@ -72,7 +72,7 @@ def test_it_learns_and_every_step_reaches_the_fused_layers(reward, taught, tmp_p
     assert held_out_accuracy(trainer) == 1.0
     trainer.model.save_pretrained(tmp_path / "saved")
     batch = next(iter(trainer.get_eval_dataloader()))
-    sequences = Sequences(*(batch[field.name] for field in fields(Sequences)))
+    sequences = Sequences(*(batch.get(field.name) for field in fields(Sequences)))
     plain = RewardNetwork.load(taught(), tmp_path / "saved").eval()
     torch.testing.assert_close(trainer.model.eval().scores(sequences), plain.scores(sequences))
     assert [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line][-1] < 0.2
@@ -93,7 +93,7 @@ def test_the_loss_is_that_of_the_formula_with_and_without_a_margin(reward, token
 
 def test_batches_hold_the_chosen_texts_first(tokenizer, examples):
     pairs = make_pairs(tokenizer, examples.select(range(2)), TRAIN)
-    batch = PairCollator(tokenizer.pad_token_id)(list(pair_dataset(tokenizer, pairs)))
+    batch = PairCollator(tokenizer.pad_token_id)(list(pair_dataset(tokenizer, pairs, False)))
     assert batch["prompt_ids"].shape[0] == batch["completion_ids"].shape[0] == 4 and "margin" not in batch
     texts = [
         tokenizer.decode(ids[mask])
