@@ -133,7 +133,7 @@ def test_the_order_of_the_episodes_changes_nothing(make_exact):
         return [value[i] for i in order.tolist()] if isinstance(value, list) else value
 
     fields = {field.name: reorder(getattr(rollout, field.name)) for field in dataclasses.fields(rollout)}
-    sequences = Sequences(*[part[order] for part in vars(rollout.sequences).values()])
+    sequences = rollout.sequences.rows(order)
     assert_same(
         learn(second, dataclasses.replace(rollout, **{**fields, "sequences": sequences})), learn(first, rollout)
     )
@@ -211,7 +211,9 @@ def test_the_head_reads_completion_tokens_alone_and_logits_are_not_kept(make_tra
     vocabulary, rows, kept = trainer.shared.causal_lm.config.vocab_size, [], []
     monkeypatch.setattr(head, "LOGIT_BUDGET", 3 * vocabulary)
     original = head._log_softmax
-    monkeypatch.setattr(head, "_log_softmax", lambda logits, t: rows.append(len(logits)) or original(logits, t))
+    monkeypatch.setattr(
+        head, "_log_softmax", lambda logits, *rest: rows.append(len(logits)) or original(logits, *rest)
+    )
 
     def pack(tensor: Tensor) -> Tensor:
         kept.append(tensor)
