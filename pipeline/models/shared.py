@@ -20,6 +20,9 @@ from pipeline.models.reward_model import apply_head, load_head
 from pipeline.models.sequences import Sequences, make_sequences
 from pipeline.models.states import completion_states, encode, final_states, head_parts
 
+# Rows are packed where at most this share of the padded positions is left. Attention in rows of its own costs about what
+# a fifth fewer tokens save (docs/benchmarks.md).
+WORTHWHILE = 0.75
 POLICY, VALUE, REWARD = "default", "value", "reward"  # peft's adapter names; it calls the first one default
 
 
@@ -248,7 +251,9 @@ class SharedModel(nn.Module):
     def _states(self, model: PreTrainedModel, sequences: Sequences) -> Tensor:
         """[M, H] for the M completion tokens in row order: the state of token t has read the prompt and t tokens."""
         if self.padding_free and (self._window is None or int(sequences.lengths.max()) <= self._window):
-            return packed_states(model, pack(sequences))
+            packing = pack(sequences)
+            if len(packing.ids) <= WORTHWHILE * sequences.num_positions:
+                return packed_states(model, packing)
         return completion_states(model, sequences)[sequences.completion_mask]
 
     @torch.no_grad()
