@@ -20,9 +20,9 @@ from pipeline.models.reward_model import apply_head, load_head
 from pipeline.models.sequences import Sequences, make_sequences
 from pipeline.models.states import completion_states, encode, final_states, head_parts
 
-# Rows are packed where at most this share of the padded positions is left. Attention in rows of its own costs about what
-# a fifth fewer tokens save (docs/benchmarks.md).
-WORTHWHILE = 0.75
+# In bf16 on a CPU rows are packed where at most this share of the padded positions is left: oneDNN's products of any
+# odd number of tokens cost more than a fifth of padding does (docs/benchmarks.md).
+WORTHWHILE = 0.6
 POLICY, VALUE, REWARD = "default", "value", "reward"  # peft's adapter names; it calls the first one default
 
 
@@ -251,8 +251,10 @@ class SharedModel(nn.Module):
     def _states(self, model: PreTrainedModel, sequences: Sequences) -> Tensor:
         """[M, H] for the M completion tokens in row order: the state of token t has read the prompt and t tokens."""
         if self.padding_free and (self._window is None or int(sequences.lengths.max()) <= self._window):
-            packing = pack(sequences)
-            if len(packing.ids) <= WORTHWHILE * sequences.num_positions:
+            packing, device = pack(sequences), sequences.prompt_ids.device.type
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+            few = len(packing.ids) <= WORTHWHILE * sequences.num_positions
+            if few or device != "cpu" or dtype != torch.bfloat16:
                 return packed_states(model, packing)
         return completion_states(model, sequences)[sequences.completion_mask]
 

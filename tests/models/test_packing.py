@@ -113,3 +113,16 @@ def test_the_saved_model_keeps_its_own_attention(tmp_path):
     shared.save_pretrained(tmp_path)
     assert PREFIX not in (tmp_path / "config.json").read_text()
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(("prompts", "packs"), [([[5, 6, 7, 8]] * 4, True), ([[5], [6], [7], [8]], False)])
+def test_in_bfloat16_on_a_cpu_rows_are_packed_where_much_is_saved(monkeypatch, prompts, packs):
+    shared, calls = SharedModel(build("llama", "eager"), lora()), []
+    original = packing.packed_states
+    monkeypatch.setattr("pipeline.models.shared.packed_states", lambda *args: calls.append(1) or original(*args))
+    sequences = make_sequences(prompts, [[9, 10], [11, 12], [13, 14], [15, 16]], 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        shared(sequences)
+    assert bool(calls) == packs
+    shared(sequences)
+    assert len(calls) == 1 + packs  # float32
