@@ -15,6 +15,7 @@ from pipeline.recipe_yaml import Document, KeyPath, RecipeError
 from pipeline.rewards import build_rewards
 from pipeline.rewards.classifier import check_classifier
 from pipeline.rewards.config import RewardConfig
+from pipeline.rewards.constant import constant_reward
 from pipeline.rewards.learned import check_accuracy, check_options, is_reward_folder
 from pipeline.tasks import preferences, task_module
 
@@ -61,10 +62,6 @@ def check_recipe(recipe: "Recipe", num_processes: int = 1) -> None:
     _check_best_metric(recipe, document)
     _check_metrics_and_rewards(recipe, document)
     _check_writable(recipe, document)
-
-
-def _not_loaded_yet(**columns: list) -> list[float]:
-    raise NotImplementedError("the learned reward is loaded by the stage that uses it")
 
 
 def _check_reward_model(recipe: "Recipe", document: Document) -> None:
@@ -210,7 +207,8 @@ def _check_metrics_and_rewards(recipe: "Recipe", document: Document) -> None:
             raise document.restate(error, ("eval", "metrics", index)) from error
     rewards = recipe.ppo.rewards if recipe.ppo is not None else ()
     try:
-        build_rewards(rewards, recipe.language, _not_loaded_yet)
+        # In the place of a learned reward any function will do: the stage that uses it loads the model.
+        build_rewards(rewards, recipe.language, constant_reward())
     except (ValueError, TypeError) as error:
         raise document.restate(error, _refused_reward(rewards, recipe.language)) from error
 
@@ -219,7 +217,7 @@ def _refused_reward(rewards: Sequence[RewardConfig], language: str | None) -> Ke
     """The key path of the reward that cannot be built, or of all of them where each can be built alone."""
     for index, reward in enumerate(rewards):
         try:
-            build_rewards([reward], language, _not_loaded_yet)
+            build_rewards([reward], language, constant_reward())
         except (ValueError, TypeError):
             return ("ppo", "rewards", index)
     return ("ppo", "rewards")
