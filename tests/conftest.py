@@ -6,6 +6,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+# A forked child has none of its parent's threads, and hangs at the first operation that is handed to them.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import random
 from collections.abc import Callable, Iterator
@@ -15,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.models.config import FromScratchConfig, ModelConfig
@@ -23,6 +26,9 @@ from pipeline.models.scratch import build_from_scratch
 from pipeline.models.sequences import Sequences, make_sequences
 from pipeline.models.states import completion_states, lm_head
 from pipeline.models.text import encode_completions, encode_prompts
+
+torch.set_num_threads(1)
+tqdm.monitor_interval = 0  # its thread may hold the lock of all bars in the moment of a fork, in the child for ever
 
 COLOURS = ("red", "blue", "green", "white", "black")
 NUMBERS = ("one", "two", "three", "four", "five")
@@ -64,7 +70,6 @@ def model_config(scratch_config) -> ModelConfig:
 @pytest.fixture(scope="session")
 def base_directory(examples, scratch_config, tmp_path_factory) -> Path:
     """The tiny model with random weights, and its tokenizer."""
-    torch.set_num_threads(1)
     texts = [*examples["prompt"], *examples["completion"]]
     return build_from_scratch(scratch_config, texts, 0, tmp_path_factory.mktemp("models") / "base")
 
@@ -110,7 +115,6 @@ def t5_config(scratch_config) -> ModelConfig:
 @pytest.fixture(scope="session")
 def taught_t5_directory(examples, t5_config, tmp_path_factory) -> Path:
     """The tiny encoder-decoder after it has learnt the same."""
-    torch.set_num_threads(1)
     directory, texts = tmp_path_factory.mktemp("models"), [*examples["prompt"], *examples["completion"]]
     base = build_from_scratch(t5_config.from_scratch, texts, 0, directory / "base")
     return teach(base, t5_config, directory / "taught")

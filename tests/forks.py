@@ -1,5 +1,6 @@
 """Children of the test process: everything is imported already, and a child may be killed."""
 
+import faulthandler
 import os
 import shutil
 import signal
@@ -23,6 +24,7 @@ def start(function: Callable[[], object]) -> int:
         return child
     code = 70
     try:
+        faulthandler.dump_traceback_later(LIMIT_SECONDS - 10)  # says where it hangs
         signal.alarm(LIMIT_SECONDS)
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()

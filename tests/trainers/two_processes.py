@@ -7,7 +7,6 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 SECONDS = 180
@@ -48,7 +47,6 @@ def _rank(function: Callable[[], None], rank: int, port: int, errors: Path) -> N
         "MASTER_PORT": str(port),
         "ACCELERATE_USE_CPU": "true",
     }
-    torch.set_num_threads(1)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     try:
