@@ -38,6 +38,7 @@ from pipeline.trainers.objective import (
     token_rewards,
     whiten,
 )
+from pipeline.trainers.precision import check_precision, native_bf16
 from pipeline.trainers.random_state import of_this_process, random_state, restore_random_state
 from pipeline.trainers.rollout import (
     Answer,
@@ -425,6 +426,5 @@ def _head(dataset: Dataset | None, rows: int | None) -> Dataset | None:
 
 
 def _use_bf16(args: PPOConfig) -> bool:
-    if args.bf16 is None:
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    return args.bf16
+    check_precision("ppo", bf16=args.bf16)
+    return native_bf16() if args.bf16 is None else args.bf16

@@ -9,6 +9,9 @@ from ppo_toys import read_metrics, training_steps, weights
 
 from pipeline.trainers.checkpoint import load_checkpoint
 from pipeline.trainers.checkpoint_files import list_checkpoints, newest_checkpoint
+from pipeline.trainers.precision import native_bf16
+from pipeline.trainers.reward import reward_arguments
+from pipeline.trainers.sft import sft_arguments
 
 
 def first_experience(trainer):
@@ -167,3 +170,24 @@ def test_texts_of_one_token_are_finite(make_trainer, taught_t5, t5_tokenizer, ki
     assert len(lines) == 3 and all(value is not None for line in lines for value in line.values())
     if kind == "all at once":
         assert lines[0]["objective/length"] == 1.0 and lines[0]["objective/finished"] == 1.0
+
+
+@pytest.mark.parametrize("arguments", [sft_arguments, reward_arguments], ids=["sft", "reward"])
+def test_a_precision_that_is_not_there_is_refused(arguments, tmp_path, make_trainer, monkeypatch):
+    section = arguments.__name__.removesuffix("_arguments")
+    with pytest.raises(ValueError, match=rf"^{section}\.fp16: a CPU has no mixed precision in float16; set {section}"):
+        arguments({"fp16": True}, tmp_path, 0)
+    assert not arguments({}, tmp_path, 0).bf16  # the fallback is float32
+    assert arguments({"bf16": True}, tmp_path, 0).bf16  # which a CPU has
+    old = {"is_available": True, "is_bf16_supported": False, "get_device_name": "an old card"}
+    for name, value in old.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda *_, value=value, **__: value)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda: torch.device("cuda"))
+    assert not native_bf16()
+    with pytest.raises(
+        ValueError, match=rf"^{section}\.bf16: an old card has no bfloat16; set {section}\.bf16: false"
+    ):
+        arguments({"bf16": True}, tmp_path, 0)
+    with pytest.raises(ValueError, match=r"^ppo\.bf16: an old card has no bfloat16"):
+        make_trainer(bf16=True)
