@@ -433,7 +433,8 @@ REFUSED_BY_NAME = """
     do_predict push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision deepspeed
     fsdp fsdp_config accelerator_config parallelism_config local_rank ddp_backend use_liger_kernel truncation_mode
     overwrite_output_dir logging_dir trackio_space_id label_names prediction_loss_only eval_accumulation_steps
-    include_for_metrics batch_eval_metrics restore_callback_states_from_checkpoint length_column_name use_cache auto_find_batch_size
+    include_for_metrics batch_eval_metrics restore_callback_states_from_checkpoint length_column_name use_cache
+    auto_find_batch_size
 """
 
 

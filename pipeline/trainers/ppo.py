@@ -54,6 +54,7 @@ from pipeline.trainers.rollout import (
 from pipeline.trainers.scores import Moments
 from pipeline.trainers.scoring import Payment, count_failures, handling_of, payment, prefix_scores, score_rows
 from pipeline.trainers.stopping import Stopped, requested_stop
+from pipeline.trainers.watchdog import enter, watched
 
 # A metric of the held-out completions: (completions, the rows they answer) -> name -> value.
 ComputeMetrics = Callable[[list[str], Dataset], dict[str, float]]
@@ -141,6 +142,18 @@ class PPOTrainer:
     def train(self, resume_from_checkpoint: bool = True) -> TrainerState:
         """Run all PPO steps, from the newest checkpoint if there is one; the model ends as the best policy."""
         self._start(resume_from_checkpoint)
+        with watched(self.checkpoints):
+            self._train()
+        if self.args.load_best_model_at_end and self.state.best_step:
+            best = load_checkpoint(self.checkpoints / f"checkpoint-{self.state.best_step}")
+            self.shared.load_trainable_state(best.weights)
+            self.log.say(
+                f"best {self.args.metric_for_best_model} {self.state.best_metric:.4f} at step {best.state.step}"
+            )
+        self.log.close()
+        return self.state
+
+    def _train(self) -> None:
         if self.state.step == 0 and self.eval_dataset:
             self._log_evaluation(self.evaluate())
         while self.state.step < self.num_steps:
@@ -154,14 +167,9 @@ class PPOTrainer:
                     self.save_checkpoint()
                 self.log.close()
                 raise Stopped(number, self.state.step)
-        if self.args.load_best_model_at_end and self.state.best_step:
-            best = load_checkpoint(self.checkpoints / f"checkpoint-{self.state.best_step}")
-            self.shared.load_trainable_state(best.weights)
-            self.log.say(
-                f"best {self.args.metric_for_best_model} {self.state.best_metric:.4f} at step {best.state.step}"
-            )
-        self.log.close()
-        return self.state
+
+    def _enter(self, what: str) -> None:
+        enter(f"{what} of PPO step {self.state.step + 1}")
 
     def _start(self, resume: bool) -> None:
         if not resume:
@@ -193,14 +201,17 @@ class PPOTrainer:
         """Answer the prompts of `rows` with the current policy and score the answers; no gradient."""
         args, device = self.args, self.accelerator.device
         prompts = [self._prompt_ids[row] for row in rows]
+        self._enter("the completions")
         with torch.random.fork_rng(), self.accelerator.autocast():
             torch.manual_seed(step_seed(self.seed, self.state.step, self.accelerator.process_index))
             completions = self._generate(prompts, sampling(args))
         texts = decode(self.tokenizer, completions)
         ended = torch.tensor(finished(self.shared.causal_lm, self.tokenizer, completions, sampling(args)))
         answered = self.train_dataset.select(rows)
+        self._enter("the rewards")
         said = self.score(answered, texts, completions)
         paid = self._paid(answered, completions, said, ended)
+        self._enter("the log-probabilities")
         sequences = make_sequences(prompts, completions, self.tokenizer.pad_token_id, device)
         with self.accelerator.autocast():
             sequences = self.shared.encoded(sequences, args.per_device_train_batch_size)
@@ -280,6 +291,7 @@ class PPOTrainer:
         Raises:
             FloatingPointError: the gradients of `max_skipped_steps` optimizer steps in a row were not finite.
         """
+        self._enter("the update")
         seed = step_seed(self.seed, self.state.step, self.accelerator.process_index)
         value_only, step = self.state.step < self.args.value_warmup_steps, self.state.step + 1
         try:
@@ -312,6 +324,7 @@ class PPOTrainer:
 
     def evaluate(self) -> dict[str, float]:
         """Greedy answers to the held-out prompts: each reward, their weighted sum `eval_reward`, length, metrics."""
+        enter(f"the evaluation after PPO step {self.state.step}")
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         rows = list(range(rank, len(self.eval_dataset), world))
         with self.accelerator.autocast():
@@ -378,6 +391,7 @@ class PPOTrainer:
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint of the current step; every process calls it, the main one writes."""
+        enter(f"the checkpoint after PPO step {self.state.step}")
         states = self.optimizer.state_dict(), self.scheduler.state_dict(), gather_object([random_state()])
         checkpoint = Checkpoint(self.state, self.shared.trainable_state(), *states)
         protect = self.state.best_step if self.args.load_best_model_at_end else None
