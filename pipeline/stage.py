@@ -18,6 +18,7 @@ from datasets.utils.logging import disable_progress_bar
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from pipeline.models.memory import is_out_of_memory
 from pipeline.models.scratch import build_from_scratch
 from pipeline.recipe import Recipe
 from pipeline.rewards.classifier import ClassifierReward
@@ -39,9 +40,14 @@ from pipeline.run_directory import (
 )
 from pipeline.run_lock import RunInUseError, run_lock
 from pipeline.tasks import Task
+from pipeline.trainers.learner import LastPassError
 from pipeline.trainers.stopping import Stopped
 from pipeline.trainers.watchdog import timeout_minutes
 
+OUT_OF_MEMORY = (
+    "out of memory: lower {stage}.per_device_train_batch_size and raise {stage}.gradient_accumulation_steps by as "
+    "much, which changes no result, or set {stage}.gradient_checkpointing: true ({error})"
+)
 StageBody = Callable[[Recipe, RunDirectory], dict[str, object]]
 
 
@@ -82,14 +88,13 @@ def run_stage(recipe: Recipe, stage: str, body: StageBody) -> int:
         return 128 + signal.SIGINT
     except (ValueError, OSError, FloatingPointError) as error:
         return _failed(stage, str(error))
-    except RuntimeError as error:
-        if not is_lost_connection(error):
-            record_failure(f"{stage}: {type(error).__name__}: {error}")
-            raise
-        return _failed(stage, f"another process is gone or does not answer: {error}", consequence=True)
-    except Exception as error:  # not the user's to mend: its traceback is shown
+    except Exception as error:
+        if is_out_of_memory(error) or isinstance(error, LastPassError):
+            return _failed(stage, OUT_OF_MEMORY.format(stage=stage, error=error))
+        if is_lost_connection(error):
+            return _failed(stage, f"another process is gone or does not answer: {error}", consequence=True)
         record_failure(f"{stage}: {type(error).__name__}: {error}")
-        raise
+        raise  # not the user's to mend: its traceback is shown
 
 
 def _failed(stage: str, message: str, consequence: bool = False) -> int:
@@ -103,10 +108,11 @@ def _failed(stage: str, message: str, consequence: bool = False) -> int:
     return 1
 
 
-def is_lost_connection(error: RuntimeError) -> bool:
+def is_lost_connection(error: Exception) -> bool:
     """Whether an error only says that this process cannot reach another one, as gloo and NCCL put it."""
     words = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", "NCCL", "Connection refused")
-    return PartialState().num_processes > 1 and any(word in str(error) for word in words)
+    several = PartialState().num_processes > 1 and isinstance(error, RuntimeError)
+    return several and any(word in str(error) for word in words)
 
 
 def _lock(run: RunDirectory, held: ExitStack) -> str | None:

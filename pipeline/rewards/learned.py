@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.models.config import ModelConfig
+from pipeline.models.memory import in_smaller_batches
 from pipeline.models.reward_model import RECORD_FILE, RewardRecord, load_record
 from pipeline.models.sequences import Sequences, length_sorted_chunks, make_sequences
 from pipeline.models.text import decode, encode_completions, encode_prompts
@@ -79,16 +80,23 @@ def score_tokens(
     device: torch.device,
     batch_size: int,
 ) -> Tensor:
-    """Raw scores [B], on the CPU in float32, of completions given as token ids."""
+    """Raw scores [B], on the CPU in float32, of completions given as token ids.
+
+    `batch_size` at a time, or fewer where memory runs out.
+    """
     lengths = torch.tensor([len(p) + len(c) for p, c in zip(prompts, completions, strict=True)])
-    scores = torch.zeros(len(prompts))
-    for index in length_sorted_chunks(lengths, batch_size):
-        rows = index.tolist()
-        sequences = make_sequences(
-            [prompts[r] for r in rows], [completions[r] for r in rows], tokenizer.pad_token_id, device
-        )
-        scores[index] = judge(sequences).float().cpu()
-    return scores
+
+    def attempt(size: int) -> Tensor:
+        scores = torch.zeros(len(prompts))
+        for index in length_sorted_chunks(lengths, size):
+            rows = index.tolist()
+            sequences = make_sequences(
+                [prompts[r] for r in rows], [completions[r] for r in rows], tokenizer.pad_token_id, device
+            )
+            scores[index] = judge(sequences).float().cpu()
+        return scores
+
+    return in_smaller_batches(attempt, batch_size)[0]
 
 
 def calibration(scores: Tensor, references: Tensor) -> tuple[float, float]:

@@ -1,8 +1,8 @@
 """PPO's update: optimizer, schedule, and passes over an experience in mini-batches and micro-batches."""
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from transformers import get_scheduler
 
+from pipeline.models.memory import in_smaller_batches, is_out_of_memory
 from pipeline.models.shared import SharedModel
 from pipeline.trainers.config import PPOConfig
 from pipeline.trainers.objective import Clipping, LossTerms, ppo_loss
@@ -34,11 +35,16 @@ class Update:
     notes: tuple[str, ...]
 
 
+class LastPassError(Exception):
+    """Memory ran out where one of several processes cannot begin anew alone."""
+
+
 class Learner:
     """The trained parameters of a shared model with their optimizer and learning-rate schedule."""
 
     def __init__(self, shared: SharedModel, args: PPOConfig, accelerator: Accelerator) -> None:
         self.args, self.accelerator = args, accelerator
+        self.micro_batch_size = args.per_device_train_batch_size  # less once memory has run out
         policy, value = shared.policy_parameters(), shared.value_parameters()
         optimizer = torch.optim.AdamW(
             [{"params": policy}, {"params": value, "lr": args.value_learning_rate or args.learning_rate}],
@@ -118,6 +124,7 @@ class Learner:
             "policy/entropy_avg": mean["entropy"],
             "policy/grad_norm": sum(norms) / max(1, len(norms)),
             "policy/optimizer_steps": float(sum(map(math.isfinite, norms))),
+            "policy/micro_batch": float(self.micro_batch_size),
             "lr": self.scheduler.get_last_lr()[0],
         }
 
@@ -132,12 +139,30 @@ class Learner:
         return float(self.accelerator.clip_grad_norm_(self.shared.parameters(), self.args.max_grad_norm))
 
     def _accumulate(self, mini_batch: Experience, count: int, kl_coef: float) -> Tensor:
-        """Gradients of a mini-batch with `count` tokens over all processes; returns the global sums of `TERMS`."""
+        """Gradients of a mini-batch with `count` tokens over all processes; returns the global sums of `TERMS`.
+
+        Where memory runs out it begins anew with half as many episodes at a time: the gradient is the same. Processes
+        meet in the last pass, so what happens there cannot be repeated by one of several alone.
+
+        Raises:
+            RuntimeError: out of memory with single episodes.
+            LastPassError: out of memory in the last pass of one of several processes.
+        """
+
+        def attempt(size: int) -> Tensor:
+            self.optimizer.zero_grad()
+            return self._gradients(mini_batch, count, kl_coef, size)
+
+        sums, self.micro_batch_size = in_smaller_batches(attempt, self.micro_batch_size)
+        return self.accelerator.reduce(sums, reduction="sum").cpu()
+
+    def _gradients(self, mini_batch: Experience, count: int, kl_coef: float, size: int) -> Tensor:
         args, sums = self.args, torch.zeros(len(TERMS), device=self.accelerator.device)
         loss_kl_coef = kl_coef if args.kl_placement == "loss" else 0.0
-        parts = mini_batch.micro_batches(args.per_device_train_batch_size)
+        parts = mini_batch.micro_batches(size)
         for number, part in enumerate(parts):
-            with self._synchronised(last=number == len(parts) - 1), self.accelerator.autocast():
+            last = number == len(parts) - 1
+            with self._synchronised(last), self.accelerator.autocast():
                 outputs = self.model(part.sequences)
                 terms = ppo_loss(
                     outputs.logprobs,
@@ -159,11 +184,21 @@ class Learner:
                 # DDP averages over processes, so their number turns its mean back into the sum.
                 self.accelerator.backward(loss * self.accelerator.num_processes / count)
             sums += torch.stack([getattr(terms, name).detach().float() for name in TERMS])
-        return self.accelerator.reduce(sums, reduction="sum").cpu()
+        return sums
 
-    def _synchronised(self, last: bool) -> AbstractContextManager:
+    @contextmanager
+    def _synchronised(self, last: bool) -> Iterator[None]:
         """Exchange gradients between processes with the last micro-batch only."""
-        return nullcontext() if last else self.accelerator.no_sync(self.model)
+        if not last:
+            with self.accelerator.no_sync(self.model):
+                yield
+            return
+        try:
+            yield
+        except RuntimeError as error:
+            if self.accelerator.num_processes == 1 or not is_out_of_memory(error):
+                raise
+            raise LastPassError(f"{error} (in the pass in which the processes exchange gradients)") from error
 
 
 def _skipped(epoch: int, mini_batch: int, means: Mapping[str, float], norm: float, in_row: int) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, gather_object, set_seed
 from datasets import Dataset
 from peft import LoraConfig
 from torch import Tensor
@@ -16,8 +16,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.models.generation import Decoding, finished, generate
+from pipeline.models.memory import in_smaller_batches
 from pipeline.models.reward_model import check_base
-from pipeline.models.sequences import make_sequences
+from pipeline.models.sequences import Sequences, make_sequences
 from pipeline.models.shared import SharedModel
 from pipeline.models.text import decode, encode_prompts
 from pipeline.rewards import Reward, RewardError, Scores, check_rewards
@@ -26,19 +27,10 @@ from pipeline.trainers.checkpoint import Checkpoint, TrainerState, load_checkpoi
 from pipeline.trainers.checkpoint_files import check_space, clear_checkpoints, newest_checkpoint
 from pipeline.trainers.checks import check_kl, check_model_and_data, check_start, first_rows
 from pipeline.trainers.config import PPOConfig
+from pipeline.trainers.credit import credit
 from pipeline.trainers.learner import Learner
 from pipeline.trainers.logs import TrainingLog, sample_line
-from pipeline.trainers.objective import (
-    adapted_kl_coef,
-    advantages_and_returns,
-    kl_penalty,
-    moments,
-    spread_scores,
-    subtract_group_baseline,
-    token_rewards,
-    whiten,
-)
-from pipeline.trainers.precision import check_precision, native_bf16
+from pipeline.trainers.objective import adapted_kl_coef
 from pipeline.trainers.random_state import of_this_process, random_state, restore_random_state
 from pipeline.trainers.rollout import (
     Answer,
@@ -52,7 +44,8 @@ from pipeline.trainers.rollout import (
     summarise_answers,
 )
 from pipeline.trainers.scores import Moments
-from pipeline.trainers.scoring import Payment, count_failures, handling_of, payment, prefix_scores, score_rows
+from pipeline.trainers.scoring import Payment, count_failures, payment, prefix_scores, score_rows
+from pipeline.trainers.settings import as_rewards, first_of, greedy, handling_of, sampling, uses_bf16
 from pipeline.trainers.stopping import Stopped, requested_stop
 from pipeline.trainers.watchdog import enter, watched
 
@@ -83,13 +76,15 @@ class PPOTrainer:
     ) -> None:
         self.args, self.seed, self.output_dir = args, seed, Path(output_dir)
         self.tokenizer = processing_class
-        self.rewards = _as_rewards(reward_funcs)
+        self.rewards = as_rewards(reward_funcs)
         self.train_dataset, self.compute_metrics = train_dataset, compute_metrics
-        self.eval_dataset = _head(eval_dataset, args.eval_examples)
+        self.eval_dataset = first_of(eval_dataset, args.eval_examples)
         self.accelerator = Accelerator(
-            mixed_precision="bf16" if _use_bf16(args) else "no",
+            mixed_precision="bf16" if uses_bf16(args) else "no",
             log_with=list(args.report_to) or None,
             project_dir=str(self.output_dir),
+            # No buffer of a language model is trained; sent with a pass, one process could not repeat that pass alone.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
         set_seed(seed)  # python, numpy and torch, before the adapter is initialised
         check_model_and_data(model, processing_class, train_dataset)
@@ -123,6 +118,7 @@ class PPOTrainer:
         check_rewards(self.rewards, first_rows(train_dataset), args.reward_timeout)
         check_start(self.shared, processing_class, self._prompt_ids, self._eval_prompt_ids, args, self.accelerator)
         self.state, self._warned = TrainerState(), False
+        self._rollout_size = args.local_rollout_forward_batch_size  # less once memory has run out
 
     @property
     def batch_size(self) -> int:
@@ -182,6 +178,7 @@ class PPOTrainer:
             self.scheduler.load_state_dict(checkpoint.scheduler)
             restore_random_state(of_this_process(checkpoint.random, found))
             self.state = checkpoint.state
+            self.learner.micro_batch_size = self.state.micro_batch_size or self.args.per_device_train_batch_size
         count = self.args.save_total_limit + 1 + self.args.load_best_model_at_end  # the one being written, the best
         check_space(self.checkpoints, state_size(self.shared.trainable_state()), count)
         if self.args.report_to:
@@ -213,11 +210,7 @@ class PPOTrainer:
         paid = self._paid(answered, completions, said, ended)
         self._enter("the log-probabilities")
         sequences = make_sequences(prompts, completions, self.tokenizer.pad_token_id, device)
-        with self.accelerator.autocast():
-            sequences = self.shared.encoded(sequences, args.per_device_train_batch_size)
-            logprobs, ref_logprobs, values, entropies = score_tokens(
-                self.shared, sequences, args.per_device_train_batch_size
-            )
+        sequences, (logprobs, ref_logprobs, values, entropies) = self._score_tokens(sequences)
         return Rollout(
             prompts=answered["prompt"],
             completions=texts,
@@ -237,10 +230,41 @@ class PPOTrainer:
 
     def _generate(self, prompts: Sequence[Sequence[int]], decoding: Decoding) -> list[list[int]]:
         self.shared.eval()
-        size = self.args.local_rollout_forward_batch_size
-        completions = generate(self.shared.causal_lm, self.tokenizer, prompts, decoding, size)
+        state = torch.get_rng_state()
+
+        def attempt(size: int) -> list[list[int]]:
+            torch.set_rng_state(state)  # once more, with the same draws
+            return generate(self.shared.causal_lm, self.tokenizer, prompts, decoding, size)
+
+        completions, size = in_smaller_batches(attempt, self._rollout_size)
+        if size < self._rollout_size:
+            self._note_memory(f"{size} prompts at once instead of {self._rollout_size} to write completions")
+        self._rollout_size = size
         self.shared.train()
         return completions
+
+    def _score_tokens(self, sequences: Sequences) -> tuple[Sequences, tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Log-probs, reference log-probs, values and entropies [B, C], in the micro-batches of the update."""
+
+        def attempt(size: int) -> tuple[Sequences, tuple[Tensor, Tensor, Tensor, Tensor]]:
+            with self.accelerator.autocast():
+                encoded = self.shared.encoded(sequences, size)
+                return encoded, score_tokens(self.shared, encoded, size)
+
+        before = self.learner.micro_batch_size
+        scored, self.learner.micro_batch_size = in_smaller_batches(attempt, before)
+        self._note_micro_batch(before)
+        return scored
+
+    def _note_micro_batch(self, before: int) -> None:
+        size = self.learner.micro_batch_size
+        if size < before:
+            self._note_memory(f"micro-batches of {size} instead of {before} episodes, as many as before to a step")
+            self.state = replace(self.state, micro_batch_size=size)
+
+    def _note_memory(self, what: str) -> None:
+        where = f"process {self.accelerator.process_index}: " if self.accelerator.num_processes > 1 else ""
+        tqdm.write(f"step {self.state.step + 1}: {where}out of memory: from now on {what}", file=sys.stderr)
 
     def score(self, rows: Dataset, completions: Sequence[str], completion_ids: Sequence[Sequence[int]]) -> Scores:
         """What the rewards say of completions to the prompts of `rows`, which have the data set's columns."""
@@ -262,28 +286,10 @@ class PPOTrainer:
             RewardError: not one completion of the step has a score.
             FloatingPointError: the KL to the reference is beyond `max_kl`.
         """
-        args, mask = self.args, rollout.mask
-        kl = kl_penalty(rollout.logprobs, rollout.ref_logprobs, args.kl_estimator)
-        token_scores = rollout.token_scores
-        if args.group_baseline:
-            centred = subtract_group_baseline(rollout.scores, rollout.scored, args.num_generations)
-            token_scores = token_scores + spread_scores(centred - rollout.scores, rollout.sequences.completion_mask)
-        paid = self.kl_coef if args.kl_placement == "reward" else 0.0
-        rewards = token_rewards(token_scores, kl, mask, paid)
-        if args.whiten_rewards:
-            rewards = whiten(rewards, mask, self._moments(rewards, mask), shift_mean=False)
-        advantages, returns = advantages_and_returns(rewards, rollout.values, mask, args.gamma, args.lam)
-        if args.whiten_advantages:
-            advantages = whiten(advantages, mask, self._moments(advantages, mask))
-        experience = Experience(
-            rollout.sequences, rollout.logprobs, rollout.ref_logprobs, rollout.values, advantages, returns, mask
-        )
-        stats = self._rollout_statistics(rollout, returns, paid * kl)
-        check_kl(stats["objective/kl"], args.max_kl, self.state.step + 1, self.state.best_step)
+        experience, penalties = credit(rollout, self.args, self.kl_coef, self.accelerator)
+        stats = self._rollout_statistics(rollout, experience.returns, penalties)
+        check_kl(stats["objective/kl"], self.args.max_kl, self.state.step + 1, self.state.best_step)
         return experience, stats
-
-    def _moments(self, values: Tensor, mask: Tensor) -> Tensor:
-        return self.accelerator.reduce(moments(values, mask), reduction="sum")
 
     def update(self, experience: Experience) -> dict[str, float]:
         """`num_ppo_epochs` passes of `num_mini_batches` optimizer steps over the experience.
@@ -295,7 +301,9 @@ class PPOTrainer:
         seed = step_seed(self.seed, self.state.step, self.accelerator.process_index)
         value_only, step = self.state.step < self.args.value_warmup_steps, self.state.step + 1
         try:
+            before = self.learner.micro_batch_size
             done = self.learner.update(experience, seed, self.kl_coef, value_only, self.state.skipped_in_row)
+            self._note_micro_batch(before)
         except FloatingPointError as error:
             raise FloatingPointError(f"PPO step {step}, {error}") from error
         if self.accelerator.is_main_process:
@@ -405,40 +413,3 @@ class PPOTrainer:
             self.shared.save_pretrained(target)
             self.tokenizer.save_pretrained(target)
         self.accelerator.wait_for_everyone()
-
-
-def _as_rewards(functions: Reward | Callable | Sequence[Reward | Callable]) -> list[Reward]:
-    functions = functions if isinstance(functions, Sequence) else [functions]
-    rewards = [f if isinstance(f, Reward) else Reward(getattr(f, "__name__", type(f).__name__), f) for f in functions]
-    names = [reward.name for reward in rewards]
-    if len(set(names)) != len(names):  # they are logged by name
-        raise ValueError(
-            f"reward_funcs: each needs a name of its own, found {', '.join(names)}; use Reward(name, ...)"
-        )
-    return rewards
-
-
-def sampling(args: PPOConfig) -> Decoding:
-    """How a rollout is written."""
-    return Decoding(
-        args.response_length,
-        args.temperature,
-        args.top_k,
-        args.top_p,
-        min_new_tokens=args.min_new_tokens,
-        stop_strings=args.stop_strings,
-    )
-
-
-def greedy(args: PPOConfig) -> Decoding:
-    """How held-out prompts are answered."""
-    return Decoding(args.response_length, min_new_tokens=args.min_new_tokens, stop_strings=args.stop_strings)
-
-
-def _head(dataset: Dataset | None, rows: int | None) -> Dataset | None:
-    return dataset.select(range(min(rows, len(dataset)))) if dataset and rows else dataset
-
-
-def _use_bf16(args: PPOConfig) -> bool:
-    check_precision("ppo", bf16=args.bf16)
-    return native_bf16() if args.bf16 is None else args.bf16

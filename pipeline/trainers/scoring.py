@@ -30,11 +30,6 @@ class Payment:
     failures: Sequence[str]
 
 
-def handling_of(args: PPOConfig) -> Handling:
-    """What the settings say about rewards that fail."""
-    return Handling(args.on_reward_error, args.reward_timeout)
-
-
 def count_failures(failures: Sequence[str], on_error: str) -> str:
     """Failures of one process in one step, as a sentence with the first of them."""
     what = "counted as 0" if on_error == "zero" else "left out"
