@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from peft import PeftModel
 
-from pipeline.models.loading import load_model, load_tokenizer, lora_config
+from pipeline.models.loading import load_model, load_tokenizer, lora_config, merged
 from pipeline.recipe import Recipe, parse_stage_arguments
 from pipeline.run_directory import RunDirectory
 from pipeline.stage import base_model_path, run_stage
@@ -29,7 +29,7 @@ def train(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
     base = base_model_path(recipe, run, task)
     arguments = sft_arguments(recipe.sft.arguments, run.sft, recipe.seed)
     trainer = build_sft_trainer(
-        load_model(base, recipe.model),
+        load_model(base, recipe.model, frozen=recipe.sft.use_peft),
         arguments,
         load_tokenizer(base, recipe.model),
         task.train,
@@ -41,7 +41,7 @@ def train(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
         result = trainer.train(resume_from_checkpoint=last_checkpoint(arguments))
     model = trainer.accelerator.unwrap_model(trainer.model)
     if isinstance(model, PeftModel):
-        model = model.merge_and_unload()
+        model = merged(model, base, recipe.model)
     if trainer.is_world_process_zero():
         model.save_pretrained(run.sft)
         trainer.processing_class.save_pretrained(run.sft)

@@ -8,12 +8,13 @@ from threading import Thread
 import torch
 from accelerate import PartialState
 from huggingface_hub import HfApi, constants
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -21,6 +22,7 @@ from transformers import (
 
 from pipeline.models.config import ModelConfig
 from pipeline.models.decoder_start import check_languages, set_decoder_start
+from pipeline.models.quantized import use_one_product
 
 ADAPTER_FILE = "adapter_config.json"
 PROBE_SECONDS = 4.0
@@ -135,10 +137,12 @@ def load_tokenizer(path: str | Path, config: ModelConfig) -> PreTrainedTokenizer
     return tokenizer
 
 
-def load_model(path: str | Path, config: ModelConfig) -> PreTrainedModel:
+def load_model(path: str | Path, config: ModelConfig, frozen: bool = False) -> PreTrainedModel:
     """A language model with plain weights, on the CPU; a peft adapter directory is merged into its base.
 
-    The decoder of an encoder-decoder begins as the recipe's languages and the tokenizer say: `set_decoder_start`.
+    With `frozen`, which says that only an adapter over it will train, the weights of its dense layers are held in 4
+    bits if the recipe wants that; the model is then on this process's device, where it has to stay. The decoder of an
+    encoder-decoder begins as the recipe's languages and the tokenizer say: `set_decoder_start`.
     """
     path = os.path.expanduser(path)
     if (Path(path) / ADAPTER_FILE).is_file():
@@ -152,10 +156,33 @@ def load_model(path: str | Path, config: ModelConfig) -> PreTrainedModel:
         trust_remote_code=config.trust_remote_code,
         dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
         attn_implementation=config.attn_implementation,
+        **(_in_4_bits(config) if frozen and config.load_in_4bit else {}),
     )
+    if frozen and config.load_in_4bit:
+        use_one_product(model)
     if model_config.is_encoder_decoder:
         set_decoder_start(model, load_tokenizer(path, config))
     return model
+
+
+def _in_4_bits(config: ModelConfig) -> dict[str, object]:
+    """Arguments of from_pretrained. The dense layers compute in `dtype`, as in TRL, and the LM head stays as it is."""
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=config.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=config.use_bnb_nested_quant,
+        bnb_4bit_compute_dtype=torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype),
+    )
+    return {"quantization_config": quantization, "device_map": {"": PartialState().device}}
+
+
+def merged(network: PeftModel, base: str | Path, config: ModelConfig) -> PreTrainedModel:
+    """What an adapter over `base` has learnt as plain weights; never rounded to the 4 bits it was trained over."""
+    if not config.load_in_4bit:
+        return network.merge_and_unload()
+    plain = get_peft_model(load_model(base, config), network.peft_config["default"])
+    set_peft_model_state_dict(plain, get_peft_model_state_dict(network, save_embedding_layers=False))
+    return plain.merge_and_unload()
 
 
 def merge_adapter(path: str | Path, config: ModelConfig) -> PreTrainedModel:
