@@ -121,11 +121,9 @@ def _check_idle_options(recipe: "Recipe", document: Document) -> None:
     trains_reward = recipe.reward is not None and recipe.reward.model is None  # always an adapter
     if recipe.sft.use_peft or trains_reward or (recipe.ppo is not None and recipe.ppo.use_peft):
         return
+    adapter_keys = ("lora_", "use_rslora", "use_dora", "load_in_4bit")
     for f in dataclasses.fields(ModelConfig):
-        if (
-            f.name.startswith(("lora_", "use_rslora", "use_dora", "load_in_4bit"))
-            and getattr(recipe.model, f.name) != f.default
-        ):
+        if f.name.startswith(adapter_keys) and getattr(recipe.model, f.name) != f.default:
             raise document.error(("model", f.name), "it would do nothing, because no stage has use_peft: true")
 
 

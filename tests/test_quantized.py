@@ -101,7 +101,7 @@ def test_options_are_checked(keys, message):
 
 def test_without_the_library_it_is_one_sentence(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="model.load_in_4bit: needs bitsandbytes, which is not installed"):
+    with pytest.raises(ValueError, match=r"model.load_in_4bit: needs bitsandbytes, which is not installed"):
         ModelConfig(model_name_or_path="x", load_in_4bit=True)
 
 
