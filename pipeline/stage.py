@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from pipeline.models.scratch import build_from_scratch
 from pipeline.recipe import Recipe
+from pipeline.recipe_secrets import one_line
 from pipeline.rewards.classifier import ClassifierReward
 from pipeline.rewards.learned import (
     CALIBRATION_ROWS,
@@ -74,7 +75,7 @@ def run_stage(recipe: Recipe, stage: str, body: StageBody) -> int:
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("RELAY_TRACEBACK"):
             traceback.print_exc()
-        print(f"error: {stage}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print(f"error: {stage}: {one_line(error)}", file=sys.stderr, flush=True)
         return 1
 
 

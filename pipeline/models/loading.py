@@ -7,7 +7,7 @@ from threading import Thread
 
 import torch
 from accelerate import PartialState
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from peft import LoraConfig, PeftModel
 from transformers import (
     AutoConfig,
@@ -24,6 +24,10 @@ from pipeline.models.decoder_start import check_languages, set_decoder_start
 
 ADAPTER_FILE = "adapter_config.json"
 PROBE_SECONDS = 4.0
+REMOTE_CODE = (
+    "comes with Python code of its own (auto_map), which is not run; read it, and if you trust it set "
+    "model.trust_remote_code: true, which is recorded with the run"
+)
 
 
 class ModelNotFoundError(ValueError):
@@ -55,11 +59,11 @@ def check_model_path(path: str, key: str) -> None:
 
 
 def _is_cached(path: str) -> bool:
+    # Not by AutoConfig, which would ask at the terminal whether to run the code of a repository that has some.
     try:
-        AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError):
+        return any(isinstance(try_to_load_from_cache(path, name), str) for name in ("config.json", ADAPTER_FILE))
+    except ValueError:  # not even the form of an id
         return False
-    return True
 
 
 def _hub_problem(path: str) -> str | None:
@@ -83,7 +87,17 @@ def _hub_problem(path: str) -> str | None:
 
 
 def _load_config(path: str, revision: str = "main", trust_remote_code: bool = False) -> PretrainedConfig:
-    return AutoConfig.from_pretrained(os.path.expanduser(path), revision=revision, trust_remote_code=trust_remote_code)
+    try:
+        return AutoConfig.from_pretrained(
+            os.path.expanduser(path), revision=revision, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # a broken file gives rise to errors of any kind
+        if "trust_remote_code" in str(error):
+            raise ValueError(f"{path!r} {REMOTE_CODE}") from error
+        raise ValueError(
+            f"the configuration of the model {path!r} cannot be read ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:300]}); mend its config.json, or give another model"
+        ) from error
 
 
 def load_config(path: str | Path, config: ModelConfig) -> PretrainedConfig:
