@@ -108,9 +108,7 @@ class Recipe:
             case synthetic.Config() as config:
                 return config.train_examples
             case parallel.Config() as config:
-                sides = [_stripped_lines(config.path(key, "train")) for key in ("source", "target")]
-                examples = sum(1 for source, target in zip(*sides, strict=False) if source and target)
-                return min(examples, config.max_train_examples or examples)
+                return parallel.training_rows(config)
             case _:
                 return None
 
@@ -133,10 +131,6 @@ class Recipe:
     def min_accuracy(self) -> float:
         """The held-out accuracy below which PPO refuses a reward model."""
         return RewardSection.min_accuracy if self.reward is None else self.reward.min_accuracy
-
-
-def _stripped_lines(path: Path) -> list[str]:
-    return [line.strip() for line in path.read_text(encoding="utf-8-sig").replace("\r\n", "\n").split("\n")]
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -21,7 +21,7 @@ class RecipeError(ValueError):
         middle = f" [... {len(message):,} characters ...] "
         short = len(message) <= MAX_MESSAGE
         message = message if short else message[: MAX_MESSAGE // 2] + middle + message[-MAX_MESSAGE // 4 :]
-        super().__init__(re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda m: ascii(m[0])[1:-1], message))
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
 
 
 @dataclass

@@ -83,4 +83,4 @@ def _could_be_one(value: str) -> bool:
 def one_line(message: object) -> str:
     """What is printed of an error: one line without secrets, and without what would steer the terminal."""
     text = redact(" ".join(str(message).split()))
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", lambda m: ascii(m[0])[1:-1], text)
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -11,8 +11,7 @@ from peft import PeftModel
 from pipeline.models.loading import load_model, load_tokenizer, lora_config
 from pipeline.recipe import Recipe, parse_stage_arguments
 from pipeline.run_directory import RunDirectory
-from pipeline.stage import base_model_path, run_stage
-from pipeline.tasks import load_task
+from pipeline.stage import base_model_path, left_out_record, load_recipe_task, run_stage
 from pipeline.trainers.sft import build_sft_trainer, last_checkpoint, sft_arguments
 from pipeline.trainers.stopping import stop_signals
 
@@ -25,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
 
 def train(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
     """Train, then save the model as plain weights."""
-    task = load_task(recipe.task.name, recipe.task.config)
+    task = load_recipe_task(recipe)
     base = base_model_path(recipe, run, task)
     arguments = sft_arguments(recipe.sft.arguments, run.sft, recipe.seed)
     trainer = build_sft_trainer(
@@ -47,7 +46,8 @@ def train(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
         trainer.processing_class.save_pretrained(run.sft)
     trainer.accelerator.wait_for_everyone()
     best = trainer.state.best_metric
-    return {"train_loss": result.training_loss, "steps": trainer.state.global_step, "best_eval_loss": best}
+    figures = {"train_loss": result.training_loss, "steps": trainer.state.global_step, "best_eval_loss": best}
+    return {**figures, **left_out_record(task)}
 
 
 if __name__ == "__main__":

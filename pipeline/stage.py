@@ -6,7 +6,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -37,7 +37,7 @@ from pipeline.run_directory import (
     stage_status,
 )
 from pipeline.run_lock import RunInUseError, run_lock
-from pipeline.tasks import Task
+from pipeline.tasks import Task, load_task
 from pipeline.trainers.stopping import Stopped
 
 StageBody = Callable[[Recipe, RunDirectory], dict[str, object]]
@@ -126,6 +126,32 @@ def peak_memory_mib() -> float:
         return round(torch.cuda.max_memory_allocated() / 2**20, 1)
     unit = 1 if sys.platform == "darwin" else 1024
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)
+
+
+def load_recipe_task(recipe: Recipe) -> Task:
+    """The recipe's task; what was left out of the data is said.
+
+    Raises:
+        TaskError: as `load_task`.
+    """
+    task = load_task(recipe.task.name, recipe.task.config)
+    say_left_out("task", task.left_out)
+    return task
+
+
+def say_left_out(section: str, left_out: Sequence[str]) -> None:
+    """How many rows give no example, and the first three of them."""
+    if left_out:
+        rows = "1 row is" if len(left_out) == 1 else f"{len(left_out):,} rows are"
+        more = f"; and {len(left_out) - 3:,} more" if len(left_out) > 3 else ""
+        say(one_line(f"{section}: {rows} left out: {'; '.join(left_out[:3])}{more}"))
+
+
+def left_out_record(task: Task) -> dict[str, object]:
+    """For stage.json: how many rows were left out and the first three, if any were."""
+    if not task.left_out:
+        return {}
+    return {"rows_left_out": len(task.left_out), "first_left_out": list(task.left_out[:3])}
 
 
 def base_model_path(recipe: Recipe, run: RunDirectory, task: Task) -> Path | str:
