@@ -211,7 +211,7 @@ def read_tables(config: Config) -> dict[str, Table]:
     paths = {split: config.local_path(name) for split, name in names.items()}
     read = {
         path: read_saved(path) if path.is_dir() else {"": read_file(path, config.skip_broken_rows)}
-        for path in set(paths.values())
+        for path in dict.fromkeys(paths.values())
     }
     # A file is one split whatever its name, and so is each directory of a path with {split} in it.
     return {

@@ -64,11 +64,8 @@ def load(config: Config) -> Task:
     splits, left_out = {}, []
     for split in SPLITS:
         source, target = read_sides(config, split)
-        names = " and ".join(repr(str(config.path(key, split))) for key in ("source", "target"))
         empty = [number for number, (s, t) in enumerate(zip(source, target, strict=True), 1) if not (s and t)]
-        if len(empty) == len(source):
-            raise TaskError(f"task: {names} have no line with a text on both sides ({len(source)} lines)")
-        left_out += [f"line {number} of {names}: a side is empty" for number in empty]
+        left_out += [f"line {number} of {_names(config, split)}: a side is empty" for number in empty]
         rows = [
             {"prompt": render(config.prompt, {"source": s}), "completion": t, "references": [t], "source": s}
             for s, t in zip(source, target, strict=True)
@@ -92,7 +89,7 @@ def read_sides(config: Config, split: str) -> list[list[str]]:
     """The lines of a split's two files, without the white space around them.
 
     Raises:
-        TaskError: a file that is missing or not UTF-8, or sides of unequal length.
+        TaskError: a file that is missing or not UTF-8, sides of unequal length, or no line with text on both.
     """
     files(config)
     source, target = (_read_lines(config.path(key, split)) for key in ("source", "target"))
@@ -101,7 +98,13 @@ def read_sides(config: Config, split: str) -> list[list[str]]:
             f"task: {str(config.path('source', split))!r} has {len(source)} lines and "
             f"{str(config.path('target', split))!r} has {len(target)}: parallel files must match line by line"
         )
+    if not any(s and t for s, t in zip(source, target, strict=True)):
+        raise TaskError(f"task: {_names(config, split)} have no line with a text on both sides ({len(source)} lines)")
     return [source, target]
+
+
+def _names(config: Config, split: str) -> str:
+    return " and ".join(repr(str(config.path(key, split))) for key in ("source", "target"))
 
 
 def _read_lines(path: Path) -> list[str]:

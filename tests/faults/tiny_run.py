@@ -30,7 +30,7 @@ ppo:
   response_length: 8
 eval: {metrics: [bleu], n_bootstrap: 20, samples_per_prompt: 0, num_inspected: 0}
 """
-COLUMNS = "{name: columns, path: '{split}.jsonl', data_dir: DATA, prompt: '{english}\\n', completion: german}"
+COLUMNS = """{name: columns, path: '{split}.jsonl', data_dir: DATA, prompt: "{english}\\n", completion: german}"""
 PARALLEL = "{name: parallel, source: '{split}.en', target: '{split}.de', data_dir: DATA}"
 ROWS = [
     {"english": english, "german": german}
