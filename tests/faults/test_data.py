@@ -28,7 +28,8 @@ SKIP = "task.skip_broken_rows=true"
 def refused(capfd, folder: Path, *overrides: str, task: str = COLUMNS, code: int = 1, program: str = "sft.py") -> str:
     """What a program says of the data in `folder`; nothing of the stage is left but its start."""
     assert outcome(MAINS[program], write_recipe(folder, task), *overrides) == code
-    assert not list((folder / "runs").rglob("stage.json")) and not list((folder / "runs").rglob("*.safetensors"))
+    assert not list((folder / "runs" / "tiny" / "sft").glob("*.safetensors"))
+    assert not (folder / "runs" / "tiny" / "sft" / "stage.json").exists()
     return only_error(capfd.readouterr().err).replace(str(folder), "")
 
 
@@ -221,3 +222,87 @@ def test_parallel_files_of_unequal_length_name_both_counts(tmp_path, capfd):
     write_parallel(tmp_path)
     (tmp_path / "test.de").write_text("x\ny\nz\n")
     assert message.replace("train", "test") in refused(capfd, tmp_path, task=PARALLEL)
+
+
+# 31: prompts longer than the context
+
+NUMBERS = " ".join(str(number * 7919) for number in range(1, 60))  # many tokens, whatever the tokenizer has learnt
+LONG = {"english": NUMBERS, "german": "die Katze"}
+
+
+def test_sft_cuts_what_is_longer_and_says_how_much(tmp_path, capfd):
+    write_rows(tmp_path)
+    middle = {"english": "the cat", "german": NUMBERS}
+    write_rows(tmp_path, [*ROWS, LONG, middle, LONG], ["train"])
+    overrides = ["ppo=null", "sft.max_length=40"]
+    assert outcome(MAINS["sft.py"], write_recipe(tmp_path), *overrides) == 0
+    said = capfd.readouterr().err
+    assert (
+        "sft: of 7 examples of train 1 are cut to sft.max_length (40 tokens), and 2 are left out, because their "
+        "prompts fill sft.max_length (40 tokens): the first is row 4\n"
+    ) in said
+    assert "examples of validation" not in said
+
+
+@pytest.mark.parametrize("architecture", ["llama", "bart"])
+def test_prompts_that_leave_no_room_are_refused_before_sft_trains(tmp_path, capfd, architecture):
+    write_rows(tmp_path)
+    override = f"model.from_scratch.architecture={architecture}"
+    for split, key in (("train", "ppo.response_length"), ("test", "eval.max_new_tokens")):
+        write_rows(tmp_path)
+        write_rows(tmp_path, [*ROWS, LONG, LONG], [split])
+        said = refused(capfd, tmp_path, override)
+        assert f"error: sft: {key}: 2 of 6 prompts of {split} " in said and "in row 4 (the first is row 0)" in said
+        assert ("leave no room for 8 tokens in the 64 positions" in said) == (architecture == "llama")
+
+
+def test_sft_alone_refuses_data_of_which_nothing_fits(tmp_path, capfd):
+    write_rows(tmp_path, [LONG, LONG], ["train"])
+    write_rows(tmp_path, splits=["validation", "test"])
+    assert "sft.max_length: each of the 2 prompts of train fills sft.max_length (64 tokens)" in refused(
+        capfd, tmp_path, "ppo=null"
+    )
+
+
+def test_ppo_and_the_evaluation_refuse_what_leaves_no_room(tmp_path, capfd):
+    write_rows(tmp_path)
+    path = write_recipe(tmp_path)
+    assert outcome(MAINS["sft.py"], path) == 0
+    capfd.readouterr()
+    for program, override, key in (
+        ("ppo.py", "ppo.response_length=62", "ppo: ppo.response_length"),
+        ("eval.py", "eval.max_new_tokens=62", "eval: eval.max_new_tokens"),
+    ):
+        systems = "eval.systems=[sft]"
+        assert outcome(MAINS[program], path, override, systems) == 1
+        assert f"error: {key}: " in (said := only_error(capfd.readouterr().err))
+        assert "leave no room for 62 tokens in the 64 positions of the model (max_position_embeddings)" in said
+
+
+def test_a_reference_counts_as_far_as_the_model_can_read(tmp_path):
+    write_rows(tmp_path)
+    write_rows(tmp_path, [{"english": "a dog", "german": NUMBERS}], ["test"])
+    path = write_recipe(tmp_path)
+    assert outcome(MAINS["sft.py"], path, "ppo=null") == 0
+    assert outcome(MAINS["eval.py"], path, "ppo=null", "eval.systems=[sft]") == 0
+    (line,) = (tmp_path / "runs" / "tiny" / "eval" / "predictions" / "sft.jsonl").read_text().splitlines()
+    assert 40 < json.loads(line)["reference_tokens"] < 64
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("ppo.response_length=64", "ppo.response_length: must be below max_position_embeddings (64) of '{model}' to"),
+        ("eval.max_new_tokens=70", "eval.max_new_tokens: must be below max_position_embeddings (64) of '{model}' to"),
+        ("sft.max_length=65", "sft.max_length: must be at most max_position_embeddings (64) of '{model}', found 65"),
+        ("reward={pairs: {max_new_tokens: 64}}", "reward.pairs.max_new_tokens: must be below max_position_embeddings"),
+    ],
+)  # fmt: skip
+def test_lengths_beyond_a_pretrained_model_are_refused_before_anything_is_loaded(
+    tmp_path, capfd, base_directory, override, message
+):
+    write_rows(tmp_path)
+    model = f"model={{model_name_or_path: {base_directory}}}"
+    for program in ("run.py", "ppo.py"):
+        assert outcome(MAINS[program], write_recipe(tmp_path), model, override) == 2
+        assert message.replace("{model}", str(base_directory)) in only_error(capfd.readouterr().err)
