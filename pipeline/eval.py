@@ -4,6 +4,9 @@ accelerate launch pipeline/eval.py recipes/quickstart.yaml eval.num_beams=4
 python pipeline/eval.py compare runs/quickstart runs/control
 """
 
+import pipeline.supported  # noqa: F401  # first: before an import fails on a version that does not fit
+
+# isort: split
 import sys
 import time
 from collections.abc import Mapping, Sequence

@@ -3,6 +3,9 @@
 accelerate launch pipeline/ppo.py recipes/quickstart.yaml 'ppo.rewards=[{name: constant}]' name=control
 """
 
+import pipeline.supported  # noqa: F401  # first: before an import fails on a version that does not fit
+
+# isort: split
 import sys
 from collections.abc import Sequence
 

@@ -11,13 +11,14 @@ from pipeline.models.adapters import DECODER_LINEAR
 from pipeline.models.config import ModelConfig
 from pipeline.models.loading import check_model_path, is_encoder_decoder, load_config, position_limit
 from pipeline.models.reward_model import RECORD_FILE, load_record
-from pipeline.recipe_document import Document, KeyPath, RecipeError
+from pipeline.recipe_document import Document, KeyPath, RecipeError, did_you_mean
 from pipeline.rewards import build_rewards
 from pipeline.rewards.classifier import check_classifier
 from pipeline.rewards.config import RewardConfig
 from pipeline.rewards.constant import constant_reward
 from pipeline.rewards.learned import check_accuracy, check_options, is_reward_folder
 from pipeline.tasks import preferences, task_module
+from pipeline.trainers import trackers
 
 if TYPE_CHECKING:
     from pipeline.recipe import Recipe
@@ -64,6 +65,7 @@ def _check_all(recipe: "Recipe", num_processes: int, document: Document) -> None
     _check_lengths(recipe, document)
     _check_batches(recipe, num_processes, document)
     _check_best_metric(recipe, document)
+    _check_trackers(recipe, document)
     _check_metrics_and_rewards(recipe, document)
     _check_writable(recipe, document)
 
@@ -212,6 +214,18 @@ def _check_best_metric(recipe: "Recipe", document: Document) -> None:
                 f"must be a logged evaluation metric, which starts with eval_, found {name!r}; "
                 f"did you mean 'eval_{name}'?",
             )
+
+
+def _check_trackers(recipe: "Recipe", document: Document) -> None:
+    """Whether a tracker exists at all; one that is not installed is only warned of."""
+    chosen = {"sft": recipe.sft.arguments.get("report_to"), "ppo": recipe.ppo.report_to if recipe.ppo else None}
+    chosen["reward"] = recipe.reward.arguments.get("report_to") if recipe.reward else None
+    for section, names in chosen.items():
+        known = trackers.OF_PPO if section == "ppo" else ("all", "none", *trackers.OF_TRAINERS)
+        for name in [names] if isinstance(names, str) else names or ():
+            if name not in known:
+                rule = f"must be of {', '.join(known)}, found {name!r}{did_you_mean(str(name), known)}"
+                raise document.error((section, "report_to"), rule)
 
 
 def _check_metrics_and_rewards(recipe: "Recipe", document: Document) -> None:

@@ -3,6 +3,9 @@
 accelerate launch pipeline/reward.py recipes/quickstart_reward_model.yaml reward.num_train_epochs=2
 """
 
+import pipeline.supported  # noqa: F401  # first: before an import fails on a version that does not fit
+
+# isort: split
 import json
 import random
 import sys

@@ -6,6 +6,9 @@ python pipeline/run.py recipes/quickstart.yaml --from ppo -- --num_processes 1
 python pipeline/run.py recipes/quickstart.yaml --seeds 0,1,2
 """
 
+import pipeline.supported  # noqa: F401  # first: before an import fails on a version that does not fit
+
+# isort: split
 import argparse
 import math
 import sys

@@ -3,6 +3,9 @@
 accelerate launch pipeline/sft.py recipes/quickstart.yaml sft.num_train_epochs=2
 """
 
+import pipeline.supported  # noqa: F401  # first: before an import fails on a version that does not fit
+
+# isort: split
 import sys
 from collections.abc import Sequence
 

@@ -22,6 +22,7 @@ from pipeline.models.text import encode_completions, encode_prompts
 from pipeline.trainers.checkpoint_files import newest_checkpoint
 from pipeline.trainers.logs import MetricsFileCallback
 from pipeline.trainers.resumable import ResumableTrainer
+from pipeline.trainers.trackers import installed
 
 DEFAULTS: Mapping[str, Any] = {
     "eval_strategy": "epoch",
@@ -53,8 +54,9 @@ def sft_arguments(arguments: Mapping[str, Any], output_dir: Path, seed: int) -> 
 
 
 def complete_arguments(defaults: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """`arguments` of a config class of TRL over Relay's `defaults`, bf16 set to what the machine has."""
+    """`arguments` of a config class of TRL over Relay's `defaults`, with the bf16 and the trackers that are here."""
     settings = {**defaults, **arguments}
+    settings["report_to"] = installed(settings["report_to"]) or "none"
     if settings.get("bf16") is None and not settings.get("fp16"):
         settings["bf16"] = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     if settings["eval_strategy"] == "no" and "load_best_model_at_end" not in arguments:
