@@ -60,6 +60,8 @@ def run_stage(recipe: Recipe, stage: str, body: StageBody) -> int:
     if problem or status == "complete":
         say(f"error: {problem}" if problem else f"{stage}: already complete in {run.stage(stage)}")
         return 2 if problem else 0
+    if recipe.model.trust_remote_code:
+        say(f"{stage}: model.trust_remote_code is true: Python code that comes with the recipe's models is run")
     try:
         with ExitStack() as held:
             if refusal := _lock(run, held):

@@ -1,7 +1,10 @@
 """Load tokenizers and language models, causal or encoder-decoder, from a directory or the Hub; describe their LoRA."""
 
+import json
 import os
+import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 
@@ -9,6 +12,7 @@ import torch
 from accelerate import PartialState
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from peft import LoraConfig, PeftModel
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,10 +28,6 @@ from pipeline.models.decoder_start import check_languages, set_decoder_start
 
 ADAPTER_FILE = "adapter_config.json"
 PROBE_SECONDS = 4.0
-REMOTE_CODE = (
-    "comes with Python code of its own (auto_map), which is not run; read it, and if you trust it set "
-    "model.trust_remote_code: true, which is recorded with the run"
-)
 
 
 class ModelNotFoundError(ValueError):
@@ -86,26 +86,42 @@ def _hub_problem(path: str) -> str | None:
     return answers[0] if answers else "no answer"
 
 
-def _load_config(path: str, revision: str = "main", trust_remote_code: bool = False) -> PretrainedConfig:
+def read_config(path: str, revision: str = "main", trust_remote_code: bool = False) -> PretrainedConfig:
+    """A model's configuration as transformers reads it.
+
+    Raises:
+        ValueError: it is broken, or comes with code that the recipe does not trust.
+    """
     try:
         return AutoConfig.from_pretrained(
             os.path.expanduser(path), revision=revision, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # a broken file gives rise to errors of any kind
-        if "trust_remote_code" in str(error):
-            raise ValueError(f"{path!r} {REMOTE_CODE}") from error
-        raise ValueError(
-            f"the configuration of the model {path!r} cannot be read ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:300]}); mend its config.json, or give another model"
-        ) from error
+        raise unreadable(path, "configuration", "config.json", error) from error
+
+
+def unreadable(path: object, what: str, file: str, error: Exception) -> ValueError:
+    """What is said of a model whose files cannot be read."""
+    if "trust_remote_code" in str(error):
+        return ValueError(
+            f"{str(path)!r} comes with Python code of its own (auto_map), which is not run; read it, and if you trust "
+            "it set model.trust_remote_code: true, which is recorded with the run"
+        )
+    if isinstance(error, pickle.UnpicklingError):
+        return ValueError(
+            f"the {what} of {str(path)!r} are a pickle of more than tensors, which could run code: it is not loaded; "
+            "get the model as safetensors"
+        )
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return ValueError(f"the {what} of {str(path)!r} cannot be read ({reason}); mend its {file}, or give another model")
 
 
 def load_config(path: str | Path, config: ModelConfig) -> PretrainedConfig:
     """The model's configuration, without its weights; for an adapter its base model's."""
     directory = Path(path).expanduser()
     if (directory / ADAPTER_FILE).is_file():
-        return load_config(LoraConfig.from_pretrained(str(directory)).base_model_name_or_path, config)
-    return _load_config(str(path), config.model_revision, config.trust_remote_code)
+        return load_config(*adapter_base(directory, config))
+    return read_config(str(path), config.model_revision, config.trust_remote_code)
 
 
 def is_encoder_decoder(config: ModelConfig) -> bool:
@@ -131,12 +147,10 @@ def load_tokenizer(path: str | Path, config: ModelConfig) -> PreTrainedTokenizer
     """
     directory = Path(path).expanduser()
     if (directory / ADAPTER_FILE).is_file() and not (directory / "tokenizer_config.json").is_file():
-        return load_tokenizer(LoraConfig.from_pretrained(str(directory)).base_model_name_or_path, config)
+        return load_tokenizer(*adapter_base(directory, config))
     codes = {"src_lang": config.src_lang, "tgt_lang": config.tgt_lang}
     languages = {key: code for key, code in codes.items() if code is not None}
-    tokenizer = AutoTokenizer.from_pretrained(
-        os.path.expanduser(path), revision=config.model_revision, trust_remote_code=config.trust_remote_code
-    )
+    tokenizer = read_tokenizer(path, config.model_revision, config.trust_remote_code)
     check_languages(tokenizer, languages)
     for key, code in languages.items():
         setattr(tokenizer, key, code)
@@ -149,6 +163,53 @@ def load_tokenizer(path: str | Path, config: ModelConfig) -> PreTrainedTokenizer
     return tokenizer
 
 
+def read_tokenizer(
+    path: str | Path, revision: str = "main", trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """A tokenizer as transformers reads it.
+
+    Raises:
+        ValueError: it is broken, or comes with code that the recipe does not trust.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(
+            os.path.expanduser(path), revision=revision, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # as in read_config
+        raise unreadable(path, "tokenizer", "tokenizer files", error) from error
+
+
+def adapter_base(directory: Path, config: ModelConfig) -> tuple[str, ModelConfig]:
+    """The base model that an adapter names, and the settings to load it with.
+
+    An adapter may come from anyone, and the recipe's trust is in the model that the recipe names: code of any other
+    base is not run. A directory has to be that model, or lie below the current directory or the folder of the
+    adapter's run, so that no adapter opens what is elsewhere on this machine.
+
+    Raises:
+        ValueError: no base is named, or one outside.
+    """
+    try:
+        base = json.loads((directory / ADAPTER_FILE).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise unreadable(directory, "adapter configuration", ADAPTER_FILE, error) from error
+    if not isinstance(base, str) or not base:
+        raise ValueError(
+            f"{str(directory / ADAPTER_FILE)!r} names no base model, found {base!r}; merge the adapter first"
+        )
+    if base == config.model_name_or_path:
+        return base, config
+    place = Path(base).expanduser()
+    if place.is_dir() or base.startswith((".", "/", "~")) or base.count("/") > 1:
+        roots = (Path.cwd(), directory.resolve().parent.parent)
+        if not any(root != Path(root.anchor) and place.resolve().is_relative_to(root) for root in roots):
+            raise ValueError(
+                f"{str(directory / ADAPTER_FILE)!r} names the base model {base!r}, which is outside of {roots[0]} and "
+                f"{roots[1]}; if you mean that model set model.model_name_or_path: {base}, or merge the adapter first"
+            )
+    return base, replace(config, trust_remote_code=False)
+
+
 def load_model(path: str | Path, config: ModelConfig) -> PreTrainedModel:
     """A language model with plain weights, on the CPU; a peft adapter directory is merged into its base.
 
@@ -159,14 +220,17 @@ def load_model(path: str | Path, config: ModelConfig) -> PreTrainedModel:
         return merge_adapter(path, config)
     model_config = load_config(path, config)
     model_class = AutoModelForSeq2SeqLM if model_config.is_encoder_decoder else AutoModelForCausalLM
-    model = model_class.from_pretrained(
-        str(path),
-        config=model_config,
-        revision=config.model_revision,
-        trust_remote_code=config.trust_remote_code,
-        dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
-        attn_implementation=config.attn_implementation,
-    )
+    try:
+        model = model_class.from_pretrained(
+            str(path),
+            config=model_config,
+            revision=config.model_revision,
+            trust_remote_code=config.trust_remote_code,
+            dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
+            attn_implementation=config.attn_implementation,
+        )
+    except (pickle.UnpicklingError, SafetensorError) as error:
+        raise unreadable(path, "weights", "weight files", error) from error
     if model_config.is_encoder_decoder:
         set_decoder_start(model, load_tokenizer(path, config))
     return model
@@ -174,9 +238,14 @@ def load_model(path: str | Path, config: ModelConfig) -> PreTrainedModel:
 
 def merge_adapter(path: str | Path, config: ModelConfig) -> PreTrainedModel:
     """The base model an adapter was trained on, with the adapter's weights added into it."""
-    lora = LoraConfig.from_pretrained(str(path))
-    base = load_model(lora.base_model_name_or_path, config)
-    return PeftModel.from_pretrained(base, str(path)).merge_and_unload()
+    return _with_adapter(load_model(*adapter_base(Path(path), config)), path)
+
+
+def _with_adapter(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
+    try:
+        return PeftModel.from_pretrained(model, str(path)).merge_and_unload()
+    except (pickle.UnpicklingError, SafetensorError) as error:
+        raise unreadable(path, "adapter weights", "adapter files", error) from error
 
 
 def plain_model_directory(path: str | Path, config: ModelConfig, target: Path) -> str | Path:
@@ -200,7 +269,7 @@ def plain_model_directory(path: str | Path, config: ModelConfig, target: Path) -
 def load_policy(path: str | Path, base: str | Path, config: ModelConfig) -> PreTrainedModel:
     """A trained policy with plain weights: the adapter in `path` merged into `base`, or the whole model in `path`."""
     if (Path(path) / ADAPTER_FILE).is_file():
-        return PeftModel.from_pretrained(load_model(base, config), str(path)).merge_and_unload()
+        return _with_adapter(load_model(base, config), path)
     return load_model(path, config)
 
 
