@@ -139,7 +139,7 @@ def loaded_reward(recipe: Recipe, run: RunDirectory, task: Task) -> RewardFuncti
     tokenizer = load_tokenizer(base, recipe.model)
     reward = learned_reward(recipe, run, task, tokenizer)
     if isinstance(reward, AdapterReward):
-        model = load_model(base, recipe.model)
+        model = load_model(base, recipe.model, frozen=True)
         check_base(reward.record, model, tokenizer, base)
         network = RewardNetwork.load(model, reward.directory).to(PartialState().device).eval()
         reward.attach(network.scores, network.causal_lm)

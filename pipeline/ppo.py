@@ -35,7 +35,7 @@ def train(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
     tokenizer = load_tokenizer(path, recipe.model)
     learned = learned_reward(recipe, run, task, tokenizer)
     trainer = PPOTrainer(
-        model=load_model(path, recipe.model),
+        model=load_model(path, recipe.model, frozen=recipe.ppo.use_peft),
         args=recipe.ppo,
         processing_class=tokenizer,
         reward_funcs=build_rewards(recipe.ppo.rewards, task.language, learned),

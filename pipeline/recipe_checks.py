@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from pipeline.metrics import load_metric
 from pipeline.models.adapters import DECODER_LINEAR
 from pipeline.models.config import ModelConfig
-from pipeline.models.loading import check_model_path, is_encoder_decoder, load_config, position_limit
+from pipeline.models.loading import is_encoder_decoder, load_config, position_limit
+from pipeline.models.reading import check_model_path
 from pipeline.models.reward_model import RECORD_FILE, load_record
 from pipeline.recipe_document import Document, KeyPath, RecipeError, did_you_mean
 from pipeline.rewards import build_rewards
@@ -119,13 +120,17 @@ def _check_place(path: str) -> None:
 
 
 def _check_idle_options(recipe: "Recipe", document: Document) -> None:
+    if recipe.model.load_in_4bit and recipe.ppo is not None and not recipe.ppo.use_peft:
+        rule = "PPO trains all weights (ppo.use_peft: false), which needs them whole; train an adapter, or remove it"
+        raise document.error(("model", "load_in_4bit"), rule)
     if recipe.ppo is not None and recipe.ppo.run_name is not None and not recipe.ppo.report_to:
         raise document.error(("ppo", "run_name"), "it would do nothing, because report_to is empty; set ppo.report_to")
     trains_reward = recipe.reward is not None and recipe.reward.model is None  # always an adapter
     if recipe.sft.use_peft or trains_reward or (recipe.ppo is not None and recipe.ppo.use_peft):
         return
+    adapter_keys = ("lora_", "use_rslora", "use_dora", "load_in_4bit")
     for f in dataclasses.fields(ModelConfig):
-        if f.name.startswith(("lora_", "use_rslora", "use_dora")) and getattr(recipe.model, f.name) != f.default:
+        if f.name.startswith(adapter_keys) and getattr(recipe.model, f.name) != f.default:
             raise document.error(("model", f.name), "it would do nothing, because no stage has use_peft: true")
 
 

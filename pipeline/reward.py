@@ -142,7 +142,7 @@ def train_adapter(
     recipe: Recipe, run: RunDirectory, base: Path | str, pairs: Sequence[Pair]
 ) -> tuple[RewardRecord, Judge, dict[str, object]]:
     """The adapter and the head, saved; its record without figures; how it scores texts."""
-    model, tokenizer = load_model(base, recipe.model), load_tokenizer(base, recipe.model)
+    model, tokenizer = load_model(base, recipe.model, frozen=True), load_tokenizer(base, recipe.model)
     digests = {"base_digest": weights_digest(model), "tokenizer_digest": tokenizer_digest(tokenizer)}
     arguments = reward_arguments(recipe.reward.arguments, run.reward, recipe.seed)
     trainer = build_reward_trainer(

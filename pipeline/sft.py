@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.models.loading import load_model, load_tokenizer, lora_config
+from pipeline.models.loading import load_model, load_tokenizer, lora_config, merged
 from pipeline.models.room import check_room
 from pipeline.models.text import encode_prompts
 from pipeline.recipe import Recipe, parse_stage_arguments
@@ -34,7 +34,8 @@ def train(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
     task = load_recipe_task(recipe)
     base = base_model_path(recipe, run, task)
     arguments = sft_arguments(recipe.sft.arguments, run.sft, recipe.seed)
-    model, tokenizer = load_model(base, recipe.model), load_tokenizer(base, recipe.model)
+    model = load_model(base, recipe.model, frozen=recipe.sft.use_peft)
+    tokenizer = load_tokenizer(base, recipe.model)
     check_later_stages(recipe, task, model, tokenizer)
     trainer = build_sft_trainer(
         model,
@@ -49,7 +50,7 @@ def train(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
         result = trainer.train(resume_from_checkpoint=last_checkpoint(arguments))
     model = trainer.accelerator.unwrap_model(trainer.model)
     if isinstance(model, PeftModel):
-        model = model.merge_and_unload()
+        model = merged(model, base, recipe.model)
     if trainer.is_world_process_zero():
         model.save_pretrained(run.sft)
         trainer.processing_class.save_pretrained(run.sft)

@@ -12,7 +12,7 @@ from accelerate import Accelerator, tracking
 from tiny_run import MAINS, PARALLEL, only_error, outcome, write_parallel, write_recipe
 
 from pipeline import supported
-from pipeline.models import loading
+from pipeline.models import reading
 from pipeline.tasks import tables
 from pipeline.trainers import trackers
 
@@ -62,17 +62,17 @@ def test_a_hub_that_never_answers_is_given_up_in_under_five_seconds(monkeypatch)
         def __getattr__(self, name):
             return lambda *arguments, **options: time.sleep(60)
 
-    monkeypatch.setattr(loading.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(loading, "HfApi", Silent)
+    monkeypatch.setattr(reading.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(reading, "HfApi", Silent)
     monkeypatch.setattr(tables.datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(tables, "HfApi", Silent)
-    assert max(loading.PROBE_SECONDS, tables.PROBE_SECONDS) < 5
-    for module in (loading, tables):
+    assert max(reading.PROBE_SECONDS, tables.PROBE_SECONDS) < 5
+    for module in (reading, tables):
         monkeypatch.setattr(module, "PROBE_SECONDS", 0.1)
     with pytest.raises(
-        loading.ModelNotFoundError, match=r"^model\.model_name_or_path: .*\(no answer\); give the path of"
+        reading.ModelNotFoundError, match=r"^model\.model_name_or_path: .*\(no answer\); give the path of"
     ):
-        loading.check_model_path("nobody/no-model", "model.model_name_or_path")
+        reading.check_model_path("nobody/no-model", "model.model_name_or_path")
     assert tables.hub_reachable("nobody/no-data-set", None) is False
 
 

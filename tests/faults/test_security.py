@@ -16,7 +16,8 @@ from tiny_run import COLUMNS, MAINS, PARALLEL, only_error, outcome, write_parall
 from transformers import LlamaForSequenceClassification
 
 from pipeline.models.config import ModelConfig
-from pipeline.models.loading import load_model, load_policy, load_tokenizer, read_config
+from pipeline.models.loading import load_model, load_policy, load_tokenizer
+from pipeline.models.reading import read_config
 from pipeline.models.text import encode_prompts
 from pipeline.recipe_secrets import one_line, redact, secret_in
 from pipeline.tasks import columns, load_task
