@@ -6,7 +6,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from pipeline.models.scratch import build_from_scratch
 from pipeline.recipe import Recipe
+from pipeline.recipe_secrets import one_line
 from pipeline.rewards.classifier import ClassifierReward
 from pipeline.rewards.learned import (
     CALIBRATION_ROWS,
@@ -36,7 +37,7 @@ from pipeline.run_directory import (
     stage_status,
 )
 from pipeline.run_lock import RunInUseError, run_lock
-from pipeline.tasks import Task
+from pipeline.tasks import Task, load_task
 from pipeline.trainers.stopping import Stopped
 
 StageBody = Callable[[Recipe, RunDirectory], dict[str, object]]
@@ -59,6 +60,8 @@ def run_stage(recipe: Recipe, stage: str, body: StageBody) -> int:
     if problem or status == "complete":
         say(f"error: {problem}" if problem else f"{stage}: already complete in {run.stage(stage)}")
         return 2 if problem else 0
+    if recipe.model.trust_remote_code:
+        say(f"{stage}: model.trust_remote_code is true: Python code that comes with the recipe's models is run")
     try:
         with ExitStack() as held:
             if refusal := _lock(run, held):
@@ -74,7 +77,7 @@ def run_stage(recipe: Recipe, stage: str, body: StageBody) -> int:
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("RELAY_TRACEBACK"):
             traceback.print_exc()
-        print(f"error: {stage}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print(f"error: {stage}: {one_line(error)}", file=sys.stderr, flush=True)
         return 1
 
 
@@ -125,6 +128,32 @@ def peak_memory_mib() -> float:
         return round(torch.cuda.max_memory_allocated() / 2**20, 1)
     unit = 1 if sys.platform == "darwin" else 1024
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)
+
+
+def load_recipe_task(recipe: Recipe) -> Task:
+    """The recipe's task; what was left out of the data is said.
+
+    Raises:
+        TaskError: as `load_task`.
+    """
+    task = load_task(recipe.task.name, recipe.task.config)
+    say_left_out("task", task.left_out)
+    return task
+
+
+def say_left_out(section: str, left_out: Sequence[str]) -> None:
+    """How many rows give no example, and the first three of them."""
+    if left_out:
+        rows = "1 row is" if len(left_out) == 1 else f"{len(left_out):,} rows are"
+        more = f"; and {len(left_out) - 3:,} more" if len(left_out) > 3 else ""
+        say(one_line(f"{section}: {rows} left out: {'; '.join(left_out[:3])}{more}"))
+
+
+def left_out_record(task: Task) -> dict[str, object]:
+    """For stage.json: how many rows were left out and the first three, if any were."""
+    if not task.left_out:
+        return {}
+    return {"rows_left_out": len(task.left_out), "first_left_out": list(task.left_out[:3])}
 
 
 def base_model_path(recipe: Recipe, run: RunDirectory, task: Task) -> Path | str:

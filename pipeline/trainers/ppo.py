@@ -50,6 +50,7 @@ from pipeline.trainers.rollout import (
 )
 from pipeline.trainers.scores import Moments, judge_unfinished, moments_of, score_sums, transform_scores
 from pipeline.trainers.stopping import Stopped, requested_stop
+from pipeline.trainers.trackers import installed, start_trackers
 
 # A metric of the held-out completions: (completions, the rows they answer) -> name -> value.
 ComputeMetrics = Callable[[list[str], Dataset], dict[str, float]]
@@ -83,7 +84,7 @@ class PPOTrainer:
         self.eval_dataset = _head(eval_dataset, args.eval_examples)
         self.accelerator = Accelerator(
             mixed_precision="bf16" if _use_bf16(args) else "no",
-            log_with=list(args.report_to) or None,
+            log_with=installed(args.report_to, ppo=True) or None,
             project_dir=str(self.output_dir),
         )
         set_seed(seed)  # python, numpy and torch, before the adapter is initialised
@@ -173,7 +174,7 @@ class PPOTrainer:
         count = self.args.save_total_limit + 1 + self.args.load_best_model_at_end  # the one being written, the best
         check_space(self.checkpoints, state_size(self.shared.trainable_state()), count)
         if self.args.report_to:
-            self.accelerator.init_trackers(self.args.run_name or "relay-ppo")
+            start_trackers(self.accelerator, self.args.run_name or "relay-ppo")
         self.log = TrainingLog(self.accelerator, self.output_dir / "metrics.jsonl", self.num_steps, self.state.step)
         for note in [*notes, *([f"continuing from {found}"] if found else [])]:
             self.log.say(note)
