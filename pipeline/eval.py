@@ -4,6 +4,9 @@ accelerate launch pipeline/eval.py recipes/quickstart.yaml eval.num_beams=4
 python pipeline/eval.py compare runs/quickstart runs/control
 """
 
+import pipeline.supported  # noqa: F401  # first: before an import fails on a version that does not fit
+
+# isort: split
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -37,12 +40,14 @@ from pipeline.run_directory import RunDirectory, control_run, versions
 from pipeline.stage import (
     base_model_path,
     learned_reward,
+    left_out_record,
+    load_recipe_task,
     peak_memory_mib,
     plain_text,
     run_stage,
     sft_model_path,
 )
-from pipeline.tasks import Task, load_task
+from pipeline.tasks import Task
 from pipeline.trainers.objective import advantages_and_returns, kl_penalty, spread_scores, token_rewards
 
 
@@ -57,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
 def evaluate(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
     """Predict with every system, then score, compare and report on the main process."""
     began = time.monotonic()
-    task = load_task(recipe.task.name, recipe.task.config)
+    task = load_recipe_task(recipe)
     sources = system_sources(recipe, run, task)
     answers = answer_all(recipe, run, task, sources)
     if not PartialState().is_main_process:
@@ -65,7 +70,7 @@ def evaluate(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
     report, details = build_report(recipe, run, task, sources, answers, began)
     write_report(report, details, run.eval)
     print_report(report, Console(stderr=True))
-    return {"verdict": report.verdict, "tokens": report.cost[-1].tokens}
+    return {"verdict": report.verdict, "tokens": report.cost[-1].tokens, **left_out_record(task)}
 
 
 def system_sources(recipe: Recipe, run: RunDirectory, task: Task) -> list[Source]:
@@ -134,7 +139,7 @@ def loaded_reward(recipe: Recipe, run: RunDirectory, task: Task) -> RewardFuncti
     tokenizer = load_tokenizer(base, recipe.model)
     reward = learned_reward(recipe, run, task, tokenizer)
     if isinstance(reward, AdapterReward):
-        model = load_model(base, recipe.model)
+        model = load_model(base, recipe.model, frozen=True)
         check_base(reward.record, model, tokenizer, base)
         network = RewardNetwork.load(model, reward.directory).to(PartialState().device).eval()
         reward.attach(network.scores, network.causal_lm)
@@ -205,6 +210,7 @@ def report_settings(recipe: Recipe, task: Task) -> dict[str, object]:
         "name": recipe.name,
         "seed": recipe.seed,
         "test_examples": len(task.test),
+        **({"rows_left_out": len(task.left_out)} if task.left_out else {}),
         "decoding": decoding_name(recipe.eval.num_beams),
         "max_new_tokens": recipe.eval.max_new_tokens,
         "n_bootstrap": recipe.eval.n_bootstrap,

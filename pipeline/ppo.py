@@ -3,6 +3,9 @@
 accelerate launch pipeline/ppo.py recipes/quickstart.yaml 'ppo.rewards=[{name: constant}]' name=control
 """
 
+import pipeline.supported  # noqa: F401  # first: before an import fails on a version that does not fit
+
+# isort: split
 import sys
 from collections.abc import Sequence
 
@@ -13,8 +16,8 @@ from pipeline.models.loading import load_model, load_tokenizer, lora_config, pla
 from pipeline.recipe import Recipe, parse_stage_arguments
 from pipeline.rewards import build_rewards
 from pipeline.run_directory import RunDirectory
-from pipeline.stage import learned_reward, run_stage, sft_model_path
-from pipeline.tasks import Task, load_task
+from pipeline.stage import learned_reward, left_out_record, load_recipe_task, run_stage, sft_model_path
+from pipeline.tasks import Task
 from pipeline.trainers.ppo import PPOTrainer
 from pipeline.trainers.stopping import stop_signals
 
@@ -27,12 +30,12 @@ def main(argv: Sequence[str]) -> int:
 
 def train(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
     """Train the policy and save the best one."""
-    task = load_task(recipe.task.name, recipe.task.config)
+    task = load_recipe_task(recipe)
     path = plain_model_directory(sft_model_path(recipe, run), recipe.model, run.ppo / "base")
     tokenizer = load_tokenizer(path, recipe.model)
     learned = learned_reward(recipe, run, task, tokenizer)
     trainer = PPOTrainer(
-        model=load_model(path, recipe.model),
+        model=load_model(path, recipe.model, frozen=recipe.ppo.use_peft),
         args=recipe.ppo,
         processing_class=tokenizer,
         reward_funcs=build_rewards(recipe.ppo.rewards, task.language, learned),
@@ -51,6 +54,7 @@ def train(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
         "episodes": state.step * trainer.batch_size,
         "best_step": state.best_step,
         f"best_{recipe.ppo.metric_for_best_model}": state.best_metric,
+        **left_out_record(task),
     }
 
 

@@ -13,7 +13,9 @@ from typing import Any, NoReturn
 from pipeline.evaluation.config import EvalConfig, MetricConfig
 from pipeline.models.config import ModelConfig
 from pipeline.recipe_checks import check_recipe
+from pipeline.recipe_document import Document, RecipeError, did_you_mean
 from pipeline.recipe_reward import RewardSection, build_reward_section, reward_values
+from pipeline.recipe_secrets import one_line
 from pipeline.recipe_sections import (
     TOP_LEVEL,
     SFTSection,
@@ -23,7 +25,7 @@ from pipeline.recipe_sections import (
     check_keys,
     convert,
 )
-from pipeline.recipe_yaml import Document, RecipeError, did_you_mean, read_document
+from pipeline.recipe_yaml import read_document
 from pipeline.rewards.config import RewardConfig
 from pipeline.tasks import TASK_NAMES, parallel, synthetic, task_module
 from pipeline.trainers.config import PPOConfig
@@ -45,6 +47,7 @@ __all__ = [
 
 DEFAULT_RECIPE = Path("recipes/quickstart.yaml")
 MAX_SEED = 2**32 - 1
+MAX_NAME = 100  # characters; a file system takes 255 bytes, and stages that are set aside add to it
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,10 @@ class Recipe:
                 f"name: {self.name!r} names a directory: use letters, digits, '.', '_' and '-', "
                 "starting with a letter, digit or '_'"
             )
+        if len(self.name) > MAX_NAME:
+            raise ValueError(f"name: at most {MAX_NAME} characters, found {len(self.name)}")
+        if "\0" in self.output_dir:
+            raise ValueError(f"output_dir: a path cannot hold a NUL character, found {self.output_dir!r}")
         if not 0 <= self.seed <= MAX_SEED:
             raise ValueError(f"seed: must be from 0 to {MAX_SEED}, found {self.seed}")
 
@@ -101,9 +108,7 @@ class Recipe:
             case synthetic.Config() as config:
                 return config.train_examples
             case parallel.Config() as config:
-                sides = [_stripped_lines(config.path(key, "train")) for key in ("source", "target")]
-                examples = sum(1 for source, target in zip(*sides, strict=False) if source and target)
-                return min(examples, config.max_train_examples or examples)
+                return parallel.training_rows(config)
             case _:
                 return None
 
@@ -126,10 +131,6 @@ class Recipe:
     def min_accuracy(self) -> float:
         """The held-out accuracy below which PPO refuses a reward model."""
         return RewardSection.min_accuracy if self.reward is None else self.reward.min_accuracy
-
-
-def _stripped_lines(path: Path) -> list[str]:
-    return [line.strip() for line in path.read_text(encoding="utf-8-sig").replace("\r\n", "\n").split("\n")]
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -286,5 +287,5 @@ def split_recipe_argument(arguments: Sequence[str]) -> tuple[Path, list[str]]:
 def exit_with_error(message: str) -> NoReturn:
     """End this process with exit code 2 and `error: message` on stderr, written by one process of a group."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {one_line(message)}", file=sys.stderr)
     raise SystemExit(2)

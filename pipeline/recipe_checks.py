@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING
 from pipeline.metrics import load_metric
 from pipeline.models.adapters import DECODER_LINEAR
 from pipeline.models.config import ModelConfig
-from pipeline.models.loading import check_model_path, is_encoder_decoder
+from pipeline.models.loading import is_encoder_decoder, load_config, position_limit
+from pipeline.models.reading import check_model_path
 from pipeline.models.reward_model import RECORD_FILE, load_record
-from pipeline.recipe_yaml import Document, KeyPath, RecipeError
+from pipeline.recipe_document import Document, KeyPath, RecipeError, did_you_mean
 from pipeline.rewards import build_rewards
 from pipeline.rewards.classifier import check_classifier
 from pipeline.rewards.config import RewardConfig
 from pipeline.rewards.constant import constant_reward
 from pipeline.rewards.learned import check_accuracy, check_options, is_reward_folder
 from pipeline.tasks import preferences, task_module
+from pipeline.trainers import trackers
 
 if TYPE_CHECKING:
     from pipeline.recipe import Recipe
@@ -43,23 +45,28 @@ def check_recipe(recipe: "Recipe", num_processes: int = 1) -> None:
     """
     document = recipe.source or Document("recipe")
     try:
-        if recipe.model.model_name_or_path is not None:
-            check_model_path(recipe.model.model_name_or_path, "model.model_name_or_path")
-        if recipe.sft_is_external:
-            check_model_path(recipe.ppo.sft_model_path, "ppo.sft_model_path")
-        for system in recipe.eval.further_systems:
-            check_model_path(system.path, "eval.systems")
-        task_module(recipe.task.name).files(recipe.task.config)
-        _check_reward_model(recipe, document)
+        _check_all(recipe, num_processes, document)
     except RecipeError:
         raise
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # an OSError: a path that no file system takes, or without permission
         raise document.restate(error) from error
+
+
+def _check_all(recipe: "Recipe", num_processes: int, document: Document) -> None:
+    if recipe.model.model_name_or_path is not None:
+        check_model_path(recipe.model.model_name_or_path, "model.model_name_or_path")
+    if recipe.sft_is_external:
+        check_model_path(recipe.ppo.sft_model_path, "ppo.sft_model_path")
+    for system in recipe.eval.further_systems:
+        check_model_path(system.path, "eval.systems")
+    task_module(recipe.task.name).files(recipe.task.config)
+    _check_reward_model(recipe, document)
     _check_idle_options(recipe, document)
     _check_family(recipe, document)
     _check_lengths(recipe, document)
     _check_batches(recipe, num_processes, document)
     _check_best_metric(recipe, document)
+    _check_trackers(recipe, document)
     _check_metrics_and_rewards(recipe, document)
     _check_writable(recipe, document)
 
@@ -113,13 +120,17 @@ def _check_place(path: str) -> None:
 
 
 def _check_idle_options(recipe: "Recipe", document: Document) -> None:
+    if recipe.model.load_in_4bit and recipe.ppo is not None and not recipe.ppo.use_peft:
+        rule = "PPO trains all weights (ppo.use_peft: false), which needs them whole; train an adapter, or remove it"
+        raise document.error(("model", "load_in_4bit"), rule)
     if recipe.ppo is not None and recipe.ppo.run_name is not None and not recipe.ppo.report_to:
         raise document.error(("ppo", "run_name"), "it would do nothing, because report_to is empty; set ppo.report_to")
     trains_reward = recipe.reward is not None and recipe.reward.model is None  # always an adapter
     if recipe.sft.use_peft or trains_reward or (recipe.ppo is not None and recipe.ppo.use_peft):
         return
+    adapter_keys = ("lora_", "use_rslora", "use_dora", "load_in_4bit")
     for f in dataclasses.fields(ModelConfig):
-        if f.name.startswith(("lora_", "use_rslora", "use_dora")) and getattr(recipe.model, f.name) != f.default:
+        if f.name.startswith(adapter_keys) and getattr(recipe.model, f.name) != f.default:
             raise document.error(("model", f.name), "it would do nothing, because no stage has use_peft: true")
 
 
@@ -140,24 +151,35 @@ def _check_family(recipe: "Recipe", document: Document) -> None:
 
 
 def _check_lengths(recipe: "Recipe", document: Document) -> None:
+    """What is cut, and what is generated behind a prompt of one token, fits into the model's positions."""
     scratch = recipe.model.from_scratch
     if scratch is None:
-        return
-    limit = scratch.max_position_embeddings
-    rule = f"model.from_scratch.max_position_embeddings ({limit})"
+        config = load_config(recipe.model.model_name_or_path, recipe.model)
+        limit, two_sides = position_limit(config), config.is_encoder_decoder
+        rule = f"max_position_embeddings ({limit}) of {recipe.model.model_name_or_path!r}"
+    else:
+        limit, two_sides = scratch.max_position_embeddings, scratch.is_encoder_decoder
+        rule = f"model.from_scratch.max_position_embeddings ({limit})"
     max_length = recipe.sft.arguments.get("max_length")
-    if max_length is not None and max_length > limit:
+    if limit is not None and max_length is not None and max_length > limit:
         raise document.error(("sft", "max_length"), f"must be at most {rule}, found {max_length}")
-    generated = {("eval", "max_new_tokens"): recipe.eval.max_new_tokens}
-    if recipe.ppo is not None:
-        generated = {("ppo", "response_length"): recipe.ppo.response_length, **generated}
-    if scratch.architecture == "t5":  # relative positions
+    if limit is None or (scratch is not None and scratch.architecture == "t5"):  # relative positions
         return
-    for path, length in generated.items():
-        if scratch.is_encoder_decoder and length > limit:
+    for path, length in _generated_lengths(recipe).items():
+        if two_sides and length > limit:
             raise document.error(path, f"must be at most {rule}, found {length}")
-        if not scratch.is_encoder_decoder and length >= limit:
+        if not two_sides and length >= limit:
             raise document.error(path, f"must be below {rule} to leave room for the prompt, found {length}")
+
+
+def _generated_lengths(recipe: "Recipe") -> dict[KeyPath, int]:
+    """The most tokens each stage writes behind a prompt."""
+    lengths: dict[KeyPath, int] = {}
+    if recipe.reward is not None and not isinstance(recipe.reward.pairs, preferences.Config):
+        lengths[("reward", "pairs", "max_new_tokens")] = recipe.reward.pairs.max_new_tokens
+    if recipe.ppo is not None:
+        lengths[("ppo", "response_length")] = recipe.ppo.response_length
+    return {**lengths, ("eval", "max_new_tokens"): recipe.eval.max_new_tokens}
 
 
 def _check_batches(recipe: "Recipe", num_processes: int, document: Document) -> None:
@@ -199,6 +221,18 @@ def _check_best_metric(recipe: "Recipe", document: Document) -> None:
             )
 
 
+def _check_trackers(recipe: "Recipe", document: Document) -> None:
+    """Whether a tracker exists at all; one that is not installed is only warned of."""
+    chosen = {"sft": recipe.sft.arguments.get("report_to"), "ppo": recipe.ppo.report_to if recipe.ppo else None}
+    chosen["reward"] = recipe.reward.arguments.get("report_to") if recipe.reward else None
+    for section, names in chosen.items():
+        known = trackers.OF_PPO if section == "ppo" else ("all", "none", *trackers.OF_TRAINERS)
+        for name in [names] if isinstance(names, str) else names or ():
+            if name not in known:
+                rule = f"must be of {', '.join(known)}, found {name!r}{did_you_mean(str(name), known)}"
+                raise document.error((section, "report_to"), rule)
+
+
 def _check_metrics_and_rewards(recipe: "Recipe", document: Document) -> None:
     for index, metric in enumerate(recipe.eval.metrics):
         try:
@@ -224,13 +258,15 @@ def _refused_reward(rewards: Sequence[RewardConfig], language: str | None) -> Ke
 
 
 def _check_writable(recipe: "Recipe", document: Document) -> None:
-    """Write and remove a file where the run directory is or will be; no directory is left behind."""
+    """Write and remove a file where the run and its stages are or will be; no directory is left behind."""
     target = Path(recipe.output_dir).expanduser() / recipe.name
     existing = next(p for p in (target, *target.absolute().parents) if p.exists())
-    try:
-        with tempfile.TemporaryFile(dir=existing) as file:
-            file.write(b"relay")
-    except OSError as error:
-        raise document.error(
-            ("output_dir",), f"cannot write to {str(existing)!r} ({error.strerror}); choose another directory"
-        ) from error
+    stages = [p for p in existing.iterdir() if p.is_dir()] if existing == target and target.is_dir() else []
+    for place in (existing, *stages):
+        try:
+            with tempfile.TemporaryFile(dir=place) as file:
+                file.write(b"relay")
+        except OSError as error:
+            raise document.error(
+                ("output_dir",), f"cannot write to {str(place)!r} ({error.strerror}); choose another directory"
+            ) from error

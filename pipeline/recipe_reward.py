@@ -8,6 +8,7 @@ from typing import Any
 
 from trl import RewardConfig
 
+from pipeline.recipe_document import Document
 from pipeline.recipe_sections import (
     ACTS_ONLY_WITH,
     REFUSED_SFT_KEYS,
@@ -16,7 +17,6 @@ from pipeline.recipe_sections import (
     convert_arguments,
     refuse_conflicts,
 )
-from pipeline.recipe_yaml import Document
 from pipeline.rewards.pair_settings import SampledPairs
 from pipeline.tasks import preferences
 from pipeline.trainers.config import PPOConfig

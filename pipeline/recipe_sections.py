@@ -11,7 +11,7 @@ from trl import SFTConfig
 
 from pipeline.evaluation.config import EvalConfig, MetricConfig
 from pipeline.models.config import ModelConfig
-from pipeline.recipe_yaml import Document, KeyPath, did_you_mean
+from pipeline.recipe_document import Document, KeyPath, did_you_mean
 from pipeline.rewards.config import RewardConfig
 from pipeline.trainers.config import PPOConfig
 from pipeline.trainers.sft import DEFAULTS as SFT_DEFAULTS
@@ -308,7 +308,7 @@ def _expected(option: Any) -> str:
 
 def _found(value: object) -> str:
     if isinstance(value, str):
-        return repr(value)
+        return repr(value if len(value) <= 200 else f"{value[:200]}...")
     return {dict: "a mapping", list: "a list"}.get(type(value), _plain(value))
 
 

@@ -2,14 +2,15 @@
 
 import copy
 import difflib
+import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.events import (
     AliasEvent,
     DocumentStartEvent,
@@ -22,9 +23,19 @@ from ruamel.yaml.events import (
     SequenceStartEvent,
 )
 
-KeyPath = tuple[str | int, ...]
+from pipeline.recipe_document import Document, KeyPath, RecipeError, dotted, split_path
+from pipeline.recipe_secrets import secret_in
 
 MAX_DEPTH = 20
+MAX_BYTES, MAX_VALUES = 2**20, 10_000  # of a file; of a recipe with its aliases written out
+MAX_NUMBER = 2**63 - 1
+_SECRET = (
+    "a recipe is saved with its run, so keep tokens, keys and passwords out of it; what needs one reads it from "
+    "the environment, such as HF_TOKEN"
+)
+# What YAML allows in no text, and what it allows in a quoted one by an escape.
+_FORBIDDEN = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 # The core schema of YAML 1.2 (https://yaml.org/spec/1.2.2/#103-core-schema): `no` and `1_000` are text, `1e-5` is not.
 _NULL = ("", "~", "null", "Null", "NULL")
@@ -33,63 +44,6 @@ _DECIMAL = re.compile(r"[-+]?[0-9]+")
 _PREFIXED = re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _INFINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
-
-
-class RecipeError(ValueError):
-    """A recipe that cannot be run; the message is one sentence with the place, the key, what was found and a fix."""
-
-
-@dataclass
-class Document:
-    """Plain values of a recipe, and for each key path the place (`file:line` or override) it was written at."""
-
-    file: str
-    overrides: tuple[str, ...] = ()
-    data: dict[str, Any] = field(default_factory=dict)
-    places: dict[KeyPath, str] = field(default_factory=dict)
-
-    def place(self, path: KeyPath) -> str:
-        """Where `path` was written, or the innermost section around it that was; the file if none was."""
-        while path and path not in self.places:
-            path = path[:-1]
-        return self.places.get(path, self.file)
-
-    def error(self, path: KeyPath, message: str) -> RecipeError:
-        """The error that says `message` about `path`."""
-        return RecipeError(": ".join([self.place(path), *([dotted(path)] if path else []), message]))
-
-    def restate(self, error: Exception, path: KeyPath = ()) -> RecipeError:
-        """An error of a config class, whose message starts with the key's dotted path, with its place in front.
-
-        `path` is the section being built: it locates messages that name less than that.
-        """
-        named = re.match(r"[A-Za-z_]\w*(\.\w+)*(?=: )", str(error))
-        key = split_path(named[0]) if named else ()
-        if not key or (key[0] not in self.data and key[:1] != path[:1]):
-            return RecipeError(f"{self._places_of(path)}: {dotted(path) or 'recipe'}: {error}")
-        return RecipeError(f"{self._places_of(path if path[: len(key)] == key else key)}: {error}")
-
-    def _places_of(self, path: KeyPath) -> str:
-        """The place of a section and of the overrides inside it, any of which may be what is wrong with it."""
-        places = [self.place(path), *(place for p, place in self.places.items() if p[: len(path)] == path)]
-        overrides = dict.fromkeys(p for p in places[1:] if p.startswith("override ") and p != places[0])
-        return " with ".join([places[0], *overrides])
-
-
-def dotted(path: KeyPath) -> str:
-    """`("ppo", "rewards", 0)` as `ppo.rewards.0`."""
-    return ".".join(map(str, path))
-
-
-def split_path(text: str) -> KeyPath:
-    """`ppo.rewards.0` as `("ppo", "rewards", 0)`."""
-    return tuple(int(part) if part.isdecimal() else part for part in text.split("."))
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the known word most like `word`, or nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def read_document(path: str | Path, overrides: Sequence[str] = ()) -> Document:
@@ -102,6 +56,9 @@ def read_document(path: str | Path, overrides: Sequence[str] = ()) -> Document:
     document.data = _parse(_read_text(Path(path)), document) or {}
     if not isinstance(document.data, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of sections such as model: and task:, found a list or value")
+    if found := secret_in(document.data):
+        path = tuple(key for key in found[0] if key != "")
+        raise document.error(path, f"{found[1]}: {_SECRET}")
     for override in overrides:
         _apply(override, document)
     return document
@@ -109,15 +66,31 @@ def read_document(path: str | Path, overrides: Sequence[str] = ()) -> Document:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)  # not all of it: the path may be that of a device
+        text = data.decode("utf-8-sig")
     except FileNotFoundError:
         folder = path.parent if path.parent.is_dir() else Path(".")
         there = {p.name: p for p in sorted(folder.glob("*.yaml"))}
         close = difflib.get_close_matches(path.name, there, n=1) or difflib.get_close_matches(path.stem, there, n=1)
         hint = f"; did you mean {str(there[close[0]])!r}?" if close else ""
         raise RecipeError(f"{path}: no such recipe file{hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise RecipeError(
+            f"{path}:{line}: not UTF-8 (byte {error.start}); convert it, for example with iconv -f latin1 -t utf-8"
+        ) from error
+    except (OSError, ValueError) as error:  # a ValueError: a NUL in the path
         raise RecipeError(f"{path}: the recipe cannot be read ({error})") from error
+    if len(data) > MAX_BYTES:
+        raise RecipeError(f"{path}: larger than {MAX_BYTES:,} bytes, which no recipe is; give a recipe file")
+    if found := _FORBIDDEN.search(text):
+        line, column = text.count("\n", 0, found.start()) + 1, found.start() - text.rfind("\n", 0, found.start())
+        raise RecipeError(
+            f"{path}:{line}:{column}: the control character U+{ord(found[0]):04X}, which YAML does not allow; remove "
+            'it, or write it by an escape such as "\\e" in a quoted text'
+        )
+    return text
 
 
 def _parse(text: str, document: Document, label: str | None = None, base: KeyPath = ()) -> Any:
@@ -129,8 +102,11 @@ def _parse(text: str, document: Document, label: str | None = None, base: KeyPat
         line = (error.problem_mark or error.context_mark).line + 1
         place = label or f"{document.file}:{line}"
         raise RecipeError(f"{place}: not valid YAML: {error.problem}") from error
-    except YAMLError as error:
-        raise RecipeError(f"{label or document.file}: not valid YAML: {' '.join(str(error).split())}") from error
+    except RecipeError:
+        raise
+    except Exception as error:  # YAMLError, and what the library lets through, as of an escape beyond Unicode
+        problem = " ".join(str(error).split()) or type(error).__name__
+        raise RecipeError(f"{label or document.file}: not valid YAML: {problem}") from error
 
 
 @dataclass
@@ -141,7 +117,8 @@ class _Reader:
     document: Document
     label: str | None
     base: KeyPath
-    anchors: dict[str, Any] = field(default_factory=dict)
+    anchors: dict[str, "_Anchor"] = field(default_factory=dict)
+    count: int = 0  # of values so far, those behind aliases included
 
     def read_document(self) -> Any:
         value, documents = None, 0
@@ -165,30 +142,49 @@ class _Reader:
         if isinstance(event, AliasEvent):
             if event.anchor not in self.anchors:
                 raise self.document.error(path, f"the alias *{event.anchor} stands before or inside its anchor")
-            return copy.deepcopy(self.anchors[event.anchor])  # an override of one must not change the other
+            anchor = self.anchors[event.anchor]
+            self._count(anchor.size, len(path) + anchor.depth, path)
+            return copy.deepcopy(anchor.value)  # an override of one must not change the other
         if event.tag is not None:
             raise self.document.error(path, f"tags are not allowed in a recipe, found {_short_tag(event.tag)}")
-        if len(path) > MAX_DEPTH:
-            raise self.document.error(path[:3], f"nested more than {MAX_DEPTH} levels deep")
+        before = self.count
+        self._count(1, len(path), path)
         if isinstance(event, MappingStartEvent):
             value = self._mapping(path)
         elif isinstance(event, SequenceStartEvent):
             value = self._sequence(path)
         else:
-            value = resolve_scalar(event.value) if event.style is None else event.value
+            value = self._scalar(event, path)
         if event.anchor is not None:
-            self.anchors[event.anchor] = value
+            self.anchors[event.anchor] = _Anchor(value, self.count - before, _depth(value))
         return value
+
+    def _count(self, values: int, depth: int, path: KeyPath) -> None:
+        """Refuse what is too deep or too large: aliases of aliases make billions of values of a few lines."""
+        self.count += values
+        if depth > MAX_DEPTH:
+            raise self.document.error(path[:3], f"nested more than {MAX_DEPTH} levels deep")
+        if self.count > MAX_VALUES:
+            raise self.document.error(path[:3], f"more than {MAX_VALUES:,} values, those behind aliases counted")
+
+    def _scalar(self, event: ScalarEvent, path: KeyPath) -> Any:
+        if found := _SURROGATE.search(event.value):
+            raise self.document.error(path, f"{found[0]!a} is half of a character, which no file can hold")
+        try:
+            return resolve_scalar(event.value) if event.style is None else event.value
+        except ValueError as error:
+            raise self.document.error(path, str(error)) from error
 
     def _mapping(self, path: KeyPath) -> dict[str, Any]:
         values: dict[str, Any] = {}
         while not isinstance(event := next(self.events), MappingEndEvent):
             if not isinstance(event, ScalarEvent) or event.tag is not None:
                 raise RecipeError(f"{self._place(event)}: {dotted(path) or 'recipe'}: a key must be plain text")
-            if event.style is None and not isinstance(resolve_scalar(event.value), str):
-                found = event.value or "none"
-                where = f"{self._place(event)}: {dotted(path) or 'recipe'}"
-                raise RecipeError(f"{where}: a key must be text, found {found}")
+            where = f"{self._place(event)}: {dotted(path) or 'recipe'}"
+            if event.style is None and not _is_text(event.value):
+                raise RecipeError(f"{where}: a key must be text, found {event.value or 'none'}")
+            if event.style is None and event.value == "<<":
+                raise RecipeError(f"{where}: merge keys (<<) are no part of YAML 1.2; write out what they would add")
             key = (*path, event.value)
             if event.value in values:
                 raise RecipeError(
@@ -206,16 +202,43 @@ class _Reader:
         return values
 
 
+@dataclass(frozen=True)
+class _Anchor:
+    """A value that aliases stand for, how many values it is, and how many levels deep."""
+
+    value: Any
+    size: int
+    depth: int
+
+
+def _depth(value: Any) -> int:
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max(map(_depth, items), default=0) if isinstance(value, dict | list) else 0
+
+
+def _is_text(scalar: str) -> bool:
+    try:
+        return isinstance(resolve_scalar(scalar), str)
+    except ValueError:
+        return False
+
+
 def resolve_scalar(text: str) -> Any:
-    """The value of a plain (unquoted) scalar in YAML 1.2's core schema."""
+    """The value of a plain (unquoted) scalar in YAML 1.2's core schema.
+
+    Raises:
+        ValueError: a whole number beyond 64 bits.
+    """
     if text in _NULL:
         return None
     if text in _BOOL:
         return _BOOL[text]
-    if _DECIMAL.fullmatch(text):
-        return int(text)
-    if _PREFIXED.fullmatch(text):
-        return int(text, 0)
+    if _DECIMAL.fullmatch(text) or _PREFIXED.fullmatch(text):
+        # Before it is converted: Python refuses decimal numbers of thousands of digits in words of its own.
+        number = int(text, 0 if text[1:2] in ("o", "x") else 10) if len(text) <= 40 else math.inf
+        if abs(number) > MAX_NUMBER:
+            raise ValueError(f"whole numbers are at most {MAX_NUMBER} here, found one of {len(text)} digits")
+        return number
     if _FLOAT.fullmatch(text):
         return float(text)
     return float(text.replace(".", "")) if _INFINITE.fullmatch(text) else text
@@ -233,6 +256,8 @@ def _apply(override: str, document: Document) -> None:
     """
     label = f"override {override!r}"
     name, equals, text = override.partition("=")
+    if found := secret_in({name: text}):  # before any message repeats it
+        raise RecipeError(f"override {name.strip()!r}: {found[1]}: {_SECRET}")
     if not equals or not all(name.strip().split(".")):
         raise RecipeError(f"{label}: write an override as section.key=value, such as ppo.kl_coef=0.1")
     path = split_path(name.strip())
@@ -246,6 +271,8 @@ def _apply(override: str, document: Document) -> None:
     for place in [p for p in document.places if p[: len(path)] == path]:
         del document.places[place]
     value = _parse(text, document, label, path)
+    if found := secret_in({name: value}):
+        raise RecipeError(f"override {name.strip()!r}: {found[1]}: {_SECRET}")
     document.places[path] = label
     container[path[-1] if isinstance(container, list) else str(path[-1])] = value
 

@@ -3,6 +3,9 @@
 accelerate launch pipeline/reward.py recipes/quickstart_reward_model.yaml reward.num_train_epochs=2
 """
 
+import pipeline.supported  # noqa: F401  # first: before an import fails on a version that does not fit
+
+# isort: split
 import json
 import random
 import sys
@@ -33,11 +36,11 @@ from pipeline.recipe import Recipe, parse_stage_arguments
 from pipeline.rewards.classifier import ClassifierReward
 from pipeline.rewards.learned import calibration, score_tokens
 from pipeline.rewards.pair_settings import SampledPairs
-from pipeline.rewards.pairs import HELD_OUT, TRAIN, Pair, check_pairs, read_lines, scaled_margins, write_lines
+from pipeline.rewards.pairs import BROKEN, HELD_OUT, TRAIN, Pair, check_pairs, read_lines, scaled_margins, write_lines
 from pipeline.rewards.sampled import Sample, data_pairs, sample_pairs
 from pipeline.run_directory import RunDirectory, versions
-from pipeline.stage import plain_text, run_stage, say, sft_model_path
-from pipeline.tasks import Task, load_task, preferences
+from pipeline.stage import left_out_record, load_recipe_task, plain_text, run_stage, say, say_left_out, sft_model_path
+from pipeline.tasks import Task, preferences
 from pipeline.trainers.reward import build_reward_trainer, reward_arguments
 from pipeline.trainers.sft import last_checkpoint
 from pipeline.trainers.stopping import stop_signals
@@ -57,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
 
 def train(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
     """Collect the pairs, train on them or judge a classifier, report, and save what PPO needs."""
-    task = load_task(recipe.task.name, recipe.task.config)
+    task = load_recipe_task(recipe)
     base = plain_model_directory(sft_model_path(recipe, run), recipe.model, run.reward / "base")
     pairs, samples = collected_pairs(recipe, run, task, base)
     trained = recipe.reward.model is None
@@ -65,7 +68,7 @@ def train(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
     if PartialState().is_main_process:
         report = report_on(recipe, run, task, record, judge, pairs, samples)
         print_reward_report(report, Console(stderr=True))
-        summary |= {"verdict": report.verdict, "held_out_accuracy": report.accuracy.value}
+        summary |= left_out_record(task) | {"verdict": report.verdict, "held_out_accuracy": report.accuracy.value}
     return summary
 
 
@@ -76,17 +79,20 @@ def collected_pairs(
     files = {name: run.reward / name for name in ("pairs.jsonl", "samples.jsonl", "pairs.json")}
     if not files["pairs.json"].is_file():
         tokenizer = load_tokenizer(base, recipe.model)
-        source = recipe.reward.pairs
+        source, broken = recipe.reward.pairs, 0
         if isinstance(source, SampledPairs):
             found, samples = sampled(recipe, task, base)
         else:
             data = preferences.load(source)
+            say_left_out("reward.pairs", data.left_out)
             found = [
-                *data_pairs(tokenizer, TRAIN, data["train"]),
-                *data_pairs(tokenizer, HELD_OUT, data["validation"]),
+                *data_pairs(tokenizer, TRAIN, data.train),
+                *data_pairs(tokenizer, HELD_OUT, data.validation),
             ]
-            samples = []
+            samples, broken = [], len(data.left_out)
         pairs, counts = check_pairs(found, fitting(recipe, base, found), source.min_margin)
+        if broken:
+            counts = replace(counts, found=counts.found + broken, dropped={**counts.dropped, BROKEN: broken})
         if PartialState().is_main_process:
             write_lines(pairs, files["pairs.jsonl"])
             write_lines(samples, files["samples.jsonl"])
@@ -136,7 +142,7 @@ def train_adapter(
     recipe: Recipe, run: RunDirectory, base: Path | str, pairs: Sequence[Pair]
 ) -> tuple[RewardRecord, Judge, dict[str, object]]:
     """The adapter and the head, saved; its record without figures; how it scores texts."""
-    model, tokenizer = load_model(base, recipe.model), load_tokenizer(base, recipe.model)
+    model, tokenizer = load_model(base, recipe.model, frozen=True), load_tokenizer(base, recipe.model)
     digests = {"base_digest": weights_digest(model), "tokenizer_digest": tokenizer_digest(tokenizer)}
     arguments = reward_arguments(recipe.reward.arguments, run.reward, recipe.seed)
     trainer = build_reward_trainer(

@@ -6,6 +6,9 @@ python pipeline/run.py recipes/quickstart.yaml --from ppo -- --num_processes 1
 python pipeline/run.py recipes/quickstart.yaml --seeds 0,1,2
 """
 
+import pipeline.supported  # noqa: F401  # first: before an import fails on a version that does not fit
+
+# isort: split
 import argparse
 import math
 import os
@@ -26,6 +29,7 @@ from pipeline.evaluation.runs_pages import write_comparison
 from pipeline.launcher import CAUSE_FILE
 from pipeline.process_group import default_launch_options, launch, process_count, signal_name
 from pipeline.recipe import Recipe, RecipeError, load_checked_recipe, load_recipe, split_recipe_argument
+from pipeline.recipe_secrets import one_line
 from pipeline.run_directory import (
     STAGES,
     RunDirectory,
@@ -280,8 +284,8 @@ def run_stage(console: Console, recipe: Recipe, planned: PlannedStage, command: 
         with run_lock(directory.path):  # the stage itself holds it later
             if planned.replaces and place.exists():
                 say(console, f"{stage}: what was in {place} is kept in {set_aside(place)}")
-    except RunInUseError as error:
-        return fail(str(error), 2)
+    except (RunInUseError, OSError) as error:
+        return fail(f"{stage}: {error}" if isinstance(error, OSError) else str(error), 2)
     say(console, f"{stage}: {'continuing' if planned.action == 'resume' else 'starting'}", style="bold")
     began = time.monotonic()
     code, cause = launch_and_ask(command)
@@ -317,7 +321,7 @@ def count(number: int, one: str, many: str) -> str:
 
 def fail(message: str, code: int) -> int:
     """Say what is wrong on stderr; returns the exit code."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
     return code
 
 

@@ -3,16 +3,22 @@
 accelerate launch pipeline/sft.py recipes/quickstart.yaml sft.num_train_epochs=2
 """
 
+import pipeline.supported  # noqa: F401  # first: before an import fails on a version that does not fit
+
+# isort: split
 import sys
 from collections.abc import Sequence
 
 from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.models.loading import load_model, load_tokenizer, lora_config
+from pipeline.models.loading import load_model, load_tokenizer, lora_config, merged
+from pipeline.models.room import check_room
+from pipeline.models.text import encode_prompts
 from pipeline.recipe import Recipe, parse_stage_arguments
 from pipeline.run_directory import RunDirectory
-from pipeline.stage import base_model_path, run_stage
-from pipeline.tasks import load_task
+from pipeline.stage import base_model_path, left_out_record, load_recipe_task, run_stage
+from pipeline.tasks import Task
 from pipeline.trainers.sft import build_sft_trainer, last_checkpoint, sft_arguments
 from pipeline.trainers.stopping import stop_signals
 
@@ -25,13 +31,16 @@ def main(argv: Sequence[str]) -> int:
 
 def train(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
     """Train, then save the model as plain weights."""
-    task = load_task(recipe.task.name, recipe.task.config)
+    task = load_recipe_task(recipe)
     base = base_model_path(recipe, run, task)
     arguments = sft_arguments(recipe.sft.arguments, run.sft, recipe.seed)
+    model = load_model(base, recipe.model, frozen=recipe.sft.use_peft)
+    tokenizer = load_tokenizer(base, recipe.model)
+    check_later_stages(recipe, task, model, tokenizer)
     trainer = build_sft_trainer(
-        load_model(base, recipe.model),
+        model,
         arguments,
-        load_tokenizer(base, recipe.model),
+        tokenizer,
         task.train,
         task.validation,
         lora_config(recipe.model) if recipe.sft.use_peft else None,
@@ -41,13 +50,31 @@ def train(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
         result = trainer.train(resume_from_checkpoint=last_checkpoint(arguments))
     model = trainer.accelerator.unwrap_model(trainer.model)
     if isinstance(model, PeftModel):
-        model = model.merge_and_unload()
+        model = merged(model, base, recipe.model)
     if trainer.is_world_process_zero():
         model.save_pretrained(run.sft)
         trainer.processing_class.save_pretrained(run.sft)
     trainer.accelerator.wait_for_everyone()
     best = trainer.state.best_metric
-    return {"train_loss": result.training_loss, "steps": trainer.state.global_step, "best_eval_loss": best}
+    figures = {"train_loss": result.training_loss, "steps": trainer.state.global_step, "best_eval_loss": best}
+    return {**figures, **left_out_record(task)}
+
+
+def check_later_stages(recipe: Recipe, task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse prompts that PPO and the evaluation could not answer, before the hours of this stage.
+
+    Raises:
+        ValueError: as `check_room`.
+    """
+    splits = [("eval.max_new_tokens", recipe.eval.max_new_tokens, "test", task.test)]
+    if recipe.ppo is not None:
+        length = recipe.ppo.response_length
+        held_out = task.validation.select(range(min(len(task.validation), recipe.ppo.eval_examples or sys.maxsize)))
+        splits += [("ppo.response_length", length, "train", task.prompts)]
+        splits += [("ppo.response_length", length, "validation", held_out)]
+    for key, length, split, rows in splits:
+        prompts = encode_prompts(tokenizer, rows["prompt"], model.config.is_encoder_decoder)
+        check_room(prompts, length, model.config, key, split)
 
 
 if __name__ == "__main__":

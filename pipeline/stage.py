@@ -6,7 +6,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from pipeline.models.memory import is_out_of_memory
 from pipeline.models.scratch import build_from_scratch
 from pipeline.recipe import Recipe
+from pipeline.recipe_secrets import one_line
 from pipeline.rewards.classifier import ClassifierReward
 from pipeline.rewards.giving_up import record_failure
 from pipeline.rewards.learned import (
@@ -39,7 +40,7 @@ from pipeline.run_directory import (
     stage_status,
 )
 from pipeline.run_lock import RunInUseError, run_lock
-from pipeline.tasks import Task
+from pipeline.tasks import Task, load_task
 from pipeline.trainers.learner import LastPassError
 from pipeline.trainers.stopping import Stopped
 from pipeline.trainers.watchdog import timeout_minutes
@@ -74,6 +75,8 @@ def run_stage(recipe: Recipe, stage: str, body: StageBody) -> int:
     if problem or status == "complete":
         say(f"error: {problem}" if problem else f"{stage}: already complete in {run.stage(stage)}")
         return 2 if problem else 0
+    if recipe.model.trust_remote_code:
+        say(f"{stage}: model.trust_remote_code is true: Python code that comes with the recipe's models is run")
     try:
         with ExitStack() as held:
             if refusal := _lock(run, held):
@@ -93,7 +96,7 @@ def run_stage(recipe: Recipe, stage: str, body: StageBody) -> int:
             return _failed(stage, OUT_OF_MEMORY.format(stage=stage, error=error))
         if is_lost_connection(error):
             return _failed(stage, f"another process is gone or does not answer: {error}", consequence=True)
-        record_failure(f"{stage}: {type(error).__name__}: {error}")
+        record_failure(f"{stage}: {one_line(f'{type(error).__name__}: {error}')}")
         raise  # not the user's to mend: its traceback is shown
 
 
@@ -101,7 +104,7 @@ def _failed(stage: str, message: str, consequence: bool = False) -> int:
     """Say why the stage failed, in one line, here and to the launcher; the exit code."""
     if os.environ.get("RELAY_TRACEBACK"):
         traceback.print_exc()
-    state, sentence = PartialState(), f"{stage}: {' '.join(message.split())}"
+    state, sentence = PartialState(), f"{stage}: {one_line(message)}"
     record_failure(sentence, consequence)
     where = f"process {state.process_index} of {state.num_processes}: " if state.num_processes > 1 else ""
     print(f"error: {where}{sentence}", file=sys.stderr, flush=True)
@@ -162,6 +165,32 @@ def peak_memory_mib() -> float:
         return round(torch.cuda.max_memory_allocated() / 2**20, 1)
     unit = 1 if sys.platform == "darwin" else 1024
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)
+
+
+def load_recipe_task(recipe: Recipe) -> Task:
+    """The recipe's task; what was left out of the data is said.
+
+    Raises:
+        TaskError: as `load_task`.
+    """
+    task = load_task(recipe.task.name, recipe.task.config)
+    say_left_out("task", task.left_out)
+    return task
+
+
+def say_left_out(section: str, left_out: Sequence[str]) -> None:
+    """How many rows give no example, and the first three of them."""
+    if left_out:
+        rows = "1 row is" if len(left_out) == 1 else f"{len(left_out):,} rows are"
+        more = f"; and {len(left_out) - 3:,} more" if len(left_out) > 3 else ""
+        say(one_line(f"{section}: {rows} left out: {'; '.join(left_out[:3])}{more}"))
+
+
+def left_out_record(task: Task) -> dict[str, object]:
+    """For stage.json: how many rows were left out and the first three, if any were."""
+    if not task.left_out:
+        return {}
+    return {"rows_left_out": len(task.left_out), "first_left_out": list(task.left_out[:3])}
 
 
 def base_model_path(recipe: Recipe, run: RunDirectory, task: Task) -> Path | str:

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,20 +12,41 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table as ConsoleTable
+from rich.text import Text
 
 from pipeline.evaluation.tables import Table
 
+HIDDEN = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+)
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 
 
 def write_json(content: object, file: Path) -> None:
     """A dataclass as indented JSON."""
-    file.write_text(json.dumps(asdict(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(asdict(content), indent=2, ensure_ascii=False) + "\n"
+    file.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a character as JSON writes it
 
 
 def markdown_page(title: str, report: object, shown: Sequence[Table]) -> str:
     """Anything with a verdict, findings and warnings as Markdown, above its tables."""
-    return environment().get_template("report.md").render(title=title, report=report, tables=shown).strip() + "\n"
+    return (
+        visible(environment().get_template("report.md").render(title=title, report=report, tables=shown).strip())
+        + "\n"
+    )
+
+
+def write_page(content: str, file: Path) -> None:
+    """A page as a file, with nothing in it that a reader could not see."""
+    file.write_text(visible(content.strip()) + "\n", encoding="utf-8")
+
+
+def visible(text: str) -> str:
+    """Control characters, marks that turn the direction of writing, and halves of characters as their numbers.
+
+    They can make a text look like another one, and a file that holds a NUL or half of a character cannot be read.
+    """
+    return HIDDEN.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def page_parts(title: str) -> dict[str, object]:
@@ -43,12 +65,18 @@ def environment() -> Environment:
         lstrip_blocks=True,
     )
     found.filters["cell"] = markdown_cell
+    found.filters["line"] = markdown_line
     return found
 
 
 def markdown_cell(text: str) -> str:
     """A text as one cell of a Markdown table, whatever is in it."""
     return " ".join(str(text).split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+
+
+def markdown_line(text: str) -> str:
+    """A text as one line of Markdown that holds no HTML."""
+    return " ".join(str(text).split()).replace("<", "&lt;")
 
 
 def mood(verdict: str) -> str:
@@ -59,7 +87,15 @@ def mood(verdict: str) -> str:
 def print_table(table: Table, console: Console) -> None:
     """A table in the terminal; an empty one is left away."""
     if table.rows:
-        shown = ConsoleTable(*table.header, title=table.title)
+        # Texts: brackets in them are no markup.
+        shown = ConsoleTable(title=Text(visible(table.title)))
+        for name in table.header:
+            shown.add_column(Text(visible(name)))
         for row in table.rows:
-            shown.add_row(*row)
+            shown.add_row(*(Text(visible(cell)) for cell in row))
         console.print(shown)
+
+
+def print_line(text: str, console: Console, style: str | None = None) -> None:
+    """A line in the terminal as it is: not wrapped where it holds a path, and without markup."""
+    console.print(visible(text), style=style, markup=False, soft_wrap=style is None)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.models.decoder_start import decoder_prefix
 from pipeline.models.generation import Decoding, finished, generate
+from pipeline.models.room import cut_to_room
 from pipeline.models.sequences import Sequences, length_sorted_chunks, make_sequences
 from pipeline.models.text import decode, encode_completions, encode_prompts
 
@@ -45,13 +46,17 @@ def predict(
     batch_size: int,
     sft: PreTrainedModel | None = None,
 ) -> list[Prediction]:
-    """Answer the prompts of `rows[indices]`. With `sft`, each system's own outputs are also compared with SFT's."""
+    """Answer the prompts of `rows[indices]`. With `sft`, each system's own outputs are also compared with SFT's.
+
+    Of a reference counts as much as the model can read behind its prompt.
+    """
     if not indices:
         return []
     part = rows.select(indices)
     prompts = encode_prompts(tokenizer, part["prompt"], model.config.is_encoder_decoder)
     completions = generate(model, tokenizer, prompts, decoding, batch_size)
     targets = encode_completions(tokenizer, part["prompt"], [references[0] for references in part["references"]])
+    targets, _ = cut_to_room(prompts, targets, model.config)
     pad, device = tokenizer.pad_token_id, model.device
     chunks = length_sorted_chunks(torch.tensor([len(prompt) for prompt in prompts]), batch_size)
     nats = reference_nats(model, make_sequences(prompts, targets, pad, device), chunks)

@@ -10,7 +10,16 @@ from rich.console import Console
 from pipeline.evaluation import plots, tables
 from pipeline.evaluation.curves import Panel
 from pipeline.evaluation.inspection import Inspection
-from pipeline.evaluation.pages import environment, markdown_page, mood, page_parts, print_table, write_json
+from pipeline.evaluation.pages import (
+    environment,
+    markdown_page,
+    mood,
+    page_parts,
+    print_line,
+    print_table,
+    write_json,
+    write_page,
+)
 from pipeline.evaluation.report import EvaluationReport
 
 SECTIONS = (
@@ -58,8 +67,8 @@ def write_report(report: EvaluationReport, details: Details, directory: Path) ->
     (directory / "report.md").write_text(to_markdown(report, details), encoding="utf-8")
     drawn = draw_plots(report, details)
     for name, svg in drawn.items():
-        (directory / "plots" / f"{name}.svg").write_text(svg + "\n", encoding="utf-8")
-    (directory / "report.html").write_text(to_html(report, details, drawn), encoding="utf-8")
+        write_page(svg, directory / "plots" / f"{name}.svg")
+    write_page(to_html(report, details, drawn), directory / "report.html")
 
 
 def draw_plots(report: EvaluationReport, details: Details) -> dict[str, str]:
@@ -164,7 +173,7 @@ def print_report(report: EvaluationReport, console: Console) -> None:
     print_table(tables.score_table(report), console)
     print_table(tables.Table(comparisons.title, comparisons.header[:6], narrow), console)
     for warning in report.warnings:
-        console.print(f"warning: {warning}", style="yellow", markup=False)
+        print_line(f"warning: {warning}", console, "yellow")
     for finding in report.findings:
-        console.print(finding, markup=False)
-    console.print(report.verdict, style="bold", markup=False)
+        print_line(finding, console)
+    print_line(report.verdict, console, "bold")

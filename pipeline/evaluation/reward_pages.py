@@ -8,7 +8,15 @@ from rich.console import Console
 
 from pipeline.evaluation import plots
 from pipeline.evaluation.curves import read_panels
-from pipeline.evaluation.pages import environment, markdown_page, page_parts, print_table, write_json
+from pipeline.evaluation.pages import (
+    environment,
+    markdown_page,
+    page_parts,
+    print_line,
+    print_table,
+    write_json,
+    write_page,
+)
 from pipeline.evaluation.reward_quality import JudgedPair, RewardReport
 from pipeline.evaluation.tables import MISSING, Table
 
@@ -30,11 +38,11 @@ def write_reward_report(
     if panels:
         drawn["curves-reward"] = plots.curve_plot(panels)
     for name, svg in drawn.items():
-        (directory / "plots" / f"{name}.svg").write_text(svg + "\n", encoding="utf-8")
+        write_page(svg, directory / "plots" / f"{name}.svg")
     page = environment().get_template("reward.html")
     figures = [Markup(svg) for svg in drawn.values()]
     content = page.render(report=report, tables=tables, figures=figures, **page_parts(title))
-    (directory / "report.html").write_text(content.strip() + "\n", encoding="utf-8")
+    write_page(content, directory / "report.html")
 
 
 def print_reward_report(report: RewardReport, console: Console) -> None:
@@ -42,8 +50,8 @@ def print_reward_report(report: RewardReport, console: Console) -> None:
     print_table(accuracy_table(report), console)
     print_table(correlation_table(report), console)
     for warning in report.warnings:
-        console.print(f"warning: {warning}", style="yellow", markup=False)
-    console.print(report.verdict, style="bold", markup=False)
+        print_line(f"warning: {warning}", console, "yellow")
+    print_line(report.verdict, console, "bold")
 
 
 def reward_tables(report: RewardReport, shown: Sequence[Sequence[str]]) -> list[Table]:

@@ -7,7 +7,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pipeline.evaluation.pages import environment, markdown_page, mood, page_parts, print_table, write_json
+from pipeline.evaluation.pages import (
+    environment,
+    markdown_page,
+    mood,
+    page_parts,
+    print_line,
+    print_table,
+    write_json,
+    write_page,
+)
 from pipeline.evaluation.runs import Run, RunsReport, compare_runs, load_run
 from pipeline.evaluation.tables import MISSING, Table, duration
 
@@ -42,14 +51,14 @@ def write_comparison(paths: Sequence[Path], output: Path) -> RunsReport:
     (output / "report.md").write_text(markdown_page(title, report, shown), encoding="utf-8")
     page = environment().get_template("runs.html")
     content = page.render(report=report, tables=shown, mood=mood(report.verdict), **page_parts(title))
-    (output / "report.html").write_text(content.strip() + "\n", encoding="utf-8")
+    write_page(content, output / "report.html")
     console = Console(stderr=True)
     for table in shown[:4]:
         print_table(table, console)
     for warning in report.warnings:
-        console.print(f"warning: {warning}", style="yellow", markup=False)
-    console.print(report.verdict, style="bold", markup=False)
-    console.print(f"comparison: {output / 'report.html'}", markup=False, soft_wrap=True)
+        print_line(f"warning: {warning}", console, "yellow")
+    print_line(report.verdict, console, "bold")
+    print_line(f"comparison: {output / 'report.html'}", console)
     return report
 
 

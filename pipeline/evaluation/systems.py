@@ -16,6 +16,7 @@ from pipeline.evaluation.sampling import Text, decode_rows, draw_samples
 from pipeline.models.config import ModelConfig
 from pipeline.models.generation import Decoding
 from pipeline.models.loading import load_model, load_policy, load_tokenizer
+from pipeline.models.room import check_room
 from pipeline.models.text import encode_prompts
 
 
@@ -62,7 +63,9 @@ def answer(
     written = Decoding(
         settings.max_new_tokens, min_new_tokens=settings.min_new_tokens or 0, stop_strings=settings.stop_strings or ()
     )
-    lengths = [len(ids) for ids in encode_prompts(tokenizer, rows["prompt"], model.config.is_encoder_decoder)]
+    prompts = encode_prompts(tokenizer, rows["prompt"], model.config.is_encoder_decoder)
+    check_room(prompts, settings.max_new_tokens, model.config, "eval.max_new_tokens", f"test, for {source.name},")
+    lengths = [len(ids) for ids in prompts]
     share = share_of_rows(lengths, size, state.process_index, state.num_processes)
     reference = sft[0] if _same_tokens(loaded, sft) else None
     decoding = replace(written, num_beams=settings.num_beams)

@@ -18,7 +18,12 @@ from pipeline.metrics.checks import check_examples, check_options
 from pipeline.metrics.resampling import resampled_means, score_with_interval
 from pipeline.metrics.types import Score
 
-OPTIONS = {"key": (str, type(None)), "higher_is_better": (bool,), "config_name": (str, type(None))}
+OPTIONS = {
+    "key": (str, type(None)),
+    "higher_is_better": (bool,),
+    "config_name": (str, type(None)),
+    "trust_remote_code": (bool,),
+}
 OFFLINE_VARIABLES = ("HF_EVALUATE_OFFLINE", "HF_HUB_OFFLINE")
 PROBE_SECONDS = 4.0
 
@@ -123,17 +128,23 @@ def load(name: str, **options: Any) -> EvaluateMetric:
 
     Options: `key` chooses a number where the result has several (a list with a number for each example will do too);
     `higher_is_better` (default true) says which way the number points; `config_name` goes to `evaluate.load`; all
-    others go to the module's `compute`.
+    others go to the module's `compute`. A metric of the Hub is a script: it runs only with `trust_remote_code`.
 
     Raises:
-        ValueError: there is no such metric, no network and no cached copy, a package it needs is missing, or it
-            scores something else than texts against references.
+        ValueError: a script that is not trusted, or there is no such metric, no network and no cached copy, a package
+            it needs is missing, or it scores something else than texts against references.
     """
     own = {option: value for option, value in options.items() if option in OPTIONS}
     check_options(name, own, OPTIONS)
     compute_options = {option: value for option, value in options.items() if option not in OPTIONS}
+    if not own.get("trust_remote_code") and not _is_local(name):
+        raise ValueError(
+            f"metric {name!r} is a script of the Hugging Face Hub, which runs with your rights; read it, and if you "
+            f"trust it write {{name: {name}, trust_remote_code: true}}, or give the path of a local copy: "
+            "evaluate:path/to/metric"
+        )
     module = _load_module(name, own.get("config_name"))
-    settings = "".join(f"{option}:{value}|" for option, value in options.items())
+    settings = "".join(f"{option}:{value}|" for option, value in options.items() if option != "trust_remote_code")
     return EvaluateMetric(
         name,
         f"{settings}version:evaluate-{evaluate.__version__}",
@@ -145,11 +156,22 @@ def load(name: str, **options: Any) -> EvaluateMetric:
     )
 
 
+def _path(name: str) -> str:
+    return os.path.expanduser(name.removeprefix("evaluate:"))
+
+
+def _is_local(name: str) -> bool:
+    """Whether a name is the path of a script, by its form or because the script is there."""
+    path = _path(name)
+    there = Path(path).is_file() or Path(path, f"{Path(path).name}.py").is_file()
+    return there or path.startswith((".", "/")) or path.endswith(".py")
+
+
 def _load_module(name: str, config_name: str | None) -> evaluate.EvaluationModule:
-    path = os.path.expanduser(name.removeprefix("evaluate:"))
+    path = _path(name)
     before = evaluate.config.HF_EVALUATE_OFFLINE
     # The library waits up to 100 s for each of several requests; offline it goes straight to its cache.
-    if not Path(path).is_file() and not Path(path, f"{Path(path).name}.py").is_file():
+    if not _is_local(name):
         evaluate.config.HF_EVALUATE_OFFLINE = before or _offline()
     try:
         return evaluate.load(path, config_name, keep_in_memory=True)

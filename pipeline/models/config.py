@@ -1,10 +1,12 @@
 """Which model a recipe trains: the `model:` section."""
 
+import importlib.util
 from dataclasses import dataclass
 
 FROM_SCRATCH_ARCHITECTURES = ("llama", "gpt_neox", "t5", "bart")
 ENCODER_DECODERS = ("t5", "bart")
 DTYPES = ("float32", "bfloat16", "float16", "auto")
+QUANT_TYPES = ("nf4", "fp4")
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,10 @@ class ModelConfig:
     lora_modules_to_save: list[str] | None = None
     use_rslora: bool = False
     use_dora: bool = False
+    # QLoRA: weights under an adapter that trains are held in 4 bits; what is saved and evaluated never is.
+    load_in_4bit: bool = False
+    bnb_4bit_quant_type: str = "nf4"
+    use_bnb_nested_quant: bool = False
 
     def __post_init__(self) -> None:
         if (self.model_name_or_path is None) == (self.from_scratch is None):
@@ -109,6 +115,18 @@ class ModelConfig:
             raise ValueError(f"model.{missing}: missing: src_lang and tgt_lang go together")
         if self.dtype not in DTYPES:
             raise ValueError(f"model.dtype: {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if self.bnb_4bit_quant_type not in QUANT_TYPES:
+            raise ValueError(
+                f"model.bnb_4bit_quant_type: {self.bnb_4bit_quant_type!r} is not one of {', '.join(QUANT_TYPES)}"
+            )
+        if not self.load_in_4bit and (self.bnb_4bit_quant_type != QUANT_TYPES[0] or self.use_bnb_nested_quant):
+            key = "use_bnb_nested_quant" if self.use_bnb_nested_quant else "bnb_4bit_quant_type"
+            raise ValueError(f"model.{key}: it would do nothing without model.load_in_4bit: true")
+        if self.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
+            raise ValueError(
+                "model.load_in_4bit: needs bitsandbytes, which is not installed; install Relay with its extra "
+                "`quantization`, or leave the key out"
+            )
         if self.lora_r < 1:
             raise ValueError(f"model.lora_r: must be at least 1, found {self.lora_r}")
         if not 0 <= self.lora_dropout < 1:

@@ -1,97 +1,35 @@
 """Load tokenizers and language models, causal or encoder-decoder, from a directory or the Hub; describe their LoRA."""
 
 import os
+import pickle
 import shutil
 from pathlib import Path
-from threading import Thread
 
 import torch
 from accelerate import PartialState
-from huggingface_hub import HfApi, constants
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
-    AutoTokenizer,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from pipeline.models.config import ModelConfig
-from pipeline.models.decoder_start import check_languages, set_decoder_start
-
-ADAPTER_FILE = "adapter_config.json"
-PROBE_SECONDS = 4.0
-
-
-class ModelNotFoundError(ValueError):
-    """A model directory or Hub id that cannot be read; the message names the key and the fix."""
-
-
-def check_model_path(path: str, key: str) -> None:
-    """Refuse a path or Hub id that cannot be a model here, in one sentence naming `key`, before anything is loaded.
-
-    Raises:
-        ModelNotFoundError: a directory without a model in it, or a Hub id while the Hub cannot be reached and the
-            model is not in the local cache.
-    """
-    directory = Path(path).expanduser()
-    if directory.is_dir():
-        if not (directory / "config.json").is_file() and not (directory / ADAPTER_FILE).is_file():
-            raise ModelNotFoundError(f"{key}: the directory {path!r} holds no model (no config.json in it)")
-        return
-    if path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise ModelNotFoundError(f"{key}: no directory {path!r}; give an existing model directory or a Hub id")
-    if _is_cached(path):
-        return
-    problem = _hub_problem(path)
-    if problem:
-        raise ModelNotFoundError(
-            f"{key}: {path!r} is not a local directory and could not be read from the Hugging Face Hub "
-            f"({problem}); give the path of a model directory, or go online to download it once"
-        )
-
-
-def _is_cached(path: str) -> bool:
-    try:
-        AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def _hub_problem(path: str) -> str | None:
-    """Why the Hub does not give a model, within PROBE_SECONDS; None if it does."""
-    if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set and it is not in the local cache"
-    answers: list[str | None] = []
-
-    def ask() -> None:
-        try:
-            HfApi().model_info(path, timeout=PROBE_SECONDS)
-            answers.append(None)
-        except Exception as error:  # whatever the network gives rise to
-            answers.append(" ".join(str(error).split()).rstrip(".")[:160])
-
-    # In a thread, because the time limit of a request does not cover the look-up of the host's name.
-    thread = Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(PROBE_SECONDS)
-    return answers[0] if answers else "no answer"
-
-
-def _load_config(path: str, revision: str = "main", trust_remote_code: bool = False) -> PretrainedConfig:
-    return AutoConfig.from_pretrained(os.path.expanduser(path), revision=revision, trust_remote_code=trust_remote_code)
+from pipeline.models.decoder_start import check_decoder, check_languages, set_decoder_start
+from pipeline.models.quantized import use_one_product
+from pipeline.models.reading import ADAPTER_FILE, adapter_base, read_config, read_tokenizer, unreadable
 
 
 def load_config(path: str | Path, config: ModelConfig) -> PretrainedConfig:
     """The model's configuration, without its weights; for an adapter its base model's."""
     directory = Path(path).expanduser()
     if (directory / ADAPTER_FILE).is_file():
-        return load_config(LoraConfig.from_pretrained(str(directory)).base_model_name_or_path, config)
-    return _load_config(str(path), config.model_revision, config.trust_remote_code)
+        return load_config(*adapter_base(directory, config))
+    return read_config(str(path), config.model_revision, config.trust_remote_code)
 
 
 def is_encoder_decoder(config: ModelConfig) -> bool:
@@ -117,12 +55,10 @@ def load_tokenizer(path: str | Path, config: ModelConfig) -> PreTrainedTokenizer
     """
     directory = Path(path).expanduser()
     if (directory / ADAPTER_FILE).is_file() and not (directory / "tokenizer_config.json").is_file():
-        return load_tokenizer(LoraConfig.from_pretrained(str(directory)).base_model_name_or_path, config)
+        return load_tokenizer(*adapter_base(directory, config))
     codes = {"src_lang": config.src_lang, "tgt_lang": config.tgt_lang}
     languages = {key: code for key, code in codes.items() if code is not None}
-    tokenizer = AutoTokenizer.from_pretrained(
-        os.path.expanduser(path), revision=config.model_revision, trust_remote_code=config.trust_remote_code
-    )
+    tokenizer = read_tokenizer(path, config.model_revision, config.trust_remote_code)
     check_languages(tokenizer, languages)
     for key, code in languages.items():
         setattr(tokenizer, key, code)
@@ -135,34 +71,68 @@ def load_tokenizer(path: str | Path, config: ModelConfig) -> PreTrainedTokenizer
     return tokenizer
 
 
-def load_model(path: str | Path, config: ModelConfig) -> PreTrainedModel:
+def load_model(path: str | Path, config: ModelConfig, frozen: bool = False) -> PreTrainedModel:
     """A language model with plain weights, on the CPU; a peft adapter directory is merged into its base.
 
-    The decoder of an encoder-decoder begins as the recipe's languages and the tokenizer say: `set_decoder_start`.
+    With `frozen`, which says that only an adapter over it will train, the weights of its dense layers are held in 4
+    bits if the recipe wants that; the model is then on this process's device, where it has to stay. The decoder of an
+    encoder-decoder begins as the recipe's languages and the tokenizer say: `set_decoder_start`.
     """
     path = os.path.expanduser(path)
     if (Path(path) / ADAPTER_FILE).is_file():
         return merge_adapter(path, config)
     model_config = load_config(path, config)
     model_class = AutoModelForSeq2SeqLM if model_config.is_encoder_decoder else AutoModelForCausalLM
-    model = model_class.from_pretrained(
-        str(path),
-        config=model_config,
-        revision=config.model_revision,
-        trust_remote_code=config.trust_remote_code,
-        dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
-        attn_implementation=config.attn_implementation,
-    )
+    try:
+        model = model_class.from_pretrained(
+            str(path),
+            config=model_config,
+            revision=config.model_revision,
+            trust_remote_code=config.trust_remote_code,
+            dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
+            attn_implementation=config.attn_implementation,
+            **(_in_4_bits(config) if frozen and config.load_in_4bit else {}),
+        )
+    except (pickle.UnpicklingError, SafetensorError) as error:
+        raise unreadable(path, "weights", "weight files", error) from error
+    if frozen and config.load_in_4bit:
+        use_one_product(model)
     if model_config.is_encoder_decoder:
+        check_decoder(model)
         set_decoder_start(model, load_tokenizer(path, config))
     return model
 
 
+def _in_4_bits(config: ModelConfig) -> dict[str, object]:
+    """Arguments of from_pretrained. The dense layers compute in `dtype`, as in TRL, and the LM head stays as it is."""
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=config.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=config.use_bnb_nested_quant,
+        bnb_4bit_compute_dtype=torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype),
+    )
+    return {"quantization_config": quantization, "device_map": {"": PartialState().device}}
+
+
+def merged(network: PeftModel, base: str | Path, config: ModelConfig) -> PreTrainedModel:
+    """What an adapter over `base` has learnt as plain weights; never rounded to the 4 bits it was trained over."""
+    if not config.load_in_4bit:
+        return network.merge_and_unload()
+    plain = get_peft_model(load_model(base, config), network.peft_config["default"])
+    set_peft_model_state_dict(plain, get_peft_model_state_dict(network, save_embedding_layers=False))
+    return plain.merge_and_unload()
+
+
 def merge_adapter(path: str | Path, config: ModelConfig) -> PreTrainedModel:
     """The base model an adapter was trained on, with the adapter's weights added into it."""
-    lora = LoraConfig.from_pretrained(str(path))
-    base = load_model(lora.base_model_name_or_path, config)
-    return PeftModel.from_pretrained(base, str(path)).merge_and_unload()
+    return _with_adapter(load_model(*adapter_base(Path(path), config)), path)
+
+
+def _with_adapter(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
+    try:
+        return PeftModel.from_pretrained(model, str(path)).merge_and_unload()
+    except (pickle.UnpicklingError, SafetensorError) as error:
+        raise unreadable(path, "adapter weights", "adapter files", error) from error
 
 
 def plain_model_directory(path: str | Path, config: ModelConfig, target: Path) -> str | Path:
@@ -186,7 +156,7 @@ def plain_model_directory(path: str | Path, config: ModelConfig, target: Path) -
 def load_policy(path: str | Path, base: str | Path, config: ModelConfig) -> PreTrainedModel:
     """A trained policy with plain weights: the adapter in `path` merged into `base`, or the whole model in `path`."""
     if (Path(path) / ADAPTER_FILE).is_file():
-        return PeftModel.from_pretrained(load_model(base, config), str(path)).merge_and_unload()
+        return _with_adapter(load_model(base, config), path)
     return load_model(path, config)
 
 

@@ -59,7 +59,13 @@ def _render_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages, generat
             f"the data holds chat messages, but the tokenizer {tokenizer.name_or_path!r} has no chat template: "
             "use a chat model, or give a plain-text prompt template in task.prompt"
         )
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=generation_prompt, tokenize=False)
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=generation_prompt, tokenize=False)
+    except Exception as error:  # a template comes with a model and may do anything that its sandbox allows, or tries
+        raise ValueError(
+            f"the chat template of {tokenizer.name_or_path!r} cannot be filled with the data's messages "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); use another template or model"
+        ) from error
 
 
 def _encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:

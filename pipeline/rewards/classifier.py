@@ -1,13 +1,16 @@
 """A sequence classifier as a reward: any model with one output, reading texts by its own tokenizer and template."""
 
+import pickle
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
 from pipeline.models.config import ModelConfig
 from pipeline.models.loading import position_limit
+from pipeline.models.reading import read_config, read_tokenizer, unreadable
 from pipeline.models.reward_model import RECORD_FILE
 from pipeline.models.sequences import length_sorted_chunks
 from pipeline.rewards.metric import text_of
@@ -25,9 +28,14 @@ class ClassifierReward:
         check_classifier(path, config)
         self.path, self.template, self.batch_size = path, template, batch_size
         place = str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path
-        remote = {"trust_remote_code": config.trust_remote_code}
-        self.tokenizer = AutoTokenizer.from_pretrained(place, **remote)
-        self.model = AutoModelForSequenceClassification.from_pretrained(place, dtype=torch.float32, **remote).eval()
+        trust = config.trust_remote_code
+        self.tokenizer = read_tokenizer(place, trust_remote_code=trust)
+        try:
+            self.model = AutoModelForSequenceClassification.from_pretrained(
+                place, dtype=torch.float32, trust_remote_code=trust
+            ).eval()
+        except (pickle.UnpicklingError, SafetensorError) as error:
+            raise unreadable(place, "weights", "weight files", error) from error
         self.tokenizer.padding_side = "right"
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -95,7 +103,7 @@ def check_classifier(path: str, config: ModelConfig, key: str = "ppo.reward_mode
     if (directory / "adapter_config.json").is_file():
         raise ValueError(f"{key}: {path!r} is an adapter without {RECORD_FILE}, so no reward stage has finished there")
     place = str(directory) if directory.is_dir() else path
-    loaded = AutoConfig.from_pretrained(place, trust_remote_code=config.trust_remote_code)
+    loaded = read_config(place, trust_remote_code=config.trust_remote_code)
     kinds = loaded.architectures or []
     if not any("SequenceClassification" in kind or "RewardModel" in kind for kind in kinds):
         raise ValueError(

@@ -20,6 +20,7 @@ NARROW = "the margin is below reward.pairs.min_margin"
 LONG = "prompt and text are longer than the context"
 SWAPPED = "the same two texts are also there the other way round"
 REPEATED = "the same pair is there before"
+BROKEN = "the row is broken (reward.pairs.skip_broken_rows)"
 KNOWN = "the prompt is one of the held-out pairs"
 
 

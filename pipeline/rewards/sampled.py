@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.metrics import Metric
 from pipeline.models.generation import Decoding, generate
+from pipeline.models.room import check_room
 from pipeline.models.text import decode, encode_completions, encode_prompts
 from pipeline.rewards.pair_settings import SampledPairs
 from pipeline.rewards.pairs import Pair, Text, prompt_pairs
@@ -92,6 +93,7 @@ def _answers(
         stop_strings=settings.stop_strings,
     )
     prompts = encode_prompts(tokenizer, block["prompt"], model.config.is_encoder_decoder)
+    check_room(prompts, settings.max_new_tokens, model.config, "reward.pairs.max_new_tokens", "a block of rows")
     copies = [ids for ids in prompts for _ in range(settings.samples)]
     written = generate(model, tokenizer, copies, decoding, settings.batch_size)
     texts = decode(tokenizer, written)

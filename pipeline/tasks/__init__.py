@@ -24,8 +24,9 @@ def task_module(name: str) -> ModuleType:
     if "." in name:
         try:
             return import_module(name)
-        except ImportError as error:
-            raise TaskError(f"task.name: cannot import {name!r} ({error})") from error
+        except Exception as error:  # a module of one's own may fail in any way
+            kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
+            raise TaskError(f"task.name: cannot import {name!r} ({kind}{error})") from error
     raise TaskError(f"task.name: {name!r} is not one of {', '.join(TASK_NAMES)}, nor the dotted path of a module")
 
 

@@ -1,7 +1,7 @@
 """Any data set by its columns: a Hub id, json, jsonl, csv, tsv or parquet files, or a `save_to_disk` directory."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
@@ -10,7 +10,15 @@ from pathlib import Path
 import pyarrow
 from datasets import Dataset
 
-from pipeline.tasks.examples import placeholders, read_chat, read_prompt, read_references, read_rows, read_text
+from pipeline.tasks.examples import (
+    placeholders,
+    read_chat,
+    read_prompt,
+    read_references,
+    read_rows,
+    read_text,
+    usable_rows,
+)
 from pipeline.tasks.tables import READERS, Table, check_hub, read_file, read_hub, read_saved
 from pipeline.tasks.types import RESERVED_COLUMNS, SPLITS, Task, TaskError, check_limits, hold_out, make_split
 
@@ -39,6 +47,9 @@ class Config:
 
     Every column of the data travels to the reward functions; one called like what they get anyway (TAKEN_COLUMNS) is
     renamed: `prompt` to `data_prompt`. `language` is that of the completions.
+
+    `skip_broken_rows` leaves out, says and counts rows that cannot be parsed or whose values cannot be used; without
+    it they are errors.
     """
 
     path: str
@@ -58,6 +69,7 @@ class Config:
     max_validation_examples: int | None = None
     max_test_examples: int | None = None
     ppo_examples: int | None = None  # the last training rows, which SFT does not see and PPO answers
+    skip_broken_rows: bool = False
 
     def __post_init__(self) -> None:
         if not self.path.strip():
@@ -169,7 +181,7 @@ def load(config: Config) -> Task:
     tables = read_tables(config)
     bounds = {split: row_bounds(getattr(config, split), len(tables[split].rows)) for split in SPLITS}
     _check_disjoint(config, bounds)
-    splits = {}
+    splits, broken = {}, [line for table in tables.values() for line in table.broken]
     for split in SPLITS:
         (start, stop), limit = bounds[split], getattr(config, f"max_{split}_examples")
         if start >= stop:
@@ -177,8 +189,13 @@ def load(config: Config) -> Task:
             raise TaskError(
                 f"task.{split}: {getattr(config, split)!r} is empty: {table.place} has {len(table.rows)} rows"
             )
-        splits[split] = _make_split(config, split, tables[split].part(start, min(stop, start + (limit or stop))))
-    return hold_out(Task(**splits, language=config.language), config.ppo_examples)
+        part = tables[split].part(start, min(stop, start + (limit or stop)))
+        if config.skip_broken_rows:
+            part = usable_rows(part, _readers(config))
+            broken += part.broken
+        splits[split] = _make_split(config, split, part)
+    left_out = tuple(dict.fromkeys(broken))  # splits may be parts of one file
+    return hold_out(Task(**splits, language=config.language, left_out=left_out), config.ppo_examples)
 
 
 def read_tables(config: Config) -> dict[str, Table]:
@@ -192,7 +209,10 @@ def read_tables(config: Config) -> dict[str, Table]:
         found = read_hub(config.path, config.subset, config.revision)
         return {split: _named(found, name, split) for split, name in names.items()}
     paths = {split: config.local_path(name) for split, name in names.items()}
-    read = {path: read_saved(path) if path.is_dir() else {"": read_file(path)} for path in set(paths.values())}
+    read = {
+        path: read_saved(path) if path.is_dir() else {"": read_file(path, config.skip_broken_rows)}
+        for path in dict.fromkeys(paths.values())
+    }
     # A file is one split whatever its name, and so is each directory of a path with {split} in it.
     return {
         split: next(iter(read[path].values()))
@@ -271,18 +291,25 @@ def _new_names(columns: Sequence[str]) -> dict[str, str]:
     return names
 
 
+def _readers(config: Config) -> list[tuple[str, str, Callable]]:
+    """Key, expression and reader of everything that makes an example."""
+    readers: list[tuple[str, str, Callable]] = []
+    if config.references is not None:
+        readers.append(("references", config.references, read_references))
+    if config.messages is not None:
+        return [*readers, ("messages", config.messages, partial(read_chat, system=config.system))]
+    readers.append(("prompt", config.prompt, read_prompt))
+    return readers if config.completion is None else [*readers, ("completion", config.completion, read_text)]
+
+
 def _examples(config: Config, table: Table) -> tuple[list, list[str], list[list[str]]]:
     """Prompts, completions and references of all rows."""
-    references = None
-    if config.references is not None:
-        references = read_rows(table, "references", config.references, read_references)
-    if config.messages is not None:
-        chats = read_rows(table, "messages", config.messages, partial(read_chat, system=config.system))
+    values = {key: read_rows(table, key, expression, read) for key, expression, read in _readers(config)}
+    references = values.get("references")
+    if "messages" in values:
+        chats = values["messages"]
         prompts, completions = [chat[:-1] for chat in chats], [chat[-1]["content"] for chat in chats]
     else:
-        prompts = read_rows(table, "prompt", config.prompt, read_prompt)
-        if config.completion is None:
-            completions = [texts[0] for texts in references]
-        else:
-            completions = read_rows(table, "completion", config.completion, read_text)
+        prompts = values["prompt"]
+        completions = values.get("completion") or [texts[0] for texts in references]
     return prompts, completions, references or [[completion] for completion in completions]

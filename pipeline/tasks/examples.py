@@ -2,13 +2,14 @@
 
 import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from string import Formatter
 from typing import Any, TypeVar
 
 from pipeline.tasks.tables import Table
-from pipeline.tasks.types import TaskError
+from pipeline.tasks.types import TaskError, check_widths
 
+HALF = re.compile("[\ud800-\udfff]")
 T = TypeVar("T")
 Message = dict[str, str]
 
@@ -29,6 +30,7 @@ def placeholders(expression: str, key: str) -> list[str]:
         raise TaskError(
             f"task.{key}: the template {expression!r} is not valid ({error}); write {{{{ for a brace"
         ) from error
+    check_widths(expression, f"task.{key}")
     if not expression.strip() or not all(map(_column_of, names)):
         raise TaskError(f"task.{key}: {expression!r} names no column; write its name, or a text with {{column}} in it")
     return names
@@ -39,11 +41,30 @@ def _column_of(field: str) -> str:
     return re.split(r"[.\[]", field, maxsplit=1)[0]
 
 
-def read_rows(table: Table, key: str, expression: str, read: Callable[[str, dict[str, Any]], T]) -> list[T]:
-    """`read(expression, row)` of every row; `key` is the recipe's name for the expression.
+def usable_rows(table: Table, readers: Sequence[tuple[str, str, Callable[[str, dict[str, Any]], object]]]) -> Table:
+    """The table without the rows that one of the readers (as the arguments of `read_rows`) cannot use.
 
     Raises:
-        TaskError: a column that no row has, or rows whose values cannot be used: why, and where the first three are.
+        TaskError: a column that no row has, or no row that can be used.
+    """
+    reasons: dict[int, str] = {}
+    for key, expression, read in readers:
+        check_columns(table, key, expression)
+        for index, row in enumerate(table.rows):
+            try:
+                read(expression, row)
+            except Unusable as reason:
+                reasons.setdefault(index, f"task.{key}: {reason}")
+    if len(reasons) == len(table.rows):
+        raise TaskError(f"{reasons[0]}, in {table.where(range(len(table.rows)))}, so every row is broken")
+    return table.without(dict(sorted(reasons.items())))
+
+
+def check_columns(table: Table, key: str, expression: str) -> None:
+    """Refuse an expression with a column that no row has.
+
+    Raises:
+        TaskError: naming it, and those that there are.
     """
     for column in list(map(_column_of, placeholders(expression, key))) or [expression]:
         if column not in table.columns:
@@ -52,6 +73,15 @@ def read_rows(table: Table, key: str, expression: str, read: Callable[[str, dict
             raise TaskError(
                 f"task.{key}: no column {column!r} in {table.place}; {hint}there are: {', '.join(table.columns)}"
             )
+
+
+def read_rows(table: Table, key: str, expression: str, read: Callable[[str, dict[str, Any]], T]) -> list[T]:
+    """`read(expression, row)` of every row; `key` is the recipe's name for the expression.
+
+    Raises:
+        TaskError: a column that no row has, or rows whose values cannot be used: why, and where the first three are.
+    """
+    check_columns(table, key, expression)
     values: list[T] = []
     failures: dict[str, list[int]] = {}
     for index, row in enumerate(table.rows):
@@ -80,8 +110,10 @@ def read_text(expression: str, row: dict[str, Any]) -> str:
     for name in names:
         _text_or_number(_field(name, row), f"{{{name}}}")
     try:
-        return expression.format(**row)
-    except (ValueError, LookupError) as error:
+        return _whole(expression.format(**row), f"the template {expression!r}")
+    except Unusable:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise Unusable(f"the template {expression!r} cannot be filled ({error})") from error
 
 
@@ -153,7 +185,13 @@ def _field(name: str, row: dict[str, Any]) -> Any:
 def _text(value: object, name: str) -> str:
     if not isinstance(value, str):
         raise Unusable(f"{name} {_is(value)}, expected a text")
-    return value
+    return _whole(value, name)
+
+
+def _whole(text: str, name: str) -> str:
+    if not text.isascii() and HALF.search(text):
+        raise Unusable(f"{name} holds half of a character (a lone surrogate such as \\ud83d), which no file can hold")
+    return text
 
 
 def _text_or_number(value: object, name: str) -> None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.tasks.encoding import decode_text
 from pipeline.tasks.types import SPLITS, Task, TaskError, check_limits, hold_out, make_split, render
 
 
@@ -29,6 +30,8 @@ class Config:
                 raise TaskError(
                     f"task.{key}: {getattr(self, key)!r} has no {{split}} in it, such as data/{{split}}.en"
                 )
+        if not self.prompt.strip():
+            raise TaskError("task.prompt: empty; give a text with {source} in it")
         render(self.prompt, {"source": ""})
         check_limits(
             max_train_examples=self.max_train_examples,
@@ -56,13 +59,38 @@ def files(config: Config) -> list[Path]:
 
 
 def load(config: Config) -> Task:
-    """Read the six files into the three splits."""
+    """Read the six files into the three splits; pairs with an empty side are left out."""
     limits = {split: getattr(config, f"max_{split}_examples") for split in SPLITS}
-    splits = {split: make_split(_read_split(config, split), split, limits[split]) for split in SPLITS}
-    return hold_out(Task(**splits, language=config.language), config.ppo_examples)
+    splits, left_out = {}, []
+    for split in SPLITS:
+        source, target = read_sides(config, split)
+        empty = [number for number, (s, t) in enumerate(zip(source, target, strict=True), 1) if not (s and t)]
+        left_out += [f"line {number} of {_names(config, split)}: a side is empty" for number in empty]
+        rows = [
+            {"prompt": render(config.prompt, {"source": s}), "completion": t, "references": [t], "source": s}
+            for s, t in zip(source, target, strict=True)
+            if s and t
+        ]
+        splits[split] = make_split(rows, split, limits[split])
+    return hold_out(Task(**splits, language=config.language, left_out=tuple(left_out)), config.ppo_examples)
 
 
-def _read_split(config: Config, split: str) -> list[dict]:
+def training_rows(config: Config) -> int:
+    """How many pairs SFT and PPO have.
+
+    Raises:
+        TaskError: as `read_sides`.
+    """
+    rows = sum(1 for source, target in zip(*read_sides(config, "train"), strict=True) if source and target)
+    return min(rows, config.max_train_examples or rows)
+
+
+def read_sides(config: Config, split: str) -> list[list[str]]:
+    """The lines of a split's two files, without the white space around them.
+
+    Raises:
+        TaskError: a file that is missing or not UTF-8, sides of unequal length, or no line with text on both.
+    """
     files(config)
     source, target = (_read_lines(config.path(key, split)) for key in ("source", "target"))
     if len(source) != len(target):
@@ -70,24 +98,18 @@ def _read_split(config: Config, split: str) -> list[dict]:
             f"task: {str(config.path('source', split))!r} has {len(source)} lines and "
             f"{str(config.path('target', split))!r} has {len(target)}: parallel files must match line by line"
         )
-    return [
-        {"prompt": render(config.prompt, {"source": s}), "completion": t, "references": [t], "source": s}
-        for s, t in zip(source, target, strict=True)
-        if s and t
-    ]
+    if not any(s and t for s, t in zip(source, target, strict=True)):
+        raise TaskError(f"task: {_names(config, split)} have no line with a text on both sides ({len(source)} lines)")
+    return [source, target]
+
+
+def _names(config: Config, split: str) -> str:
+    return " and ".join(repr(str(config.path(key, split))) for key in ("source", "target"))
 
 
 def _read_lines(path: Path) -> list[str]:
-    data = path.read_bytes()
-    try:
-        text = data.decode("utf-8-sig")  # a byte-order mark is accepted, and so is CRLF
-    except UnicodeDecodeError as error:
-        raise TaskError(
-            f"task: {str(path)!r} is not UTF-8 at byte {error.start}; convert it, "
-            "for example with iconv -f latin1 -t utf-8"
-        ) from error
     # Not splitlines(): it also breaks at U+2028 and its kin, which would shift one side against the other.
-    lines = text.replace("\r\n", "\n").split("\n")
+    lines = decode_text(path, "task").replace("\r\n", "\n").split("\n")
     if lines[-1] == "":
         lines.pop()
     return [line.strip() for line in lines]

@@ -1,12 +1,13 @@
 """Preference data by its columns: a prompt, the better and the worse of two answers, and by how much."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.tasks import columns
-from pipeline.tasks.examples import Message, Unusable, read_prompt, read_rows, read_text
+from pipeline.tasks.examples import Message, Unusable, read_prompt, read_rows, read_text, usable_rows
 from pipeline.tasks.tables import Table
 from pipeline.tasks.types import TaskError, check_limits
 
@@ -20,7 +21,7 @@ class Config:
     `path`, `data_dir`, `subset`, `revision`, `train` and `validation` are those of the task `columns`. `prompt` is a
     column of texts or chat messages, or a template with `{column}` in it; null where `chosen` and `rejected` are
     chats that begin with it. `chosen` and `rejected` are columns of texts or chats, of which the last message counts;
-    `margin` is a column of numbers: by how much chosen is better.
+    `margin` is a column of numbers: by how much chosen is better. `skip_broken_rows` is that of the task `columns`.
     """
 
     path: str
@@ -36,6 +37,7 @@ class Config:
     min_margin: float = 0.0
     max_train_pairs: int | None = None
     max_validation_pairs: int | None = None
+    skip_broken_rows: bool = False
 
     def __post_init__(self) -> None:
         limits = {f"max_{part}_pairs": getattr(self, f"max_{part}_pairs") for part in PARTS}
@@ -59,6 +61,7 @@ class Config:
             test=self.validation,
             prompt=self.chosen if self.prompt is None else self.prompt,
             completion=self.chosen,
+            skip_broken_rows=self.skip_broken_rows,
         )
 
 
@@ -70,6 +73,15 @@ class Preference:
     chosen: str
     rejected: str
     margin: float | None = None
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """The pairs of both parts, and of each row that gives none where it is and why."""
+
+    train: list[Preference]
+    validation: list[Preference]
+    left_out: tuple[str, ...] = ()
 
 
 def with_named_keys(read: Any) -> Any:
@@ -93,35 +105,51 @@ def files(config: Config) -> list[Path]:
     return with_named_keys(lambda: columns.files(config.as_columns))
 
 
-def load(config: Config) -> dict[str, list[Preference]]:
+def load(config: Config) -> Preferences:
     """The pairs of `train` and `validation`.
 
     Raises:
         TaskError: a column that is not there, or values that give no pair, with the rows they are in.
     """
-    return with_named_keys(lambda: {part: _read(config, part) for part in PARTS})
+    return with_named_keys(lambda: _load(config))
 
 
-def _read(config: Config, part: str) -> list[Preference]:
-    table = columns.read_tables(config.as_columns)[part]
-    start, stop = columns.row_bounds(getattr(config, part), len(table.rows))
-    limit = getattr(config, f"max_{part}_pairs")
-    if start >= stop:
-        raise TaskError(f"task.{part}: {getattr(config, part)!r} is empty: {table.place} has {len(table.rows)} rows")
-    return _pairs(config, table.part(start, min(stop, start + (limit or stop))))
+def _load(config: Config) -> Preferences:
+    tables = columns.read_tables(config.as_columns)
+    broken = [line for part in PARTS for line in tables[part].broken]
+    pairs = {}
+    for part in PARTS:
+        table = tables[part]
+        start, stop = columns.row_bounds(getattr(config, part), len(table.rows))
+        limit = getattr(config, f"max_{part}_pairs")
+        if start >= stop:
+            raise TaskError(
+                f"task.{part}: {getattr(config, part)!r} is empty: {table.place} has {len(table.rows)} rows"
+            )
+        table = table.part(start, min(stop, start + (limit or stop)))
+        if config.skip_broken_rows:
+            table = usable_rows(table, _readers(config))
+            broken += table.broken
+        pairs[part] = _pairs(config, table)
+    left_out = (line.replace("task.", "reward.pairs.") for line in dict.fromkeys(broken))
+    return Preferences(**pairs, left_out=tuple(left_out))
+
+
+def _readers(config: Config) -> list[tuple[str, str, Callable]]:
+    """Key, expression and reader of everything that makes a pair: prompt, chosen, rejected, margin."""
+    readers: list[tuple[str, str, Callable]] = [
+        ("chosen", config.chosen, lambda name, row: _shared_prompt(config, row))
+        if config.prompt is None
+        else ("prompt", config.prompt, _prompt),
+        ("chosen", config.chosen, _answer),
+        ("rejected", config.rejected, _answer),
+    ]
+    return readers if config.margin is None else [*readers, ("margin", config.margin, _margin)]
 
 
 def _pairs(config: Config, table: Table) -> list[Preference]:
-    if config.prompt is None:
-        prompts = read_rows(table, "chosen", config.chosen, lambda name, row: _shared_prompt(config, row))
-    else:
-        prompts = read_rows(table, "prompt", config.prompt, _prompt)
-    chosen = read_rows(table, "chosen", config.chosen, _answer)
-    rejected = read_rows(table, "rejected", config.rejected, _answer)
-    margins: list[float | None] = [None] * len(chosen)
-    if config.margin is not None:
-        margins = read_rows(table, "margin", config.margin, _margin)
-    return [Preference(*values) for values in zip(prompts, chosen, rejected, margins, strict=True)]
+    values = [read_rows(table, *reader) for reader in _readers(config)]
+    return [Preference(*row) for row in zip(*values, strict=True)]
 
 
 def _prompt(name: str, row: dict[str, Any]) -> str | list[Message]:

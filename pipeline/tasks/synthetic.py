@@ -27,6 +27,8 @@ class Config:
             test_examples=self.test_examples,
             ppo_examples=self.ppo_examples,
         )
+        if not self.prompt.strip():
+            raise TaskError("task.prompt: empty; give a text with {source} in it")
         render(self.prompt, {"source": ""})
 
 

@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -11,27 +11,32 @@ from threading import Thread
 from typing import Any
 
 import datasets
-import pyarrow
 import pyarrow.parquet
 from datasets import Dataset, DatasetDict
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
+from pipeline.tasks.encoding import decode_text
 from pipeline.tasks.types import TaskError
 
 PROBE_SECONDS = 4.0
+_A_LIST = "expected a list of objects, one for each example"
 MAX_CSV_FIELD = 2**31 - 1  # the csv module stops at 131,072 characters, less than a long document
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows and what messages call them: `numbers` are lines of a text file (from 1), else rows (from 0)."""
+    """Rows and what messages call them: `numbers` are lines of a text file (from 1), else rows (from 0).
+
+    `broken` says of each row that was left out where it was and why.
+    """
 
     place: str
     rows: list[dict[str, Any]] | Dataset
     columns: list[str]
     numbers: Sequence[int]
     unit: str = "row"
+    broken: tuple[str, ...] = ()
 
     def part(self, start: int, stop: int) -> "Table":
         """The rows from `start` up to `stop`, as dictionaries in memory."""
@@ -39,7 +44,17 @@ class Table:
             rows = self.rows.select(range(start, stop)).to_list()
         else:
             rows = self.rows[start:stop]
-        return replace(self, rows=rows, numbers=self.numbers[start:stop])
+        return replace(self, rows=rows, numbers=self.numbers[start:stop], broken=())
+
+    def without(self, reasons: Mapping[int, str]) -> "Table":
+        """The table without the rows at these indices, which are broken for these reasons."""
+        kept = [index for index in range(len(self.rows)) if index not in reasons]
+        return replace(
+            self,
+            rows=[self.rows[index] for index in kept],
+            numbers=[self.numbers[index] for index in kept],
+            broken=(*self.broken, *(f"{self.where([index])}: {reason}" for index, reason in reasons.items())),
+        )
 
     def where(self, indices: Sequence[int]) -> str:
         """`line 3 of 'a.csv'`, or the first three of several rows: `lines 3, 5, 8 and 40 more of 'a.csv'`."""
@@ -49,74 +64,100 @@ class Table:
         return f"{unit} {first}{more} of {self.place}{'' if self.unit == 'line' else ' (the first is row 0)'}"
 
 
-def read_file(path: Path) -> Table:
+def read_file(path: Path, skip_broken: bool = False) -> Table:
     """The rows of a file in the format its suffix names.
 
-    Text files are UTF-8, with or without a byte-order mark; CSV values are texts, JSON values keep their types.
+    Text files are UTF-8, with or without a byte-order mark; CSV values are texts, JSON values keep their types. With
+    `skip_broken`, rows that cannot be parsed are left out and listed in the table.
 
     Raises:
         TaskError: the file is empty or cannot be read; for a text the message has the place as `file:line:column`.
     """
     if path.stat().st_size == 0:
         raise TaskError(f"task.path: the file {str(path)!r} is empty")
-    table = READERS[path.suffix.lower()](path)
+    broken: list[str] | None = [] if skip_broken else None
+    table = READERS[path.suffix.lower()](path, broken)
     if not table.rows:
-        raise TaskError(f"task.path: the file {str(path)!r} has no rows")
-    return table
+        why = f" that is not broken: {broken[0]}" if broken else "s"
+        raise TaskError(f"task.path: the file {str(path)!r} has no row{why}")
+    return replace(table, broken=tuple(broken or ()))
+
+
+class _BrokenRowError(ValueError):
+    """One row that cannot be parsed: where, and why."""
+
+
+def _leave_out(error: _BrokenRowError, broken: list[str] | None) -> None:
+    """Note a broken row in `broken`.
+
+    Raises:
+        TaskError: there is no such list, so broken rows are errors.
+    """
+    if broken is None:
+        raise TaskError(f"task.path: {error}") from error
+    broken.append(str(error))
 
 
 def _read_text(path: Path) -> str:
-    data = path.read_bytes()
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise TaskError(
-            f"task.path: {path}:{line}: not UTF-8 (byte {error.start}); convert it, "
-            "for example with iconv -f latin1 -t utf-8"
-        ) from error
+    return decode_text(path, "task.path")
 
 
-def _read_json_lines(path: Path, text: str | None = None) -> Table:
+def _read_json_lines(path: Path, broken: list[str] | None, text: str | None = None) -> Table:
     rows, numbers = [], []
     # Not splitlines(): it also breaks at U+2028 and its kin, which JSON allows inside a text.
     for number, line in enumerate((_read_text(path) if text is None else text).split("\n"), start=1):
         if not line.strip():
             continue
-        row = _parse_json(path, line, first_line=number)
-        if not isinstance(row, dict):
-            raise TaskError(f"task.path: {path}:{number}: expected an object {{...}}, found {_json_kind(row)}")
+        try:
+            row = _parse_json(path, line, first_line=number)
+            if not isinstance(row, dict):
+                raise _BrokenRowError(f"{path}:{number}: expected an object {{...}}, found {_json_kind(row)}")
+        except _BrokenRowError as error:
+            _leave_out(error, broken)
+            continue
         rows.append(row)
         numbers.append(number)
     return Table(repr(str(path)), rows, _columns(rows), numbers, "line")
 
 
-def _read_json(path: Path) -> Table:
+def _read_json(path: Path, broken: list[str] | None) -> Table:
     """One list of objects, or JSON lines under the suffix .json."""
     text = _read_text(path)
-    first_line = text.strip().split("\n", 1)[0]
     try:
-        if isinstance(json.loads(first_line), dict):
-            return _read_json_lines(path, text)
-    except json.JSONDecodeError:
+        if isinstance(_parse_json(path, text.strip().split("\n", 1)[0]), dict):
+            return _read_json_lines(path, broken, text)
+    except _BrokenRowError:
         pass  # a list over several lines, or broken: the next lines say where
-    rows = _parse_json(path, text)
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        odd = next((f"a list with {_json_kind(row)}" for row in rows if not isinstance(row, dict)), "")
-        raise TaskError(
-            f"task.path: {str(path)!r}: expected a list of objects, one for each example, "
-            f"found {odd if isinstance(rows, list) else _json_kind(rows)}"
-        )
-    return Table(repr(str(path)), rows, _columns(rows), range(len(rows)))
+    try:
+        rows = _parse_json(path, text)
+    except _BrokenRowError as error:
+        raise TaskError(f"task.path: {error}") from error
+    if not isinstance(rows, list):
+        raise TaskError(f"task.path: {str(path)!r}: {_A_LIST}, found {_json_kind(rows)}")
+    good = [index for index, row in enumerate(rows) if isinstance(row, dict)]
+    for index, row in enumerate(rows):
+        if not isinstance(row, dict):
+            place = f"{str(path)!r}: {_A_LIST}, found a list with {_json_kind(row)} (item {index}, the first is 0)"
+            _leave_out(_BrokenRowError(place), broken)
+    rows = [rows[index] for index in good]
+    return Table(repr(str(path)), rows, _columns(rows), good)
 
 
 def _parse_json(path: Path, text: str, first_line: int = 1) -> Any:
+    """
+    Raises:
+        _BrokenRowError: it is no JSON.
+    """
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         line, column = first_line + error.lineno - 1, error.colno
         snippet = text[max(0, error.pos - 30) : error.pos + 30].strip()
-        raise TaskError(f"task.path: {path}:{line}:{column}: not valid JSON ({error.msg}) near {snippet!r}") from error
+        raise _BrokenRowError(f"{path}:{line}:{column}: not valid JSON ({error.msg}) near {snippet!r}") from error
+    except RecursionError as error:
+        raise _BrokenRowError(f"{path}:{first_line}: lists or objects in one another too deep to be read") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise _BrokenRowError(f"{path}:{first_line}: not valid JSON ({error})") from error
 
 
 def _json_kind(value: object) -> str:
@@ -124,7 +165,7 @@ def _json_kind(value: object) -> str:
     return kinds.get(type(value), "a number")
 
 
-def _read_csv(path: Path, delimiter: str) -> Table:
+def _read_csv(path: Path, broken: list[str] | None, delimiter: str) -> Table:
     text = _read_text(path)
     csv.field_size_limit(MAX_CSV_FIELD)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -134,15 +175,18 @@ def _read_csv(path: Path, delimiter: str) -> Table:
             if not header:
                 header = _checked_header(path, fields)
             elif fields and len(fields) != len(header):
-                raise TaskError(
-                    f"task.path: {path}:{start}: found {len(fields)} fields, and the first line names "
-                    f"{len(header)} columns ({', '.join(header)})"
+                _leave_out(
+                    _BrokenRowError(
+                        f"{path}:{start}: found {len(fields)} fields, and the first line names "
+                        f"{len(header)} columns ({', '.join(header)})"
+                    ),
+                    broken,
                 )
             elif fields:
                 rows.append(dict(zip(header, fields, strict=True)))
                 numbers.append(start)
             start = reader.line_num + 1  # a quoted field may run over several lines
-    except csv.Error as error:
+    except csv.Error as error:  # of what follows, nobody knows where a row begins
         raise TaskError(
             f"task.path: {path}:{start}: not a valid row ({error}); a field that starts with a quote ends with one, "
             "and quotes inside it are doubled"
@@ -157,10 +201,11 @@ def _checked_header(path: Path, names: list[str]) -> list[str]:
     return names
 
 
-def _read_parquet(path: Path) -> Table:
+def _read_parquet(path: Path, broken: list[str] | None) -> Table:
+    """A parquet file is whole or not at all: no row of it is broken by itself."""
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
+    except Exception as error:  # whatever a damaged file gives rise to
         raise TaskError(f"task.path: {str(path)!r} cannot be read as parquet ({_one_line(error)})") from error
     return Table(repr(str(path)), rows, _columns(rows), range(len(rows)))
 
@@ -169,7 +214,7 @@ def _columns(rows: Iterable[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(column for row in rows for column in row))
 
 
-READERS: dict[str, Callable[[Path], Table]] = {
+READERS: dict[str, Callable[[Path, list[str] | None], Table]] = {
     ".json": _read_json,
     ".jsonl": _read_json_lines,
     ".csv": partial(_read_csv, delimiter=","),
@@ -186,7 +231,7 @@ def read_saved(directory: Path) -> dict[str, Table]:
     """
     try:
         saved = datasets.load_from_disk(str(directory))
-    except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
+    except Exception as error:  # as above
         raise TaskError(f"task.path: {str(directory)!r} cannot be loaded ({_one_line(error)})") from error
     return _tables(saved if isinstance(saved, DatasetDict) else {"train": saved}, str(directory))
 

@@ -1,5 +1,6 @@
 """The types all tasks share."""
 
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +21,7 @@ class Task:
     `ppo_prompts` are training rows that SFT does not see, kept for PPO; without them PPO answers the rows of `train`.
 
     `prompt` is a text or a list of chat messages. Every further column travels to the reward functions.
+    `left_out` says of each row that gives no example where it is and why.
     `language` is that of the completions (an ISO 639-1 code), where known: metrics choose their tokenizer by it.
     """
 
@@ -28,6 +30,7 @@ class Task:
     test: Dataset
     language: str | None = None
     ppo_prompts: Dataset | None = None
+    left_out: tuple[str, ...] = ()
 
     @property
     def prompts(self) -> Dataset:
@@ -67,17 +70,30 @@ def check_limits(**limits: int | None) -> None:
             raise TaskError(f"task.{name}: must be at least 1, found {value}")
 
 
+def check_widths(template: str, key: str) -> None:
+    """Refuse a template whose fields ask for a width that would fill the memory, or take one from the data.
+
+    Raises:
+        TaskError: naming the template.
+    """
+    if re.search(r"\{[^{}]*:[^{}]*([0-9]{5}|\{)", template):
+        raise TaskError(
+            f"{key}: the template {template[:200]!r} has a field of a width beyond 9999, or of another field's"
+        )
+
+
 def render(template: str, row: dict[str, Any], key: str = "task.prompt") -> str:
     """`template` with each `{column}` replaced by the row's value.
 
     Raises:
         TaskError: a column the row does not have, or a stray brace.
     """
+    check_widths(template, key)
     try:
         return template.format(**row)
     except KeyError as error:
         raise TaskError(
             f"{key}: no column {error.args[0]!r} for the template {template!r}; there are: {', '.join(map(str, row))}"
         ) from error
-    except (ValueError, IndexError, AttributeError, TypeError) as error:
+    except (ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:
         raise TaskError(f"{key}: the template {template!r} is not valid ({error}); write {{{{ for a brace") from error

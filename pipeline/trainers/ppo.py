@@ -47,6 +47,7 @@ from pipeline.trainers.scores import Moments
 from pipeline.trainers.scoring import Payment, count_failures, payment, prefix_scores, score_rows
 from pipeline.trainers.settings import as_rewards, first_of, greedy, handling_of, sampling, uses_bf16
 from pipeline.trainers.stopping import Stopped, requested_stop
+from pipeline.trainers.trackers import installed, start_trackers
 from pipeline.trainers.watchdog import enter, watched
 
 # A metric of the held-out completions: (completions, the rows they answer) -> name -> value.
@@ -81,7 +82,7 @@ class PPOTrainer:
         self.eval_dataset = first_of(eval_dataset, args.eval_examples)
         self.accelerator = Accelerator(
             mixed_precision="bf16" if uses_bf16(args) else "no",
-            log_with=list(args.report_to) or None,
+            log_with=installed(args.report_to, ppo=True) or None,
             project_dir=str(self.output_dir),
             # No buffer of a language model is trained; sent with a pass, one process could not repeat that pass alone.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
@@ -182,7 +183,7 @@ class PPOTrainer:
         count = self.args.save_total_limit + 1 + self.args.load_best_model_at_end  # the one being written, the best
         check_space(self.checkpoints, state_size(self.shared.trainable_state()), count)
         if self.args.report_to:
-            self.accelerator.init_trackers(self.args.run_name or "relay-ppo")
+            start_trackers(self.accelerator, self.args.run_name or "relay-ppo")
         self.log = TrainingLog(self.accelerator, self.output_dir / "metrics.jsonl", self.num_steps, self.state.step)
         for note in [*notes, *([f"continuing from {found}"] if found else [])]:
             self.log.say(note)

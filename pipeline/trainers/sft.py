@@ -16,12 +16,14 @@ from trl import SFTConfig, SFTTrainer
 
 from pipeline.models.adapters import adapter_config, check_adapter
 from pipeline.models.decoder_start import decoder_prefix
+from pipeline.models.loading import position_limit
 from pipeline.models.sequences import pad_right
 from pipeline.models.text import encode_completions, encode_prompts
 from pipeline.trainers.checkpoint_files import newest_checkpoint
 from pipeline.trainers.logs import MetricsFileCallback
 from pipeline.trainers.precision import check_precision, native_bf16
 from pipeline.trainers.resumable import ResumableTrainer
+from pipeline.trainers.trackers import installed
 
 DEFAULTS: Mapping[str, Any] = {
     "eval_strategy": "epoch",
@@ -53,12 +55,13 @@ def sft_arguments(arguments: Mapping[str, Any], output_dir: Path, seed: int) -> 
 
 
 def complete_arguments(section: str, defaults: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """`arguments` of a config class of TRL over Relay's `defaults`, bf16 set to what the machine has.
+    """`arguments` of a config class of TRL over Relay's `defaults`, with the bf16 and the trackers that are here.
 
     Raises:
         ValueError: a precision that the machine does not have.
     """
     settings = {**defaults, **arguments}
+    settings["report_to"] = installed(settings["report_to"]) or "none"
     if settings.get("bf16") is None and not settings.get("fp16"):
         settings["bf16"] = native_bf16()
     check_precision(section, settings.get("fp16"), settings.get("bf16"))
@@ -91,6 +94,36 @@ def sft_dataset(
     return Dataset.from_dict({**columns, "length": [len(prompt) + len(completion) for prompt, completion in pairs]})
 
 
+def fit_examples(rows: Dataset, max_length: int | None, split: str) -> Dataset:
+    """Leave out the rows of `sft_dataset` of which `max_length` tokens hold nothing to learn; what is cut is said.
+
+    TRL cuts the others, `input_ids` and `labels` each, without a word.
+
+    Raises:
+        ValueError: no row is left.
+    """
+    if max_length is None:
+        return rows
+    lost, cut = [], 0
+    for row, (ids, labels) in enumerate(zip(rows["input_ids"], rows["labels"], strict=True)):
+        if all(label == -100 for label in labels[:max_length]):
+            lost.append(row)
+        else:
+            cut += max(len(ids), len(labels)) > max_length
+    rule = f"sft.max_length ({max_length} tokens)"
+    if len(lost) == len(rows):
+        raise ValueError(
+            f"sft.max_length: each of the {len(rows)} prompts of {split} fills {rule}; raise it, or cut them"
+        )
+    if (lost or cut) and PartialState().is_main_process:
+        words = [f"{cut} are cut to {rule}"] if cut else []
+        if lost:
+            words.append(f"{len(lost)} are left out, because their prompts fill {rule}: the first is row {lost[0]}")
+        print(f"sft: of {len(rows)} examples of {split} {', and '.join(words)}", file=sys.stderr)
+    gone = set(lost)
+    return rows.select([row for row in range(len(rows)) if row not in gone]) if lost else rows
+
+
 def build_sft_trainer(
     model: PreTrainedModel,
     args: SFTConfig,
@@ -108,13 +141,22 @@ def build_sft_trainer(
     seq2seq = model.config.is_encoder_decoder
     trainer_class = EncoderDecoderSFTTrainer if seq2seq else ResumableSFTTrainer if fused else CompletionHeadSFTTrainer
     evaluates = args.eval_strategy != "no"
+    limit = position_limit(model.config)
+    if limit is not None and (args.max_length is None or args.max_length > limit):
+        args.max_length = limit  # TRL's default knows nothing of the model
+    length = None if args.packing else args.max_length  # packing splits what is longer
+    train = fit_examples(sft_dataset(tokenizer, train, completion_only, seq2seq), length, "train")
+    if evaluates:
+        packs = args.packing if args.eval_packing is None else args.eval_packing
+        rows = sft_dataset(tokenizer, validation, completion_only, seq2seq)
+        validation = fit_examples(rows, None if packs else args.max_length, "validation")
     trainer = trainer_class(
         model=model,
         args=args,
         processing_class=tokenizer,
         data_collator=EncoderDecoderCollator(decoder_prefix(model), tokenizer.pad_token_id) if seq2seq else None,
-        train_dataset=sft_dataset(tokenizer, train, completion_only, seq2seq),
-        eval_dataset=sft_dataset(tokenizer, validation, completion_only, seq2seq) if evaluates else None,
+        train_dataset=train,
+        eval_dataset=validation if evaluates else None,
         peft_config=None if peft_config is None else adapter_config(model, peft_config),
         callbacks=[MetricsFileCallback(metrics_file)],
     )

@@ -146,9 +146,16 @@ def test_offline_environment_is_obeyed(monkeypatch):
     monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: pytest.fail("asked the network"))
     before = evaluate.config.HF_EVALUATE_OFFLINE
     with pytest.raises(ValueError, match=r"'evaluate:no_such_metric' cannot be loaded .*: evaluate:path/to/metric"):
-        load_metric("evaluate:no_such_metric")
+        load_metric("evaluate:no_such_metric", trust_remote_code=True)
     after = evaluate.config.HF_EVALUATE_OFFLINE
     assert after == before
+
+
+def test_a_script_of_the_hub_runs_only_where_the_recipe_trusts_it(monkeypatch):
+    monkeypatch.setattr(evaluate, "load", lambda *_, **__: pytest.fail("loaded a script that nobody trusts"))
+    for options in ({}, {"trust_remote_code": False}):
+        with pytest.raises(ValueError, match=r"'evaluate:bleu' is a script .*bleu, trust_remote_code: true"):
+            load_metric("evaluate:bleu", **options)
 
 
 def test_missing_local_path():
@@ -169,7 +176,7 @@ def test_hub_that_never_answers_does_not_hang(monkeypatch):
         monkeypatch.setattr(evaluate_library, "PROBE_SECONDS", 0.2)
         start = time.monotonic()
         with pytest.raises(ValueError, match="cannot be loaded"):
-            load_metric("evaluate:no_such_metric")
+            load_metric("evaluate:no_such_metric", trust_remote_code=True)
         assert time.monotonic() - start < 3
 
 

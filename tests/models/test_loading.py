@@ -13,14 +13,13 @@ from peft import AutoPeftModelForSeq2SeqLM, LoraConfig, get_peft_model
 from pipeline.models.adapters import adapter_config
 from pipeline.models.config import ModelConfig
 from pipeline.models.loading import (
-    ModelNotFoundError,
-    check_model_path,
     is_encoder_decoder,
     load_model,
     load_policy,
     load_tokenizer,
     lora_config,
 )
+from pipeline.models.reading import ModelNotFoundError, check_model_path
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 

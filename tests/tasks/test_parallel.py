@@ -66,9 +66,13 @@ def test_only_newlines_separate_lines(folder):
 
 def test_pairs_with_an_empty_side_are_left_out(folder):
     write(folder, "validation", "one\n\nthree\nfour\n", "eins\nzwei\n \nvier\n")
-    assert load_task("parallel", config(folder)).validation["completion"][:] == ["eins", "vier"]
+    task = load_task("parallel", config(folder))
+    assert task.validation["completion"][:] == ["eins", "vier"]
+    assert [line.split(" ")[1] for line in task.left_out] == ["2", "3"] and "a side is empty" in task.left_out[0]
     write(folder, "validation", "\n", "\n")
-    assert refusal(config(folder)) == "task: the validation split is empty"
+    assert refusal(config(folder)).replace(str(folder), "") == (
+        "task: '/validation.en' and '/validation.de' have no line with a text on both sides (1 lines)"
+    )
 
 
 def test_an_edited_file_is_read_again(folder):
@@ -92,9 +96,8 @@ def test_sides_of_unequal_length(folder):
 
 def test_text_that_is_not_utf_8(folder):
     write(folder, "test", b"f\xfcnf\n", b"x\n")
-    assert (
-        refusal(config(folder)).replace(str(folder), "").startswith("task: '/test.en' is not UTF-8 at byte 1; convert")
-    )
+    message = refusal(config(folder)).replace(str(folder), "")
+    assert message.startswith("task: /test.en:1: not UTF-8 (byte 1); convert it, ")
 
 
 @pytest.mark.parametrize(

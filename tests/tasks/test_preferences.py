@@ -26,16 +26,16 @@ def data(tmp_path):
 def test_texts_by_column_and_template(data):
     row = {"source": "a dog", "better": "ein Hund", "worse": "Hund", "by": 3}
     config = data(row, prompt="{source}\n", chosen="better", rejected="worse", margin="by")
-    assert load(config)["train"] == [Preference("a dog\n", "ein Hund", "Hund", 3.0)]
+    assert load(config).train == [Preference("a dog\n", "ein Hund", "Hund", 3.0)]
     assert [path.name for path in files(config)] == ["train.jsonl", "validation.jsonl"]
 
 
 def test_chats_with_a_prompt_column_and_without_one(data):
     expected = [Preference([USER], "good", "bad")]
-    assert load(data({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}))["train"] == expected
-    assert load(data({"prompt": [USER], "chosen": "good", "rejected": [USER, BAD]}))["train"] == expected
+    assert load(data({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]})).train == expected
+    assert load(data({"prompt": [USER], "chosen": "good", "rejected": [USER, BAD]})).train == expected
     whole = {"chosen": [USER, GOOD], "rejected": [USER, BAD]}
-    assert load(data(whole, prompt=None))["train"] == expected
+    assert load(data(whole, prompt=None)).train == expected
 
 
 def test_a_part_of_one_file_and_a_limit(tmp_path):
@@ -43,8 +43,8 @@ def test_a_part_of_one_file_and_a_limit(tmp_path):
     path.write_text("".join(json.dumps({**ROW, "prompt": f"p{n}"}) + "\n" for n in range(10)))
     config = Config(path=str(path), train="train[:80%]", validation="train[80%:]", max_train_pairs=3)
     loaded = load(config)
-    assert [p.prompt for p in loaded["train"]] == ["p0", "p1", "p2"]
-    assert [p.prompt for p in loaded["validation"]] == ["p8", "p9"]
+    assert [p.prompt for p in loaded.train] == ["p0", "p1", "p2"]
+    assert [p.prompt for p in loaded.validation] == ["p8", "p9"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,149 @@
+"""What may be opened of a model: directories, Hub ids, the bases of adapters; and what is said of broken files."""
+
+import json
+import os
+import pickle
+from dataclasses import replace
+from pathlib import Path
+from threading import Thread
+
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from pipeline.models.config import ModelConfig
+
+ADAPTER_FILE = "adapter_config.json"
+PROBE_SECONDS = 4.0
+
+
+class ModelNotFoundError(ValueError):
+    """A model directory or Hub id that cannot be read; the message names the key and the fix."""
+
+
+def check_model_path(path: str, key: str) -> None:
+    """Refuse a path or Hub id that cannot be a model here, in one sentence naming `key`, before anything is loaded.
+
+    Raises:
+        ModelNotFoundError: a directory without a model in it, or a Hub id while the Hub cannot be reached and the
+            model is not in the local cache.
+    """
+    directory = Path(path).expanduser()
+    if directory.is_dir():
+        if not (directory / "config.json").is_file() and not (directory / ADAPTER_FILE).is_file():
+            raise ModelNotFoundError(f"{key}: the directory {path!r} holds no model (no config.json in it)")
+        return
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise ModelNotFoundError(f"{key}: no directory {path!r}; give an existing model directory or a Hub id")
+    if _is_cached(path):
+        return
+    problem = _hub_problem(path)
+    if problem:
+        raise ModelNotFoundError(
+            f"{key}: {path!r} is not a local directory and could not be read from the Hugging Face Hub "
+            f"({problem}); give the path of a model directory, or go online to download it once"
+        )
+
+
+def _is_cached(path: str) -> bool:
+    # Not by AutoConfig, which would ask at the terminal whether to run the code of a repository that has some.
+    try:
+        return any(isinstance(try_to_load_from_cache(path, name), str) for name in ("config.json", ADAPTER_FILE))
+    except ValueError:  # not even the form of an id
+        return False
+
+
+def _hub_problem(path: str) -> str | None:
+    """Why the Hub does not give a model, within PROBE_SECONDS; None if it does."""
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set and it is not in the local cache"
+    answers: list[str | None] = []
+
+    def ask() -> None:
+        try:
+            HfApi().model_info(path, timeout=PROBE_SECONDS)
+            answers.append(None)
+        except Exception as error:  # whatever the network gives rise to
+            answers.append(" ".join(str(error).split()).rstrip(".")[:160])
+
+    # In a thread, because the time limit of a request does not cover the look-up of the host's name.
+    thread = Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(PROBE_SECONDS)
+    return answers[0] if answers else "no answer"
+
+
+def read_config(path: str, revision: str = "main", trust_remote_code: bool = False) -> PretrainedConfig:
+    """A model's configuration as transformers reads it.
+
+    Raises:
+        ValueError: it is broken, or comes with code that the recipe does not trust.
+    """
+    try:
+        return AutoConfig.from_pretrained(
+            os.path.expanduser(path), revision=revision, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # a broken file gives rise to errors of any kind
+        raise unreadable(path, "configuration", "config.json", error) from error
+
+
+def unreadable(path: object, what: str, file: str, error: Exception) -> ValueError:
+    """What is said of a model whose files cannot be read."""
+    if "trust_remote_code" in str(error):
+        return ValueError(
+            f"{str(path)!r} comes with Python code of its own (auto_map), which is not run; read it, and if you trust "
+            "it set model.trust_remote_code: true, which is recorded with the run"
+        )
+    if isinstance(error, pickle.UnpicklingError):
+        return ValueError(
+            f"the {what} of {str(path)!r} are a pickle of more than tensors, which could run code: it is not loaded; "
+            "get the model as safetensors"
+        )
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return ValueError(f"the {what} of {str(path)!r} cannot be read ({reason}); mend its {file}, or give another model")
+
+
+def read_tokenizer(
+    path: str | Path, revision: str = "main", trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """A tokenizer as transformers reads it.
+
+    Raises:
+        ValueError: it is broken, or comes with code that the recipe does not trust.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(
+            os.path.expanduser(path), revision=revision, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # as in read_config
+        raise unreadable(path, "tokenizer", "tokenizer files", error) from error
+
+
+def adapter_base(directory: Path, config: ModelConfig) -> tuple[str, ModelConfig]:
+    """The base model that an adapter names, and the settings to load it with.
+
+    An adapter may come from anyone, and the recipe's trust is in the model that the recipe names: code of any other
+    base is not run. A directory has to be that model, or lie below the current directory or the folder of the
+    adapter's run, so that no adapter opens what is elsewhere on this machine.
+
+    Raises:
+        ValueError: no base is named, or one outside.
+    """
+    try:
+        base = json.loads((directory / ADAPTER_FILE).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise unreadable(directory, "adapter configuration", ADAPTER_FILE, error) from error
+    if not isinstance(base, str) or not base:
+        raise ValueError(
+            f"{str(directory / ADAPTER_FILE)!r} names no base model, found {base!r}; merge the adapter first"
+        )
+    if base == config.model_name_or_path:
+        return base, config
+    place = Path(base).expanduser()
+    if place.is_dir() or base.startswith((".", "/", "~")) or base.count("/") > 1:
+        roots = (Path.cwd(), directory.resolve().parent.parent)
+        if not any(root != Path(root.anchor) and place.resolve().is_relative_to(root) for root in roots):
+            raise ValueError(
+                f"{str(directory / ADAPTER_FILE)!r} names the base model {base!r}, which is outside of {roots[0]} and "
+                f"{roots[1]}; if you mean that model set model.model_name_or_path: {base}, or merge the adapter first"
+            )
+    return base, replace(config, trust_remote_code=False)

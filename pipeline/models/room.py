@@ -1,0 +1,52 @@
+"""Whether prompts leave a model room for what is written or scored behind them."""
+
+from collections.abc import Sequence
+
+from transformers import PretrainedConfig
+
+from pipeline.models.loading import position_limit
+
+DECODER_PREFIX = 2  # at most: start token and language code
+
+
+def check_room(
+    prompts: Sequence[Sequence[int]], new_tokens: int, config: PretrainedConfig, key: str, split: str
+) -> None:
+    """Refuse prompts (token ids) that are empty, or after which `new_tokens` tokens do not fit into the positions.
+
+    `key` is the recipe's name of `new_tokens`, `split` that of the rows.
+
+    Raises:
+        ValueError: how many prompts, and the first or the longest of them.
+    """
+    empty = [row for row, ids in enumerate(prompts) if not ids]
+    if empty:
+        raise ValueError(
+            f"task: {len(empty)} of {len(prompts)} prompts of {split} have no tokens, the first in row {empty[0]} "
+            "(the first is row 0); mend or remove them"
+        )
+    limit = position_limit(config)
+    if limit is None:
+        return
+    behind = 0 if config.is_encoder_decoder else new_tokens  # whose two sides have positions of their own
+    long = [row for row, ids in enumerate(prompts) if len(ids) + behind > limit]
+    if long:
+        longest = max(long, key=lambda row: len(prompts[row]))
+        wanted = "do not fit into" if config.is_encoder_decoder else f"leave no room for {new_tokens} tokens in"
+        raise ValueError(
+            f"{key}: {len(long)} of {len(prompts)} prompts of {split} {wanted} the {limit} positions of the model "
+            f"(max_position_embeddings), the longest with {len(prompts[longest])} tokens in row {longest} (the first "
+            f"is row 0); {'' if config.is_encoder_decoder else f'lower {key}, or '}shorten or remove them"
+        )
+
+
+def cut_to_room(
+    prompts: Sequence[Sequence[int]], targets: Sequence[list[int]], config: PretrainedConfig
+) -> tuple[list[list[int]], int]:
+    """`targets` without the tokens that have no position behind their prompts, and how many of them were cut."""
+    limit = position_limit(config)
+    if limit is None:
+        return list(targets), 0
+    given = [DECODER_PREFIX if config.is_encoder_decoder else len(prompt) for prompt in prompts]
+    cut = [target[: max(1, limit - start)] for target, start in zip(targets, given, strict=True)]
+    return cut, sum(len(new) < len(old) for new, old in zip(cut, targets, strict=True))

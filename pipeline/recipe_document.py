@@ -1,0 +1,77 @@
+"""Where every value of a recipe was written, and errors that say so."""
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+KeyPath = tuple[str | int, ...]
+
+MAX_MESSAGE = 1000
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run; the message is one sentence with the place, the key, what was found and a fix.
+
+    It is on one line and of a readable length, whatever stands in the recipe.
+    """
+
+    def __init__(self, message: str) -> None:
+        middle = f" [... {len(message):,} characters ...] "
+        short = len(message) <= MAX_MESSAGE
+        message = message if short else message[: MAX_MESSAGE // 2] + middle + message[-MAX_MESSAGE // 4 :]
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
+
+
+@dataclass
+class Document:
+    """Plain values of a recipe, and for each key path the place (`file:line` or override) it was written at."""
+
+    file: str
+    overrides: tuple[str, ...] = ()
+    data: dict[str, Any] = field(default_factory=dict)
+    places: dict[KeyPath, str] = field(default_factory=dict)
+
+    def place(self, path: KeyPath) -> str:
+        """Where `path` was written, or the innermost section around it that was; the file if none was."""
+        while path and path not in self.places:
+            path = path[:-1]
+        return self.places.get(path, self.file)
+
+    def error(self, path: KeyPath, message: str) -> RecipeError:
+        """The error that says `message` about `path`."""
+        return RecipeError(": ".join([self.place(path), *([dotted(path)] if path else []), message]))
+
+    def restate(self, error: Exception, path: KeyPath = ()) -> RecipeError:
+        """An error of a config class, whose message starts with the key's dotted path, with its place in front.
+
+        `path` is the section being built: it locates messages that name less than that.
+        """
+        named = re.match(r"[A-Za-z_]\w*(\.\w+)*(?=: )", str(error))
+        key = split_path(named[0]) if named else ()
+        if not key or (key[0] not in self.data and key[:1] != path[:1]):
+            return RecipeError(f"{self._places_of(path)}: {dotted(path) or 'recipe'}: {error}")
+        return RecipeError(f"{self._places_of(path if path[: len(key)] == key else key)}: {error}")
+
+    def _places_of(self, path: KeyPath) -> str:
+        """The place of a section and of the overrides inside it, any of which may be what is wrong with it."""
+        places = [self.place(path), *(place for p, place in self.places.items() if p[: len(path)] == path)]
+        overrides = dict.fromkeys(p for p in places[1:] if p.startswith("override ") and p != places[0])
+        return " with ".join([places[0], *overrides])
+
+
+def dotted(path: KeyPath) -> str:
+    """`("ppo", "rewards", 0)` as `ppo.rewards.0`."""
+    return ".".join(map(str, path))
+
+
+def split_path(text: str) -> KeyPath:
+    """`ppo.rewards.0` as `("ppo", "rewards", 0)`."""
+    return tuple(int(part) if re.fullmatch("[0-9]{1,9}", part) else part for part in text.split("."))
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the known word most like `word`, or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

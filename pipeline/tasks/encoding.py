@@ -1,0 +1,34 @@
+"""Text files as text: UTF-8 with or without a byte-order mark; where and what is said of anything else."""
+
+from pathlib import Path
+
+from pipeline.tasks.types import TaskError
+
+UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+
+
+def decode_text(path: Path, key: str) -> str:
+    """The text of a UTF-8 file, without its byte-order mark; `key` is what messages begin with.
+
+    Raises:
+        TaskError: another encoding, or a NUL, with the line, the byte (from 0) and how to convert it.
+    """
+    data = path.read_bytes()
+    nul = data.find(b"\0")
+    if data.startswith(UTF_16_MARKS):
+        raise _error(path, key, data, 0, "UTF-16, not UTF-8", "convert it, for example with iconv -f utf-16 -t utf-8")
+    if nul >= 0:
+        advice = "no text has one: the file is damaged, or not UTF-8; convert it, or remove them with tr -d '\\000'"
+        raise _error(path, key, data, nul, "a NUL", advice)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        # After a byte-order mark the codec counts from behind it.
+        start = error.start + (3 if data.startswith(b"\xef\xbb\xbf") else 0)
+        advice = "convert it, for example with iconv -f latin1 -t utf-8"
+        raise _error(path, key, data, start, "not UTF-8", advice) from error
+
+
+def _error(path: Path, key: str, data: bytes, start: int, what: str, advice: str) -> TaskError:
+    line = data.count(b"\n", 0, start) + 1
+    return TaskError(f"{key}: {path}:{line}: {what} (byte {start}); {advice}")
