@@ -51,7 +51,7 @@ def train(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
     trainer.save_model(run.ppo)
     return {
         "steps": state.step,
-        "episodes": state.step * trainer.batch_size,
+        "episodes": state.episodes,
         "best_step": state.best_step,
         f"best_{recipe.ppo.metric_for_best_model}": state.best_metric,
         **left_out_record(task),

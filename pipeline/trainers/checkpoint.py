@@ -23,6 +23,7 @@ class TrainerState:
     """How far a run is. Prompts, sampling and mini-batches follow from the seed and `step`."""
 
     step: int = 0
+    episodes: int = 0  # of all processes; another number of them makes other steps
     best_step: int = 0
     best_metric: float | None = None
     skipped_steps: int = 0

@@ -64,7 +64,7 @@ def _free(directory: Path) -> int:
 def _commit(temporary: Path, final: Path) -> None:
     files = sorted(path for path in temporary.rglob("*") if path.is_file())
     manifest = {
-        str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in files
+        str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "sha256": digest(path)} for path in files
     }
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2))
     folders = sorted({path.parent for path in files} | {temporary})
@@ -76,7 +76,8 @@ def _commit(temporary: Path, final: Path) -> None:
     _flush(final.parent)
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
+    """The SHA-256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**20):
@@ -123,24 +124,32 @@ def clear_checkpoints(directory: Path) -> None:
     PartialState().wait_for_everyone()
 
 
+def read_manifest(path: Path) -> dict[str, dict]:
+    """Size and checksum by the name of a file, as they were saved; itself alone where it is not there."""
+    return json.loads((path / MANIFEST).read_text()) if (path / MANIFEST).is_file() else {MANIFEST: {}}
+
+
+def missing_files(path: Path) -> list[str]:
+    """What a checkpoint once had and no longer has."""
+    return [name for name in read_manifest(path) if not (path / name).is_file()]
+
+
 def check_checkpoint(path: Path) -> str | None:
     """What is wrong with the contents of a checkpoint by its manifest, or None.
 
     Raises:
         ValueError: files are missing: someone removed them, for a kill or a full disk leaves no such checkpoint.
     """
-    manifest = json.loads((path / MANIFEST).read_text()) if (path / MANIFEST).is_file() else {MANIFEST: {}}
-    missing = [name for name in manifest if not (path / name).is_file()]
-    if missing:
+    if missing := missing_files(path):
         raise ValueError(
             f"checkpoint {str(path)!r} lacks {', '.join(missing)}: put back what is missing, or remove the checkpoint "
-            "to start from the one before"
+            "to start from the one before; RELAY_WEIGHTS_ONLY=1 begins anew from its weights alone"
         )
-    for name, expected in manifest.items():
+    for name, expected in read_manifest(path).items():
         size = (path / name).stat().st_size
         if size != expected["bytes"]:
             return f"{name} has {size:,} bytes instead of {expected['bytes']:,}"
-        if _digest(path / name) != expected["sha256"]:
+        if digest(path / name) != expected["sha256"]:
             return f"{name} does not have the checksum it was saved with"
     return None
 

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
 from pipeline.models.memory import in_smaller_batches, is_out_of_memory
@@ -58,16 +59,26 @@ class Learner:
         shared.to(accelerator.device)
         self.model, self.optimizer = accelerator.prepare(shared, optimizer)
         self.shared: SharedModel = accelerator.unwrap_model(self.model)
-        # Not prepared: accelerate would step it once per process, and the schedule would end early.
-        self.scheduler = get_scheduler(
-            args.lr_scheduler_type,
-            self.optimizer,
-            num_warmup_steps=args.warmup_steps,
-            num_training_steps=args.num_optimizer_steps(accelerator.num_processes),
-        )
+        self.scheduler = self._schedule(args.num_optimizer_steps(accelerator.num_processes))
         self.clipping = Clipping(
             args.cliprange, args.cliprange_high or args.cliprange, args.cliprange_value, args.dual_clip
         )
+
+    def _schedule(self, steps: int) -> LRScheduler:
+        # Not prepared: accelerate would step it once per process, and the schedule would end early.
+        return get_scheduler(
+            self.args.lr_scheduler_type,
+            self.optimizer,
+            num_warmup_steps=self.args.warmup_steps,
+            num_training_steps=steps,
+        )
+
+    def restore(self, optimizer: dict, scheduler: dict, steps: int | None = None) -> None:
+        """Go on from saved states; `steps`: the optimizer steps of the whole run, where these changed."""
+        if steps is not None:
+            self.scheduler = self._schedule(steps)
+        self.optimizer.load_state_dict(optimizer)
+        self.scheduler.load_state_dict(scheduler)
 
     def update(
         self, experience: Experience, seed: int, kl_coef: float, value_only: bool = False, skipped_in_row: int = 0

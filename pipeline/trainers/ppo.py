@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object, set_seed
 from datasets import Dataset
 from peft import LoraConfig
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,7 +24,14 @@ from pipeline.models.shared import SharedModel
 from pipeline.models.text import decode, encode_prompts
 from pipeline.rewards import Reward, RewardError, Scores, check_rewards
 from pipeline.rewards.learned import AdapterReward
-from pipeline.trainers.checkpoint import Checkpoint, TrainerState, load_checkpoint, save_checkpoint, state_size
+from pipeline.trainers.checkpoint import (
+    WEIGHTS_FILE,
+    Checkpoint,
+    TrainerState,
+    load_checkpoint,
+    save_checkpoint,
+    state_size,
+)
 from pipeline.trainers.checkpoint_files import check_space, clear_checkpoints, newest_checkpoint
 from pipeline.trainers.checks import check_kl, check_model_and_data, check_start, first_rows
 from pipeline.trainers.config import PPOConfig
@@ -31,7 +39,7 @@ from pipeline.trainers.credit import credit
 from pipeline.trainers.learner import Learner
 from pipeline.trainers.logs import TrainingLog, sample_line
 from pipeline.trainers.objective import adapted_kl_coef
-from pipeline.trainers.random_state import of_this_process, random_state, restore_random_state
+from pipeline.trainers.random_state import random_state, restore_random_state
 from pipeline.trainers.rollout import (
     Answer,
     Experience,
@@ -49,6 +57,7 @@ from pipeline.trainers.settings import as_rewards, first_of, greedy, handling_of
 from pipeline.trainers.stopping import Stopped, requested_stop
 from pipeline.trainers.trackers import installed, start_trackers
 from pipeline.trainers.watchdog import enter, watched
+from pipeline.trainers.weights_alone import weights_alone
 
 # A metric of the held-out completions: (completions, the rows they answer) -> name -> value.
 ComputeMetrics = Callable[[list[str], Dataset], dict[str, float]]
@@ -113,12 +122,13 @@ class PPOTrainer:
         self._prompt_at = prompt_order(len(train_dataset), seed)
         self.learner = Learner(shared, args, self.accelerator)
         self.shared = self.learner.shared
-        self.optimizer, self.scheduler = self.learner.optimizer, self.learner.scheduler
+        self.optimizer = self.learner.optimizer
         for adapter in adapters:
             adapter.attach(self.shared.reward_scores, self.shared.causal_lm)
         check_rewards(self.rewards, first_rows(train_dataset), args.reward_timeout)
         check_start(self.shared, processing_class, self._prompt_ids, self._eval_prompt_ids, args, self.accelerator)
         self.state, self._warned = TrainerState(), False
+        self._origin = 0, 0  # step and episodes from which this number of processes counts on
         self._rollout_size = args.local_rollout_forward_batch_size  # less once memory has run out
 
     @property
@@ -128,8 +138,9 @@ class PPOTrainer:
 
     @property
     def num_steps(self) -> int:
-        """PPO steps of the whole run."""
-        return self.args.num_steps(self.accelerator.num_processes)
+        """PPO steps of the whole run, those included that another number of processes may have made."""
+        step, episodes = self._origin
+        return step - (episodes - self.args.total_episodes) // self.batch_size
 
     @property
     def checkpoints(self) -> Path:
@@ -171,28 +182,46 @@ class PPOTrainer:
     def _start(self, resume: bool) -> None:
         if not resume:
             clear_checkpoints(self.checkpoints)
-        found, notes = newest_checkpoint(self.checkpoints)
+        weights, notes = weights_alone(self.checkpoints)
+        if weights:
+            self.shared.load_trainable_state(load_file(weights / WEIGHTS_FILE))
+        found, more = newest_checkpoint(self.checkpoints)
+        notes += more
         if found:
-            checkpoint = load_checkpoint(found)
-            self.shared.load_trainable_state(checkpoint.weights)
-            self.optimizer.load_state_dict(checkpoint.optimizer)
-            self.scheduler.load_state_dict(checkpoint.scheduler)
-            restore_random_state(of_this_process(checkpoint.random, found))
-            self.state = checkpoint.state
-            self.learner.micro_batch_size = self.state.micro_batch_size or self.args.per_device_train_batch_size
+            notes.append(self._restore(load_checkpoint(found), found))
         count = self.args.save_total_limit + 1 + self.args.load_best_model_at_end  # the one being written, the best
         check_space(self.checkpoints, state_size(self.shared.trainable_state()), count)
         if self.args.report_to:
             start_trackers(self.accelerator, self.args.run_name or "relay-ppo")
         self.log = TrainingLog(self.accelerator, self.output_dir / "metrics.jsonl", self.num_steps, self.state.step)
-        for note in [*notes, *([f"continuing from {found}"] if found else [])]:
+        for note in notes:
             self.log.say(note)
+
+    def _restore(self, checkpoint: Checkpoint, source: Path) -> str:
+        """Go on from a checkpoint; a sentence on what is not as it would have been without the interruption."""
+        args, state, processes = self.args, checkpoint.state, self.accelerator.num_processes
+        self.state, self._origin = state, (state.step, state.episodes)
+        self.shared.load_trainable_state(checkpoint.weights)
+        same = len(checkpoint.random) == processes
+        steps = self.num_steps * args.num_ppo_epochs * args.num_mini_batches
+        self.learner.restore(checkpoint.optimizer, checkpoint.scheduler, None if same else steps)
+        self.learner.micro_batch_size = state.micro_batch_size or args.per_device_train_batch_size
+        if same:
+            restore_random_state(checkpoint.random[self.accelerator.process_index])
+            return f"continuing from {source}"
+        set_seed(step_seed(self.seed, state.step, self.accelerator.process_index) % 2**32)
+        return (
+            f"continuing from {source}, which {len(checkpoint.random)} processes made; this run has {processes}, so "
+            f"from episode {state.episodes} on batches, samples and learning rates are others: the curve will not be "
+            "identical to that of a run without the change"
+        )
 
     def prompt_rows(self, step: int) -> list[int]:
         """Which training rows this process answers in a step. Data smaller than a batch is passed several times."""
         every, copies = self.batch_size // self.args.num_generations, self.args.num_generations
         local = every // self.accelerator.num_processes
-        start = step * every + self.accelerator.process_index * local
+        done = self._origin[1] // copies + (step - self._origin[0]) * every
+        start = done + self.accelerator.process_index * local
         return [self._prompt_at(position) for position in range(start, start + local) for _ in range(copies)]
 
     def collect_rollout(self, rows: Sequence[int]) -> Rollout:
@@ -366,7 +395,8 @@ class PPOTrainer:
             moved["kl_coef"] = adapted_kl_coef(
                 self.kl_coef, stats["objective/kl"], args.kl_target, self.batch_size, args.kl_horizon
             )
-        self.state = replace(self.state, step=self.state.step + 1, **moved)
+        episodes = self.state.episodes + self.batch_size
+        self.state = replace(self.state, step=self.state.step + 1, episodes=episodes, **moved)
 
     def _end_step(self, rollout: Rollout, stats: dict[str, float]) -> None:
         """Log, show a sample, evaluate and save, each when it is due."""
@@ -374,7 +404,7 @@ class PPOTrainer:
         self.advance(rollout, stats)
         step = self.state.step
         if step % args.logging_steps == 0 or step == total:
-            self.log.write(step, {"episode": step * self.batch_size, **stats})
+            self.log.write(step, {"episode": self.state.episodes, **stats})
         self.log.advance(stats)
         if stats["objective/no_signal"] > 0.5 and not self._warned:
             self._warned = True
@@ -401,7 +431,7 @@ class PPOTrainer:
     def save_checkpoint(self) -> None:
         """Write a checkpoint of the current step; every process calls it, the main one writes."""
         enter(f"the checkpoint after PPO step {self.state.step}")
-        states = self.optimizer.state_dict(), self.scheduler.state_dict(), gather_object([random_state()])
+        states = self.optimizer.state_dict(), self.learner.scheduler.state_dict(), gather_object([random_state()])
         checkpoint = Checkpoint(self.state, self.shared.trainable_state(), *states)
         protect = self.state.best_step if self.args.load_best_model_at_end else None
         save_checkpoint(self.checkpoints, checkpoint, self.args.save_total_limit, protect)

@@ -24,6 +24,7 @@ from pipeline.trainers.logs import MetricsFileCallback
 from pipeline.trainers.precision import check_precision, native_bf16
 from pipeline.trainers.resumable import ResumableTrainer
 from pipeline.trainers.trackers import installed
+from pipeline.trainers.weights_alone import weights_alone
 
 DEFAULTS: Mapping[str, Any] = {
     "eval_strategy": "epoch",
@@ -168,12 +169,17 @@ def build_sft_trainer(
 def last_checkpoint(args: SFTConfig) -> str | None:
     """The newest intact checkpoint an interrupted run left, to be resumed from; damaged ones are named on stderr.
 
+    One in another directory than `args.output_dir` is there for its weights alone.
+
     Raises:
         ValueError: files are missing from a checkpoint, or all are damaged.
     """
-    found, notes = newest_checkpoint(Path(args.output_dir))
+    found, notes = weights_alone(Path(args.output_dir))
+    if not found:
+        found, more = newest_checkpoint(Path(args.output_dir))
+        notes += [*more, *([f"continuing from {found}"] if found else [])]
     if PartialState().is_main_process:
-        for note in [*notes, *([f"continuing from {found}"] if found else [])]:
+        for note in notes:
             print(note, file=sys.stderr)
     return str(found) if found else None
 
