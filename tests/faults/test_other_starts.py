@@ -1,7 +1,8 @@
-"""Going on with another number of processes, and beginning anew from the weights of a checkpoint that lost the rest."""
+"""Going on with another number of processes, and beginning anew from the weights of an incomplete checkpoint."""
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -34,10 +35,8 @@ def test_ppo_goes_on_in_other_numbers_of_processes(make_trainer, tmp_path, fresh
                 raise InterruptedError
 
         trainer._end_step = ending
-        try:
+        with suppress(InterruptedError):
             trainer.train()
-        except InterruptedError:
-            pass
         torch.save(weights(trainer), tmp_path / f"weights-{rank}.pt")
         (tmp_path / f"rows-{steps}-{rank}.json").write_text(json.dumps(seen))
 
@@ -77,11 +76,8 @@ def sft(taught, tokenizer, examples, model_config, tmp_path, fresh_accelerate):
     """Each call trains SFT in a directory or goes on there; its trainer."""
 
     def train(output: str, peft: bool):
-        arguments = sft_arguments(
-            {"max_length": 64, "num_train_epochs": 2, "learning_rate": 1e-2, "disable_tqdm": True},
-            tmp_path / output,
-            0,
-        )
+        settings = {"max_length": 64, "num_train_epochs": 2, "learning_rate": 1e-2, "disable_tqdm": True}
+        arguments = sft_arguments(settings, tmp_path / output, 0)
         trainer = build_sft_trainer(
             taught(), arguments, tokenizer, examples.select(range(16)), examples.select(range(4)),
             lora_config(model_config) if peft else None, tmp_path / output / "metrics.jsonl",
@@ -112,9 +108,13 @@ def test_weights_alone(make_trainer, sft, tmp_path, monkeypatch, capfd, kind):
         if kind == "ppo":
             trainer = make_trainer("run", save_steps=1)
             collect = trainer.collect_rollout
-            trainer.collect_rollout = lambda rows: (
-                ((started or started.update(weights(trainer))) and 0) or collect(rows)
-            )
+
+            def collecting(rows):
+                if not started:
+                    started.update(weights(trainer))
+                return collect(rows)
+
+            trainer.collect_rollout = collecting
             trainer.train()
         else:
             started.update(sft("run", kind == "sft"))
