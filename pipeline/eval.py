@@ -34,7 +34,7 @@ from pipeline.metrics import load_metric
 from pipeline.models.loading import load_model, load_tokenizer, plain_model_directory
 from pipeline.models.reward_model import RewardNetwork, check_base
 from pipeline.recipe import Recipe, parse_stage_arguments
-from pipeline.rewards import Reward, RewardFunction, as_completions, build_rewards, score_texts
+from pipeline.rewards import Handling, Reward, RewardFunction, as_completions, build_rewards, score_texts
 from pipeline.rewards.learned import AdapterReward
 from pipeline.run_directory import RunDirectory, control_run, versions
 from pipeline.stage import (
@@ -45,10 +45,13 @@ from pipeline.stage import (
     peak_memory_mib,
     plain_text,
     run_stage,
+    say,
     sft_model_path,
 )
 from pipeline.tasks import Task
+from pipeline.trainers.config import PPOConfig
 from pipeline.trainers.objective import advantages_and_returns, kl_penalty, spread_scores, token_rewards
+from pipeline.trainers.scoring import count_failures
 
 
 def main(argv: Sequence[str]) -> int:
@@ -111,7 +114,7 @@ def build_report(
     rewards = build_rewards(recipe.ppo.rewards, task.language, loaded_reward(recipe, run, task)) if recipe.ppo else []
     judges = Judges(
         metrics=[load_metric(m.name, task.language, **m.options) for m in recipe.eval.metrics],
-        score=lambda texts: score_rows(rewards, task.test, texts),
+        score=lambda texts: score_rows(rewards, task.test, texts, recipe.ppo),
         rewards=[reward.name for reward in rewards],
         settings=recipe.eval,
         seed=recipe.seed,
@@ -147,9 +150,12 @@ def loaded_reward(recipe: Recipe, run: RunDirectory, task: Task) -> RewardFuncti
 
 
 def score_rows(
-    rewards: Sequence[Reward], rows: Dataset, texts: Sequence
+    rewards: Sequence[Reward], rows: Dataset, texts: Sequence, ppo: PPOConfig | None
 ) -> tuple[list[float], dict[str, list[float]]]:
-    """The weighted reward of each prediction or text of `rows`, and each part by name; nothing without rewards."""
+    """The weighted reward of each prediction or text of `rows`, and each part by name; nothing without rewards.
+
+    Every text has a score here: where `ppo` does not stop at a reward that fails, it pays 0, and that is said.
+    """
     if not rewards:
         return [], {}
     rows = rows.select([text.index for text in texts])
@@ -157,7 +163,10 @@ def score_rows(
     columns["completion_ids"] = [text.completion_ids for text in texts]
     prompts = list(rows["prompt"])
     completions = as_completions(prompts, [text.completion for text in texts])
-    scores = score_texts(rewards, prompts, completions, columns)
+    handling = Handling("stop" if ppo.on_reward_error == "stop" else "zero", ppo.reward_timeout)
+    scores = score_texts(rewards, prompts, completions, columns, handling)
+    if scores.failures:
+        say(f"eval: {count_failures(list(scores.failures.values()), handling.on_error)}")
     return scores.total.tolist(), {name: values.tolist() for name, values in scores.parts.items()}
 
 

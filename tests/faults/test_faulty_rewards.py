@@ -4,7 +4,7 @@ import ctypes
 import math
 import re
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import forks
 import pytest
@@ -12,8 +12,10 @@ import torch
 from ppo_toys import colours, read_metrics, training_steps, weights
 from two_processes import run_in_two
 
-from pipeline.rewards import Handling, Reward, RewardError, score_texts
+from pipeline.eval import score_rows
+from pipeline.rewards import Handling, Reward, RewardConfig, RewardError, score_texts
 from pipeline.rewards import time_limit as limits
+from pipeline.trainers.config import PPOConfig
 
 PROMPTS = [f"prompt {n}" for n in range(8)]
 TEXTS = [f"text {n}" for n in range(8)]
@@ -351,3 +353,28 @@ def test_processes_agree_on_failures_of_one_of_them(make_trainer, examples, tmp_
     assert all(tensor.isfinite().all() for tensor in first.values())
     lines = training_steps(tmp_path / "ppo")
     assert [line["objective/reward_errors"] for line in lines] == [4.0, 0.0]
+
+
+@dataclass(frozen=True)
+class Text:
+    """What the report knows of one completion."""
+
+    index: int
+    completion: str
+    completion_ids: tuple[int, ...] = (5,)
+
+
+@pytest.mark.parametrize("on_error", ["stop", "skip", "zero"])
+def test_the_report_follows_the_policy_and_has_a_score_for_every_text(examples, on_error, capfd, fresh_accelerate):
+    texts = [Text(index, "red one") for index in range(4)]
+    rewards = [Reward("colours", sometimes([examples["tag"][2]]))]
+    settings = PPOConfig((RewardConfig("constant"),), on_reward_error=on_error)
+    if on_error == "stop":
+        with pytest.raises(RewardError, match="no connection for completion 2"):
+            score_rows(rewards, examples, texts, settings)
+        return
+    assert score_rows(rewards, examples, texts, settings)[0] == [0.5, 0.5, 0.0, 0.5]
+    assert (
+        "eval: 1 score counted as 0 (ppo.on_reward_error): reward 'colours' raised ValueError"
+        in capfd.readouterr().err
+    )
