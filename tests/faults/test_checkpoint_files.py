@@ -5,7 +5,6 @@ import os
 import pickle
 import random
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -227,18 +226,6 @@ def test_too_little_room_is_said_before_the_first_step(tmp_path, monkeypatch):
         check_space(tmp_path / "new", 800, 4)
     write(tmp_path / "new", 1)  # takes its place already
     check_space(tmp_path / "new", 800, 4)
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 4 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"no right to mount a small disk here: {mounted.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", place], check=True)
 
 
 @pytest.mark.parametrize("numbers", [300_000, 900_000], ids=["the optimizer", "the weights"])

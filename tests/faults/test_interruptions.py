@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import forks
@@ -126,6 +128,84 @@ def test_a_signal_saves_and_the_same_command_ends_the_same(recipe, tmp_path, cap
     (weights, log), (expected, expected_log) = (result(tmp_path / "runs" / n, stage) for n in ("broken", "whole"))
     assert log == expected_log
     assert weights.keys() == expected.keys() and all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_in_the_middle_of_a_step_the_same_command_ends_the_same(recipe, tmp_path, capfd, stage):
+    options = [f"{stage}.save_strategy=steps", f"{stage}.save_steps=1", f"{stage}.eval_strategy=no"]
+    options = ["ppo.save_steps=1"] if stage == "ppo" else options
+    for name in ("whole", "broken"):
+        prepare(recipe, stage, f"name={name}")
+    assert STAGES[stage].main([recipe, "name=whole", *options]) == 0
+    assert signalled(stage, [recipe, "name=broken", *options], signal.SIGKILL, step=3, times=1) == -signal.SIGKILL
+    run = tmp_path / "runs" / "broken"
+    assert list_checkpoints(run / stage / "checkpoints")[-1].name == "checkpoint-2"
+    capfd.readouterr()
+    assert STAGES[stage].main([recipe, "name=broken", *options]) == 0
+    said = capfd.readouterr().err
+    assert "did not end well; going on from what it left" in said and "continuing from" in said
+    (weights, log), (expected, expected_log) = (result(tmp_path / "runs" / n, stage) for n in ("broken", "whole"))
+    assert log == expected_log
+    assert weights.keys() == expected.keys() and all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def fill(disk: Path) -> None:
+    """Leave no byte."""
+    with suppress(OSError), (disk / "ballast").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(2**12))
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_a_disk_that_fills_up_ends_the_stage_and_costs_nothing(recipe, small_disk, capfd, monkeypatch, stage):
+    """With a limit of one checkpoint: the old one stays until there is another."""
+    options = [f"output_dir={small_disk}", f"{stage}.save_total_limit=1"]
+    options += ["ppo.save_steps=1"] if stage == "ppo" else ["sft.save_strategy=steps", "sft.save_steps=1"]
+    options += [] if stage == "ppo" else ["sft.eval_strategy=no"]
+    prepare(recipe, stage, *options)
+    trainer, name = {
+        "sft": (resumable.ResumableTrainer, "_save_checkpoint"),
+        "ppo": (ppo_trainer.PPOTrainer, "save_checkpoint"),
+    }[stage]
+    save = getattr(trainer, name)
+
+    def saving(self, *arguments):
+        if (self.state.global_step if stage == "sft" else self.state.step) == 2:
+            fill(small_disk)
+        save(self, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer, name, saving)
+        capfd.readouterr()
+        assert STAGES[stage].main([recipe, *options]) == 1
+    said = capfd.readouterr().err
+    checkpoints = small_disk / "tiny" / stage / "checkpoints"
+    message = (
+        rf"error: {stage}: cannot write {checkpoints}/checkpoint-2: it needs about [\d,]+ bytes and [\d,]+ are free; "
+    )
+    assert re.search(message + "the checkpoints before it are intact: make room and run the same command again", said)
+    assert "Traceback" not in said
+    assert [path.name for path in checkpoints.iterdir()] == ["checkpoint-1"]
+    assert newest_checkpoint(checkpoints) == (checkpoints / "checkpoint-1", [])
+    (small_disk / "ballast").unlink()
+    assert STAGES[stage].main([recipe, *options]) == 0
+    assert f"continuing from {checkpoints}/checkpoint-1" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_whose_checkpoint_lacks_files_lists_them_and_ends(recipe, tmp_path, capfd, stage):
+    prepare(recipe, stage)
+    assert signalled(stage, [recipe], signal.SIGTERM, step=2, times=1) == 143
+    last = list_checkpoints(tmp_path / "runs" / "tiny" / stage / "checkpoints")[-1]
+    (last / "optimizer.pt").unlink()
+    (last / "trainer_state.json").unlink()
+    capfd.readouterr()
+    assert STAGES[stage].main([recipe]) == 1
+    said = capfd.readouterr().err
+    assert (
+        f"error: {stage}: checkpoint '{last}' lacks optimizer.pt, trainer_state.json: put back what is missing" in said
+    )
+    assert "RELAY_WEIGHTS_ONLY=1 begins anew from its weights alone" in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
