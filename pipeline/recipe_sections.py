@@ -47,6 +47,9 @@ _REFUSED_SFT_KEYS = {
     "it does nothing here: no callback of Relay keeps a state": "restore_callback_states_from_checkpoint",
     "TRL has deprecated it": "truncation_mode use_liger_kernel liger_kernel_config",
     "it does nothing here: training never reads a key-value cache": "use_cache",
+    "it makes the effective batch smaller; lower per_device_train_batch_size and raise gradient_accumulation_steps": (
+        "auto_find_batch_size"
+    ),
     _UPLOADS: "push_to_hub trackio_space_id trackio_bucket_id trackio_static_space_id",
 }
 REFUSED_SFT_KEYS = {key: reason for reason, keys in _REFUSED_SFT_KEYS.items() for key in keys.split()}

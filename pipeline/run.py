@@ -11,7 +11,9 @@ import pipeline.supported  # noqa: F401  # first: before an import fails on a ve
 # isort: split
 import argparse
 import math
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from rich.text import Text
 from trl import SFTConfig
 
 from pipeline.evaluation.runs_pages import write_comparison
+from pipeline.launcher import CAUSE_FILE
 from pipeline.process_group import default_launch_options, launch, process_count, signal_name
 from pipeline.recipe import Recipe, RecipeError, load_checked_recipe, load_recipe, split_recipe_argument
 from pipeline.recipe_secrets import one_line
@@ -268,8 +271,8 @@ def ppo_sizes(recipe: Recipe, processes: int) -> str:
 def stage_command(stage: str, recipe: Path, overrides: Sequence[str], options: Sequence[str]) -> list[str]:
     """The command of one stage's process group."""
     script = Path(__file__).resolve().parent / f"{stage}.py"
-    # --quiet: the stage has said what went wrong; accelerate's own traceback would bury it.
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+    # Not accelerate itself: its own traceback would bury what the stage has said went wrong.
+    launcher = [sys.executable, "-m", "pipeline.launcher"]
     return [*launcher, *options, str(script), str(recipe), *overrides]
 
 
@@ -285,15 +288,25 @@ def run_stage(console: Console, recipe: Recipe, planned: PlannedStage, command: 
         return fail(f"{stage}: {error}" if isinstance(error, OSError) else str(error), 2)
     say(console, f"{stage}: {'continuing' if planned.action == 'resume' else 'starting'}", style="bold")
     began = time.monotonic()
-    code = launch(command)
+    code, cause = launch_and_ask(command)
     if code > 128 and signal_name(code - 128):
-        return fail(f"{stage} was ended by {signal_name(code - 128)}; the same command continues there", code)
+        return fail(f"{stage} was ended by {signal_name(code - 128)}; the same command continues there{cause}", code)
     if code:
-        return fail(f"{stage} failed with exit code {code}; the same command continues there", code)
+        return fail(f"{stage} failed with exit code {code}; the same command continues there{cause}", code)
     if stage_status(directory, recipe, stage) != "complete":
         return fail(f"{stage} ended without finishing {place}; the same command continues there", 1)
     say(console, f"{stage}: done in {time.monotonic() - began:.0f} s")
     return 0
+
+
+def launch_and_ask(command: Sequence[str]) -> tuple[int, str]:
+    """Launch a stage; its exit code, and which of several processes failed first and why, as the end of a sentence."""
+    with tempfile.TemporaryDirectory() as place:
+        os.environ[CAUSE_FILE] = str(Path(place) / "cause")
+        code = launch(command)
+        file = Path(os.environ.pop(CAUSE_FILE))
+        cause = " ".join(file.read_text(encoding="utf-8").split()) if file.is_file() else ""
+    return code, f": {cause}" if cause else ""
 
 
 def say(console: Console, text: str, style: str | None = None) -> None:

@@ -8,6 +8,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from pipeline.models.scratch import build_from_scratch
 from pipeline.recipe import Recipe
 from pipeline.recipe_secrets import one_line
 from pipeline.rewards.classifier import ClassifierReward
+from pipeline.rewards.giving_up import record_failure
 from pipeline.rewards.learned import (
     CALIBRATION_ROWS,
     AdapterReward,
@@ -39,6 +41,7 @@ from pipeline.run_directory import (
 from pipeline.run_lock import RunInUseError, run_lock
 from pipeline.tasks import Task, load_task
 from pipeline.trainers.stopping import Stopped
+from pipeline.trainers.watchdog import timeout_minutes
 
 StageBody = Callable[[Recipe, RunDirectory], dict[str, object]]
 
@@ -47,11 +50,17 @@ def run_stage(recipe: Recipe, stage: str, body: StageBody) -> int:
     """Run `body` between the stage's begin and end records, alone in the run directory.
 
     A failure that the user can mend (ValueError, OSError) is one sentence; RELAY_TRACEBACK=1 shows where it arose.
+    What a process fails of is left for the launcher, so that the first of several can be named.
 
     Returns:
         The exit code: 0 done, 1 failed, 2 cannot start, 128 + the number of the signal that ended it.
     """
-    run, state = RunDirectory.of(recipe), PartialState(cpu=not torch.accelerator.is_available())
+    try:
+        patience = timedelta(minutes=timeout_minutes(), seconds=30)  # the watchdog, which knows more, comes first
+    except ValueError as error:
+        print(f"error: {stage}: {error}", file=sys.stderr)
+        return 2
+    run, state = RunDirectory.of(recipe), PartialState(cpu=not torch.accelerator.is_available(), timeout=patience)
     quiet_libraries()
     limit_kernel_cache()
     # Every process decides before the main one writes anything.
@@ -75,10 +84,32 @@ def run_stage(recipe: Recipe, stage: str, body: StageBody) -> int:
         say(f"{stage}: ended by Ctrl-C; the same command continues from the last checkpoint")
         return 128 + signal.SIGINT
     except (ValueError, OSError, FloatingPointError) as error:
-        if os.environ.get("RELAY_TRACEBACK"):
-            traceback.print_exc()
-        print(f"error: {stage}: {one_line(error)}", file=sys.stderr, flush=True)
-        return 1
+        return _failed(stage, str(error))
+    except RuntimeError as error:
+        if not is_lost_connection(error):
+            record_failure(f"{stage}: {type(error).__name__}: {error}")
+            raise
+        return _failed(stage, f"another process is gone or does not answer: {error}", consequence=True)
+    except Exception as error:  # not the user's to mend: its traceback is shown
+        record_failure(f"{stage}: {type(error).__name__}: {error}")
+        raise
+
+
+def _failed(stage: str, message: str, consequence: bool = False) -> int:
+    """Say why the stage failed, in one line, here and to the launcher; the exit code."""
+    if os.environ.get("RELAY_TRACEBACK"):
+        traceback.print_exc()
+    state, sentence = PartialState(), f"{stage}: {one_line(message)}"
+    record_failure(sentence, consequence)
+    where = f"process {state.process_index} of {state.num_processes}: " if state.num_processes > 1 else ""
+    print(f"error: {where}{sentence}", file=sys.stderr, flush=True)
+    return 1
+
+
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Whether an error only says that this process cannot reach another one, as gloo and NCCL put it."""
+    words = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", "NCCL", "Connection refused")
+    return PartialState().num_processes > 1 and any(word in str(error) for word in words)
 
 
 def _lock(run: RunDirectory, held: ExitStack) -> str | None:

@@ -17,15 +17,18 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from ppo_toys import SMALL, colours
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.models.config import FromScratchConfig, ModelConfig
-from pipeline.models.loading import load_model, load_tokenizer
+from pipeline.models.loading import load_model, load_tokenizer, lora_config
 from pipeline.models.scratch import build_from_scratch
 from pipeline.models.sequences import Sequences, make_sequences
 from pipeline.models.states import completion_states, lm_head
 from pipeline.models.text import encode_completions, encode_prompts
+from pipeline.trainers.config import PPOConfig
+from pipeline.trainers.ppo import PPOTrainer
 
 torch.set_num_threads(1)
 tqdm.monitor_interval = 0  # its thread may hold the lock of all bars in the moment of a fork, in the child for ever
@@ -156,3 +159,35 @@ def fresh_accelerate() -> Iterator[None]:
     forget()
     yield
     forget()
+
+
+@pytest.fixture
+def make_trainer(taught, tokenizer, examples, model_config, tmp_path, fresh_accelerate) -> Callable[..., PPOTrainer]:
+    """Each call builds a trainer over a fresh copy of the taught model; keywords of PPOConfig change `SMALL`."""
+
+    def make(
+        output: str | Path = "ppo",
+        reward=colours,
+        seed: int = 0,
+        train=examples,
+        validation=None,
+        processing_class=tokenizer,
+        compute_metrics=None,
+        model=None,
+        peft_config=None,
+        **settings,
+    ) -> PPOTrainer:
+        return PPOTrainer(
+            model=model or taught(),
+            args=PPOConfig(**{**SMALL, **settings}),
+            processing_class=processing_class,
+            reward_funcs=reward,
+            train_dataset=train,
+            eval_dataset=validation,
+            peft_config=peft_config or lora_config(model_config),
+            output_dir=tmp_path / output,
+            seed=seed,
+            compute_metrics=compute_metrics,
+        )
+
+    return make

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PIPELINE = ROOT / "pipeline"
-OF_SCRIPTS = r"sft|reward|ppo|eval|run|recipe|recipe_\w+|run_directory|run_lock|stage|process_group|supported"
+OF_SCRIPTS = r"sft|reward|ppo|eval|run|recipe|recipe_\w+|run_directory|run_lock|stage|process_group|supported|launcher"
 SCRIPT = re.compile(rf"pipeline\.({OF_SCRIPTS})")
 # What each package may import of ours, beside itself.
 ALLOWED = {

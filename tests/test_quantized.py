@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from bitsandbytes.nn import Linear4bit
 from peft import get_peft_model
 from safetensors.torch import load_file
 from test_reward_stage import recipe  # noqa: F401 (a fixture)
@@ -20,6 +19,7 @@ from pipeline.rewards.config import RewardConfig
 from pipeline.trainers.config import PPOConfig
 from pipeline.trainers.ppo import PPOTrainer
 
+bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs the extra `quantization`")
 QUANTIZED = ["model.load_in_4bit=true", "sft.use_peft=true", "sft.bf16=false"]
 
 
@@ -29,7 +29,7 @@ def test_every_stage_over_four_bits(recipe, tmp_path, monkeypatch):  # noqa: F81
 
         def load(*args, stage=stage, plain=module.load_model, **kwargs):
             model = plain(*args, **kwargs)
-            seen.setdefault(stage, []).append(any(isinstance(m, Linear4bit) for m in model.modules()))
+            seen.setdefault(stage, []).append(any(isinstance(m, bitsandbytes.nn.Linear4bit) for m in model.modules()))
             return model
 
         monkeypatch.setattr(module, "load_model", load)

@@ -434,6 +434,7 @@ REFUSED_BY_NAME = """
     fsdp fsdp_config accelerator_config parallelism_config local_rank ddp_backend use_liger_kernel truncation_mode
     overwrite_output_dir logging_dir trackio_space_id label_names prediction_loss_only eval_accumulation_steps
     include_for_metrics batch_eval_metrics restore_callback_states_from_checkpoint length_column_name use_cache
+    auto_find_batch_size
 """
 
 

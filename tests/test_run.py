@@ -315,8 +315,8 @@ def test_options_after_two_dashes_reach_accelerate(monkeypatch):
     monkeypatch.setattr(run, "launch", record)
     assert run.main(["recipe.yaml", "seed=1", "--", "--cpu", "--num_processes", "1"]) == 3
     script = str(Path(run.__file__).parent / "sft.py")
-    assert seen[0][:4] == [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
-    assert seen[0][4:] == ["--cpu", "--num_processes", "1", script, "recipe.yaml", "seed=1"]
+    assert seen[0][:3] == [sys.executable, "-m", "pipeline.launcher"]
+    assert seen[0][3:] == ["--cpu", "--num_processes", "1", script, "recipe.yaml", "seed=1"]
 
 
 def test_accelerate_starts_a_stage_on_a_cpu_without_noise(monkeypatch, tmp_path):
@@ -329,7 +329,7 @@ def test_accelerate_starts_a_stage_on_a_cpu_without_noise(monkeypatch, tmp_path)
     command = run.stage_command("sft", "recipe.yaml", ["seed=1"], default_launch_options())
     result = subprocess.run(command, capture_output=True, text=True)
     expected = f"['recipe.yaml', 'seed=1'] True {torch.get_num_threads()}\n"
-    assert (result.returncode, result.stdout, result.stderr) == (1, expected, "")
+    assert (result.returncode, result.stdout, result.stderr) == (3, expected, "")
 
 
 def test_launch_options_follow_the_machine(monkeypatch):

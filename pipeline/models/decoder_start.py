@@ -1,12 +1,14 @@
 """What a decoder is given before it writes: the start token, and a first token that is forced (a language code)."""
 
 import difflib
+import inspect
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # As good as impossible, and finite: a probability of 0 times minus infinity would make an entropy NaN.
 IMPOSSIBLE = -1e4
+DECODER_ARGUMENTS = ("input_ids", "encoder_hidden_states", "encoder_attention_mask", "use_cache")
 
 
 def decoder_prefix(model: PreTrainedModel) -> list[int]:
@@ -27,6 +29,21 @@ def decoder_prefix(model: PreTrainedModel) -> list[int]:
         )
     forced = settings.forced_bos_token_id
     return [settings.decoder_start_token_id] + ([] if forced is None else [forced])
+
+
+def check_decoder(model: PreTrainedModel) -> None:
+    """Refuse an encoder-decoder whose decoder cannot be called as those of the library are, before it is trained.
+
+    Raises:
+        ValueError: naming the model's type.
+    """
+    given = inspect.signature(model.get_decoder().forward).parameters
+    missing = [name for name in DECODER_ARGUMENTS if name not in given]
+    if missing:
+        raise ValueError(
+            f"model: the decoder of {model.config.model_type!r} takes no {missing[0]}, so it cannot be trained here; "
+            "choose another model"
+        )
 
 
 def set_decoder_start(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from pipeline.models.config import ModelConfig
-from pipeline.models.decoder_start import check_languages, set_decoder_start
+from pipeline.models.decoder_start import check_decoder, check_languages, set_decoder_start
 from pipeline.models.quantized import use_one_product
 from pipeline.models.reading import ADAPTER_FILE, adapter_base, read_config, read_tokenizer, unreadable
 
@@ -98,6 +98,7 @@ def load_model(path: str | Path, config: ModelConfig, frozen: bool = False) -> P
     if frozen and config.load_in_4bit:
         use_one_product(model)
     if model_config.is_encoder_decoder:
+        check_decoder(model)
         set_decoder_start(model, load_tokenizer(path, config))
     return model
 

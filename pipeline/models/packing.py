@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -23,7 +24,8 @@ LAYERS = {"full_attention", "sliding_attention"}  # of config.layer_types; other
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the N tokens of a packed row stand in padded rows: U different prompts, then B completions.
+    """Where the tokens of a packed row stand in padded rows: U different prompts, then B completions, then tokens that
+    nobody reads.
 
     The last token of a completion is never read, so completions have C = longest - 1 columns, and none where every
     completion is one token long. `prompt_at, completion_at` are positions in the padded rows [U * P] and [B * C];
@@ -45,6 +47,11 @@ class Packing:
     def num_prompt_tokens(self) -> int:
         """Packed tokens that belong to prompts; they stand first."""
         return self.prompt_at.shape[0]
+
+    @property
+    def num_completion_tokens(self) -> int:
+        """Packed tokens that belong to completions; they follow."""
+        return self.completion_at.shape[0]
 
     def attention_masks(self, dtype: torch.dtype, additive: bool) -> tuple[Tensor, Tensor]:
         """True (or 0) where a token is read, False (or the lowest number): [U, 1, P, P] and [B, 1, C, P + C]."""
@@ -68,8 +75,11 @@ class Packing:
         return prompts, torch.cat([owner.unsqueeze(1).expand(-1, len(completion), -1), own], dim=2)
 
 
-def pack(sequences: Sequences) -> Packing:
-    """The packed row of a batch. Rows with equal prompts share one."""
+def pack(sequences: Sequences, multiple: int = 1) -> Packing:
+    """The packed row of a batch. Rows with equal prompts share one.
+
+    Its length is made a multiple of `multiple` by tokens that nobody reads.
+    """
     mask, numbers = sequences.prompt_mask, sequences.prompt_numbers()
     prompts, prompt_of = sequences.prompt_ids, None
     different = int(numbers.max()) + 1
@@ -82,9 +92,11 @@ def pack(sequences: Sequences) -> Packing:
     completions, own = sequences.completion_ids[:, :-1], sequences.completion_mask[:, 1:]
     start = lengths if prompt_of is None else lengths[prompt_of]
     at = start.unsqueeze(1) + torch.arange(own.shape[1], device=mask.device)
+    ids, positions = torch.cat([prompts[mask], completions[own]]), torch.cat([right.nonzero()[:, 1], at[own]])
+    spare = -len(ids) % multiple
     return Packing(
-        ids=torch.cat([prompts[mask], completions[own]]),
-        positions=torch.cat([right.nonzero()[:, 1], at[own]]),
+        ids=functional.pad(ids, (0, spare)),
+        positions=functional.pad(positions, (0, spare)),
         prompt_at=right.flatten().nonzero().squeeze(1),
         completion_at=own.flatten().nonzero().squeeze(1),
         prompt_of=prompt_of,
@@ -179,13 +191,19 @@ def _attention(
     masks = packing.attention_masks(query.dtype, implementation == "eager")
     prompts = [_rows(x[:split], packing.prompt_at, packing.prompt_mask) for x in packed]
     outputs = [_attend(function, module, *prompts, masks[0], packing.prompt_at, kwargs)]
-    if packing.completion_at.numel():
-        query, *own = (_rows(x[split:], packing.completion_at, packing.completion_mask) for x in packed)
+    if packing.num_completion_tokens:
+        query, *own = (
+            _rows(x[split : split + packing.num_completion_tokens], packing.completion_at, packing.completion_mask)
+            for x in packed
+        )
         read = (
             prompts[1:] if packing.prompt_of is None else [x.index_select(0, packing.prompt_of) for x in prompts[1:]]
         )
         key, value = (torch.cat(pair, dim=1) for pair in zip(read, own, strict=True))
         outputs.append(_attend(function, module, query, key, value, masks[1], packing.completion_at, kwargs))
+    unread = len(packing.ids) - split - packing.num_completion_tokens
+    if unread:
+        outputs.append(outputs[0].new_zeros(unread, *outputs[0].shape[1:]))
     return torch.cat(outputs).unsqueeze(0), None
 
 

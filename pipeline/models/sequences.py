@@ -39,11 +39,6 @@ class Sequences:
             None if self.encoder_states is None else self.encoder_states[index, :prompt],
         )
 
-    @property
-    def num_positions(self) -> int:
-        """Positions of a padded pass, in which the last column of the completions is not read."""
-        return self.prompt_ids.numel() + self.completion_ids[:, :-1].numel()
-
     def prompt_numbers(self) -> Tensor:
         """[B] numbers that are equal where prompts are."""
         mask = self.prompt_mask

@@ -20,9 +20,8 @@ from pipeline.models.reward_model import apply_head, load_head
 from pipeline.models.sequences import Sequences, make_sequences
 from pipeline.models.states import completion_states, encode, final_states, head_parts
 
-# In bf16 on a CPU rows are packed where at most this share of the padded positions is left: oneDNN's products of any
-# odd number of tokens cost more than a fifth of padding does (docs/benchmarks.md).
-WORTHWHILE = 0.6
+# In bf16 on a CPU oneDNN compiles a kernel for each shape of a product: so many tokens more are less than that costs.
+ROUNDED_UP_TO = 32
 POLICY, VALUE, REWARD = "default", "value", "reward"  # peft's adapter names; it calls the first one default
 
 
@@ -251,11 +250,10 @@ class SharedModel(nn.Module):
     def _states(self, model: PreTrainedModel, sequences: Sequences) -> Tensor:
         """[M, H] for the M completion tokens in row order: the state of token t has read the prompt and t tokens."""
         if self.padding_free and (self._window is None or int(sequences.lengths.max()) <= self._window):
-            packing, device = pack(sequences), sequences.prompt_ids.device.type
+            device = sequences.prompt_ids.device.type
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
-            few = len(packing.ids) <= WORTHWHILE * sequences.num_positions
-            if few or device != "cpu" or dtype != torch.bfloat16:
-                return packed_states(model, packing)
+            compiled = device == "cpu" and dtype == torch.bfloat16
+            return packed_states(model, pack(sequences, ROUNDED_UP_TO if compiled else 1))
         return completion_states(model, sequences)[sequences.completion_mask]
 
     @torch.no_grad()

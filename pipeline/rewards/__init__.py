@@ -3,20 +3,22 @@
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.metrics import METRIC_NAMES, load_metric
+from pipeline.rewards.calling import call_reward
 from pipeline.rewards.config import RewardConfig
 from pipeline.rewards.constant import constant_reward
 from pipeline.rewards.metric import metric_reward
+from pipeline.rewards.results import Handling, RewardError, finite_values, pays_tokens, token_values
 
 __all__ = [
+    "Handling",
     "Reward",
     "RewardConfig",
     "RewardError",
@@ -43,10 +45,6 @@ class RewardFunction(Protocol):
     def __call__(self, prompts: list, completions: list, **columns: list) -> list[float | list[float] | None]:
         """Score the completions."""
         ...
-
-
-class RewardError(ValueError):
-    """A reward function failed or returned something that is not one finite number for each completion."""
 
 
 @dataclass(frozen=True)
@@ -120,13 +118,15 @@ def _make(factory: Callable[..., RewardFunction], config: RewardConfig) -> Rewar
 class Scores:
     """What the rewards said of a batch of completions.
 
-    `total [B]` is the weighted sum; `parts` has each reward's values [B] by name, NaN where a function returned None;
-    `token_parts` has, for a reward that paid single tokens, a list of numbers for each completion (None: not paid).
+    `total [B]` is the weighted sum, NaN for a completion that is to be skipped; `parts` has each reward's values [B]
+    by name, NaN where a function returned None or failed; `token_parts` has, for a reward that paid single tokens, a
+    list of numbers for each completion (None: not paid); `failures` says by completion what went wrong.
     """
 
     total: Tensor
     parts: dict[str, Tensor]
     token_parts: dict[str, list[list[float] | None]]
+    failures: Mapping[int, str] = field(default_factory=dict)
 
     def by_token(self, rewards: Sequence["Reward"], lengths: Sequence[int]) -> Tensor:
         """Where the total is paid, [B, longest]: at the tokens a function named, else at the last; rows sum to it."""
@@ -143,101 +143,40 @@ class Scores:
         return spread
 
 
-def score_texts(rewards: Sequence[Reward], prompts: list, completions: list, columns: dict[str, list]) -> Scores:
+AS_THEY_ARE = Handling()
+
+
+def score_texts(
+    rewards: Sequence[Reward],
+    prompts: list,
+    completions: list,
+    columns: dict[str, list],
+    handling: Handling = AS_THEY_ARE,
+) -> Scores:
     """Every reward's values and their weighted sum.
 
+    A completion on which a function fails ends the run, has no score, or gets 0 from that function: `handling` says.
+
     Raises:
-        RewardError: a function raised, or its result is not, for each completion, one finite number, None, or a list
-            of one finite number for each of its tokens; or a completion that no reward applies to.
+        RewardError: a function failed and `handling` is to stop; its result is not, for each completion, one number,
+            None, or a list of one number for each of its tokens; or a completion that no reward applies to.
     """
-    parts, token_parts = {}, {}
+    parts, token_parts, failures = {}, {}, {}
     for reward in rewards:
-        try:
-            result = reward.function(prompts=prompts, completions=completions, **columns)
-        except Exception as error:
-            raise RewardError(f"reward {reward.name!r} raised {type(error).__name__}: {error}") from error
-        result = _as_list(reward.name, result, completions)
-        if any(_is_list(value) for value in result):
-            lists = _token_values(reward.name, result, completions, columns["completion_ids"])
+        result, failed = call_reward(reward.name, reward.function, prompts, completions, columns, handling)
+        if any(pays_tokens(value) for value in result):
+            lists = token_values(reward.name, result, completions, columns["completion_ids"], failed, handling)
             token_parts[reward.name] = lists
             result = [
                 value if tokens is None else math.fsum(tokens) for value, tokens in zip(result, lists, strict=True)
             ]
-        parts[reward.name] = torch.tensor(_checked(reward.name, result, completions), dtype=torch.float32)
-    return Scores(combine(rewards, parts), parts, token_parts)
-
-
-def _is_list(value: object) -> bool:
-    if isinstance(value, Tensor | np.ndarray):
-        return value.ndim > 0 and int(np.prod(value.shape)) != 1  # one element is a number, whatever its shape
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
-
-
-def _token_values(
-    name: str, result: Sequence[object], completions: list, completion_ids: Sequence[Sequence[int]]
-) -> list[list[float] | None]:
-    """The per-token lists of a result; None where a completion got a single number or None."""
-    lists: list[list[float] | None] = []
-    for index, (value, ids) in enumerate(zip(result, completion_ids, strict=True)):
-        if not _is_list(value):
-            lists.append(None)
-            continue
-        numbers = [_number(item) for item in value]
-        if len(numbers) != len(ids):
-            raise RewardError(
-                f"reward {name!r} returned a list of {len(numbers)} for completion {index} "
-                f"({_excerpt(completions[index])}), expected one number for each of its {len(ids)} tokens"
-            )
-        if any(number is None or not math.isfinite(number) for number in numbers):
-            raise RewardError(
-                f"reward {name!r} returned {_excerpt(value)} for completion {index} "
-                f"({_excerpt(completions[index])}), expected a finite number for each token"
-            )
-        lists.append(numbers)
-    return lists
-
-
-def _as_list(name: str, result: object, completions: list) -> Sequence[object]:
-    if isinstance(result, Tensor | np.ndarray):
-        result = result.tolist()
-    if not isinstance(result, Sequence) or isinstance(result, str | bytes):
-        raise RewardError(
-            f"reward {name!r} returned {type(result).__name__}, expected a list of {len(completions)} numbers"
-        )
-    if len(result) != len(completions):
-        raise RewardError(
-            f"reward {name!r} returned {len(result)} values, expected one for each of {len(completions)} completions"
-        )
-    return result
-
-
-def _checked(name: str, result: Sequence[object], completions: list) -> list[float]:
-    values = []
-    for index, (value, completion) in enumerate(zip(result, completions, strict=True)):
-        if value is None:
-            values.append(math.nan)
-            continue
-        number = _number(value)
-        if number is None or not math.isfinite(number):
-            raise RewardError(
-                f"reward {name!r} returned {_excerpt(value)} for completion {index} ({_excerpt(completion)}), "
-                "expected a finite number or None"
-            )
-        values.append(number)
-    return values
-
-
-def _number(value: object) -> float | None:
-    """A number of any library as a float; None for what is none, a text with digits included."""
-    try:
-        return None if isinstance(value, str | bytes) else float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several elements
-        return None
-
-
-def _excerpt(completion: object) -> str:
-    text = repr(completion)
-    return text if len(text) <= 80 else text[:77] + "..."
+        values = finite_values(reward.name, result, completions, failed, handling)
+        parts[reward.name] = torch.tensor(values, dtype=torch.float32)
+        failures = failed | failures
+    total = combine(rewards, parts, failures)
+    if handling.on_error == "skip":
+        total[list(failures)] = math.nan
+    return Scores(total, parts, token_parts, failures)
 
 
 def as_completions(prompts: Sequence, texts: Sequence[str]) -> list:
@@ -248,22 +187,24 @@ def as_completions(prompts: Sequence, texts: Sequence[str]) -> list:
     ]
 
 
-def combine(rewards: Sequence[Reward], scores: dict[str, Tensor]) -> Tensor:
-    """The weighted sum [B] of the rewards that apply to each completion.
+def combine(rewards: Sequence[Reward], scores: dict[str, Tensor], failures: Collection[int] = ()) -> Tensor:
+    """The weighted sum [B] of the rewards that apply to each completion; one of `failures` may have none.
 
     Raises:
         RewardError: a completion that no reward applies to.
     """
     values = torch.stack([scores[reward.name] for reward in rewards])
     weights = torch.tensor([reward.weight for reward in rewards]).unsqueeze(1)
-    nothing = values.isnan().all(0)
-    if nothing.any():
-        raise RewardError(f"no reward applies to completion {int(nothing.nonzero()[0])}: every function returned None")
+    nothing = [row for row in values.isnan().all(0).nonzero().flatten().tolist() if row not in failures]
+    if nothing:
+        raise RewardError(f"no reward applies to completion {nothing[0]}: every function returned None")
     return (values.nan_to_num(0.0) * weights).sum(0)
 
 
-def check_rewards(rewards: Sequence[Reward], rows: dict[str, list]) -> None:
+def check_rewards(rewards: Sequence[Reward], rows: dict[str, list], timeout: float | None = None) -> None:
     """Score the own completions of a few `rows`, so that a broken reward stops the run before any training.
+
+    Whatever is done about failures later, a function that fails here would fail throughout.
 
     Raises:
         RewardError: as `score_texts`.
@@ -271,4 +212,4 @@ def check_rewards(rewards: Sequence[Reward], rows: dict[str, list]) -> None:
     columns = {name: values for name, values in rows.items() if name not in ("prompt", "completion")}
     columns["completion_ids"] = [[0]] * len(rows["prompt"])
     completions = as_completions(rows["prompt"], rows["completion"])
-    score_texts(rewards, rows["prompt"], completions, columns)
+    score_texts(rewards, rows["prompt"], completions, columns, Handling("stop", timeout))

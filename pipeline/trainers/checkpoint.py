@@ -26,6 +26,7 @@ class TrainerState:
     best_step: int = 0
     best_metric: float | None = None
     skipped_steps: int = 0
+    skipped_in_row: int = 0  # of them, those that end with the last optimizer step
     kl_coef: float | None = None  # where it adapts; None: still the setting
     score_count: float = 0.0  # moments of the scores that were scaled by them
     score_mean: float = 0.0

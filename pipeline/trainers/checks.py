@@ -172,5 +172,19 @@ def check_first_step(
         )
 
 
+def check_kl(kl: float, limit: float | None, step: int, best_step: int) -> None:
+    """Refuse to learn on from a policy that has run away from the reference, by `kl` nats per episode.
+
+    Raises:
+        FloatingPointError: beyond `limit`, naming the step and the best checkpoint.
+    """
+    if limit is not None and not kl <= limit:
+        kept = f"; the best checkpoint so far is that of step {best_step}" if best_step else ""
+        raise FloatingPointError(
+            f"PPO step {step}: the KL to the reference is {kl:.3g} nats per episode, beyond ppo.max_kl {limit:g}{kept}"
+            "; lower ppo.learning_rate, raise ppo.kl_coef or set ppo.target_kl"
+        )
+
+
 def _largest(difference: Tensor, sequences: Sequences) -> float:
     return float(difference[sequences.completion_mask].abs().max())

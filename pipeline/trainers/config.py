@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from transformers import SchedulerType
 
 from pipeline.rewards.config import RewardConfig
+from pipeline.rewards.results import ON_ERROR
 
 SCHEDULERS = tuple(
     s.value for s in SchedulerType if s.value in ("linear", "cosine", "constant", "constant_with_warmup")
@@ -82,6 +83,10 @@ class PPOConfig:
     score_clip: float | None = None  # scores stay within +- this, after scaling
     missing_eos_penalty: float | None = None  # subtracted from the score of a completion that did not end
     missing_eos_score: float | None = None  # instead of that score
+    on_reward_error: str = "stop"  # skip: nothing is learnt from a completion a reward fails on; zero: it pays 0
+    reward_timeout: float | None = None  # seconds one call of a reward function may take
+    max_kl: float | None = None  # nats per episode from the reference: beyond it the run stops
+    max_skipped_steps: int = 4  # optimizer steps in a row whose gradient is not finite: the run stops
 
     logging_steps: int = 1
     eval_steps: int | None = None  # None: ten times a run
@@ -127,15 +132,16 @@ CHOICES = {
     "reward_shaping": REWARD_SHAPING,
     "score_scaling": SCORE_SCALING,
     "value_model": VALUE_MODELS,
+    "on_reward_error": ON_ERROR,
 }
 AT_LEAST_ONE = (
     "total_episodes per_device_train_batch_size gradient_accumulation_steps num_ppo_epochs num_mini_batches "
     "local_rollout_forward_batch_size num_generations response_length logging_steps save_total_limit kl_horizon "
-    "eval_steps eval_examples save_steps"
+    "eval_steps eval_examples save_steps max_skipped_steps"
 )
 ABOVE_ZERO = (
     "learning_rate value_learning_rate temperature max_grad_norm adam_epsilon cliprange cliprange_value "
-    "cliprange_high kl_target target_kl score_clip missing_eos_penalty"
+    "cliprange_high kl_target target_kl score_clip missing_eos_penalty reward_timeout max_kl"
 )
 NOT_NEGATIVE = (
     "kl_coef vf_coef entropy_coef weight_decay top_k warmup_steps value_warmup_steps min_new_tokens "

@@ -1,5 +1,7 @@
 """PPO's update: optimizer, schedule, and passes over an experience in mini-batches and micro-batches."""
 
+import math
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 
@@ -20,11 +22,16 @@ EARLY_STOP_FACTOR = 1.5  # as stable-baselines3 and TRL 0.11 read target_kl
 
 @dataclass(frozen=True)
 class Update:
-    """What one update did: statistics to log, and how many optimizer steps it made, and skipped for bad gradients."""
+    """What one update did: statistics to log, how many optimizer steps it made, and which it skipped.
+
+    A step whose gradient is not finite is skipped, with a sentence in `notes`; `skipped_in_row` are the last ones.
+    """
 
     stats: dict[str, float]
     steps: int
     skipped: int
+    skipped_in_row: int
+    notes: tuple[str, ...]
 
 
 class Learner:
@@ -56,46 +63,63 @@ class Learner:
             args.cliprange, args.cliprange_high or args.cliprange, args.cliprange_value, args.dual_clip
         )
 
-    def update(self, experience: Experience, seed: int, kl_coef: float, value_only: bool = False) -> Update:
+    def update(
+        self, experience: Experience, seed: int, kl_coef: float, value_only: bool = False, skipped_in_row: int = 0
+    ) -> Update:
         """`num_ppo_epochs` passes of `num_mini_batches` optimizer steps; `seed` draws the mini-batches.
 
         With `value_only` the policy's gradients are dropped. The schedule moves by the planned number of steps even
-        where `target_kl` ends the passes early, so that it ends with the run.
+        where `target_kl` ends the passes early, so that it ends with the run. `skipped_in_row` steps before this
+        update were skipped; a mini-batch without a score makes no step and counts as none.
+
+        Raises:
+            FloatingPointError: the gradients of `max_skipped_steps` in a row were not finite.
         """
         args, generator = self.args, torch.Generator().manual_seed(seed)
-        totals, tokens, norms, steps = torch.zeros(len(TERMS)), 0, [], 0
+        totals, tokens, norms, notes = torch.zeros(len(TERMS)), 0, [], []
         first_ratio, stopped = float("nan"), False
-        for _ in range(args.num_ppo_epochs):
-            for mini_batch in experience.mini_batches(args.num_mini_batches, generator):
-                if not stopped:
-                    count = self._global_tokens(mini_batch)
+        for epoch in range(args.num_ppo_epochs):
+            for number, mini_batch in enumerate(experience.mini_batches(args.num_mini_batches, generator)):
+                count = 0 if stopped else self._global_tokens(mini_batch)
+                if count:
                     sums = self._accumulate(mini_batch, count, kl_coef)
                     means = dict(zip(TERMS, (sums / count).tolist(), strict=True))
-                    first_ratio = means["ratio"] if not norms and not tokens else first_ratio
+                    first_ratio = means["ratio"] if not tokens else first_ratio
                     totals, tokens = totals + sums, tokens + count
                     stopped = args.target_kl is not None and means["approx_kl"] > EARLY_STOP_FACTOR * args.target_kl
                     if not stopped:
-                        norms.append(self._clip(value_only))
-                        if norms[-1] == norms[-1] and norms[-1] != float("inf"):
+                        norm = self._clip(value_only)
+                        norms.append(norm)
+                        if math.isfinite(norm):
                             self.optimizer.step()
-                            steps += 1
+                        skipped_in_row = 0 if math.isfinite(norm) else skipped_in_row + 1
+                    if not stopped and skipped_in_row:
+                        notes.append(_skipped(epoch, number, means, norm, skipped_in_row))
+                    if skipped_in_row >= args.max_skipped_steps:
+                        raise FloatingPointError(
+                            f"{notes[-1]}, which is ppo.max_skipped_steps: nothing was learnt from them and nothing "
+                            "is saved; lower ppo.learning_rate, set ppo.bf16: false, or look at the rewards"
+                        )
                     self.optimizer.zero_grad()
                 self.scheduler.step()
-        means = dict(zip(TERMS, (totals / tokens).tolist(), strict=True))
-        stats = {
-            "loss/policy_avg": means["policy"],
-            "loss/value_avg": means["value"],
-            "policy/approxkl_avg": means["approx_kl"],
-            "policy/clipfrac_avg": means["policy_clipped"],
-            "val/clipfrac_avg": means["value_clipped"],
-            "val/ratio": means["ratio"],
+        stats = self._statistics(totals / max(1, tokens), first_ratio, norms)
+        return Update(stats, len(norms) - len(notes), len(notes), skipped_in_row, tuple(notes))
+
+    def _statistics(self, means: Tensor, first_ratio: float, norms: Sequence[float]) -> dict[str, float]:
+        mean = dict(zip(TERMS, means.tolist(), strict=True))
+        return {
+            "loss/policy_avg": mean["policy"],
+            "loss/value_avg": mean["value"],
+            "policy/approxkl_avg": mean["approx_kl"],
+            "policy/clipfrac_avg": mean["policy_clipped"],
+            "val/clipfrac_avg": mean["value_clipped"],
+            "val/ratio": mean["ratio"],
             "val/ratio_first": first_ratio,
-            "policy/entropy_avg": means["entropy"],
+            "policy/entropy_avg": mean["entropy"],
             "policy/grad_norm": sum(norms) / max(1, len(norms)),
-            "policy/optimizer_steps": float(steps),
+            "policy/optimizer_steps": float(sum(map(math.isfinite, norms))),
             "lr": self.scheduler.get_last_lr()[0],
         }
-        return Update(stats, steps, len(norms) - steps)
 
     def _global_tokens(self, mini_batch: Experience) -> int:
         return int(self.accelerator.reduce(torch.tensor(mini_batch.num_tokens, device=self.accelerator.device)))
@@ -124,7 +148,7 @@ class Learner:
                     part.values,
                     part.advantages,
                     part.returns,
-                    part.sequences.completion_mask,
+                    part.mask,
                     self.clipping,
                 )
                 loss = terms.policy + args.vf_coef * terms.value
@@ -140,3 +164,13 @@ class Learner:
     def _synchronised(self, last: bool) -> AbstractContextManager:
         """Exchange gradients between processes with the last micro-batch only."""
         return nullcontext() if last else self.accelerator.no_sync(self.model)
+
+
+def _skipped(epoch: int, mini_batch: int, means: Mapping[str, float], norm: float, in_row: int) -> str:
+    """Which optimizer step was not made, and why."""
+    what = "gradient" if math.isfinite(means["policy"]) and math.isfinite(means["value"]) else "loss"
+    return (
+        f"PPO epoch {epoch + 1}, mini-batch {mini_batch + 1}: the {what} is not finite (policy loss "
+        f"{means['policy']:.3g}, value loss {means['value']:.3g}, gradient norm {norm:.3g}): no optimizer step, "
+        f"{in_row} in a row"
+    )

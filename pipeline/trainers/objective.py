@@ -57,14 +57,17 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor
     return torch.expm1(log_ratio) - log_ratio
 
 
-def subtract_group_baseline(scores: Tensor, size: int) -> Tensor:
+def subtract_group_baseline(scores: Tensor, scored: Tensor, size: int) -> Tensor:
     """`scores [B]` less the mean of the other scores of the same prompt, whose `size` completions are neighbours.
 
     A leave-one-out baseline is unbiased, and knows how hard a prompt is (Kool et al. 2019, "Buy 4 REINFORCE samples").
+    Only those `scored [B]` count; one that is alone has nothing to compare with and gets 0, as do those without one.
     """
-    groups = scores.view(-1, size)
-    others = (groups.sum(1, keepdim=True) - groups) / (size - 1)
-    return (groups - others).reshape(-1)
+    known = scored.view(-1, size).to(scores.dtype)
+    groups = scores.view(-1, size) * known
+    count = known.sum(1, keepdim=True) - known
+    others = (groups.sum(1, keepdim=True) - groups) / count.clamp(min=1)
+    return ((groups - others) * known * (count > 0)).reshape(-1)
 
 
 def spread_scores(scores: Tensor, mask: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Proximal policy optimisation of a language model on `accelerate`: act, credit, learn, log."""
 
+import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +12,7 @@ from accelerate.utils import gather_object, set_seed
 from datasets import Dataset
 from peft import LoraConfig
 from torch import Tensor
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.models.generation import Decoding, finished, generate
@@ -17,11 +20,11 @@ from pipeline.models.reward_model import check_base
 from pipeline.models.sequences import make_sequences
 from pipeline.models.shared import SharedModel
 from pipeline.models.text import decode, encode_prompts
-from pipeline.rewards import Reward, RewardError, Scores, as_completions, check_rewards, score_texts
+from pipeline.rewards import Reward, RewardError, Scores, check_rewards
 from pipeline.rewards.learned import AdapterReward
 from pipeline.trainers.checkpoint import Checkpoint, TrainerState, load_checkpoint, save_checkpoint, state_size
 from pipeline.trainers.checkpoint_files import check_space, clear_checkpoints, newest_checkpoint
-from pipeline.trainers.checks import check_model_and_data, check_start, first_rows
+from pipeline.trainers.checks import check_kl, check_model_and_data, check_start, first_rows
 from pipeline.trainers.config import PPOConfig
 from pipeline.trainers.learner import Learner
 from pipeline.trainers.logs import TrainingLog, sample_line
@@ -35,12 +38,12 @@ from pipeline.trainers.objective import (
     token_rewards,
     whiten,
 )
+from pipeline.trainers.precision import check_precision, native_bf16
 from pipeline.trainers.random_state import of_this_process, random_state, restore_random_state
 from pipeline.trainers.rollout import (
     Answer,
     Experience,
     Rollout,
-    prefix_increments,
     prompt_order,
     rollout_statistics,
     rollout_sums,
@@ -48,9 +51,11 @@ from pipeline.trainers.rollout import (
     step_seed,
     summarise_answers,
 )
-from pipeline.trainers.scores import Moments, judge_unfinished, moments_of, score_sums, transform_scores
+from pipeline.trainers.scores import Moments
+from pipeline.trainers.scoring import Payment, count_failures, handling_of, payment, prefix_scores, score_rows
 from pipeline.trainers.stopping import Stopped, requested_stop
 from pipeline.trainers.trackers import installed, start_trackers
+from pipeline.trainers.watchdog import enter, watched
 
 # A metric of the held-out completions: (completions, the rows they answer) -> name -> value.
 ComputeMetrics = Callable[[list[str], Dataset], dict[str, float]]
@@ -116,7 +121,7 @@ class PPOTrainer:
         self.optimizer, self.scheduler = self.learner.optimizer, self.learner.scheduler
         for adapter in adapters:
             adapter.attach(self.shared.reward_scores, self.shared.causal_lm)
-        check_rewards(self.rewards, first_rows(train_dataset))
+        check_rewards(self.rewards, first_rows(train_dataset), args.reward_timeout)
         check_start(self.shared, processing_class, self._prompt_ids, self._eval_prompt_ids, args, self.accelerator)
         self.state, self._warned = TrainerState(), False
 
@@ -138,6 +143,18 @@ class PPOTrainer:
     def train(self, resume_from_checkpoint: bool = True) -> TrainerState:
         """Run all PPO steps, from the newest checkpoint if there is one; the model ends as the best policy."""
         self._start(resume_from_checkpoint)
+        with watched(self.checkpoints):
+            self._train()
+        if self.args.load_best_model_at_end and self.state.best_step:
+            best = load_checkpoint(self.checkpoints / f"checkpoint-{self.state.best_step}")
+            self.shared.load_trainable_state(best.weights)
+            self.log.say(
+                f"best {self.args.metric_for_best_model} {self.state.best_metric:.4f} at step {best.state.step}"
+            )
+        self.log.close()
+        return self.state
+
+    def _train(self) -> None:
         if self.state.step == 0 and self.eval_dataset:
             self._log_evaluation(self.evaluate())
         while self.state.step < self.num_steps:
@@ -151,14 +168,9 @@ class PPOTrainer:
                     self.save_checkpoint()
                 self.log.close()
                 raise Stopped(number, self.state.step)
-        if self.args.load_best_model_at_end and self.state.best_step:
-            best = load_checkpoint(self.checkpoints / f"checkpoint-{self.state.best_step}")
-            self.shared.load_trainable_state(best.weights)
-            self.log.say(
-                f"best {self.args.metric_for_best_model} {self.state.best_metric:.4f} at step {best.state.step}"
-            )
-        self.log.close()
-        return self.state
+
+    def _enter(self, what: str) -> None:
+        enter(f"{what} of PPO step {self.state.step + 1}")
 
     def _start(self, resume: bool) -> None:
         if not resume:
@@ -190,13 +202,17 @@ class PPOTrainer:
         """Answer the prompts of `rows` with the current policy and score the answers; no gradient."""
         args, device = self.args, self.accelerator.device
         prompts = [self._prompt_ids[row] for row in rows]
+        self._enter("the completions")
         with torch.random.fork_rng(), self.accelerator.autocast():
             torch.manual_seed(step_seed(self.seed, self.state.step, self.accelerator.process_index))
             completions = self._generate(prompts, sampling(args))
         texts = decode(self.tokenizer, completions)
         ended = torch.tensor(finished(self.shared.causal_lm, self.tokenizer, completions, sampling(args)))
-        said = self.score(self.train_dataset.select(rows), texts, completions)
-        scores, token_scores, seen = self._paid_scores(rows, completions, said, ended)
+        answered = self.train_dataset.select(rows)
+        self._enter("the rewards")
+        said = self.score(answered, texts, completions)
+        paid = self._paid(answered, completions, said, ended)
+        self._enter("the log-probabilities")
         sequences = make_sequences(prompts, completions, self.tokenizer.pad_token_id, device)
         with self.accelerator.autocast():
             sequences = self.shared.encoded(sequences, args.per_device_train_batch_size)
@@ -204,38 +220,21 @@ class PPOTrainer:
                 self.shared, sequences, args.per_device_train_batch_size
             )
         return Rollout(
-            prompts=self.train_dataset.select(rows)["prompt"],
+            prompts=answered["prompt"],
             completions=texts,
             sequences=sequences,
             logprobs=logprobs,
             ref_logprobs=ref_logprobs,
             values=values,
             entropies=entropies,
-            scores=scores.to(device),
-            token_scores=token_scores.to(device),
+            scores=paid.scores.to(device),
+            token_scores=paid.token_scores.to(device),
             rewards=said.parts,
             finished=ended,
-            moments=seen,
+            moments=paid.moments,
+            scored=paid.scored.to(device),
+            failures=paid.failures,
         )
-
-    def _paid_scores(
-        self, rows: Sequence[int], completions: Sequence[Sequence[int]], said: Scores, ended: Tensor
-    ) -> tuple[Tensor, Tensor, Moments]:
-        """What PPO is paid: scores [B], the same by token [B, C], and the moments of all raw scores so far."""
-        args, lengths = self.args, [len(ids) for ids in completions]
-        scores, token_scores = said.total, said.by_token(self.rewards, lengths)
-        if args.reward_shaping == "prefix":
-            token_scores = self.prefix_scores(rows, completions, said)
-        seen = Moments(self.state.score_count, self.state.score_mean, self.state.score_squares)
-        if args.score_scaling == "running" or (args.score_scaling == "reference" and not seen.count):
-            sums = score_sums(scores).to(self.accelerator.device)
-            seen = seen.merged(moments_of(self.accelerator.reduce(sums, reduction="sum")))
-        deviation = 1.0 if args.score_scaling == "none" else seen.deviation
-        scores, token_scores = transform_scores(scores, token_scores, deviation, args.score_clip)
-        scores, token_scores = judge_unfinished(
-            scores, token_scores, ended, torch.tensor(lengths), args.missing_eos_penalty, args.missing_eos_score
-        )
-        return scores, token_scores, seen
 
     def _generate(self, prompts: Sequence[Sequence[int]], decoding: Decoding) -> list[list[int]]:
         self.shared.eval()
@@ -246,37 +245,30 @@ class PPOTrainer:
 
     def score(self, rows: Dataset, completions: Sequence[str], completion_ids: Sequence[Sequence[int]]) -> Scores:
         """What the rewards say of completions to the prompts of `rows`, which have the data set's columns."""
-        columns = {name: rows[name] for name in rows.column_names if name not in ("prompt", "completion")}
-        columns = {name: list(values) for name, values in columns.items()} | {"completion_ids": list(completion_ids)}
-        prompts = list(rows["prompt"])
-        return score_texts(self.rewards, prompts, as_completions(prompts, completions), columns)
+        return score_rows(self.rewards, rows, completions, completion_ids, handling_of(self.args))
 
-    def prefix_scores(self, rows: Sequence[int], completions: Sequence[Sequence[int]], said: Scores) -> Tensor:
-        """What each token adds to the score of the text so far, [B, C]; the sum over a completion is its score.
-
-        Raises:
-            RewardError: a reward pays single tokens itself.
-        """
-        if said.token_parts:
-            raise RewardError(
-                f"reward {next(iter(said.token_parts))!r} pays single tokens itself, which ppo.reward_shaping: prefix "
-                "does from scores of whole texts; keep one"
-            )
-        spans = [(i, t) for i, ids in enumerate(completions) for t in range(1, len(ids))]
-        prefixes = [completions[i][:t] for i, t in spans]
-        repeated = self.train_dataset.select([rows[i] for i, _ in spans])
-        texts = decode(self.tokenizer, prefixes)
-        potentials = self.score(repeated, texts, prefixes).total if spans else torch.zeros(0)
-        return prefix_increments(spans, potentials, [len(ids) for ids in completions], said.total)
+    def _paid(self, rows: Dataset, completions: Sequence[Sequence[int]], said: Scores, ended: Tensor) -> Payment:
+        """What PPO is paid for a rollout."""
+        args, lengths = self.args, [len(ids) for ids in completions]
+        token_scores = said.by_token(self.rewards, lengths)
+        if args.reward_shaping == "prefix":
+            token_scores = prefix_scores(self.rewards, rows, completions, said, self.tokenizer, handling_of(args))
+        seen = Moments(self.state.score_count, self.state.score_mean, self.state.score_squares)
+        return payment(said, token_scores, lengths, ended, seen, args, self.accelerator)
 
     def compute_advantages(self, rollout: Rollout) -> tuple[Experience, dict[str, float]]:
-        """Turn scores and KL into an advantage and a return for each token, and the statistics of the rollout."""
-        args, mask = self.args, rollout.sequences.completion_mask
+        """Turn scores and KL into an advantage and a return for each token, and the statistics of the rollout.
+
+        Raises:
+            RewardError: not one completion of the step has a score.
+            FloatingPointError: the KL to the reference is beyond `max_kl`.
+        """
+        args, mask = self.args, rollout.mask
         kl = kl_penalty(rollout.logprobs, rollout.ref_logprobs, args.kl_estimator)
         token_scores = rollout.token_scores
         if args.group_baseline:
-            centred = subtract_group_baseline(rollout.scores, args.num_generations)
-            token_scores = token_scores + spread_scores(centred - rollout.scores, mask)
+            centred = subtract_group_baseline(rollout.scores, rollout.scored, args.num_generations)
+            token_scores = token_scores + spread_scores(centred - rollout.scores, rollout.sequences.completion_mask)
         paid = self.kl_coef if args.kl_placement == "reward" else 0.0
         rewards = token_rewards(token_scores, kl, mask, paid)
         if args.whiten_rewards:
@@ -285,9 +277,11 @@ class PPOTrainer:
         if args.whiten_advantages:
             advantages = whiten(advantages, mask, self._moments(advantages, mask))
         experience = Experience(
-            rollout.sequences, rollout.logprobs, rollout.ref_logprobs, rollout.values, advantages, returns
+            rollout.sequences, rollout.logprobs, rollout.ref_logprobs, rollout.values, advantages, returns, mask
         )
-        return experience, self._rollout_statistics(rollout, returns, paid * kl)
+        stats = self._rollout_statistics(rollout, returns, paid * kl)
+        check_kl(stats["objective/kl"], args.max_kl, self.state.step + 1, self.state.best_step)
+        return experience, stats
 
     def _moments(self, values: Tensor, mask: Tensor) -> Tensor:
         return self.accelerator.reduce(moments(values, mask), reduction="sum")
@@ -296,23 +290,32 @@ class PPOTrainer:
         """`num_ppo_epochs` passes of `num_mini_batches` optimizer steps over the experience.
 
         Raises:
-            FloatingPointError: no optimizer step could be made, because no gradient was finite.
+            FloatingPointError: the gradients of `max_skipped_steps` optimizer steps in a row were not finite.
         """
+        self._enter("the update")
         seed = step_seed(self.seed, self.state.step, self.accelerator.process_index)
-        value_only = self.state.step < self.args.value_warmup_steps
-        done = self.learner.update(experience, seed, self.kl_coef, value_only)
-        if done.skipped and not done.steps:
-            raise FloatingPointError(
-                f"PPO step {self.state.step + 1}: the gradient was not finite in all {done.skipped} optimizer steps; "
-                "lower ppo.learning_rate, or set ppo.bf16: false"
-            )
-        self.state = replace(self.state, skipped_steps=self.state.skipped_steps + done.skipped)
+        value_only, step = self.state.step < self.args.value_warmup_steps, self.state.step + 1
+        try:
+            done = self.learner.update(experience, seed, self.kl_coef, value_only, self.state.skipped_in_row)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"PPO step {step}, {error}") from error
+        if self.accelerator.is_main_process:
+            for note in done.notes:
+                tqdm.write(f"step {step}, {note}", file=sys.stderr)
+        skipped = self.state.skipped_steps + done.skipped
+        self.state = replace(self.state, skipped_steps=skipped, skipped_in_row=done.skipped_in_row)
         return done.stats | {"policy/skipped_steps": float(self.state.skipped_steps)}
 
     def _rollout_statistics(self, rollout: Rollout, returns: Tensor, penalties: Tensor) -> dict[str, float]:
         sums = rollout_sums(rollout, returns, penalties, self.args.num_generations).to(self.accelerator.device)
         sums = self.accelerator.reduce(sums, reduction="sum").tolist()
-        stats = rollout_statistics(sums, [reward.name for reward in self.rewards])
+        if rollout.failures:
+            where = f"process {self.accelerator.process_index}: " if self.accelerator.num_processes > 1 else ""
+            note = f"step {self.state.step + 1}: {where}{count_failures(rollout.failures, self.args.on_reward_error)}"
+            tqdm.write(note, file=sys.stderr)  # every process has its own
+        if not sums[0]:
+            raise RewardError(f"PPO step {self.state.step + 1}: no completion has a score, see what failed above")
+        stats = rollout_statistics(sums, [reward.name for reward in self.rewards], self.args.num_generations)
         return stats | {"objective/kl_coef": self.kl_coef}
 
     @property
@@ -322,6 +325,7 @@ class PPOTrainer:
 
     def evaluate(self) -> dict[str, float]:
         """Greedy answers to the held-out prompts: each reward, their weighted sum `eval_reward`, length, metrics."""
+        enter(f"the evaluation after PPO step {self.state.step}")
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         rows = list(range(rank, len(self.eval_dataset), world))
         with self.accelerator.autocast():
@@ -383,11 +387,12 @@ class PPOTrainer:
         self._log_evaluation(values)
         name = self.args.metric_for_best_model
         sign, best = 1 if self.args.greater_is_better else -1, self.state.best_metric
-        if best is None or sign * values[name] > sign * best:
+        if math.isfinite(values[name]) and (best is None or sign * values[name] > sign * best):
             self.state = replace(self.state, best_metric=values[name], best_step=self.state.step)
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint of the current step; every process calls it, the main one writes."""
+        enter(f"the checkpoint after PPO step {self.state.step}")
         states = self.optimizer.state_dict(), self.scheduler.state_dict(), gather_object([random_state()])
         checkpoint = Checkpoint(self.state, self.shared.trainable_state(), *states)
         protect = self.state.best_step if self.args.load_best_model_at_end else None
@@ -436,6 +441,5 @@ def _head(dataset: Dataset | None, rows: int | None) -> Dataset | None:
 
 
 def _use_bf16(args: PPOConfig) -> bool:
-    if args.bf16 is None:
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    return args.bf16
+    check_precision("ppo", bf16=args.bf16)
+    return native_bf16() if args.bf16 is None else args.bf16

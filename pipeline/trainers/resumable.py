@@ -20,6 +20,7 @@ from pipeline.trainers.checkpoint_files import (
 )
 from pipeline.trainers.random_state import of_this_process, random_state, restore_random_state
 from pipeline.trainers.stopping import Stopped, requested_stop
+from pipeline.trainers.watchdog import enter, watched
 
 LOOP_FILE = "loop_state.pt"
 
@@ -61,7 +62,8 @@ class ResumableTrainer(Trainer):
         # One being written, and the best one, beside those that are kept.
         count = (self.args.save_total_limit or 1) + 1 + bool(self.args.load_best_model_at_end)
         check_space(checkpoints, self._checkpoint_size(), 1 if self.args.save_strategy == "no" else count)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        with watched(checkpoints):
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _checkpoint_size(self) -> int:
         """About how many bytes a checkpoint takes, or fewer: weights, and two moments of each for Adam."""
@@ -129,9 +131,15 @@ class ResumableTrainer(Trainer):
 
     def training_step(self, *args, **kwargs):
         """One micro-batch, its loss noted when it is not finite."""
+        enter(f"step {self.state.global_step + 1} of {self.section}")
         loss = super().training_step(*args, **kwargs)
         self._loss_is_finite &= bool(torch.isfinite(loss))
         return loss
+
+    def prediction_step(self, *args, **kwargs):
+        """One batch of an evaluation."""
+        enter(f"the evaluation after step {self.state.global_step} of {self.section}")
+        return super().prediction_step(*args, **kwargs)
 
     def _get_grad_norm(self, model, grad_norm=None):
         """The norm that the loop asks for before each optimizer step, which does not happen if it is not finite."""
@@ -174,6 +182,7 @@ class ResumableTrainer(Trainer):
         if self._save_is_due:
             return
         step = self.state.global_step
+        enter(f"the checkpoint after step {step} of {self.section}")
         self.store_flos()
         require_finite({n: p for n, p in self.model.named_parameters() if p.requires_grad}, step)
         loops = gather_object([self._loop_state()])

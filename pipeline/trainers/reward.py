@@ -36,7 +36,7 @@ DEFAULTS: Mapping[str, Any] = {
 
 def reward_arguments(arguments: Mapping[str, Any], output_dir: Path, seed: int) -> RewardConfig:
     """TRL's `RewardConfig` for the `reward:` section, with defaults that work on the machine at hand, as SFT's do."""
-    settings = complete_arguments(DEFAULTS, arguments)
+    settings = complete_arguments("reward", DEFAULTS, arguments)
     # The columns are our collator's, and pairs that are too long have been counted and dropped before.
     return RewardConfig(
         **{**settings, "remove_unused_columns": False, "max_length": None, "prediction_loss_only": True},

@@ -19,7 +19,8 @@ class Rollout:
     `logprobs, ref_logprobs, values, entropies [B, C]`; `scores [B]` is the weighted sum of the rewards, and
     `token_scores [B, C]` what each token is paid of it (all at the last token without shaping);
     `rewards` has each reward's own values [B] by name, NaN where a function had nothing to say. `moments` are those of
-    all scores so far, before scaling.
+    all scores so far, before scaling. `scored [B]` is False for episodes that nothing is learnt from, because a reward
+    failed on them: they stand in the batch with a score of 0 and count nowhere. `failures` are all such sentences.
     """
 
     prompts: Sequence[object]
@@ -34,11 +35,21 @@ class Rollout:
     rewards: dict[str, Tensor]
     finished: Tensor
     moments: Moments
+    scored: Tensor
+    failures: Sequence[str]
+
+    @property
+    def mask(self) -> Tensor:
+        """The tokens that are learnt from, [B, C]."""
+        return self.sequences.completion_mask & self.scored.unsqueeze(1)
 
 
 @dataclass(frozen=True)
 class Experience:
-    """What the update needs: `logprobs, ref_logprobs, values, advantages, returns [B, C]` beside the sequences."""
+    """What the update needs: `logprobs, ref_logprobs, values, advantages, returns [B, C]` beside the sequences.
+
+    `mask [B, C]` is True on the tokens that are learnt from, which are those of the episodes that have a score.
+    """
 
     sequences: Sequences
     logprobs: Tensor
@@ -46,12 +57,13 @@ class Experience:
     values: Tensor
     advantages: Tensor
     returns: Tensor
+    mask: Tensor
 
     def rows(self, index: Tensor) -> "Experience":
         """The episodes at `index`, trimmed to the longest of them."""
         sequences = self.sequences.rows(index)
         width = sequences.completion_ids.shape[1]
-        every = (self.logprobs, self.ref_logprobs, self.values, self.advantages, self.returns)
+        every = (self.logprobs, self.ref_logprobs, self.values, self.advantages, self.returns, self.mask)
         parts = (part[index, :width] for part in every)
         return Experience(sequences, *parts)
 
@@ -68,8 +80,8 @@ class Experience:
 
     @property
     def num_tokens(self) -> int:
-        """Real completion tokens."""
-        return int(self.sequences.completion_mask.sum())
+        """Tokens that are learnt from."""
+        return int(self.mask.sum())
 
 
 @torch.no_grad()
@@ -114,21 +126,21 @@ STATISTICS = (
 
 
 def rollout_sums(rollout: Rollout, returns: Tensor, penalties: Tensor, generations: int) -> Tensor:
-    """Sums over this process's episodes, in float64, that `rollout_statistics` turns into means when added up.
+    """Sums over this process's scored episodes, in float64, that `rollout_statistics` turns into means when added up.
 
     `penalties [B, C]` is what each token pays for its KL, which itself is the k1 estimate, unbiased whatever is paid;
     `generations` neighbouring rows answer one prompt.
     """
-    mask = rollout.sequences.completion_mask
+    mask, scored = rollout.mask, rollout.scored
     kl = ((rollout.logprobs - rollout.ref_logprobs) * mask).sum(1)
     penalty = -(penalties * mask).sum(1)
     entropy = (rollout.entropies * mask).sum(1)
-    finished = rollout.finished.to(kl.device).float()
+    finished = rollout.finished.to(kl.device).float() * scored
     per_episode = (rollout.scores, kl, entropy, penalty, rollout.scores + penalty, mask.sum(1), finished)
-    sums = [torch.as_tensor(float(len(mask)))] + [values.double().sum() for values in per_episode]
+    sums = [scored.sum()] + [values.double().sum() for values in per_episode]
     sums.append(rollout.scores.double().square().sum())
-    groups = len(mask) / generations if generations > 1 else 0
-    sums += [prompts_without_signal(rollout.scores, generations), torch.tensor(groups)]
+    sums += prompts_without_signal(rollout.scores, scored, generations)
+    sums.append(torch.tensor(len(rollout.failures)))
     error = (returns - rollout.values)[mask].double()
     chosen = returns[mask].double()
     sums += [error.sum(), error.square().sum(), chosen.sum(), chosen.square().sum(), mask.sum()]
@@ -137,20 +149,20 @@ def rollout_sums(rollout: Rollout, returns: Tensor, penalties: Tensor, generatio
     return torch.stack([value.double().cpu() for value in sums])
 
 
-def rollout_statistics(sums: Sequence[float], rewards: Sequence[str]) -> dict[str, float]:
+def rollout_statistics(sums: Sequence[float], rewards: Sequence[str], generations: int) -> dict[str, float]:
     """Means over the episodes of all processes, under TRL's names; KL and entropy are nats per episode."""
     episodes, means, square = sums[0], sums[1 : 1 + len(STATISTICS)], sums[1 + len(STATISTICS)]
     stats = {name: value / episodes for name, value in zip(STATISTICS, means, strict=True)}
     stats["objective/scores_std"] = max(0.0, square / episodes - stats["objective/scores"] ** 2) ** 0.5
-    flat, prompts = sums[2 + len(STATISTICS) : 4 + len(STATISTICS)]
+    flat, prompts, stats["objective/reward_errors"] = sums[2 + len(STATISTICS) : 5 + len(STATISTICS)]
     # With one completion of each prompt, the batch over all processes is compared: all of them are flat, or none.
     equal = stats["objective/scores_std"] <= 1e-6 * max(1.0, abs(stats["objective/scores"]))
-    stats["objective/no_signal"] = flat / prompts if prompts else float(equal)
-    error, error_square, value, value_square, tokens = sums[4 + len(STATISTICS) : 9 + len(STATISTICS)]
+    stats["objective/no_signal"] = flat / prompts if generations > 1 and prompts else float(equal)
+    error, error_square, value, value_square, tokens = sums[5 + len(STATISTICS) : 10 + len(STATISTICS)]
     variance = value_square / tokens - (value / tokens) ** 2
     residual = error_square / tokens - (error / tokens) ** 2
     stats["val/explained_variance"] = 1 - residual / variance if variance > 1e-12 else 0.0
-    rest = sums[9 + len(STATISTICS) :]
+    rest = sums[10 + len(STATISTICS) :]
     for number, name in enumerate(rewards):
         total, count = rest[2 * number : 2 * number + 2]
         stats[f"reward/{name}"] = total / count if count else float("nan")
@@ -170,8 +182,9 @@ class Answer:
 
 
 def summarise_answers(answers: Sequence[Answer]) -> dict[str, float]:
-    """Means over the held-out prompts; a reward counts where it applies."""
-    values = {"eval_reward": fmean(answer.score for answer in answers)}
+    """Means over the held-out prompts; a reward counts where it applies, and a score where there is one."""
+    scores = [answer.score for answer in answers if answer.score == answer.score]
+    values = {"eval_reward": fmean(scores) if scores else float("nan")}
     for name in answers[0].rewards:
         present = [answer.rewards[name] for answer in answers if answer.rewards[name] == answer.rewards[name]]
         values[f"eval_reward/{name}"] = fmean(present) if present else float("nan")

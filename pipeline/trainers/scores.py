@@ -82,10 +82,13 @@ def judge_unfinished(
     return scores, token_scores
 
 
-def prompts_without_signal(scores: Tensor, size: int) -> Tensor:
-    """How many of the prompts, whose `size` completions are neighbours in `scores [B]`, have equal scores throughout.
+def prompts_without_signal(scores: Tensor, scored: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """How many prompts have equal scores throughout, and how many there are, of `size` neighbouring rows each.
 
-    Such a prompt teaches nothing (Razin et al. 2024, arXiv:2310.20703).
+    Such a prompt teaches nothing (Razin et al. 2024, arXiv:2310.20703). `scores [B]` count where `scored [B]`.
     """
-    groups = scores.view(-1, size)
-    return (groups.amax(1) - groups.amin(1) <= 1e-8).double().sum()
+    groups, known = scores.view(-1, size), scored.view(-1, size)
+    highest = groups.masked_fill(~known, -torch.inf).amax(1)
+    lowest = groups.masked_fill(~known, torch.inf).amin(1)
+    there = known.any(1)
+    return (there & (highest - lowest <= 1e-8)).sum(), there.sum()

@@ -21,6 +21,7 @@ from pipeline.models.sequences import pad_right
 from pipeline.models.text import encode_completions, encode_prompts
 from pipeline.trainers.checkpoint_files import newest_checkpoint
 from pipeline.trainers.logs import MetricsFileCallback
+from pipeline.trainers.precision import check_precision, native_bf16
 from pipeline.trainers.resumable import ResumableTrainer
 from pipeline.trainers.trackers import installed
 
@@ -46,19 +47,24 @@ def sft_arguments(arguments: Mapping[str, Any], output_dir: Path, seed: int) -> 
     it, and on a CPU only when the recipe asks for it. Evaluation and saving happen once an epoch unless it says else.
     """
     return SFTConfig(
-        **complete_arguments(DEFAULTS, arguments),
+        **complete_arguments("sft", DEFAULTS, arguments),
         output_dir=str(output_dir / "checkpoints"),
         seed=seed,
         use_cpu=not torch.accelerator.is_available(),
     )
 
 
-def complete_arguments(defaults: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """`arguments` of a config class of TRL over Relay's `defaults`, with the bf16 and the trackers that are here."""
+def complete_arguments(section: str, defaults: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """`arguments` of a config class of TRL over Relay's `defaults`, with the bf16 and the trackers that are here.
+
+    Raises:
+        ValueError: a precision that the machine does not have.
+    """
     settings = {**defaults, **arguments}
     settings["report_to"] = installed(settings["report_to"]) or "none"
     if settings.get("bf16") is None and not settings.get("fp16"):
-        settings["bf16"] = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        settings["bf16"] = native_bf16()
+    check_precision(section, settings.get("fp16"), settings.get("bf16"))
     if settings["eval_strategy"] == "no" and "load_best_model_at_end" not in arguments:
         settings["load_best_model_at_end"] = False
     settings.setdefault("disable_tqdm", False)  # transformers hides its bar where its log level is raised

@@ -19,7 +19,7 @@ from transformers import (
 from transformers.models.mbart.tokenization_mbart import FAIRSEQ_LANGUAGE_CODES
 
 from pipeline.models.config import ModelConfig
-from pipeline.models.decoder_start import decoder_prefix
+from pipeline.models.decoder_start import check_decoder, decoder_prefix
 from pipeline.models.generation import Decoding, generate
 from pipeline.models.loading import is_encoder_decoder, load_model, load_tokenizer
 from pipeline.models.sequences import make_sequences
@@ -190,6 +190,14 @@ def marian_directory(tmp_path_factory):
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+def test_a_decoder_of_another_kind_is_refused():
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "src_vocab_size": 50, "tgt_vocab_size": 50}
+    model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("fsmt", langs=["en", "de"], **sizes, **heads))
+    with pytest.raises(ValueError, match="model: the decoder of 'fsmt' takes no encoder_attention_mask, so it cannot"):
+        check_decoder(model)
 
 
 def test_marian_reads_each_side_with_its_own_pieces(marian_directory):

@@ -115,14 +115,21 @@ def test_the_saved_model_keeps_its_own_attention(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize(("prompts", "packs"), [([[5, 6, 7, 8]] * 4, True), ([[5], [6], [7], [8]], False)])
-def test_in_bfloat16_on_a_cpu_rows_are_packed_where_much_is_saved(monkeypatch, prompts, packs):
-    shared, calls = SharedModel(build("llama", "eager"), lora()), []
+def test_tokens_that_fill_a_row_up_change_nothing():
+    model, sequences = build("llama", "eager"), batch()
+    SharedModel(model, lora())  # gives the model's attention its packed way
+    exact, filled = pack(sequences), pack(sequences, 32)
+    assert len(exact.ids) == 20 and len(filled.ids) == 32
+    assert torch.equal(filled.ids[:20], exact.ids) and torch.equal(filled.states_at, exact.states_at)
+    states = [packing.packed_states(model, row) for row in (exact, filled)]
+    torch.testing.assert_close(states[0], states[1], rtol=1e-5, atol=1e-6)
+
+
+def test_in_bfloat16_on_a_cpu_rows_are_filled_up(monkeypatch):
+    shared, rows = SharedModel(build("llama", "eager"), lora()), []
     original = packing.packed_states
-    monkeypatch.setattr("pipeline.models.shared.packed_states", lambda *args: calls.append(1) or original(*args))
-    sequences = make_sequences(prompts, [[9, 10], [11, 12], [13, 14], [15, 16]], 0)
+    monkeypatch.setattr("pipeline.models.shared.packed_states", lambda m, row: rows.append(row) or original(m, row))
     with torch.autocast("cpu", torch.bfloat16):
-        shared(sequences)
-    assert bool(calls) == packs
-    shared(sequences)
-    assert len(calls) == 1 + packs  # float32
+        shared(batch())
+    shared(batch())
+    assert [len(row.ids) for row in rows] == [32, 20]

@@ -205,7 +205,10 @@ def test_a_function_that_raises():
     def broken(completions, **kwargs):
         return [1 / (len(completion) - 8) for completion in completions]  # "Ein Hund" has 8 letters
 
-    with pytest.raises(RewardError, match=r"^reward 'mine' raised ZeroDivisionError: division by zero$") as raised:
+    with pytest.raises(
+        RewardError,
+        match=r"^reward 'mine' raised ZeroDivisionError: division by zero for completion 1 \('Ein Hund'\)$",
+    ) as raised:
         score(broken)
     assert isinstance(raised.value.__cause__, ZeroDivisionError)
     with pytest.raises(RewardError, match=r"^reward 'mine' raised TypeError: .*unexpected keyword argument"):

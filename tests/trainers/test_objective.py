@@ -20,6 +20,7 @@ from pipeline.trainers.objective import (
 )
 
 JUNK = 7.25  # what stands behind the end of an episode, and must never count
+ALL = torch.ones(6, dtype=torch.bool)
 
 
 def close(found: Tensor, expected: list | Tensor, tolerance: float = 1e-6) -> None:
@@ -95,11 +96,17 @@ def test_advantages_do_not_depend_on_padding():
 
 def test_group_baseline_leaves_the_own_score_out():
     # 1 - (2 + 6) / 2 = -3;  2 - (1 + 6) / 2 = -1.5;  6 - (1 + 2) / 2 = 4.5;  a group of equal scores has no signal
-    close(subtract_group_baseline(tensor([1.0, 2.0, 6.0, 5.0, 5.0, 5.0]), 3), [-3.0, -1.5, 4.5, 0.0, 0.0, 0.0])
+    close(subtract_group_baseline(tensor([1.0, 2.0, 6.0, 5.0, 5.0, 5.0]), ALL[:6], 3), [-3, -1.5, 4.5, 0, 0, 0])
 
 
 def test_group_baseline_of_a_pair():
-    close(subtract_group_baseline(tensor([1.0, 0.0, 0.25, 0.75]), 2), [1.0, -1.0, -0.5, 0.5])
+    close(subtract_group_baseline(tensor([1.0, 0.0, 0.25, 0.75]), ALL[:4], 2), [1.0, -1.0, -0.5, 0.5])
+
+
+def test_group_baseline_where_scores_are_missing():
+    # 1 - 6 = -5 and 6 - 1 = 5 without the second; 5 is alone
+    scored = tensor([True, False, True, True, False, False])
+    close(subtract_group_baseline(tensor([1.0, 2.0, 6.0, 5.0, 7.0, 9.0]), scored, 3), [-5, 0, 5, 0, 0, 0])
 
 
 def test_whiten_by_hand():

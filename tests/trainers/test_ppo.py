@@ -214,27 +214,6 @@ def test_micro_batches_and_accumulation_change_nothing(make_trainer):
     torch.testing.assert_close(second, first, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore:.*lr_scheduler")
-def test_a_gradient_that_is_not_finite_is_skipped_and_counted(make_trainer):
-    trainer = make_trainer(num_mini_batches=2, num_ppo_epochs=1)
-    _, experience = one_experience(trainer)
-    before = weights(trainer)
-    advantages = experience.advantages.clone()
-    advantages[0, 0] = math.inf
-    stats = trainer.update(replace(experience, advantages=advantages))
-    assert stats["policy/skipped_steps"] == 1.0
-    assert all(tensor.isfinite().all() for tensor in weights(trainer).values())
-    assert not same(weights(trainer), before)  # the other mini-batch was learnt from
-
-
-@pytest.mark.filterwarnings("ignore:.*lr_scheduler")
-def test_gradients_that_are_never_finite_stop_the_run(make_trainer):
-    trainer = make_trainer()
-    _, experience = one_experience(trainer)
-    with pytest.raises(FloatingPointError, match=r"PPO step 1: .* in all 2 optimizer steps"):
-        trainer.update(replace(experience, advantages=experience.advantages * math.nan))
-
-
 class Interruption(RuntimeError):
     """What a kill leaves behind, without the kill."""
 

@@ -83,6 +83,10 @@ REWARDS = (RewardConfig("constant"),)
         ("missing_eos_penalty", {"missing_eos_penalty": 0.0}),
         ("missing_eos_score", {"missing_eos_score": float("nan")}),
         ("missing_eos_score", {"missing_eos_score": -1.0, "missing_eos_penalty": 1.0}),
+        ("on_reward_error", {"on_reward_error": "ignore"}),
+        ("reward_timeout", {"reward_timeout": 0.0}),
+        ("max_kl", {"max_kl": 0.0}),
+        ("max_skipped_steps", {"max_skipped_steps": 0}),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else value,
 )
@@ -189,6 +193,10 @@ TESTED_APART = {
     "padding_free",
     "num_sample_generations",
     "local_rollout_forward_batch_size",
+    "on_reward_error",  # these in tests/faults
+    "reward_timeout",
+    "max_kl",
+    "max_skipped_steps",
 }
 
 

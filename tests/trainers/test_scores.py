@@ -53,6 +53,9 @@ def test_unfinished_completions():
 
 def test_prompts_without_signal():
     scores = tensor([1.0, 1.0, 0.0, 0.5])
-    assert prompts_without_signal(scores, 2) == 1
-    assert prompts_without_signal(scores, 4) == 0
-    assert prompts_without_signal(torch.ones(4), 2) == 2
+    every, some = torch.ones(4, dtype=torch.bool), tensor([True, True, False, True])
+    assert prompts_without_signal(scores, every, 2) == (1, 2)
+    assert prompts_without_signal(scores, every, 4) == (0, 1)
+    assert prompts_without_signal(torch.ones(4), every, 2) == (2, 2)
+    assert prompts_without_signal(scores, some, 2) == (2, 2)  # 0.5 alone teaches nothing
+    assert prompts_without_signal(scores, ~some, 2) == (1, 1)
