@@ -1,6 +1,7 @@
 """What a run of several hours would otherwise fail on late: files, models, names and sizes that do not go together."""
 
 import dataclasses
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,11 @@ from pipeline.trainers import trackers
 if TYPE_CHECKING:
     from pipeline.recipe import Recipe
 
+# Keys of paths, wherever in a recipe.
+PATH_KEYS = (
+    *("output_dir", "data_dir", "path", "source", "target", "control"),
+    *("model_name_or_path", "sft_model_path", "reward_model_path", "model"),
+)
 _JOINS = "it joins texts into one row, and an encoder reads one prompt"
 # Keys of SFT that do nothing, or not what they say, where an encoder reads the prompt.
 REFUSED_FOR_ENCODER_DECODERS = {
@@ -52,7 +58,19 @@ def check_recipe(recipe: "Recipe", num_processes: int = 1) -> None:
         raise document.restate(error) from error
 
 
+def _check_homes(value: object, document: Document, path: KeyPath = ()) -> None:
+    """Refuse a path that begins with the home of a user whom this machine does not have, before anything opens it."""
+    if isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_homes(item, document, (*path, key))
+        return
+    named = isinstance(value, str) and path[-1] in PATH_KEYS and value.startswith("~")
+    if named and os.path.expanduser(value).startswith("~"):
+        raise document.error(path, f"there is no home directory for the ~ of {value!r}; write the path out")
+
+
 def _check_all(recipe: "Recipe", num_processes: int, document: Document) -> None:
+    _check_homes(document.data, document)
     if recipe.model.model_name_or_path is not None:
         check_model_path(recipe.model.model_name_or_path, "model.model_name_or_path")
     if recipe.sft_is_external:

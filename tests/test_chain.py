@@ -164,13 +164,6 @@ def test_a_stage_without_its_input_names_the_command(recipe, capsys):
     assert f"run: accelerate launch pipeline/sft.py {path}" in capsys.readouterr().err
 
 
-def test_parallel_files_of_unequal_length_are_one_sentence(recipe, capsys):
-    path = recipe(train=(GERMAN * 3)[:11])
-    assert sft_stage.main([path]) == 1
-    error = capsys.readouterr().err
-    assert "has 12 lines and" in error and "has 11: parallel files must match line by line" in error
-
-
 @pytest.mark.parametrize(
     ("body", "message"),
     [

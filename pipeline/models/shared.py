@@ -82,6 +82,7 @@ class SharedModel(nn.Module):
         self.value_head = nn.Linear(head.shape[1], 1, dtype=torch.promote_types(head.dtype, torch.float32))
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
+        self._initial = {} if lora is None else {n: p.detach().clone() for n, p in self._named_policy()}
         remove_dropout(self)
         if self.padding_free and not self._packing_agrees():
             self.padding_free = False
@@ -216,8 +217,23 @@ class SharedModel(nn.Module):
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """Everything else that is trained."""
+        return [parameter for _, parameter in self._named_policy()]
+
+    def _named_policy(self) -> list[tuple[str, nn.Parameter]]:
         value = {id(p) for p in self.value_parameters()}
-        return [p for p in self.parameters() if p.requires_grad and id(p) not in value]
+        return [(n, p) for n, p in self.named_parameters() if p.requires_grad and id(p) not in value]
+
+    @torch.no_grad()
+    def restart_policy(self) -> None:
+        """Make the policy again what it was before its first update, which is the reference."""
+        initial = self._initial
+        if not initial:
+            frozen = self._frozen[0].get_base_model() if isinstance(self._frozen[0], PeftModel) else self._frozen[0]
+            names = {id(p): n for n, p in self.network.named_parameters()}
+            before = {n.replace(".base_layer", ""): p for n, p in frozen.named_parameters()}
+            initial = {n: before[names[id(p)]] for n, p in self._named_policy()}
+        for name, parameter in self._named_policy():
+            parameter.copy_(initial[name])
 
     def save_pretrained(self, directory: Path) -> None:
         """The policy as peft or transformers save it, and the value head beside it."""

@@ -188,10 +188,10 @@ def _margin(name: str, row: dict[str, Any]) -> float:
     value = row.get(name)
     try:
         number = float("nan") if isinstance(value, bool) or value is None else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # the last: a whole number of hundreds of digits
         number = math.nan
     if not math.isfinite(number):
-        raise Unusable(f"the margin is not a finite number ({value!r})")
+        raise Unusable(f"the margin is not a finite number ({repr(value)[:80]})")
     if number < 0:
         raise Unusable(f"the margin is negative ({number:g}), as if chosen and rejected were swapped")
     return number

@@ -152,18 +152,23 @@ class PPOTrainer:
         self._start(resume_from_checkpoint)
         with watched(self.checkpoints):
             self._train()
-        if self.args.load_best_model_at_end and self.state.best_step:
-            best = load_checkpoint(self.checkpoints / f"checkpoint-{self.state.best_step}")
-            self.shared.load_trainable_state(best.weights)
-            self.log.say(
-                f"best {self.args.metric_for_best_model} {self.state.best_metric:.4f} at step {best.state.step}"
-            )
+        if self.args.load_best_model_at_end and self.state.best_metric is not None:
+            self._load_best()
         self.log.close()
         return self.state
 
+    def _load_best(self) -> None:
+        best, metric = self.state.best_step, self.args.metric_for_best_model
+        if best:
+            self.shared.load_trainable_state(load_checkpoint(self.checkpoints / f"checkpoint-{best}").weights)
+        else:
+            self.shared.restart_policy()
+        note = "" if best else ": no later one was better, so the policy is the model it started from"
+        self.log.say(f"best {metric} {self.state.best_metric:.4f} at step {best}{note}")
+
     def _train(self) -> None:
         if self.state.step == 0 and self.eval_dataset:
-            self._log_evaluation(self.evaluate())
+            self._log_and_compare(self.evaluate())
         while self.state.step < self.num_steps:
             rows = self.prompt_rows(self.state.step)
             rollout = self.collect_rollout(rows)
@@ -379,13 +384,16 @@ class PPOTrainer:
             values |= {f"eval_{name}": value for name, value in metrics.items()}
         return values
 
-    def _log_evaluation(self, values: dict[str, float]) -> None:
+    def _log_and_compare(self, values: dict[str, float]) -> None:
         name = self.args.metric_for_best_model
         if name not in values:
             raise ValueError(f"ppo.metric_for_best_model: {name!r} is not one of {', '.join(values)}")
         self.log.write(self.state.step, values)
         figures = ", ".join(f"{name.removeprefix('eval_')} {value:.3f}" for name, value in values.items())
         self.log.say(f"step {self.state.step}: held-out {figures}")
+        sign, best = 1 if self.args.greater_is_better else -1, self.state.best_metric
+        if math.isfinite(values[name]) and (best is None or sign * values[name] > sign * best):
+            self.state = replace(self.state, best_metric=values[name], best_step=self.state.step)
 
     def advance(self, rollout: Rollout, stats: dict[str, float]) -> None:
         """Count the step, and move what adapts with it: the KL coefficient and the moments of the scores."""
@@ -420,13 +428,6 @@ class PPOTrainer:
             self._log_and_compare(self.evaluate())
         if (step % args.save_steps == 0 if args.save_steps else evaluates) or step in (total, self.state.best_step):
             self.save_checkpoint()
-
-    def _log_and_compare(self, values: dict[str, float]) -> None:
-        self._log_evaluation(values)
-        name = self.args.metric_for_best_model
-        sign, best = 1 if self.args.greater_is_better else -1, self.state.best_metric
-        if math.isfinite(values[name]) and (best is None or sign * values[name] > sign * best):
-            self.state = replace(self.state, best_metric=values[name], best_step=self.state.step)
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint of the current step; every process calls it, the main one writes."""

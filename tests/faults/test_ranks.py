@@ -159,7 +159,7 @@ def two_ranks(recipe: Path, act: str) -> dict[int, ProcessFailure]:
     return failures
 
 
-STUCK = f"process 1 of 2 has not got on for 0.05 minutes ({VARIABLE}): it is in the rewards of PPO step 3"
+STUCK = f"process 1 of 2 has not got on for 0.25 minutes ({VARIABLE}): it is in the rewards of PPO step 3"
 WORDS = {
     "raises": "process 1 failed: ppo: reward 'failing.reward' raised ValueError: no connection for completion ",
     "hangs": STUCK,
@@ -171,7 +171,7 @@ WORDS = {
 @pytest.mark.parametrize("act", ACTS)
 def test_the_first_process_that_fails_is_named(recipe, monkeypatch, capfd, act):
     if act in ("hangs", "stopped"):
-        monkeypatch.setenv(VARIABLE, "0.05")
+        monkeypatch.setenv(VARIABLE, "0.25")
     failures = two_ranks(recipe, act)
     assert all(failure.exitcode for failure in failures.values())
     said = cause(*first_failure(failures))

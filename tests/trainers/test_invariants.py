@@ -130,7 +130,7 @@ def test_the_order_of_the_episodes_changes_nothing(make_exact):
             return value[order]
         if isinstance(value, dict):
             return {name: reorder(part) for name, part in value.items()}
-        return [value[i] for i in order.tolist()] if isinstance(value, list) else value
+        return [value[i] for i in order.tolist()] if isinstance(value, list) and value else value
 
     fields = {field.name: reorder(getattr(rollout, field.name)) for field in dataclasses.fields(rollout)}
     sequences = rollout.sequences.rows(order)

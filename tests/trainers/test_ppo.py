@@ -309,7 +309,7 @@ def test_the_best_checkpoint_is_kept_and_loaded(make_trainer, examples, greater,
         eval_steps=1,
         metric_for_best_model="eval_scripted",
         greater_is_better=greater,
-        compute_metrics=scripted([9.0, 1.0, 5.0, 0.5, 2.0]),
+        compute_metrics=scripted([3.0, 1.0, 5.0, 0.5, 2.0]),
     )
     state = trainer.train()
     assert (state.best_step, state.best_metric) == (best, 5.0 if greater else 0.5)
@@ -318,12 +318,35 @@ def test_the_best_checkpoint_is_kept_and_loaded(make_trainer, examples, greater,
     kept, last = (load_checkpoint(trainer.checkpoints / f"checkpoint-{step}").weights for step in (best, 4))
     assert same(weights(trainer), kept) and not same(weights(trainer), last)
     assert [line["eval_scripted"] for line in read_metrics(trainer.output_dir) if "eval_scripted" in line] == [
-        9.0,
+        3.0,
         1.0,
         5.0,
         0.5,
         2.0,
     ]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"value_model": "adapter"}, {"use_peft": False}], ids=["lora", "value", "full"]
+)
+def test_where_no_step_is_better_the_policy_is_what_it_started_from(make_trainer, examples, capsys, options):
+    trainer = make_trainer(
+        total_episodes=16,
+        learning_rate=1e-2,
+        validation=examples.select(range(4)),
+        eval_steps=1,
+        metric_for_best_model="eval_scripted",
+        compute_metrics=scripted([9.0, 1.0, 8.0]),
+        **options,
+    )
+    state = trainer.train()
+    assert (state.best_step, state.best_metric) == (0, 9.0)
+    assert "step 0: no later one was better, so the policy is the model it started from" in capsys.readouterr().err
+    rollout = trainer.collect_rollout(range(4))
+    assert torch.equal(rollout.logprobs, rollout.ref_logprobs)
+    trainer.shared.load_trainable_state(load_checkpoint(list_checkpoints(trainer.checkpoints)[-1]).weights)
+    moved = trainer.collect_rollout(range(4))
+    assert not torch.equal(moved.logprobs, moved.ref_logprobs)
 
 
 def test_an_unknown_metric_for_the_best_model_stops_before_training(make_trainer, examples):
