@@ -135,7 +135,7 @@ class Learner:
             "policy/entropy_avg": mean["entropy"],
             "policy/grad_norm": sum(norms) / max(1, len(norms)),
             "policy/optimizer_steps": float(sum(map(math.isfinite, norms))),
-            "policy/micro_batch": float(self.micro_batch_size),
+            "policy/memory_parts": float(-(-self.args.per_device_train_batch_size // self.micro_batch_size)),
             "lr": self.scheduler.get_last_lr()[0],
         }
 

@@ -43,7 +43,7 @@ def test_the_result_is_that_of_smaller_micro_batches(make_trainer, capfd, where)
     assert "step 1: out of memory: from now on micro-batches of 2 instead of 8 episodes" in said
     assert said.count("out of memory") == 1
     lines, expected = training_steps(short.output_dir), training_steps(small.output_dir)
-    assert [line["policy/micro_batch"] for line in lines] == [2.0, 2.0, 2.0]
+    assert [line["policy/memory_parts"] for line in lines] == [4.0, 4.0, 4.0]
     assert [line["episode"] for line in lines] == [line["episode"] for line in expected] == [8, 16, 24]
     # The rollout of the first step may have been scored in eights, which rounds differently.
     torch.testing.assert_close(weights(short), weights(small), rtol=1e-3, atol=1e-5)
