@@ -77,7 +77,9 @@ def collected_pairs(
 ) -> tuple[list[Pair], list[Sample]]:
     """The pairs and the held-out samples, written to the stage's directory once and read back by a restart."""
     files = {name: run.reward / name for name in ("pairs.jsonl", "samples.jsonl", "pairs.json")}
-    if not files["pairs.json"].is_file():
+    missing = not files["pairs.json"].is_file()
+    PartialState().wait_for_everyone()  # every process looks before the main one writes
+    if missing:
         tokenizer = load_tokenizer(base, recipe.model)
         source, broken = recipe.reward.pairs, 0
         if isinstance(source, SampledPairs):

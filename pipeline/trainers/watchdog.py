@@ -37,12 +37,14 @@ class _Progress:
 
     def __init__(self) -> None:
         self.phase, self.since, self.written = "the start", time.monotonic(), 0.0
+        self.count = 0  # of phases: all processes go through the same ones
         self.file: Path | None = None
 
     def enter(self, phase: str) -> None:
         now = time.monotonic()
+        self.count += phase != self.phase
         if self.file and (phase != self.phase or now - self.written > REFRESH_SECONDS):
-            self.file.write_text(phase, encoding="utf-8")
+            self.file.write_text(f"{self.count} {phase}", encoding="utf-8")
             self.written = now
         self.phase, self.since = phase, now
 
@@ -70,6 +72,7 @@ def watched(directory: Path) -> Iterator[None]:
     if not alone:
         directory.mkdir(parents=True, exist_ok=True)
         _progress.file = directory / f"{PREFIX}{processes.process_index}"
+        _progress.count = 0
     enter("the first step")
     over = threading.Event()
     arguments = (over, 60 * timeout_minutes(), directory, processes.process_index, processes.num_processes)
@@ -90,15 +93,16 @@ def _watch(over: threading.Event, seconds: float, directory: Path, own: int, cou
 
 
 def _sentence(seconds: float, directory: Path, own: int, count: int) -> str:
-    """Who came to a stop first, by the phases of all processes whose notes can be seen from here."""
-    found = {own: (time.time() - (time.monotonic() - _progress.since), _progress.phase)}
+    """Who is furthest behind, or came to a stop first, by the notes of all processes that can be seen from here."""
+    found = {own: (_progress.count, time.time() - (time.monotonic() - _progress.since), _progress.phase)}
     for rank in range(count):
-        with suppress(OSError):
+        with suppress(OSError, ValueError):
             file = directory / f"{PREFIX}{rank}"
-            found.setdefault(rank, (file.stat().st_mtime, file.read_text(encoding="utf-8")))
-    stuck = min(found, key=lambda rank: found[rank][0])
-    waits = "" if stuck == own else f", and process {own} waits for it in {found[own][1]}"
+            number, phase = file.read_text(encoding="utf-8").split(" ", 1)
+            found.setdefault(rank, (int(number), file.stat().st_mtime, phase))
+    stuck = min(found, key=lambda rank: found[rank][:2])
+    waits = "" if stuck == own else f", and process {own} waits for it in {found[own][2]}"
     return (
         f"process {stuck} of {count} has not got on for {seconds / 60:g} minutes ({VARIABLE}): it is in "
-        f"{found[stuck][1]}{waits}; the last checkpoint is intact: the same command continues from there"
+        f"{found[stuck][2]}{waits}; the last checkpoint is intact: the same command continues from there"
     )

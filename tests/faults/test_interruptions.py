@@ -6,6 +6,7 @@ import re
 import signal
 import socket
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -298,6 +299,12 @@ def test_a_lock_is_given_back(tmp_path):
         assert left is None
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def two_processes(port: int, call) -> list[int]:
     """Run `call(rank)` in two processes that form a gloo group; their exit codes."""
 
@@ -321,9 +328,7 @@ def two_processes(port: int, call) -> list[int]:
 @pytest.mark.parametrize("stage", STAGES)
 def test_processes_stop_together_and_go_on_together(recipe, tmp_path, stage):
     """Only the second one gets the signal."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     small = "ppo.gradient_accumulation_steps=1"
 
     def train(name: str, step: int | None = None) -> list[int]:
@@ -352,3 +357,20 @@ def test_processes_stop_together_and_go_on_together(recipe, tmp_path, stage):
     (weights, log), (expected, expected_log) = (result(tmp_path / "runs" / n, stage) for n in ("broken", "whole"))
     assert log == expected_log
     assert weights.keys() == expected.keys() and all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_a_process_that_comes_late_does_not_fall_out_of_step(recipe, tmp_path, monkeypatch):
+    """The first one has written the pairs of the reward model by then."""
+    prepare(recipe, "reward")
+    monkeypatch.setenv("RELAY_TIMEOUT_MINUTES", "0.2")  # or it would be waited for half an hour
+    look = reward_stage.plain_model_directory
+
+    def call(rank: int) -> int:
+        def late(*arguments):
+            time.sleep(3 * rank)
+            return look(*arguments)
+
+        reward_stage.plain_model_directory = late
+        return reward_stage.main([recipe])
+
+    assert two_processes(free_port(), call) == [0, 0]

@@ -1,5 +1,6 @@
 """Numbers that break a run: NaN and infinity, a policy that runs away, no signal, empty texts, missing precision."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -111,16 +112,22 @@ def test_weights_that_are_not_finite_are_never_saved(make_trainer):
     assert [path.name for path in list_checkpoints(trainer.checkpoints)] == ["checkpoint-1"]
 
 
+def rising():
+    """A held-out metric by which every policy is better than the one before."""
+    numbers = itertools.count()
+    return lambda completions, rows: {"scripted": float(next(numbers))}
+
+
 def test_a_policy_that_runs_away_ends_the_run(make_trainer, examples):
     settings = {"learning_rate": 0.5, "kl_coef": 0.0, "num_ppo_epochs": 4, "total_episodes": 80, "save_steps": 1}
-    settings |= {"validation": examples.select(range(4)), "eval_steps": 1}
-    free = make_trainer("free", **settings)
+    settings |= {"validation": examples.select(range(4)), "eval_steps": 1, "metric_for_best_model": "eval_scripted"}
+    free = make_trainer("free", compute_metrics=rising(), **settings)
     free.train()
     distances = [line["objective/kl"] for line in training_steps(free.output_dir)]
     limit = max(distances) * 0.9
     first = next(step for step, kl in enumerate(distances, start=1) if kl > limit)
     assert first > 1 and limit > 1
-    bound = make_trainer("bound", max_kl=limit, **settings)
+    bound = make_trainer("bound", max_kl=limit, compute_metrics=rising(), **settings)
     with pytest.raises(FloatingPointError) as raised:
         bound.train()
     best = bound.state.best_step

@@ -16,6 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from pipeline import ppo as ppo_stage
 from pipeline import sft as sft_stage
 from pipeline.launcher import cause, first_failure
+from pipeline.trainers import watchdog
 from pipeline.trainers.checkpoint_files import newest_checkpoint
 from pipeline.trainers.watchdog import VARIABLE, enter, watched
 
@@ -199,6 +200,20 @@ def test_a_process_alone_is_watched_where_that_is_asked_for(monkeypatch, tmp_pat
 
     assert forks.run(busy) == 0
     assert not list(tmp_path.iterdir())
+
+
+def test_the_process_that_is_furthest_behind_is_named(tmp_path, monkeypatch):
+    """Not the one that has waited longest: another may have come late to where it hangs."""
+    monkeypatch.setattr(watchdog._progress, "phase", "the update")
+    monkeypatch.setattr(watchdog._progress, "count", 9)
+    monkeypatch.setattr(watchdog._progress, "since", time.monotonic() - 100)
+    (tmp_path / ".phase-1").write_text("8 the rewards")  # since now
+    expected = (
+        "process 1 of 3 has not got on for 1 minutes (RELAY_TIMEOUT_MINUTES): it is in the rewards, and process 0 w"
+    )
+    assert watchdog._sentence(60, tmp_path, 0, 3).startswith(expected)
+    (tmp_path / ".phase-1").write_text("9 the update")
+    assert watchdog._sentence(60, tmp_path, 0, 3).startswith("process 0 of 3 ")
 
 
 @pytest.mark.parametrize("text", ["soon", "0", "-1", "inf", "nan", ""])
