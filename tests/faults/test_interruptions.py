@@ -361,7 +361,8 @@ def test_processes_stop_together_and_go_on_together(recipe, tmp_path, stage):
 
 def test_a_process_that_comes_late_does_not_fall_out_of_step(recipe, tmp_path, monkeypatch):
     """The first one has written the pairs of the reward model by then."""
-    prepare(recipe, "reward")
+    small = "ppo.gradient_accumulation_steps=1"
+    prepare(recipe, "reward", small)
     monkeypatch.setenv("RELAY_TIMEOUT_MINUTES", "0.2")  # or it would be waited for half an hour
     look = reward_stage.plain_model_directory
 
@@ -371,6 +372,6 @@ def test_a_process_that_comes_late_does_not_fall_out_of_step(recipe, tmp_path, m
             return look(*arguments)
 
         reward_stage.plain_model_directory = late
-        return reward_stage.main([recipe])
+        return reward_stage.main([recipe, small])
 
     assert two_processes(free_port(), call) == [0, 0]
