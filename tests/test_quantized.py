@@ -20,7 +20,7 @@ from pipeline.trainers.config import PPOConfig
 from pipeline.trainers.ppo import PPOTrainer
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs the extra `quantization`")
-QUANTIZED = ["model.load_in_4bit=true", "sft.use_peft=true", "sft.bf16=false"]
+QUANTIZED = ["model.load_in_4bit=true", "sft.use_peft=true", "sft.bf16=false", "ppo.load_best_model_at_end=false"]
 
 
 def test_every_stage_over_four_bits(recipe, tmp_path, monkeypatch):  # noqa: F811
