@@ -10,22 +10,18 @@ import pipeline.supported  # noqa: F401  # first: before an import fails on a ve
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from accelerate import PartialState
 from datasets import Dataset
 from rich.console import Console
 
-from pipeline.evaluation.assemble import (
-    Judges,
-    all_samples,
-    assemble_report,
-    decoding_name,
-    score_answers,
-)
+from pipeline.evaluation.assemble import all_samples, assemble_report, decoding_name, outputs_of
 from pipeline.evaluation.config import CONTROL
 from pipeline.evaluation.curves import read_cost, read_panels
 from pipeline.evaluation.inspection import Inspection, chosen_examples, inspect_examples
+from pipeline.evaluation.judging import JudgedAnswers, Judges, Rewarded, read_judged, with_statistics, write_judged
 from pipeline.evaluation.render import Details, print_report, write_report
 from pipeline.evaluation.report import EvaluationReport, Outputs, StageCost, TestSet
 from pipeline.evaluation.runs_pages import compare_command
@@ -33,6 +29,7 @@ from pipeline.evaluation.systems import Answers, Source, answer
 from pipeline.metrics import load_metric
 from pipeline.models.loading import load_model, load_tokenizer, plain_model_directory
 from pipeline.models.reward_model import RewardNetwork, check_base
+from pipeline.models.shares import on_main, part_files
 from pipeline.recipe import Recipe, parse_stage_arguments
 from pipeline.rewards import Handling, Reward, RewardFunction, as_completions, build_rewards, score_texts
 from pipeline.rewards.learned import AdapterReward
@@ -63,14 +60,36 @@ def main(argv: Sequence[str]) -> int:
 
 
 def evaluate(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
-    """Predict with every system, then score, compare and report on the main process."""
+    """Predict with every system and score, each process its share; compare and report on the main process."""
     began = time.monotonic()
     task = load_recipe_task(recipe)
     sources = system_sources(recipe, run, task)
-    answers = answer_all(recipe, run, task, sources)
-    if not PartialState().is_main_process:
-        return {}
-    report, details = build_report(recipe, run, task, sources, answers, began)
+    with part_files(run.eval / "parts") as parts:
+        answers = answer_all(recipe, run, task, sources)
+        judges, references = report_judges(recipe, run, task), list(task.test["references"])
+        for name, found in answers.items():
+            write_judged(parts, name, found, references, judges)
+        parts.wait()
+
+        def report() -> dict[str, object]:
+            everything = {name: read_judged(parts, name, found) for name, found in answers.items()}
+            return write(recipe, run, task, sources, everything, judges, began)
+
+        return on_main(report)
+
+
+def write(
+    recipe: Recipe,
+    run: RunDirectory,
+    task: Task,
+    sources: Sequence[Source],
+    answers: Mapping[str, JudgedAnswers],
+    judges: Judges,
+    began: float,
+) -> dict[str, object]:
+    """The report on disk and on the screen; what stage.json says of it."""
+    say_failures(answers, recipe.ppo)
+    report, details = build_report(recipe, run, task, sources, answers, judges, began)
     write_report(report, details, run.eval)
     print_report(report, Console(stderr=True))
     return {"verdict": report.verdict, "tokens": report.cost[-1].tokens, **left_out_record(task)}
@@ -91,7 +110,7 @@ def system_sources(recipe: Recipe, run: RunDirectory, task: Task) -> list[Source
 
 
 def answer_all(recipe: Recipe, run: RunDirectory, task: Task, sources: Sequence[Source]) -> dict[str, Answers]:
-    """Every system's answers, one system in memory beside SFT at a time."""
+    """This process's share of every system's answers, one system in memory beside SFT at a time."""
     sft = Source("sft", sft_model_path(recipe, run)).load(recipe.model)
     answers = {}
     for source in sources:
@@ -102,25 +121,31 @@ def answer_all(recipe: Recipe, run: RunDirectory, task: Task, sources: Sequence[
     return answers
 
 
-def build_report(
-    recipe: Recipe,
-    run: RunDirectory,
-    task: Task,
-    sources: Sequence[Source],
-    answers: Mapping[str, Answers],
-    began: float,
-) -> tuple[EvaluationReport, Details]:
-    """The report, and what its pages show beside it."""
+def report_judges(recipe: Recipe, run: RunDirectory, task: Task) -> Judges:
+    """The metrics and rewards, a learned one included, on this process."""
     rewards = build_rewards(recipe.ppo.rewards, task.language, loaded_reward(recipe, run, task)) if recipe.ppo else []
-    judges = Judges(
+    return Judges(
         metrics=[load_metric(m.name, task.language, **m.options) for m in recipe.eval.metrics],
         score=lambda texts: score_rows(rewards, task.test, texts, recipe.ppo),
         rewards=[reward.name for reward in rewards],
         settings=recipe.eval,
         seed=recipe.seed,
     )
+
+
+def build_report(
+    recipe: Recipe,
+    run: RunDirectory,
+    task: Task,
+    sources: Sequence[Source],
+    answers: Mapping[str, JudgedAnswers],
+    judges: Judges,
+    began: float,
+) -> tuple[EvaluationReport, Details]:
+    """The report, and what its pages show beside it."""
     test = TestSet([plain_text(prompt) for prompt in task.test["prompt"]], list(task.test["references"]))
-    outputs = score_answers(answers, test, task.test, judges, run.eval)
+    judges = replace(judges, metrics=with_statistics(judges.metrics, answers, test.references))
+    outputs = outputs_of(answers, task.test, run.eval)
     costs = read_cost(run.path, ("sft", "reward", "ppo"))
     report = assemble_report(answers, outputs, test, judges, report_settings(recipe, task), costs)
     details = Details(
@@ -149,25 +174,39 @@ def loaded_reward(recipe: Recipe, run: RunDirectory, task: Task) -> RewardFuncti
     return reward
 
 
-def score_rows(
-    rewards: Sequence[Reward], rows: Dataset, texts: Sequence, ppo: PPOConfig | None
-) -> tuple[list[float], dict[str, list[float]]]:
-    """The weighted reward of each prediction or text of `rows`, and each part by name; nothing without rewards.
+def score_rows(rewards: Sequence[Reward], rows: Dataset, texts: Sequence, ppo: PPOConfig | None) -> Rewarded:
+    """What the rewards say of predictions or texts of `rows`; nothing without rewards.
 
-    Every text has a score here: where `ppo` does not stop at a reward that fails, it pays 0, and that is said.
+    Every text has a score here: where `ppo` does not stop at a reward that fails, it pays 0.
     """
     if not rewards:
-        return [], {}
+        return Rewarded()
     rows = rows.select([text.index for text in texts])
     columns = {name: list(rows[name]) for name in rows.column_names if name not in ("prompt", "completion")}
     columns["completion_ids"] = [text.completion_ids for text in texts]
     prompts = list(rows["prompt"])
     completions = as_completions(prompts, [text.completion for text in texts])
-    handling = Handling("stop" if ppo.on_reward_error == "stop" else "zero", ppo.reward_timeout)
-    scores = score_texts(rewards, prompts, completions, columns, handling)
-    if scores.failures:
-        say(f"eval: {count_failures(list(scores.failures.values()), handling.on_error)}")
-    return scores.total.tolist(), {name: values.tolist() for name, values in scores.parts.items()}
+    scores = score_texts(rewards, prompts, completions, columns, handling(ppo))
+    parts = {name: values.tolist() for name, values in scores.parts.items()}
+    return Rewarded(scores.total.tolist(), parts, scores.failures)
+
+
+def handling(ppo: PPOConfig) -> Handling:
+    """What a reward that fails costs the report: all of it, or nothing but its own part."""
+    return Handling("stop" if ppo.on_reward_error == "stop" else "zero", ppo.reward_timeout)
+
+
+def say_failures(answers: Mapping[str, JudgedAnswers], ppo: PPOConfig | None) -> None:
+    """How often rewards failed, wherever that was."""
+    failures = [
+        judged.failure
+        for found in answers.values()
+        for texts in found.every_kind
+        for judged in texts
+        if judged.failure is not None
+    ]
+    if failures:
+        say(f"eval: {count_failures(failures, handling(ppo).on_error)}")
 
 
 def inspect(

@@ -1,13 +1,12 @@
 """From the systems' answers to the report: rewards and metrics of every text, figures, comparisons, words."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from datasets import Dataset
 
-from pipeline.evaluation.config import EvalConfig
 from pipeline.evaluation.gains import Gains, find_gains
+from pipeline.evaluation.judging import Judged, JudgedAnswers, Judges
 from pipeline.evaluation.predictions import save_predictions
 from pipeline.evaluation.render import Sample
 from pipeline.evaluation.report import (
@@ -22,38 +21,27 @@ from pipeline.evaluation.report import (
     score_system,
 )
 from pipeline.evaluation.sampling import BestOfN, DecodingScores, expected_best
-from pipeline.evaluation.systems import Answers
 from pipeline.evaluation.text_statistics import text_statistics
 from pipeline.evaluation.verdict import find_warnings, findings, verdict
-from pipeline.metrics import Metric
-
-# Texts with their test rows -> the weighted reward of each, and its parts by name; both empty without rewards.
-ScoreTexts = Callable[[Sequence], tuple[list[float], dict[str, list[float]]]]
 
 
-@dataclass(frozen=True)
-class Judges:
-    """What judges the texts: the metrics, the first of which decides; the rewards and their names; the settings."""
-
-    metrics: Sequence[Metric]
-    score: ScoreTexts
-    rewards: Sequence[str]
-    settings: EvalConfig
-    seed: int
-
-
-def score_answers(
-    answers: Mapping[str, Answers], test: TestSet, rows: Dataset, judges: Judges, directory: Path
-) -> dict[str, Outputs]:
+def outputs_of(answers: Mapping[str, JudgedAnswers], rows: Dataset, directory: Path) -> dict[str, Outputs]:
     """Every system's completions with their rewards and sentence scores, which also go to predictions/*.jsonl."""
     outputs = {}
     for name, found in answers.items():
-        scores, parts = judges.score(found.predictions)
-        texts = [prediction.completion for prediction in found.predictions]
-        sentences = {m.name: m.sample_scores(texts, test.references) for m in judges.metrics}
-        outputs[name] = Outputs(found.predictions, scores, parts, sentences)
-        save_predictions(directory / prediction_file(name), found.predictions, rows, parts, scores, sentences)
+        judged = found.predictions
+        parts = {part: [j.rewards[part] for j in judged] for part in judged[0].rewards}
+        sentences = {metric: [j.metrics[metric] for j in judged] for metric in judged[0].metrics}
+        outputs[name] = Outputs([j.text for j in judged], rewards_of(judged), parts, sentences)
+        save_predictions(
+            directory / prediction_file(name), outputs[name].predictions, rows, parts, outputs[name].scores, sentences
+        )
     return outputs
+
+
+def rewards_of(judged: Sequence[Judged]) -> list[float]:
+    """The weighted reward of each text; nothing without rewards."""
+    return [j.score for j in judged if j.score is not None]
 
 
 def prediction_file(system: str) -> str:
@@ -62,7 +50,7 @@ def prediction_file(system: str) -> str:
 
 
 def assemble_report(
-    answers: Mapping[str, Answers],
+    answers: Mapping[str, JudgedAnswers],
     outputs: Mapping[str, Outputs],
     test: TestSet,
     judges: Judges,
@@ -84,7 +72,7 @@ def assemble_report(
         for comparison in compare_systems(a, b, outputs, test, metrics, resampling)
     ]
     references = text_statistics(test.first_references, test.first_references, test.prompts)
-    predictions = {name: found.predictions for name, found in answers.items()}
+    predictions = {name: found.predictions for name, found in outputs.items()}
     best_of = best_of_samples(answers, outputs, test, judges)
     return EvaluationReport(
         systems=systems,
@@ -123,16 +111,16 @@ def all_samples(test: TestSet, outputs: Mapping[str, Outputs], metric: str) -> l
     ]
 
 
-def decoding_scores(answers: Mapping[str, Answers], test: TestSet, judges: Judges) -> list[DecodingScores]:
+def decoding_scores(answers: Mapping[str, JudgedAnswers], test: TestSet, judges: Judges) -> list[DecodingScores]:
     """Every system under the report's decoding and under each other number of beams; nothing without others."""
     found = []
     for name in answers if judges.settings.beam_sizes else ():
         for beams, texts in {judges.settings.num_beams: answers[name].predictions, **answers[name].beams}.items():
-            scores = judges.score(texts)[0]
-            completions = [text.completion for text in texts]
+            scores = rewards_of(texts)
+            completions = [judged.text.completion for judged in texts]
             plain = [m.corpus_score(completions, test.references, n_bootstrap=0) for m in judges.metrics]
             values = {m.name: score.value for m, score in zip(judges.metrics, plain, strict=True)}
-            length = sum(len(text.completion_ids) for text in texts) / len(texts)
+            length = sum(len(judged.text.completion_ids) for judged in texts) / len(texts)
             mean = sum(scores) / len(scores) if scores else None
             found.append(DecodingScores(name, decoding_name(beams), values, mean, length))
     return found
@@ -144,7 +132,7 @@ def decoding_name(num_beams: int) -> str:
 
 
 def best_of_samples(
-    answers: Mapping[str, Answers], outputs: Mapping[str, Outputs], test: TestSet, judges: Judges
+    answers: Mapping[str, JudgedAnswers], outputs: Mapping[str, Outputs], test: TestSet, judges: Judges
 ) -> dict[str, BestOfN]:
     """The expected best of n samples of every system that drew some, by the reward and by the first metric."""
     found, copies, metric = {}, judges.settings.samples_per_prompt, judges.metrics[0]
@@ -152,10 +140,9 @@ def best_of_samples(
         texts = answered.samples
         if not texts:
             continue
-        rewards = judges.score(texts)[0]
+        rewards = rewards_of(texts)
         scores = {REWARD: rewards} if rewards else {}
-        references = [test.references[text.index] for text in texts]
-        scores[metric.name] = metric.sample_scores([text.completion for text in texts], references)
+        scores[metric.name] = [judged.metrics[metric.name] for judged in texts]
         own, prompts = {REWARD: outputs[name].scores, **outputs[name].metric_scores}, len(texts) // copies
         curves = {
             key: expected_best([values[i : i + copies] for i in range(0, len(values), copies)])

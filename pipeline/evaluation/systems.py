@@ -1,12 +1,10 @@
-"""A system from its directory to all it has to say about the test set, shared over the processes of a launch."""
+"""A system from its directory to what it has to say about the test set, each process to its share of it."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -37,8 +35,8 @@ class Source:
 
 @dataclass(frozen=True)
 class Answers:
-    """What a system wrote for the N test prompts, in order: its predictions; its texts under other numbers of beams;
-    samples, each prompt's one after the other; and whether its weights are those of SFT, bit for bit."""
+    """What one process wrote for its share of the test prompts as a system: predictions; texts under other numbers of
+    beams; samples, each prompt's one after the other; and whether the weights are those of SFT, bit for bit."""
 
     predictions: list[Prediction]
     beams: dict[int, list[Text]] = field(default_factory=dict)
@@ -54,7 +52,7 @@ def answer(
     settings: EvalConfig,
     seed: int,
 ) -> Answers:
-    """Every process answers its share of the rows; all get all answers.
+    """The answers to this process's share of the rows, in whole batches, shortest prompts first.
 
     An untrained base is not asked for more than its predictions.
     """
@@ -89,15 +87,11 @@ def answer(
                 state.num_processes,
             )
     return Answers(
-        predictions=_gather(predictions),
-        beams={beam: _gather(texts) for beam, texts in beams.items()},
-        samples=_gather(samples),
+        predictions=predictions,
+        beams=beams,
+        samples=samples,
         same_weights_as_sft=source.name != "sft" and same_weights(model, sft[0]),
     )
-
-
-def _gather(items: Sequence) -> list:
-    return sorted(gather_object(list(items)), key=lambda item: item.index)
 
 
 def _same_tokens(

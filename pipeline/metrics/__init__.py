@@ -4,9 +4,9 @@ import difflib
 import importlib
 from typing import Any
 
-from pipeline.metrics.types import Metric, Score
+from pipeline.metrics.types import AdditiveMetric, Metric, Score
 
-__all__ = ["METRIC_NAMES", "Metric", "Score", "load_metric"]
+__all__ = ["METRIC_NAMES", "AdditiveMetric", "Metric", "Score", "load_metric"]
 
 METRIC_NAMES = ("bleu", "chrf", "ter", "rouge1", "rouge2", "rougeL", "exact_match", "token_f1")
 

@@ -28,7 +28,15 @@ class MeanMetric:
         self, predictions: Sequence[str], references: Sequence[Sequence[str]], indices: np.ndarray
     ) -> np.ndarray:
         """The score [R], 0 to 100, of each row of `indices` [R, N]; see `Metric`."""
-        return 100 * resampled_means(self.sample_scores(predictions, references), indices)
+        return self.resample_statistics(self.statistics(predictions, references), indices)
+
+    def statistics(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
+        """The sample scores, [N, 1]; see `AdditiveMetric`."""
+        return np.array(self.sample_scores(predictions, references), dtype=np.float64).reshape(-1, 1)
+
+    def resample_statistics(self, statistics: np.ndarray, indices: np.ndarray) -> np.ndarray:
+        """The score [R] of each row of `indices` [R, N]; see `AdditiveMetric`."""
+        return 100 * resampled_means(statistics[:, 0], indices)
 
     def corpus_score(
         self,

@@ -41,11 +41,20 @@ class SacrebleuMetric:
         """The corpus score [R] of each row of `indices` [R, N]; see `Metric`.
 
         BLEU, chrF and TER are functions of sums over the examples, so each text is matched once, not once for each
-        resample. sacreBLEU has no public way to reach the sums: these are its only private names used here.
+        resample. sacreBLEU has no public way to reach the sums: `statistics` and `resample_statistics` use the only
+        private names of it.
         """
+        return self.resample_statistics(self.statistics(predictions, references), indices)
+
+    def statistics(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
+        """Counts of matches, n-grams, words or edits, [N, K]; see `AdditiveMetric`."""
         check_examples(predictions, references)
-        statistics = self.corpus._extract_corpus_statistics(list(predictions), _streams(references))
-        totals = resampled_sums(np.array(statistics, dtype=np.float64), indices)
+        found = self.corpus._extract_corpus_statistics(list(predictions), _streams(references))
+        return np.array(found, dtype=np.float64)
+
+    def resample_statistics(self, statistics: np.ndarray, indices: np.ndarray) -> np.ndarray:
+        """The corpus score [R] of each row of `indices` [R, N]; see `AdditiveMetric`."""
+        totals = resampled_sums(statistics, indices)
         return np.array([self.corpus._compute_score_from_stats(total).score for total in totals.tolist()])
 
     def corpus_score(

@@ -2,17 +2,16 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.metrics import Metric
 from pipeline.models.generation import Decoding, generate
 from pipeline.models.room import check_room
+from pipeline.models.shares import Parts
 from pipeline.models.text import decode, encode_completions, encode_prompts
 from pipeline.rewards.pair_settings import SampledPairs
 from pipeline.rewards.pairs import Pair, Text, prompt_pairs
@@ -39,18 +38,22 @@ def sample_pairs(
     settings: SampledPairs,
     metric: Metric,
     seed: int,
+    parts: Parts,
 ) -> tuple[list[Pair], list[Sample]]:
-    """Pairs and samples of every prompt of `rows`; every process answers its blocks, all get everything."""
-    state = PartialState()
-    starts = range(0, len(rows), BLOCK)
-    found: list[tuple[int, list[Pair], list[Sample]]] = []
-    for start in starts[state.process_index :: state.num_processes]:
+    """Pairs and samples of every prompt of `rows`, on the main process; every process answers and ranks its blocks."""
+    blocks = []
+    for start in parts.own(range(0, len(rows), BLOCK)):
         block = rows.select(range(start, min(len(rows), start + BLOCK)))
         with torch.random.fork_rng():
             torch.manual_seed(_block_seed(seed, split, start))
-            found.append((start, *_block_pairs(model, tokenizer, block, start, split, settings, metric)))
-    everything = sorted(gather_object(found), key=lambda part: part[0])
-    return [p for _, pairs, _ in everything for p in pairs], [s for *_, samples in everything for s in samples]
+            pairs, samples = _block_pairs(model, tokenizer, block, start, split, settings, metric)
+        blocks.append((start, {"pairs": [asdict(p) for p in pairs], "samples": [asdict(s) for s in samples]}))
+    parts.write(split, blocks)
+    parts.wait()
+    found = parts.read(split) if parts.is_read_here else []
+    return [Pair(**p) for block in found for p in block["pairs"]], [
+        Sample(**s) for block in found for s in block["samples"]
+    ]
 
 
 def _block_pairs(

@@ -3,7 +3,7 @@
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -19,8 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.models.generation import Decoding, finished, generate
 from pipeline.models.memory import in_smaller_batches
 from pipeline.models.reward_model import check_base
-from pipeline.models.sequences import Sequences, make_sequences
+from pipeline.models.sequences import Sequences, length_sorted_chunks, make_sequences
 from pipeline.models.shared import SharedModel
+from pipeline.models.shares import on_main, part_files
 from pipeline.models.text import decode, encode_prompts
 from pipeline.rewards import Reward, RewardError, Scores, check_rewards
 from pipeline.rewards.learned import AdapterReward
@@ -366,10 +367,19 @@ class PPOTrainer:
         return self.args.kl_coef if self.state.kl_coef is None else self.state.kl_coef
 
     def evaluate(self) -> dict[str, float]:
-        """Greedy answers to the held-out prompts: each reward, their weighted sum `eval_reward`, length, metrics."""
+        """Greedy answers to the held-out prompts: each reward, their weighted sum `eval_reward`, length, metrics.
+
+        Every process writes and scores its share, in batches that are the same for any number of processes; the main
+        one makes the figures.
+        """
         enter(f"the evaluation after PPO step {self.state.step}")
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        rows = list(range(rank, len(self.eval_dataset), world))
+        lengths = torch.tensor([len(ids) for ids in self._eval_prompt_ids])
+        blocks = length_sorted_chunks(lengths, self.args.local_rollout_forward_batch_size)
+        with part_files(self.output_dir / "parts") as parts:
+            lines = parts.shared_out("held-out", [block.tolist() for block in blocks], self._held_out_answers)
+            return on_main(lambda: self._held_out_figures([Answer(**line) for line in lines]))
+
+    def _held_out_answers(self, rows: list[int]) -> list[dict[str, object]]:
         with self.accelerator.autocast():
             completions = self._generate([self._eval_prompt_ids[r] for r in rows], greedy(self.args))
         texts = decode(self.tokenizer, completions)
@@ -377,10 +387,12 @@ class PPOTrainer:
         ended = finished(self.shared.causal_lm, self.tokenizer, completions, greedy(self.args))
         parts = [{name: float(values[i]) for name, values in said.parts.items()} for i in range(len(rows))]
         answers = zip(rows, texts, said.total.tolist(), parts, map(len, completions), ended, strict=True)
-        results = sorted(gather_object([Answer(*answer) for answer in answers]), key=lambda answer: answer.row)
-        values = summarise_answers(results)
+        return [asdict(Answer(*answer)) for answer in answers]
+
+    def _held_out_figures(self, answers: list[Answer]) -> dict[str, float]:
+        values = summarise_answers(answers)
         if self.compute_metrics:
-            metrics = self.compute_metrics([answer.text for answer in results], self.eval_dataset)
+            metrics = self.compute_metrics([answer.text for answer in answers], self.eval_dataset)
             values |= {f"eval_{name}": value for name, value in metrics.items()}
         return values
 

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from zlib import crc32
 
-from pipeline.evaluation.assemble import Judges, assemble_report
+from pipeline.evaluation.assemble import assemble_report
 from pipeline.evaluation.config import EvalConfig
+from pipeline.evaluation.judging import JudgedAnswers, Judges, Rewarded, judge
 from pipeline.evaluation.predictions import Prediction
 from pipeline.evaluation.report import EvaluationReport, Outputs, TestSet
 from pipeline.evaluation.sampling import Text
-from pipeline.evaluation.systems import Answers
 from pipeline.metrics import Metric, load_metric
 
 BLEU = load_metric("bleu")
@@ -49,6 +49,8 @@ def make_report(
     **settings,
 ) -> tuple[EvaluationReport, dict[str, Outputs]]:
     """A report over systems that wrote the given texts; `changes` are figures of a system's predictions."""
+    config = EvalConfig(n_bootstrap=200, samples_per_prompt=2)
+    judges = Judges(metrics, lambda texts: Rewarded(), rewards, config, 0)
     scores = scores if scores is not None else {name: [0.5] * len(found) for name, found in texts.items()}
     changes, samples = changes or {}, samples or {}
     answers, outputs = {}, {}
@@ -59,10 +61,9 @@ def make_report(
             for i, text in enumerate(found)
         ]
         drawn = [Text(i // 2, text, [1, 2]) for i, text in enumerate(samples.get(name, []))]
-        answers[name] = Answers(items, {}, drawn, name in same_weights)
+        sampled = judge(drawn, REFERENCES, judges, 2, metrics[:1])
+        answers[name] = JudgedAnswers(judge(items, REFERENCES, judges, 5), {}, sampled, name in same_weights)
         parts = {"mine": scores[name]} if name in scores else {}
         sentences = {m.name: m.sample_scores(found, REFERENCES) for m in metrics}
         outputs[name] = Outputs(items, scores.get(name, []), parts, sentences)
-    config = EvalConfig(n_bootstrap=200, samples_per_prompt=2)
-    judges = Judges(metrics, lambda texts: ([], {}), rewards, config, 0)
     return assemble_report(answers, outputs, TEST, judges, settings, []), outputs

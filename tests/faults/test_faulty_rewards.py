@@ -12,7 +12,9 @@ import torch
 from ppo_toys import colours, read_metrics, training_steps, weights
 from two_processes import run_in_two
 
-from pipeline.eval import score_rows
+from pipeline.eval import say_failures, score_rows
+from pipeline.evaluation.config import EvalConfig
+from pipeline.evaluation.judging import JudgedAnswers, Judges, judge
 from pipeline.rewards import Handling, Reward, RewardConfig, RewardError, score_texts
 from pipeline.rewards import time_limit as limits
 from pipeline.trainers.config import PPOConfig
@@ -388,7 +390,17 @@ def test_the_report_follows_the_policy_and_has_a_score_for_every_text(examples, 
         with pytest.raises(RewardError, match="no connection for completion 2"):
             score_rows(rewards, examples, texts, settings)
         return
-    assert score_rows(rewards, examples, texts, settings)[0] == [0.5, 0.5, 0.0, 0.5]
+    said = score_rows(rewards, examples, texts, settings)
+    assert said.scores == [0.5, 0.5, 0.0, 0.5]
+    judges = Judges((), lambda part: score_rows(rewards, examples, part, settings), ("colours",), EvalConfig(), 0)
+    judged = judge(texts, examples["references"], judges, block=2)
+    assert [j.score for j in judged] == said.scores and [j.failure is None for j in judged] == [
+        True,
+        True,
+        False,
+        True,
+    ]
+    say_failures({"sft": JudgedAnswers(judged)}, settings)
     assert (
         "eval: 1 score counted as 0 (ppo.on_reward_error): reward 'colours' raised ValueError"
         in capfd.readouterr().err
