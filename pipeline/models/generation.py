@@ -75,6 +75,15 @@ def generate(
     return completions
 
 
+def skip_draws(rows: int, decoding: Decoding) -> None:
+    """Move torch's generator past what `generate` draws for `rows` prompts, as if they had been the ones before.
+
+    Numbers that are drawn together and one after the other are the same, so that several processes, each with a part
+    of the prompts, sample what one would.
+    """
+    torch.rand(rows, decoding.max_new_tokens)
+
+
 def finished(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -3,7 +3,7 @@
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,9 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.models.generation import Decoding, finished, generate
 from pipeline.models.memory import in_smaller_batches
 from pipeline.models.reward_model import check_base
-from pipeline.models.sequences import Sequences, length_sorted_chunks, make_sequences
+from pipeline.models.sequences import Sequences, make_sequences
 from pipeline.models.shared import SharedModel
-from pipeline.models.shares import on_main, part_files
 from pipeline.models.text import decode, encode_prompts
 from pipeline.rewards import Reward, RewardError, Scores, check_rewards
 from pipeline.rewards.learned import AdapterReward
@@ -37,20 +36,20 @@ from pipeline.trainers.checkpoint_files import check_space, clear_checkpoints, n
 from pipeline.trainers.checks import check_kl, check_model_and_data, check_start, first_rows
 from pipeline.trainers.config import PPOConfig
 from pipeline.trainers.credit import credit
+from pipeline.trainers.held_out import Answer, held_out_figures
 from pipeline.trainers.learner import Learner
 from pipeline.trainers.logs import TrainingLog, sample_line
 from pipeline.trainers.objective import adapted_kl_coef
 from pipeline.trainers.random_state import random_state, restore_random_state
 from pipeline.trainers.rollout import (
-    Answer,
     Experience,
     Rollout,
     prompt_order,
     rollout_statistics,
     rollout_sums,
     score_tokens,
+    seed_samples,
     step_seed,
-    summarise_answers,
 )
 from pipeline.trainers.scores import Moments
 from pipeline.trainers.scoring import Payment, count_failures, payment, prefix_scores, score_rows
@@ -232,11 +231,11 @@ class PPOTrainer:
 
     def collect_rollout(self, rows: Sequence[int]) -> Rollout:
         """Answer the prompts of `rows` with the current policy and score the answers; no gradient."""
-        args, device = self.args, self.accelerator.device
+        args, device, rank = self.args, self.accelerator.device, self.accelerator.process_index
         prompts = [self._prompt_ids[row] for row in rows]
         self._enter("the completions")
         with torch.random.fork_rng(), self.accelerator.autocast():
-            torch.manual_seed(step_seed(self.seed, self.state.step, self.accelerator.process_index))
+            seed_samples(self.shared.causal_lm, self.seed, self.state.step, rank, len(prompts), sampling(args))
             completions = self._generate(prompts, sampling(args))
         texts = decode(self.tokenizer, completions)
         ended = torch.tensor(finished(self.shared.causal_lm, self.tokenizer, completions, sampling(args)))
@@ -367,19 +366,14 @@ class PPOTrainer:
         return self.args.kl_coef if self.state.kl_coef is None else self.state.kl_coef
 
     def evaluate(self) -> dict[str, float]:
-        """Greedy answers to the held-out prompts: each reward, their weighted sum `eval_reward`, length, metrics.
-
-        Every process writes and scores its share, in batches that are the same for any number of processes; the main
-        one makes the figures.
-        """
+        """Greedy answers to the held-out prompts: each reward, their weighted sum `eval_reward`, length, metrics."""
         enter(f"the evaluation after PPO step {self.state.step}")
-        lengths = torch.tensor([len(ids) for ids in self._eval_prompt_ids])
-        blocks = length_sorted_chunks(lengths, self.args.local_rollout_forward_batch_size)
-        with part_files(self.output_dir / "parts") as parts:
-            lines = parts.shared_out("held-out", [block.tolist() for block in blocks], self._held_out_answers)
-            return on_main(lambda: self._held_out_figures([Answer(**line) for line in lines]))
+        compute, lengths = self.compute_metrics, [len(ids) for ids in self._eval_prompt_ids]
+        metrics = None if compute is None else lambda texts: compute(texts, self.eval_dataset)
+        size = self.args.local_rollout_forward_batch_size
+        return held_out_figures(lengths, size, self._held_out_answers, metrics, self.output_dir / "parts")
 
-    def _held_out_answers(self, rows: list[int]) -> list[dict[str, object]]:
+    def _held_out_answers(self, rows: list[int]) -> list[Answer]:
         with self.accelerator.autocast():
             completions = self._generate([self._eval_prompt_ids[r] for r in rows], greedy(self.args))
         texts = decode(self.tokenizer, completions)
@@ -387,14 +381,7 @@ class PPOTrainer:
         ended = finished(self.shared.causal_lm, self.tokenizer, completions, greedy(self.args))
         parts = [{name: float(values[i]) for name, values in said.parts.items()} for i in range(len(rows))]
         answers = zip(rows, texts, said.total.tolist(), parts, map(len, completions), ended, strict=True)
-        return [asdict(Answer(*answer)) for answer in answers]
-
-    def _held_out_figures(self, answers: list[Answer]) -> dict[str, float]:
-        values = summarise_answers(answers)
-        if self.compute_metrics:
-            metrics = self.compute_metrics([answer.text for answer in answers], self.eval_dataset)
-            values |= {f"eval_{name}": value for name, value in metrics.items()}
-        return values
+        return [Answer(*answer) for answer in answers]
 
     def _log_and_compare(self, values: dict[str, float]) -> None:
         name = self.args.metric_for_best_model

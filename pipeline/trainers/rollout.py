@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from pipeline.models.decoding import supports_decode_loop
+from pipeline.models.generation import Decoding, skip_draws
 from pipeline.models.sequences import Sequences
 from pipeline.models.shared import SharedModel
 from pipeline.trainers.scores import Moments, prompts_without_signal
@@ -169,30 +171,6 @@ def rollout_statistics(sums: Sequence[float], rewards: Sequence[str], generation
     return stats
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A greedy completion of one held-out prompt: its row, text, score, rewards by name, tokens, and if it ended."""
-
-    row: int
-    text: str
-    score: float
-    rewards: dict[str, float]
-    length: int
-    finished: bool
-
-
-def summarise_answers(answers: Sequence[Answer]) -> dict[str, float]:
-    """Means over the held-out prompts; a reward counts where it applies, and a score where there is one."""
-    scores = [answer.score for answer in answers if answer.score == answer.score]
-    values = {"eval_reward": fmean(scores) if scores else float("nan")}
-    for name in answers[0].rewards:
-        present = [answer.rewards[name] for answer in answers if answer.rewards[name] == answer.rewards[name]]
-        values[f"eval_reward/{name}"] = fmean(present) if present else float("nan")
-    values["eval_length"] = fmean(answer.length for answer in answers)
-    values["eval_finished"] = fmean(answer.finished for answer in answers)
-    return values
-
-
 def prefix_increments(
     spans: Sequence[tuple[int, int]], potentials: Tensor, lengths: Sequence[int], scores: Tensor
 ) -> Tensor:
@@ -230,8 +208,19 @@ def prompt_order(size: int, seed: int) -> Callable[[int], int]:
     return row
 
 
+def seed_samples(model: PreTrainedModel, seed: int, step: int, rank: int, count: int, decoding: Decoding) -> None:
+    """Seed torch for the `count` completions of one process in one PPO step, as one process would draw all of them.
+
+    Where transformers' `generate` draws, batch by batch, every process has noise of its own instead.
+    """
+    shared = supports_decode_loop(model)
+    torch.manual_seed(step_seed(seed, step, 0 if shared else rank))
+    if shared:
+        skip_draws(rank * count, decoding)
+
+
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """The seed of one process's sampling in one PPO step."""
+    """The seed of one process in one PPO step."""
     return _mix(_mix(seed, step + 1), rank + 1)
 
 
