@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from pipeline.models.memory import is_out_of_memory
 from pipeline.models.scratch import build_from_scratch
+from pipeline.models.shares import unseen
 from pipeline.recipe import Recipe
 from pipeline.recipe_secrets import one_line
 from pipeline.rewards.classifier import ClassifierReward
@@ -69,6 +70,13 @@ def run_stage(recipe: Recipe, stage: str, body: StageBody) -> int:
     run, state = RunDirectory.of(recipe), PartialState(cpu=not torch.accelerator.is_available(), timeout=patience)
     quiet_libraries()
     limit_kernel_cache()
+    try:
+        refusal = unseen(run.path)
+    except (ValueError, OSError) as error:
+        return _failed(stage, str(error))
+    if refusal:
+        say(f"error: {stage}: {refusal}")
+        return 2
     # Every process decides before the main one writes anything.
     problem, status = missing_input(recipe, stage), stage_status(run, recipe, stage)
     state.wait_for_everyone()

@@ -4,18 +4,21 @@ No text travels over the process group. The files are in a directory that all pr
 """
 
 import json
+import os
+import secrets
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 T = TypeVar("T")
-PATIENCE = 30.0  # seconds in which a file that another machine has closed must be visible here
+PATIENCE = 20.0  # seconds in which a file that another machine has closed must be visible here
 
 
 class Parts:
@@ -54,7 +57,11 @@ class Parts:
         found: list[tuple[int, object]] = []
         for rank in range(self.state.num_processes):
             file = self._file(name, rank)
-            _await(file, rank)
+            if not _is_visible(file):
+                raise OSError(
+                    f"{file}, which process {rank} has written, is not to be seen: output_dir must be on a file "
+                    "system that all machines share"
+                )
             with file.open(encoding="utf-8") as lines:
                 found += map(json.loads, lines)
         return [item for _, item in sorted(found, key=lambda line: line[0])]
@@ -74,16 +81,56 @@ class Parts:
         return self.directory / f"{name}.{rank}.jsonl"
 
 
-def _await(file: Path, rank: int) -> None:
-    """A file system of several machines may show a new file late."""
+def unseen(directory: Path) -> str | None:
+    """Why the processes do not share a directory, in a sentence, on every process; None if they do.
+
+    The main process leaves a mark that nobody can have made before, and takes it away when all have looked. The
+    directory is made if need be, and taken away again.
+
+    Raises:
+        ValueError, OSError: as `on_main`, where the main process cannot write there.
+    """
+    state = PartialState()
+    if state.num_processes == 1:
+        return None
+    before = directory.is_dir()
+    mark = directory / on_main(lambda: _leave_mark(directory))
+    sees = _is_visible(mark)
+    looked = gather_object([(sees, state.process_index, socket.gethostname(), str(directory.absolute()))])
+    if state.is_main_process:
+        mark.unlink(missing_ok=True)
+        with suppress(OSError):  # it holds something by now
+            if not before:
+                directory.rmdir()
+    state.wait_for_everyone()  # nobody makes or looks at it meanwhile
+    (_, _, home, place), *others = looked
+    for seen, rank, host, path in others:
+        if not seen:
+            there = "" if path == place else f", whose own is {path},"
+            return (
+                f"process {rank} on {host}{there} does not see what process 0 on {home} writes to {place}: output_dir "
+                "must be on a file system that all machines share"
+            )
+    return None
+
+
+def _leave_mark(directory: Path) -> str:
+    directory.mkdir(parents=True, exist_ok=True)
+    mark = directory / f".mark-{secrets.token_hex(8)}"
+    mark.touch()
+    return mark.name
+
+
+def _is_visible(file: Path) -> bool:
+    """Whether a file is there; a file system of several machines may show it late."""
     deadline = time.monotonic() + PATIENCE
     while not file.is_file():
         if time.monotonic() > deadline:
-            raise OSError(
-                f"{file}, which process {rank} has written, is not to be seen: output_dir must be on a file system "
-                "that all machines share"
-            )
+            return False
+        with suppress(OSError):
+            os.listdir(file.parent)  # asks the server of a network file system again
         time.sleep(0.05)
+    return True
 
 
 @contextmanager

@@ -35,7 +35,7 @@ def held_out_figures(
     `answer` gets rows that are alike in length, the same ones together for any number of processes. What a process
     wrote reaches the main one in `directory`.
     """
-    blocks = [block.tolist() for block in length_sorted_chunks(torch.tensor(lengths), batch_size)]
+    blocks = [sorted(block.tolist()) for block in length_sorted_chunks(torch.tensor(lengths), batch_size)]
     with part_files(directory) as parts:
         lines = parts.shared_out("answers", blocks, lambda rows: [asdict(found) for found in answer(rows)])
 

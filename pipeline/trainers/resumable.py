@@ -208,6 +208,8 @@ class ResumableTrainer(Trainer):
         super()._load_best_model()
 
     def _finalize_training(self, *args, **kwargs):
+        # What came after the last log is this process's own, and train_loss is the mean over all.
+        self._tr_loss = self.accelerator.gather(self._tr_loss).mean()
         # With a limit of 1 the parent deletes the last checkpoint here, before the result is safe.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         result = super()._finalize_training(*args, **kwargs)

@@ -96,6 +96,8 @@ class ResumableRewardTrainer(ResumableTrainer, RewardTrainer):
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def _save(self, output_dir: str | None = None, state_dict: object = None) -> None:
+        if not self.args.should_save:  # every process is asked
+            return
         directory = Path(output_dir or self.args.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
         self.accelerator.unwrap_model(self.model).save_pretrained(directory)

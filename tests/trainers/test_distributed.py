@@ -17,9 +17,8 @@ from pipeline.trainers.checkpoint_files import list_checkpoints
 from pipeline.trainers.config import PPOConfig
 from pipeline.trainers.ppo import PPOTrainer
 
-# The likeliest token is always taken, so that completions do not depend on how many processes draw.
+# Completions are sampled: an episode's noise is that of its place in the whole batch, whichever process draws it.
 EQUAL: dict[str, Any] = {
-    "top_k": 1,
     "gradient_accumulation_steps": 1,  # of each process: the one process of the comparison has twice as many
     "per_device_train_batch_size": 4,
     "whiten_rewards": True,
