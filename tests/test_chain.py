@@ -1,8 +1,6 @@
 """The stage scripts on a tiny recipe, in one process: what they leave on disk, and how they refuse."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -127,36 +125,6 @@ def test_the_report_shows_further_systems_other_beams_and_the_control(recipe, tm
     found = [(d["system"], d["decoding"]) for d in report["decodings"]]
     assert found == [(s, d) for s in report["systems"] for d in ("greedy", "beam search, 2 beams")]
     assert report["best_of"] == {}
-
-
-def test_two_processes_give_the_report_of_one(recipe, tmp_path):
-    """A true run of two processes (gloo), each with half of the batches."""
-    path = recipe("{name: bleu}, {name: chrf, weight: 0.5}")
-    for stage in (sft_stage, ppo_stage):
-        assert stage.main([path]) == 0
-    directory = tmp_path / "runs" / "tiny" / "eval"
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    reports = []
-    for number in ("1", "2"):
-        several = ["--multi_gpu", "--num_processes", number] if number == "2" else ["--num_processes", number]
-        launch = ["-m", "accelerate.commands.launch", *several, "--mixed_precision", "no", "--num_machines", "1"]
-        options = ["eval.per_device_eval_batch_size=2", "eval.beam_sizes=[2]"]
-        command = [
-            sys.executable,
-            *launch,
-            "--dynamo_backend",
-            "no",
-            str(ROOT / "pipeline" / "eval.py"),
-            path,
-            *options,
-        ]
-        subprocess.run(command, check=True, env=environment, capture_output=True, cwd=tmp_path)
-        assert json.loads((directory / "stage.json").read_text())["processes"] == int(number)
-        report = json.loads((directory / "report.json").read_text())
-        predictions = [(directory / s["predictions"]).read_text() for s in report["systems"].values()]
-        reports.append(({key: value for key, value in report.items() if key != "cost"}, predictions))
-        directory.rename(directory.with_name(f"eval-{number}"))
-    assert reports[0] == reports[1]
 
 
 def test_a_stage_without_its_input_names_the_command(recipe, capsys):

