@@ -29,7 +29,7 @@ from pipeline.evaluation.runs_pages import write_comparison
 from pipeline.launcher import CAUSE_FILE
 from pipeline.process_group import default_launch_options, launch, process_count, signal_name
 from pipeline.recipe import Recipe, RecipeError, load_checked_recipe, load_recipe, split_recipe_argument
-from pipeline.recipe_secrets import one_line
+from pipeline.rewards.redaction import one_line
 from pipeline.run_directory import (
     STAGES,
     RunDirectory,

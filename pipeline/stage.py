@@ -21,7 +21,6 @@ from transformers.utils import logging as transformers_logging
 from pipeline.models.memory import is_out_of_memory
 from pipeline.models.scratch import build_from_scratch
 from pipeline.recipe import Recipe
-from pipeline.recipe_secrets import one_line
 from pipeline.rewards.classifier import ClassifierReward
 from pipeline.rewards.giving_up import record_failure
 from pipeline.rewards.learned import (
@@ -31,6 +30,7 @@ from pipeline.rewards.learned import (
     load_learned_reward,
     reward_on_references,
 )
+from pipeline.rewards.redaction import one_line
 from pipeline.run_directory import (
     RunDirectory,
     begin_stage,
