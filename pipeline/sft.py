@@ -57,6 +57,9 @@ def train(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
     trainer.accelerator.wait_for_everyone()
     best = trainer.state.best_metric
     figures = {"train_loss": result.training_loss, "steps": trainer.state.global_step, "best_eval_loss": best}
+    figures["mixed_precision"] = (
+        trainer.accelerator.mixed_precision
+    )  # the machine's choice, where it is not the recipe's
     return {**figures, **left_out_record(task)}
 
 
