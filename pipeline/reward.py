@@ -168,6 +168,7 @@ def train_adapter(
         return score_tokens(encode_prompts(tokenizer, prompts, seq2seq), ids, tokenizer, network.scores, device, size)
 
     summary = {"train_loss": result.training_loss, "steps": trainer.state.global_step}
+    summary["mixed_precision"] = trainer.accelerator.mixed_precision
     return RewardRecord("adapter", str(base), 0.0, 1.0, None, 0, **digests), judge, summary
 
 

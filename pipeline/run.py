@@ -37,7 +37,7 @@ from pipeline.process_group import (
     signal_name,
 )
 from pipeline.recipe import Recipe, RecipeError, load_checked_recipe, load_recipe, split_recipe_argument
-from pipeline.recipe_secrets import one_line
+from pipeline.rewards.redaction import one_line
 from pipeline.run_directory import (
     STAGES,
     RunDirectory,

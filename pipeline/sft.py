@@ -54,6 +54,9 @@ def train(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
     save(trainer, base, recipe.model, run.sft)
     best = trainer.state.best_metric
     figures = {"train_loss": result.training_loss, "steps": trainer.state.global_step, "best_eval_loss": best}
+    figures["mixed_precision"] = (
+        trainer.accelerator.mixed_precision
+    )  # the machine's choice, where it is not the recipe's
     return {**figures, **left_out_record(task)}
 
 

@@ -22,7 +22,6 @@ from pipeline.models.memory import is_out_of_memory
 from pipeline.models.scratch import build_from_scratch
 from pipeline.process_group import engine_problem, launched_engine
 from pipeline.recipe import Recipe
-from pipeline.recipe_secrets import one_line
 from pipeline.rewards.classifier import ClassifierReward
 from pipeline.rewards.giving_up import record_failure
 from pipeline.rewards.learned import (
@@ -32,6 +31,7 @@ from pipeline.rewards.learned import (
     load_learned_reward,
     reward_on_references,
 )
+from pipeline.rewards.redaction import one_line
 from pipeline.run_directory import (
     RunDirectory,
     begin_stage,

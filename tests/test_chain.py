@@ -72,6 +72,7 @@ def test_the_chain_leaves_what_the_readme_says(recipe, tmp_path, capsys, archite
     for stage in ("sft", "ppo"):
         assert [json.loads(line) for line in (run / stage / "metrics.jsonl").read_text().splitlines()]
         assert list((run / stage / "checkpoints").iterdir())
+        assert json.loads((run / stage / "stage.json").read_text())["mixed_precision"] == "no"
 
     config = ModelConfig(model_name_or_path="unused")
     sft, policy = load_model(run / "sft", config), load_policy(run / "ppo", run / "sft", config)

@@ -45,8 +45,8 @@ class ResumableSFTTrainer(ResumableTrainer, SFTTrainer):
 def sft_arguments(arguments: Mapping[str, Any], output_dir: Path, seed: int) -> SFTConfig:
     """TRL's `SFTConfig` for the `sft:` section, with defaults that work on the machine at hand.
 
-    TRL defaults to bf16 and refuses it on a machine without an accelerator; here bf16 is on where the accelerator has
-    it, and on a CPU only when the recipe asks for it. Evaluation and saving happen once an epoch unless it says else.
+    TRL defaults to bf16 and refuses it on a machine without an accelerator; here bf16 is on where the machine has
+    instructions for it, be it an accelerator or a CPU. Evaluation and saving happen once an epoch unless it says else.
     """
     return SFTConfig(
         **complete_arguments("sft", DEFAULTS, arguments),
