@@ -41,12 +41,14 @@ def test_every_command_of_the_page_is_taken(command, monkeypatch):
     elif command[0] == "sbatch":
         assert (ROOT / command[1]).is_file()
     else:
-        assert command[0] == "pip" or (command[0] == "python" and (ROOT / command[1]).is_file())
+        file = command[3:] if command[1:3] == ["-m", "pytest"] else command[1:]
+        assert command[0] == "pip" or (command[0] == "python" and (ROOT / file[0]).is_file())
 
 
-def test_the_slurm_script_gives_each_machine_its_rank(tmp_path):
+def test_the_slurm_script_gives_each_machine_its_rank(tmp_path, monkeypatch):
     """Run by bash, with stand-ins for Slurm and Python that tell what they are given."""
-    script = str(ROOT / "docs" / "slurm.sh")
+    monkeypatch.chdir(ROOT)
+    script = "docs/slurm.sh"
     subprocess.run(["bash", "-n", script], check=True)
     stand_ins = {
         "scontrol": '[ "$*" = "show hostnames node[7-8]" ] && printf "node7\\nnode8\\n"',
@@ -59,7 +61,7 @@ def test_the_slurm_script_gives_each_machine_its_rank(tmp_path):
     slurm = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8"}
     environment = {**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": "python"}
     command = ["bash", script, "recipes/quickstart.yaml"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     lines = done.stdout.splitlines()
     assert len(lines) == 2
     for rank, line in enumerate(lines):
@@ -68,5 +70,5 @@ def test_the_slurm_script_gives_each_machine_its_rank(tmp_path):
         assert program == "pipeline/run.py" and arguments.words == ["recipes/quickstart.yaml"]
         found = launch_command_parser().parse_args([*options, "stage.py"])
         assert (found.num_machines, found.machine_rank, found.main_process_ip) == (2, rank, "node7")
-        assert found.main_process_port == 29500 and (ROOT / found.config_file).is_file()
-        assert process_count([word.replace("accelerate_configs", str(ROOT / "accelerate_configs")) for word in options]) == 16
+        assert found.main_process_port == 29500 and Path(found.config_file).is_file()
+        assert process_count(options) == 16
