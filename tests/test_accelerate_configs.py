@@ -107,6 +107,8 @@ if state.num_processes > 1:
     torch.distributed.all_gather_object(names, state.process_index)
 if state.is_main_process:
     print(json.dumps([state.num_processes, names, state.device.type, os.environ["ACCELERATE_MIXED_PRECISION"]]))
+state.wait_for_everyone()
+state.destroy_process_group()  # one that goes while another still talks to it aborts that one
 """
 
 
