@@ -53,6 +53,7 @@ def train(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
         "steps": state.step,
         "episodes": state.episodes,
         "best_step": state.best_step,
+        "mixed_precision": trainer.accelerator.mixed_precision,
         f"best_{recipe.ppo.metric_for_best_model}": state.best_metric,
         **left_out_record(task),
     }

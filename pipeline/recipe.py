@@ -15,7 +15,6 @@ from pipeline.models.config import ModelConfig
 from pipeline.recipe_checks import check_recipe
 from pipeline.recipe_document import Document, RecipeError, did_you_mean
 from pipeline.recipe_reward import RewardSection, build_reward_section, reward_values
-from pipeline.recipe_secrets import one_line
 from pipeline.recipe_sections import (
     TOP_LEVEL,
     SFTSection,
@@ -27,6 +26,7 @@ from pipeline.recipe_sections import (
 )
 from pipeline.recipe_yaml import read_document
 from pipeline.rewards.config import RewardConfig
+from pipeline.rewards.redaction import one_line
 from pipeline.tasks import TASK_NAMES, parallel, synthetic, task_module
 from pipeline.trainers.config import PPOConfig
 

@@ -80,8 +80,7 @@ def collected_pairs(
     recipe: Recipe, run: RunDirectory, task: Task, base: Path | str
 ) -> tuple[list[Pair], list[Sample]]:
     """The pairs and the held-out samples, written to the stage's directory once and read back by a restart."""
-    missing = not (run.reward / "pairs.json").is_file()
-    PartialState().wait_for_everyone()  # every process looks before the main one writes
+    missing = on_main(lambda: not (run.reward / "pairs.json").is_file())
     if missing and isinstance(recipe.reward.pairs, SampledPairs):
         with part_files(run.reward / "parts") as parts:
             found, samples = sampled(recipe, task, base, parts)
@@ -182,6 +181,7 @@ def train_adapter(
         return score_tokens(encode_prompts(tokenizer, prompts, seq2seq), ids, tokenizer, network.scores, device, size)
 
     summary = {"train_loss": result.training_loss, "steps": trainer.state.global_step}
+    summary["mixed_precision"] = trainer.accelerator.mixed_precision
     return RewardRecord("adapter", str(base), 0.0, 1.0, None, 0, **digests), judge, summary
 
 

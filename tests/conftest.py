@@ -1,6 +1,7 @@
 """A tiny language, and models of a few thousand weights that speak it: built in a second, offline, on the CPU."""
 
 import os
+import platform
 
 # Before any library reads them: the suite never reaches for a network or an accelerator.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -8,6 +9,8 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 # A forked child has none of its parent's threads, and hangs at the first operation that is handed to them.
 os.environ["OMP_NUM_THREADS"] = "1"
+if platform.machine() in ("x86_64", "AMD64"):  # the same kernels on every machine, and bf16 only where a test asks
+    os.environ["ATEN_CPU_CAPABILITY"] = "avx2"
 
 import random
 from collections.abc import Callable, Iterator

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pipeline.rewards.giving_up import give_up
 
 GRACE_SECONDS = 5  # for code that is slow to notice, before it counts as stuck
+# Until a function that carries on is interrupted again: time enough for the exception to leave one that does not.
+AGAIN_SECONDS = 1.0
 
 
 class TimedOut(BaseException):  # not an Exception: a function that goes on after any of these must not swallow it
@@ -43,7 +45,7 @@ def time_limit(name: str, seconds: float | None) -> Iterator[None]:
     watch = threading.Timer(limit, give_up, [stuck])
     watch.daemon = True
     handler = signal.signal(signal.SIGALRM, interrupt)
-    timer = signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds, max(seconds, AGAIN_SECONDS))
     watch.start()
     faulthandler.dump_traceback_later(limit + GRACE_SECONDS, exit=True)
     try:

@@ -51,7 +51,7 @@ class PPOConfig:
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False
     padding_free: bool = True
-    bf16: bool | None = None  # None: on accelerators that support it
+    bf16: bool | None = None  # None: where the machine has instructions for it
 
     response_length: int = 53
     num_generations: int = 1  # completions of each prompt in a rollout

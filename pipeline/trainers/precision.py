@@ -1,15 +1,22 @@
 """Which numbers a machine computes with: what it does by itself, and what it cannot."""
 
+import sys
+
 import torch
+from accelerate import PartialState
 
 
 def native_bf16() -> bool:
-    """Whether there is an accelerator with bfloat16 in hardware: emulated, it is slower than float32."""
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    """Whether this machine has instructions for bfloat16: emulated, it is slower than float32, on a CPU many times."""
+    if torch.accelerator.is_available():
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    # Of what the processor has, torch may have been told to leave the wide vectors alone (ATEN_CPU_CAPABILITY).
+    wide, found = torch.backends.cpu.get_cpu_capability().startswith("AVX512"), torch.cpu.get_capabilities()
+    return wide and bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
 def check_precision(section: str, fp16: bool | None = None, bf16: bool | None = None) -> None:
-    """Refuse a precision that this machine does not have; bf16 on a CPU works.
+    """Refuse a precision that this machine does not have, and warn of bf16 on a CPU without instructions for it.
 
     Raises:
         ValueError: naming the key and what to set.
@@ -22,4 +29,10 @@ def check_precision(section: str, fp16: bool | None = None, bf16: bool | None = 
     if bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise ValueError(
             f"{section}.bf16: {torch.cuda.get_device_name()} has no bfloat16; set {section}.bf16: false for float32"
+        )
+    if bf16 and device.type == "cpu" and not native_bf16() and PartialState().is_main_process:
+        print(
+            f"{section}.bf16: this CPU has no instructions for bfloat16, so it takes many times as long as float32; "
+            "without the key bfloat16 is used where it is fast",
+            file=sys.stderr,
         )

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.models.text import decode
 from pipeline.rewards import Handling, Reward, RewardError, Scores, as_completions, score_texts
+from pipeline.rewards.redaction import one_line
 from pipeline.trainers.config import PPOConfig
 from pipeline.trainers.rollout import prefix_increments
 from pipeline.trainers.scores import Moments, judge_unfinished, moments_of, score_sums, transform_scores
@@ -33,7 +34,8 @@ class Payment:
 def count_failures(failures: Sequence[str], on_error: str) -> str:
     """Failures of one process in one step, as a sentence with the first of them."""
     what = "counted as 0" if on_error == "zero" else "left out"
-    return f"{len(failures)} {'score' if len(failures) == 1 else 'scores'} {what} (ppo.on_reward_error): {failures[0]}"
+    scores = "score" if len(failures) == 1 else "scores"
+    return one_line(f"{len(failures)} {scores} {what} (ppo.on_reward_error): {failures[0]}")
 
 
 def score_rows(

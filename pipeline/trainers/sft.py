@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import set_seed
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from torch import Tensor
@@ -44,8 +45,8 @@ class ResumableSFTTrainer(ResumableTrainer, SFTTrainer):
 def sft_arguments(arguments: Mapping[str, Any], output_dir: Path, seed: int) -> SFTConfig:
     """TRL's `SFTConfig` for the `sft:` section, with defaults that work on the machine at hand.
 
-    TRL defaults to bf16 and refuses it on a machine without an accelerator; here bf16 is on where the accelerator has
-    it, and on a CPU only when the recipe asks for it. Evaluation and saving happen once an epoch unless it says else.
+    TRL defaults to bf16 and refuses it on a machine without an accelerator; here bf16 is on where the machine has
+    instructions for it, be it an accelerator or a CPU. Evaluation and saving happen once an epoch unless it says else.
     """
     return SFTConfig(
         **complete_arguments("sft", DEFAULTS, arguments),
@@ -151,6 +152,8 @@ def build_sft_trainer(
         packs = args.packing if args.eval_packing is None else args.eval_packing
         rows = sft_dataset(tokenizer, validation, completion_only, seq2seq)
         validation = fit_examples(rows, None if packs else args.max_length, "validation")
+    if peft_config is not None:
+        set_seed(args.seed)  # TRL draws the adapter before transformers sets the seed
     trainer = trainer_class(
         model=model,
         args=args,

@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3, help="measured PPO steps of a run, behind one to warm up")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--micro-batch", type=int, default=16)
+    parser.add_argument("--micro-batch", type=int, default=64)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--response-length", type=int, default=48)
     parser.add_argument("--threads", type=int, default=1)

@@ -208,12 +208,12 @@ def test_library_code_that_hangs_ends_the_process(library, message, monkeypatch,
     assert message in capfd.readouterr().err
 
 
-def sometimes(bad):
+def sometimes(bad, message="no connection"):
     """The colours, but for completions to rows whose tag is bad: those raise."""
 
     def reward(prompts, completions, tag, completion_ids, **columns):
         if completion_ids != [[0]] * len(prompts) and set(tag) & set(bad):
-            raise ValueError("no connection")
+            raise ValueError(message)
         return colours(prompts, completions)
 
     return reward
@@ -294,10 +294,13 @@ def test_a_skipped_completion_counts_nowhere(make_trainer, examples, capfd):
 
 
 @pytest.mark.parametrize("settings", [{}, {"num_mini_batches": 2}, {"num_generations": 2, "group_baseline": True}])
-def test_a_run_goes_on_over_failures_and_counts_them(make_trainer, examples, settings):
+def test_a_run_goes_on_over_failures_and_counts_them(make_trainer, examples, settings, capsys):
     bad = examples["tag"][::3]
     trainer = make_trainer(
-        reward=sometimes(bad), on_reward_error="skip", validation=examples.select(range(6)), **settings
+        reward=sometimes(bad, "no connection to https://me:password@service"),
+        on_reward_error="skip",
+        validation=examples.select(range(6)),
+        **settings,
     )
     trainer.train()
     errors = [line["objective/reward_errors"] for line in training_steps(trainer.output_dir)]
@@ -306,6 +309,8 @@ def test_a_run_goes_on_over_failures_and_counts_them(make_trainer, examples, set
     assert all(tensor.isfinite().all() for tensor in weights(trainer).values())
     held_out = [line for line in read_metrics(trainer.output_dir) if "eval_reward" in line]
     assert all(line["eval_reward"] is not None for line in held_out)  # over the four that have a score
+    said = capsys.readouterr().err
+    assert "no connection to https://***@service" in said and "password" not in said
 
 
 def test_zero_pays_nothing_and_learns_from_it(make_trainer, examples):

@@ -8,10 +8,13 @@ import pytest
 import torch
 from ppo_toys import read_metrics, training_steps, weights
 
+from pipeline.rewards.config import RewardConfig
 from pipeline.trainers.checkpoint import load_checkpoint
 from pipeline.trainers.checkpoint_files import list_checkpoints, newest_checkpoint
+from pipeline.trainers.config import PPOConfig
 from pipeline.trainers.precision import native_bf16
 from pipeline.trainers.reward import reward_arguments
+from pipeline.trainers.settings import uses_bf16
 from pipeline.trainers.sft import sft_arguments
 
 
@@ -179,13 +182,34 @@ def test_texts_of_one_token_are_finite(make_trainer, taught_t5, t5_tokenizer, ki
         assert lines[0]["objective/length"] == 1.0 and lines[0]["objective/finished"] == 1.0
 
 
+@pytest.mark.parametrize(
+    ("capability", "found", "native"),
+    [
+        ("AVX512", {"avx512_bf16": True, "amx_bf16": False}, True),
+        ("AVX512", {"avx512_bf16": False, "amx_bf16": True}, True),
+        ("AVX512", {"avx512_bf16": False, "amx_bf16": False}, False),
+        ("AVX2", {"avx512_bf16": True}, False),  # torch was told to leave them alone
+        ("DEFAULT", {}, False),
+    ],
+)
+def test_a_cpu_uses_bf16_by_itself_where_it_has_instructions(capability, found, native, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: found)
+    assert native_bf16() is native
+    assert sft_arguments({}, tmp_path, 0).bf16 is reward_arguments({}, tmp_path, 0).bf16 is native
+    assert uses_bf16(PPOConfig((RewardConfig("constant"),))) is native
+    assert not uses_bf16(PPOConfig((RewardConfig("constant"),), bf16=False))
+
+
 @pytest.mark.parametrize("arguments", [sft_arguments, reward_arguments], ids=["sft", "reward"])
-def test_a_precision_that_is_not_there_is_refused(arguments, tmp_path, make_trainer, monkeypatch):
+def test_a_precision_that_is_not_there_is_refused(arguments, tmp_path, make_trainer, monkeypatch, capsys):
     section = arguments.__name__.removesuffix("_arguments")
     with pytest.raises(ValueError, match=rf"^{section}\.fp16: a CPU has no mixed precision in float16; set {section}"):
         arguments({"fp16": True}, tmp_path, 0)
     assert not arguments({}, tmp_path, 0).bf16  # the fallback is float32
-    assert arguments({"bf16": True}, tmp_path, 0).bf16  # which a CPU has
+    assert arguments({"bf16": True}, tmp_path, 0).bf16  # which any CPU can
+    assert f"{section}.bf16: this CPU has no instructions for bfloat16" in capsys.readouterr().err
+    assert not arguments({"bf16": False}, tmp_path, 0).bf16 and capsys.readouterr().err == ""
     old = {"is_available": True, "is_bf16_supported": False, "get_device_name": "an old card"}
     for name, value in old.items():
         monkeypatch.setattr(f"torch.cuda.{name}", lambda *_, value=value, **__: value)

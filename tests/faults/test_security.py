@@ -19,7 +19,8 @@ from pipeline.models.config import ModelConfig
 from pipeline.models.loading import load_model, load_policy, load_tokenizer
 from pipeline.models.reading import read_config
 from pipeline.models.text import encode_prompts
-from pipeline.recipe_secrets import one_line, redact, secret_in
+from pipeline.recipe_secrets import secret_in
+from pipeline.rewards.redaction import one_line, redact
 from pipeline.tasks import columns, load_task
 from pipeline.trainers.checkpoint_files import list_checkpoints
 

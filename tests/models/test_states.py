@@ -231,7 +231,7 @@ def test_gradient_checkpointing_changes_nothing(kind, full):
     next(
         m for n, m in layers[0].named_modules() if n.endswith(("EncDecAttention", "encoder_attn"))
     ).register_forward_hook(lambda *_: calls.append(1))
-    torch.testing.assert_close(gradients(), plain, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradients(), plain, rtol=1e-4, atol=1e-5)
     assert len(calls) == (2 if full else 4)  # forward and again on the way back, for the value's adapter too
     assert any(gradient.any() for name, gradient in plain.items() if "encoder" in name)
 
