@@ -1,5 +1,6 @@
 """Process groups of the stages: which options accelerate launch gets, and how a group is started and ended."""
 
+import argparse
 import os
 import signal
 import subprocess
@@ -10,12 +11,24 @@ from pathlib import Path
 
 import psutil
 import torch
-from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+from accelerate.commands.config.config_args import ClusterConfig, default_config_file, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, parse_flag_from_env
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE_SECONDS = 30  # for a stage that was told to stop, before it is killed
+ENGINES = {
+    DistributedType.FSDP: "FSDP",
+    DistributedType.DEEPSPEED: "DeepSpeed",
+    DistributedType.MEGATRON_LM: "Megatron-LM",
+}
+# What each stage needs a whole model on every process for.
+WHOLE = {
+    "sft": "this stage knows FSDP and DeepSpeed alone",
+    "reward": "a reward model is an adapter over a whole model on each",
+    "ppo": "PPO's policy, reference and values are adapters over a whole model on each, which also writes",
+    "eval": "each answers its share of the prompts with a whole model",
+}
 
 
 def default_launch_options() -> list[str]:
@@ -35,23 +48,77 @@ def default_launch_options() -> list[str]:
 
 
 def process_count(options: Sequence[str]) -> int:
-    """How many processes accelerate launch starts with these options; unknown options end the program with code 2.
+    """How many processes accelerate launch starts with these options, on all machines together.
+
+    Unknown options end the program with code 2.
 
     Raises:
         FileNotFoundError: the `--config_file` does not exist.
     """
-    arguments = launch_command_parser().parse_args([*options, "stage.py"])
+    arguments, config = _read(options)
     if arguments.cpu:
         return 1
-    config = None
-    if arguments.config_file or Path(default_config_file).is_file():
-        config = load_config_from_file(arguments.config_file)
     here = torch.accelerator.device_count()
     count = arguments.num_processes or (config.num_processes if config else here)
+    machines = arguments.num_machines or (config.num_machines if config else 1)
+    kinds = (DistributedType.NO, DistributedType.MULTI_CPU, None)  # accelerate starts a MULTI_CPU by MPI, or as one
     several = arguments.multi_gpu or arguments.use_fsdp or arguments.use_deepspeed or here > 1
     if config is not None:
-        several = several or config.distributed_type not in (DistributedType.NO, None)
-    return max(1, count) if several else 1
+        several = several or config.distributed_type not in kinds
+    return max(1, count // machines * machines) if several else 1  # as many on each machine
+
+
+def machine_rank(options: Sequence[str]) -> int:
+    """Which of several machines this one is; the one of rank 0 alone sets earlier results aside.
+
+    Raises:
+        FileNotFoundError: the `--config_file` does not exist.
+    """
+    arguments, config = _read(options)
+    given = arguments.machine_rank if arguments.machine_rank is not None else config and config.machine_rank
+    return int(given or 0)
+
+
+def sharding_engine(options: Sequence[str]) -> str | None:
+    """What these options of accelerate launch shard the model with: `FSDP`, `DeepSpeed`, `Megatron-LM`, or None.
+
+    Raises:
+        FileNotFoundError: the `--config_file` does not exist.
+    """
+    arguments, config = _read(options)
+    chosen = {
+        DistributedType.FSDP: arguments.use_fsdp,
+        DistributedType.DEEPSPEED: arguments.use_deepspeed,
+        DistributedType.MEGATRON_LM: arguments.use_megatron_lm,
+    }
+    if arguments.cpu:
+        return None
+    if any(chosen.values()) or arguments.multi_gpu:  # options stand above the file
+        return next((ENGINES[kind] for kind, used in chosen.items() if used), None)
+    return ENGINES.get(config.distributed_type) if config is not None else None
+
+
+def launched_engine() -> str | None:
+    """The same for this process, by what accelerate launch has put into its environment."""
+    variables = {"FSDP": "FSDP", "DeepSpeed": "DEEPSPEED", "Megatron-LM": "MEGATRON_LM"}
+    return next((name for name, part in variables.items() if parse_flag_from_env(f"ACCELERATE_USE_{part}")), None)
+
+
+def engine_problem(stage: str, engine: str | None) -> str | None:
+    """Why a stage cannot run under an engine that shards the model, and what to use instead; None if it can."""
+    if engine is None or (stage == "sft" and engine != "Megatron-LM"):
+        return None
+    return (
+        f"{stage}: {engine} shards the model over the processes, and {WHOLE[stage]}; launch it with "
+        "accelerate_configs/multi_gpu.yaml or multi_node.yaml; FSDP and DeepSpeed are for sft alone (--only sft)"
+    )
+
+
+def _read(options: Sequence[str]) -> tuple[argparse.Namespace, ClusterConfig | None]:
+    """The options as accelerate launch reads them, and its configuration file if it takes one."""
+    arguments = launch_command_parser().parse_args([*options, "stage.py"])
+    uses_file = arguments.config_file or (Path(default_config_file).is_file() and not arguments.cpu)
+    return arguments, load_config_from_file(arguments.config_file) if uses_file else None
 
 
 def launch(command: Sequence[str]) -> int:

@@ -27,7 +27,15 @@ from trl import SFTConfig
 
 from pipeline.evaluation.runs_pages import write_comparison
 from pipeline.launcher import CAUSE_FILE
-from pipeline.process_group import default_launch_options, launch, process_count, signal_name
+from pipeline.process_group import (
+    default_launch_options,
+    engine_problem,
+    launch,
+    machine_rank,
+    process_count,
+    sharding_engine,
+    signal_name,
+)
 from pipeline.recipe import Recipe, RecipeError, load_checked_recipe, load_recipe, split_recipe_argument
 from pipeline.rewards.redaction import one_line
 from pipeline.run_directory import (
@@ -80,7 +88,7 @@ def run_seeds(
         code = run_chain(console, path, [*overrides, f"seed={seed}", f"name={name}-seed-{seed}"], arguments, options)
         if code:
             return code
-    if arguments.dry_run or arguments.only not in (None, "eval"):
+    if arguments.dry_run or arguments.only not in (None, "eval") or (options and machine_rank(options)):
         return 0
     root = RunDirectory.of(load_recipe(path, overrides)).path.parent
     try:
@@ -102,15 +110,17 @@ def run_chain(
     except (RecipeError, FileNotFoundError) as error:
         return fail(str(error), 2)
     show_plan(console, recipe, plan, processes, options)
-    first = next((p.stage for p in plan if p.launches), None)
-    problem = missing_input(recipe, first) if first else None
+    launched, engine = [p.stage for p in plan if p.launches], sharding_engine(options)
+    problem = next((refusal for stage in launched if (refusal := engine_problem(stage, engine))), None)
+    problem = problem or (missing_input(recipe, launched[0]) if launched else None)
     if problem:
         return fail(problem, 2)
     if arguments.dry_run:
         return 0
     for planned in plan:
         if planned.launches:
-            code = run_stage(console, recipe, planned, stage_command(planned.stage, path, overrides, options))
+            command = stage_command(planned.stage, path, overrides, options)
+            code = run_stage(console, recipe, planned, command, leads=machine_rank(options) == 0)
             if code:
                 return code
     report = RunDirectory.of(recipe).eval / "report.html"
@@ -276,14 +286,20 @@ def stage_command(stage: str, recipe: Path, overrides: Sequence[str], options: S
     return [*launcher, *options, str(script), str(recipe), *overrides]
 
 
-def run_stage(console: Console, recipe: Recipe, planned: PlannedStage, command: Sequence[str]) -> int:
-    """Launch a stage and see it through; 0 if it is complete afterwards."""
+def run_stage(
+    console: Console, recipe: Recipe, planned: PlannedStage, command: Sequence[str], leads: bool = True
+) -> int:
+    """Launch a stage and see it through; 0 if it is complete afterwards.
+
+    Of several machines, on each of which this program runs, one `leads`: a stage begins when all have launched it.
+    """
     directory, stage = RunDirectory.of(recipe), planned.stage
     place = directory.stage(stage)
     try:
-        with run_lock(directory.path):  # the stage itself holds it later
-            if planned.replaces and place.exists():
-                say(console, f"{stage}: what was in {place} is kept in {set_aside(place)}")
+        if leads:
+            with run_lock(directory.path):  # the stage itself holds it later
+                if planned.replaces and place.exists():
+                    say(console, f"{stage}: what was in {place} is kept in {set_aside(place)}")
     except (RunInUseError, OSError) as error:
         return fail(f"{stage}: {error}" if isinstance(error, OSError) else str(error), 2)
     say(console, f"{stage}: {'continuing' if planned.action == 'resume' else 'starting'}", style="bold")
@@ -293,7 +309,7 @@ def run_stage(console: Console, recipe: Recipe, planned: PlannedStage, command: 
         return fail(f"{stage} was ended by {signal_name(code - 128)}; the same command continues there{cause}", code)
     if code:
         return fail(f"{stage} failed with exit code {code}; the same command continues there{cause}", code)
-    if stage_status(directory, recipe, stage) != "complete":
+    if leads and stage_status(directory, recipe, stage) != "complete":  # others may see the record later
         return fail(f"{stage} ended without finishing {place}; the same command continues there", 1)
     say(console, f"{stage}: done in {time.monotonic() - began:.0f} s")
     return 0

@@ -8,10 +8,12 @@ import pipeline.supported  # noqa: F401  # first: before an import fails on a ve
 # isort: split
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pipeline.models.config import ModelConfig
 from pipeline.models.loading import load_model, load_tokenizer, lora_config, merged
 from pipeline.models.room import check_room
 from pipeline.models.text import encode_prompts
@@ -19,7 +21,8 @@ from pipeline.recipe import Recipe, parse_stage_arguments
 from pipeline.run_directory import RunDirectory
 from pipeline.stage import base_model_path, left_out_record, load_recipe_task, run_stage
 from pipeline.tasks import Task
-from pipeline.trainers.sft import build_sft_trainer, last_checkpoint, sft_arguments
+from pipeline.trainers.sft import ResumableSFTTrainer, build_sft_trainer, last_checkpoint, sft_arguments
+from pipeline.trainers.sharded import whole_weights
 from pipeline.trainers.stopping import stop_signals
 
 
@@ -48,19 +51,24 @@ def train(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
     )
     with stop_signals():
         result = trainer.train(resume_from_checkpoint=last_checkpoint(arguments))
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if isinstance(model, PeftModel):
-        model = merged(model, base, recipe.model)
-    if trainer.is_world_process_zero():
-        model.save_pretrained(run.sft)
-        trainer.processing_class.save_pretrained(run.sft)
-    trainer.accelerator.wait_for_everyone()
+    save(trainer, base, recipe.model, run.sft)
     best = trainer.state.best_metric
     figures = {"train_loss": result.training_loss, "steps": trainer.state.global_step, "best_eval_loss": best}
     figures["mixed_precision"] = (
         trainer.accelerator.mixed_precision
     )  # the machine's choice, where it is not the recipe's
     return {**figures, **left_out_record(task)}
+
+
+def save(trainer: ResumableSFTTrainer, base: Path | str, config: ModelConfig, directory: Path) -> None:
+    """Plain weights and the tokenizer; every process calls it, for of sharded weights each holds a part."""
+    model, weights = trainer.accelerator.unwrap_model(trainer.model), whole_weights(trainer)
+    if trainer.is_world_process_zero():
+        if isinstance(model, PeftModel):
+            model, weights = merged(model, base, config, weights), None
+        model.save_pretrained(directory, state_dict=weights)
+        trainer.processing_class.save_pretrained(directory)
+    trainer.accelerator.wait_for_everyone()
 
 
 def check_later_stages(recipe: Recipe, task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

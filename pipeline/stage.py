@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from pipeline.models.memory import is_out_of_memory
 from pipeline.models.scratch import build_from_scratch
+from pipeline.process_group import engine_problem, launched_engine
 from pipeline.recipe import Recipe
 from pipeline.rewards.classifier import ClassifierReward
 from pipeline.rewards.giving_up import record_failure
@@ -69,9 +70,14 @@ def run_stage(recipe: Recipe, stage: str, body: StageBody) -> int:
     run, state = RunDirectory.of(recipe), PartialState(cpu=not torch.accelerator.is_available(), timeout=patience)
     quiet_libraries()
     limit_kernel_cache()
-    # Every process decides before the main one writes anything.
-    problem, status = missing_input(recipe, stage), stage_status(run, recipe, stage)
-    state.wait_for_everyone()
+    # The main process decides for all: on a network's file system others may see what it wrote some seconds later.
+    decided: list[str | None] = [None, None]
+    if state.is_main_process:
+        decided = [
+            engine_problem(stage, launched_engine()) or missing_input(recipe, stage),
+            stage_status(run, recipe, stage),
+        ]
+    problem, status = broadcast_object_list(decided)
     if problem or status == "complete":
         say(f"error: {problem}" if problem else f"{stage}: already complete in {run.stage(stage)}")
         return 2 if problem else 0
@@ -133,8 +139,8 @@ def _lock(run: RunDirectory, held: ExitStack) -> str | None:
 
 def _run_alone(recipe: Recipe, stage: str, body: StageBody, run: RunDirectory) -> int:
     state = PartialState()
-    status = stage_status(run, recipe, stage)  # again: another process may have finished it before it let go
-    state.wait_for_everyone()
+    # Again: another run may have finished it before it let go.
+    [status] = broadcast_object_list([stage_status(run, recipe, stage) if state.is_main_process else None])
     if status == "complete":
         say(f"{stage}: already complete in {run.stage(stage)}")
         return 0

@@ -10,6 +10,7 @@ import pytest
 
 from pipeline import eval as eval_stage
 from pipeline import ppo as ppo_stage
+from pipeline import reward as reward_stage
 from pipeline import sft as sft_stage
 from pipeline.models.config import ModelConfig
 from pipeline.models.loading import load_model, load_policy
@@ -128,6 +129,18 @@ def test_the_report_shows_further_systems_other_beams_and_the_control(recipe, tm
     found = [(d["system"], d["decoding"]) for d in report["decodings"]]
     assert found == [(s, d) for s in report["systems"] for d in ("greedy", "beam search, 2 beams")]
     assert report["best_of"] == {}
+
+
+@pytest.mark.parametrize(("variable", "engine"), [("DEEPSPEED", "DeepSpeed"), ("FSDP", "FSDP")])
+def test_a_stage_that_needs_whole_models_refuses_to_shard_them(recipe, capsys, monkeypatch, variable, engine):
+    """By what accelerate launch puts into the environment, whatever else is missing."""
+    monkeypatch.setenv(f"ACCELERATE_USE_{variable}", "true")
+    for stage in (reward_stage, ppo_stage, eval_stage):
+        assert stage.main([recipe("bleu")]) == 2
+        error = capsys.readouterr().err
+        name = stage.__name__.rpartition(".")[2]
+        assert error.startswith(f"error: {name}: {engine} shards the model over the processes, and ")
+        assert "launch it with accelerate_configs/multi_gpu.yaml" in error and error.count("\n") == 1
 
 
 def test_two_processes_give_the_report_of_one(recipe, tmp_path):

@@ -305,6 +305,34 @@ def test_help_shows_how_to_pass_options_on(capsys):
     assert "[RECIPE] [section.key=value ...] [options] [-- accelerate launch options]" in capsys.readouterr().out
 
 
+def test_of_two_machines_one_sets_earlier_results_aside(behaviour, capsys, monkeypatch):
+    """`run.py` runs on each of them; a stage begins when both have launched it."""
+    words = ["recipe.yaml", "ppo.per_device_train_batch_size=1", "--only", "sft"]
+    several = ["--", "--multi_gpu", "--num_processes", "2", "--num_machines", "2", "--machine_rank"]
+    assert run.main([*words, *several, "0"]) == 0
+    assert launched() == ["sft"]
+    monkeypatch.setattr(run, "set_aside", lambda place: pytest.fail("the other machine does that"))
+    with run.run_lock(Path("runs/demo")):  # as the machine of rank 0 holds it for a moment
+        assert run.main([*words, "--force", *several, "1"]) == 0
+        assert run.main([*words, "--force", *several, "0"]) == 2
+    assert launched() == ["sft"]
+    assert "runs/demo is in use by" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
+def test_an_engine_that_shards_the_model_is_for_sft_alone(behaviour, capsys, engine):
+    words = ["recipe.yaml", "ppo.per_device_train_batch_size=1"]
+    options = ["--", f"--use_{engine}", "--num_processes", "2"]
+    assert run.main([*words, *options]) == 2
+    found = {"fsdp": "FSDP", "deepspeed": "DeepSpeed"}[engine]
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: ppo: {found} shards the model over the processes, and PPO's policy, reference")
+    assert "launch it with accelerate_configs/multi_gpu.yaml" in error and error.count("\n") == 1
+    assert launched() == []
+    assert run.main([*words, "--only", "sft", *options]) == 0
+    assert launched() == ["sft"]
+
+
 def test_options_after_two_dashes_reach_accelerate(monkeypatch):
     seen = []
 

@@ -3,12 +3,14 @@
 import os
 import pickle
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -114,12 +116,18 @@ def _in_4_bits(config: ModelConfig) -> dict[str, object]:
     return {"quantization_config": quantization, "device_map": {"": PartialState().device}}
 
 
-def merged(network: PeftModel, base: str | Path, config: ModelConfig) -> PreTrainedModel:
-    """What an adapter over `base` has learnt as plain weights; never rounded to the 4 bits it was trained over."""
-    if not config.load_in_4bit:
+def merged(
+    network: PeftModel, base: str | Path, config: ModelConfig, weights: Mapping[str, Tensor] | None = None
+) -> PreTrainedModel:
+    """What an adapter over `base` has learnt as plain weights; never rounded to the 4 bits it was trained over.
+
+    `weights`: those of `network`, where it is sharded and holds a part of them alone.
+    """
+    if not config.load_in_4bit and weights is None:
         return network.merge_and_unload()
     plain = get_peft_model(load_model(base, config), network.peft_config["default"])
-    set_peft_model_state_dict(plain, get_peft_model_state_dict(network, save_embedding_layers=False))
+    learnt = get_peft_model_state_dict(network, state_dict=weights, save_embedding_layers=False)
+    set_peft_model_state_dict(plain, learnt)
     return plain.merge_and_unload()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import set_seed
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from torch import Tensor
@@ -151,6 +152,8 @@ def build_sft_trainer(
         packs = args.packing if args.eval_packing is None else args.eval_packing
         rows = sft_dataset(tokenizer, validation, completion_only, seq2seq)
         validation = fit_examples(rows, None if packs else args.max_length, "validation")
+    if peft_config is not None:
+        set_seed(args.seed)  # TRL draws the adapter before transformers sets the seed
     trainer = trainer_class(
         model=model,
         args=args,

@@ -7,6 +7,7 @@ import ppo_scaling
 import ppo_vs_trl
 import pytest
 import reward_memory
+import scaling
 import torch
 from relay_worker import run
 
@@ -63,3 +64,32 @@ def test_counts_of_an_encoder_decoder_by_hand(monkeypatch):
     assert count("decoder trained", 3, 2, epochs=1) == 2 * (2 * 3 * 6 + (3 * 2 + 2 * 18) * 5)
     again = (3 * 6 + 3 * 2 + 8 + 10) + (3 * 6 + 3 * 2 + 16 + 10)
     assert count("encoder for each token", 3, 2, epochs=1) == 2 * ((18 + 6 + 36) + again * 4)
+
+
+def test_scaling_measures_both_kinds(capsys, fresh_accelerate, monkeypatch):
+    """The workers in this process; what starts several of them is tested below."""
+    monkeypatch.setattr(scaling, "measure", lambda spec, processes, groups: scaling.work(spec))
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    found = scaling.main(["--repetitions", "1", "--steps", "1", "--batch", "8", "--width", "32"])
+    assert list(found) == ["ppo", "sft"]
+    assert all(set(ratios) == {"strong", "weak", "apart"} and min(ratios.values()) > 0 for ratios in found.values())
+    assert capsys.readouterr().out.count("two apart") == 2
+
+
+def test_scaling_by_hand():
+    seconds = {"alone": 1.0, "alone, twice the batch": 2.1, "two": 1.25, "two apart": 1.1}
+    assert scaling.ratios(seconds) == pytest.approx({"strong": 1.68, "weak": 0.8, "apart": 1 / 1.1})
+
+
+def test_scaling_takes_the_slowest_of_all_processes(tmp_path, monkeypatch):
+    """True processes, two of one group and two groups of one, with a stand-in for the work."""
+    lines = [
+        "import json, os, sys",
+        "from pathlib import Path",
+        "rank, file = int(os.environ.get('RANK', 0)), Path(sys.argv[-1])",
+        "(file.parent / f'{rank}.json').write_text(json.dumps([1 + rank, 2 - rank]))",
+    ]
+    (tmp_path / "scaling.py").write_text("\n".join(lines))
+    monkeypatch.setattr(scaling, "HERE", tmp_path)
+    assert scaling.measure({}, 2, 1) == [2, 2]
+    assert scaling.measure({}, 1, 2) == [1, 2]

@@ -69,6 +69,15 @@ def test_labels_are_the_completion_alone(tokenizer, examples):
     assert whole["labels"] == whole["input_ids"] == rows["input_ids"]
 
 
+def test_the_seed_alone_draws_the_adapter(make_trainer):
+    def drawn(seed: int) -> torch.Tensor:
+        torch.rand(3)  # whatever came before
+        weights = dict(make_trainer(seed=seed).model.named_parameters())
+        return next(weight.detach() for name, weight in weights.items() if "lora_A" in name)
+
+    assert torch.equal(drawn(0), drawn(0)) and not torch.equal(drawn(0), drawn(1))
+
+
 def test_labels_survive_the_collator(make_trainer):
     trainer = make_trainer()
     batch = a_batch(trainer)

@@ -1,0 +1,27 @@
+#!/bin/bash
+# The whole chain of a recipe on several machines of a Slurm cluster: sbatch docs/slurm.sh recipes/my_run.yaml
+# Submit it from the root of the project, which, like output_dir, is on a file system that all machines share.
+#SBATCH --job-name=relay
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --time=24:00:00
+#SBATCH --signal=TERM@180
+set -euo pipefail
+
+export RECIPE="${1:?name a recipe}"
+export PYTHON="${PYTHON:-.venv/bin/python}"
+MAIN="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+export MAIN
+
+# One launcher on each machine; each starts a process for every GPU of its own.
+srun --kill-on-bad-exit=1 bash -c '
+  "$PYTHON" pipeline/run.py "$RECIPE" -- \
+    --config_file accelerate_configs/multi_node.yaml \
+    --num_machines "$SLURM_NNODES" \
+    --num_processes "$((SLURM_NNODES * SLURM_GPUS_ON_NODE))" \
+    --machine_rank "$SLURM_NODEID" \
+    --main_process_ip "$MAIN" \
+    --main_process_port 29500
+'
