@@ -1,6 +1,6 @@
 """PPO from the SFT model with the recipe's rewards; the policy is an adapter over the SFT model.
 
-accelerate launch pipeline/ppo.py recipes/quickstart.yaml 'ppo.rewards=[{name: constant}]' name=control
+accelerate launch pipeline/ppo.py recipes/quickstart.yaml ppo.total_episodes=10240 ppo.kl_coef=0.05
 """
 
 import pipeline.supported  # noqa: F401  # first: before an import fails on a version that does not fit

@@ -22,7 +22,7 @@ from pipeline.run_directory import RunDirectory
 from pipeline.stage import base_model_path, left_out_record, load_recipe_task, run_stage
 from pipeline.tasks import Task
 from pipeline.trainers.sft import ResumableSFTTrainer, build_sft_trainer, last_checkpoint, sft_arguments
-from pipeline.trainers.sharded import whole_weights
+from pipeline.trainers.sharded import check_sharding, whole_weights
 from pipeline.trainers.stopping import stop_signals
 
 
@@ -37,6 +37,7 @@ def train(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
     task = load_recipe_task(recipe)
     base = base_model_path(recipe, run, task)
     arguments = sft_arguments(recipe.sft.arguments, run.sft, recipe.seed)
+    check_sharding(arguments, recipe.model.load_in_4bit and recipe.sft.use_peft)
     model = load_model(base, recipe.model, frozen=recipe.sft.use_peft)
     tokenizer = load_tokenizer(base, recipe.model)
     check_later_stages(recipe, task, model, tokenizer)

@@ -18,8 +18,8 @@ PAGE = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
 
 def commands() -> list[list[str]]:
     """Every command of the page's fenced blocks, without variables set before it."""
-    blocks = re.findall(r"^```\n(.*?)^```", PAGE, re.M | re.S)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", PAGE, re.M | re.S)
+    lines = "".join(text for kind, text in blocks if not kind).replace("\\\n", " ").splitlines()
     words = [shlex.split(line, comments=True) for line in lines]
     return [[word for word in line if not re.match(r"[A-Z_]+=", word)] for line in words if line]
 

@@ -1,9 +1,29 @@
 """Weights of which each process holds a part, by DeepSpeed's ZeRO-3 or FSDP, made whole again."""
 
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, parse_flag_from_env
 from torch import Tensor
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+
+def check_sharding(arguments: TrainingArguments, in_4_bits: bool) -> None:
+    """Refuse, before a model is loaded, what could not be loaded in parts or not be made whole after the training.
+
+    Raises:
+        ValueError: naming the setting of accelerate launch, or the key.
+    """
+    plugin = arguments.deepspeed_plugin
+    zero = plugin.deepspeed_config["zero_optimization"] if plugin is not None else {"stage": 0}
+    if zero["stage"] == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+        raise ValueError(
+            "deepspeed_config: ZeRO-3 could not save whole weights without zero3_save_16bit_model: true; set it in "
+            "the file that accelerate launch is given, as accelerate_configs/deepspeed_zero3.yaml does"
+        )
+    if in_4_bits and (zero["stage"] == 3 or parse_flag_from_env("ACCELERATE_USE_FSDP")):
+        raise ValueError(
+            "model.load_in_4bit: weights in 4 bits are not sharded; use accelerate_configs/multi_gpu.yaml, or leave "
+            "the key out"
+        )
 
 
 def whole_weights(trainer: Trainer) -> dict[str, Tensor] | None:

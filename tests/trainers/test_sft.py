@@ -1,6 +1,7 @@
 """Supervised fine-tuning: labels, the loss against TRL's own, restarts, and what is saved."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from pipeline.trainers.sft import (
     sft_arguments,
     sft_dataset,
 )
+from pipeline.trainers.sharded import check_sharding
 
 SETTINGS = {
     "per_device_train_batch_size": 8,
@@ -76,6 +78,28 @@ def test_the_seed_alone_draws_the_adapter(make_trainer):
         return next(weight.detach() for name, weight in weights.items() if "lora_A" in name)
 
     assert torch.equal(drawn(0), drawn(0)) and not torch.equal(drawn(0), drawn(1))
+
+
+def test_sharding_that_could_not_load_or_save_is_refused(tmp_path, monkeypatch):
+    """With the plugin that transformers makes of DeepSpeed's settings reduced to these."""
+
+    def check(stage: int, gathers: bool, in_4_bits: bool) -> None:
+        zero = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": gathers}
+        arguments = sft_arguments({}, tmp_path, seed=0)
+        arguments.deepspeed_plugin = SimpleNamespace(deepspeed_config={"zero_optimization": zero})
+        check_sharding(arguments, in_4_bits)
+
+    check(3, True, False)
+    check(2, False, True)
+    with pytest.raises(ValueError, match="without zero3_save_16bit_model: true"):
+        check(3, False, False)
+    with pytest.raises(ValueError, match=r"model\.load_in_4bit: weights in 4 bits are not sharded"):
+        check(3, True, True)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    arguments = sft_arguments({}, tmp_path, seed=0)
+    check_sharding(arguments, False)
+    with pytest.raises(ValueError, match=r"model\.load_in_4bit"):
+        check_sharding(arguments, True)
 
 
 def test_labels_survive_the_collator(make_trainer):
