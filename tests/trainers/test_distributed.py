@@ -1,6 +1,7 @@
 """Two processes of one gloo group against one process: the same rollouts give the same run."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from pipeline.trainers.checkpoint_files import list_checkpoints
 from pipeline.trainers.config import PPOConfig
 from pipeline.trainers.ppo import PPOTrainer
 
-# Completions are sampled: an episode's noise is that of its place in the whole batch, whichever process draws it.
+# The likeliest token is always taken: nothing that is drawn can hide a difference of weights, or make one.
 EQUAL: dict[str, Any] = {
+    "top_k": 1,
     "gradient_accumulation_steps": 1,  # of each process: the one process of the comparison has twice as many
     "per_device_train_batch_size": 4,
     "whiten_rewards": True,
@@ -101,8 +103,18 @@ class Setting:
         counts = {int(state["step"]) for state in trainer.optimizer.state_dict()["state"].values()}
         self.keep(trainer, "sampled", "counts", [sorted(counts), trainer.num_steps, trainer.batch_size])
 
+    def draw(self, world: int) -> None:
+        """The rows and sampled completions of two rollouts."""
+        name = f"drawn-{world}"
+        trainer = self.trainer(name, gradient_accumulation_steps=2 // world, num_generations=2)
+        for step in range(2):
+            trainer.state = replace(trainer.state, step=step)
+            rows = trainer.prompt_rows(step)
+            self.keep(trainer, name, f"step-{step}", [rows, list(trainer.collect_rollout(rows).completions)])
+
     def everything(self) -> None:
         """What a group of two does."""
+        self.draw(2)
         for kind in KINDS:
             self.run(kind, 2)
         self.sample()
@@ -124,6 +136,7 @@ def runs(taught_directory, model_config, examples, tmp_path_factory) -> Setting:
     run_in_two(setting.everything, setting.root)
     for state in (lambda: AcceleratorState._reset_state(reset_partial_state=True), GradientState._reset_state):
         state()
+    setting.draw(1)
     for kind in KINDS:
         setting.run(kind, 1)
     return setting
@@ -187,6 +200,15 @@ def test_processes_answer_prompts_of_their_own(runs):
     (rows, completions), (others, other_completions) = (runs.found("sampled", "rows", rank) for rank in range(2))
     assert len(rows) == len(others) == 8 and not set(rows) & set(others)
     assert completions != other_completions
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_two_processes_sample_what_one_samples(runs, step):
+    """The noise of an episode is that of its place in the whole batch, whichever process draws it."""
+    rows, completions = runs.found("drawn-1", f"step-{step}")
+    parts = [runs.found("drawn-2", f"step-{step}", rank) for rank in range(2)]
+    assert parts[0][0] + parts[1][0] == rows and parts[0][1] + parts[1][1] == completions
+    assert len(set(completions)) > 4
 
 
 def test_the_steps_of_two_processes_are_what_the_arithmetic_says(runs):
