@@ -5,9 +5,12 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
+from datasets import Dataset
 from peft import PeftModel
 from torch import nn
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from pipeline.trainers.checkpoint import load_tensors, tensors_alone
 from pipeline.trainers.checkpoint_files import (
@@ -18,6 +21,7 @@ from pipeline.trainers.checkpoint_files import (
     require_finite,
     require_intact,
 )
+from pipeline.trainers.grouped import GlobalLengthGroupedSampler
 from pipeline.trainers.random_state import of_this_process, random_state, restore_random_state
 from pipeline.trainers.stopping import Stopped, requested_stop
 from pipeline.trainers.watchdog import enter, watched
@@ -110,6 +114,10 @@ class ResumableTrainer(Trainer):
             "tokens": self._total_train_tokens,
             "metrics": {mode: dict(values) for mode, values in self._metrics.items()},
         }
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        sampler = super()._get_train_sampler(train_dataset)
+        return GlobalLengthGroupedSampler(sampler) if isinstance(sampler, LengthGroupedSampler) else sampler
 
     def _run_epoch(self, **kwargs) -> None:
         self._steps_per_epoch = kwargs["num_update_steps_per_epoch"]
