@@ -37,14 +37,15 @@ ppo:
   save_steps: 1
   eval_steps: 10
 """
-# The second process fails in the rewards of step 3: before them come a trial, the held-out prompts and two steps.
+# The second process fails in the rewards of step 3: before them come a trial and two steps. The held-out prompts are one
+# block, which is the first process's.
 REWARD = """
 import os, signal, time
 calls = 0
 def reward(prompts, completions, **columns):
     global calls
     calls += 1
-    if calls >= 5 and os.environ["RANK"] == "1":
+    if calls >= 4 and os.environ["RANK"] == "1":
         {act}
     return [len(completion) / 8 for completion in completions]
 """
