@@ -37,8 +37,8 @@ ppo:
   save_steps: 1
   eval_steps: 10
 """
-# The second process fails in the rewards of step 3: before them come a trial and two steps. The held-out prompts are one
-# block, which is the first process's.
+# The second process fails in the rewards of step 3: before them come a trial and two steps. The held-out prompts are
+# one block, which is the first process's.
 REWARD = """
 import os, signal, time
 calls = 0
