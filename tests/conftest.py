@@ -2,6 +2,7 @@
 
 import os
 import platform
+import threading
 
 # Before any library reads them: the suite never reaches for a network or an accelerator.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -35,6 +36,7 @@ from pipeline.trainers.ppo import PPOTrainer
 
 torch.set_num_threads(1)
 tqdm.monitor_interval = 0  # its thread may hold the lock of all bars in the moment of a fork, in the child for ever
+tqdm.set_lock(threading.RLock())  # the default is one for forked children too: killed in a bar they keep it
 
 COLOURS = ("red", "blue", "green", "white", "black")
 NUMBERS = ("one", "two", "three", "four", "five")
