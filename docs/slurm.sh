@@ -12,7 +12,7 @@ set -euo pipefail
 
 export RECIPE="${1:?name a recipe}"
 export PYTHON="${PYTHON:-.venv/bin/python}"
-MAIN="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+MAIN="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)"
 export MAIN
 
 # One launcher on each machine; each starts a process for every GPU of its own.
