@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from accelerate import Accelerator
@@ -13,10 +13,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
 from pipeline.models.memory import in_smaller_batches, is_out_of_memory
-from pipeline.models.shared import SharedModel
+from pipeline.models.sequences import Sequences
+from pipeline.models.shared import SharedModel, TokenOutputs
 from pipeline.trainers.config import PPOConfig
 from pipeline.trainers.objective import Clipping, LossTerms, ppo_loss
-from pipeline.trainers.rollout import Experience
+from pipeline.trainers.rollout import Experience, TokenScores, score_tokens
 
 TERMS = tuple(field.name for field in fields(LossTerms))
 EARLY_STOP_FACTOR = 1.5  # as stable-baselines3 and TRL 0.11 read target_kl
@@ -34,6 +35,15 @@ class Update:
     skipped: int
     skipped_in_row: int
     notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class FirstPass:
+    """A policy's pass over all `sequences` of a rollout, and how often its parameters had been changed before."""
+
+    sequences: Sequences
+    outputs: TokenOutputs
+    versions: tuple[int, ...]
 
 
 class LastPassError(Exception):
@@ -60,6 +70,7 @@ class Learner:
         self.model, self.optimizer = accelerator.prepare(shared, optimizer)
         self.shared: SharedModel = accelerator.unwrap_model(self.model)
         self.scheduler = self._schedule(args.num_optimizer_steps(accelerator.num_processes))
+        self._first_pass: FirstPass | None = None
         self.clipping = Clipping(
             args.cliprange, args.cliprange_high or args.cliprange, args.cliprange_value, args.dual_clip
         )
@@ -80,6 +91,36 @@ class Learner:
         self.optimizer.load_state_dict(optimizer)
         self.scheduler.load_state_dict(scheduler)
 
+    def score(self, sequences: Sequences) -> tuple[Sequences, TokenScores]:
+        """What the models say of each token of a rollout, in the micro-batches in which it will be learnt from.
+
+        Where these are one, and one mini-batch too, the first optimizer step of the next update takes the gradient of
+        this pass instead of making it again. The sequences come back with what can be known of them for good.
+        """
+        # Several processes exchange gradients by a pass through DDP's wrapper, which this one is not.
+        keep_graph = self.args.num_mini_batches == 1 and self.accelerator.num_processes == 1
+
+        def attempt(size: int) -> tuple[Sequences, TokenScores]:
+            with self.accelerator.autocast():
+                encoded = self.shared.encoded(sequences, size)
+                return encoded, score_tokens(self.shared, encoded, size, keep_graph)
+
+        self._first_pass = None
+        (encoded, scores), self.micro_batch_size = in_smaller_batches(attempt, self.micro_batch_size)
+        if scores.first_pass is not None:
+            self._first_pass = FirstPass(encoded, scores.first_pass, self._versions())
+        return encoded, replace(scores, first_pass=None)
+
+    def _versions(self) -> tuple[int, ...]:
+        return tuple(parameter._version for parameter in self.shared.parameters())
+
+    def _passes_made(self, experience: Experience) -> list[TokenOutputs]:
+        """The pass that `score` kept of this experience, to be taken out once: none if the weights are others now."""
+        kept, self._first_pass = self._first_pass, None
+        if kept is None or kept.sequences is not experience.sequences or kept.versions != self._versions():
+            return []
+        return [kept.outputs]
+
     def update(
         self, experience: Experience, seed: int, kl_coef: float, value_only: bool = False, skipped_in_row: int = 0
     ) -> Update:
@@ -94,12 +135,12 @@ class Learner:
         """
         args, generator = self.args, torch.Generator().manual_seed(seed)
         totals, tokens, norms, notes = torch.zeros(len(TERMS)), 0, [], []
-        first_ratio, stopped = float("nan"), False
+        first_ratio, stopped, made = float("nan"), False, self._passes_made(experience)
         for epoch in range(args.num_ppo_epochs):
             for number, mini_batch in enumerate(experience.mini_batches(args.num_mini_batches, generator)):
                 count = 0 if stopped else self._global_tokens(mini_batch)
                 if count:
-                    sums = self._accumulate(mini_batch, count, kl_coef)
+                    sums = self._accumulate(mini_batch, count, kl_coef, made)
                     means = dict(zip(TERMS, (sums / count).tolist(), strict=True))
                     first_ratio = means["ratio"] if not tokens else first_ratio
                     totals, tokens = totals + sums, tokens + count
@@ -149,11 +190,12 @@ class Learner:
                 parameter.grad = None
         return float(self.accelerator.clip_grad_norm_(self.shared.parameters(), self.args.max_grad_norm))
 
-    def _accumulate(self, mini_batch: Experience, count: int, kl_coef: float) -> Tensor:
+    def _accumulate(self, mini_batch: Experience, count: int, kl_coef: float, made: list[TokenOutputs]) -> Tensor:
         """Gradients of a mini-batch with `count` tokens over all processes; returns the global sums of `TERMS`.
 
-        Where memory runs out it begins anew with half as many episodes at a time: the gradient is the same. Processes
-        meet in the last pass, so what happens there cannot be repeated by one of several alone.
+        `made` may hold a pass over it that has been made already; it is taken out. Where memory runs out it begins
+        anew with half as many episodes at a time: the gradient is the same. Processes meet in the last pass, so what
+        happens there cannot be repeated by one of several alone.
 
         Raises:
             RuntimeError: out of memory with single episodes.
@@ -162,19 +204,21 @@ class Learner:
 
         def attempt(size: int) -> Tensor:
             self.optimizer.zero_grad()
-            return self._gradients(mini_batch, count, kl_coef, size)
+            return self._gradients(mini_batch, count, kl_coef, size, made.pop() if made else None)
 
         sums, self.micro_batch_size = in_smaller_batches(attempt, self.micro_batch_size)
         return self.accelerator.reduce(sums, reduction="sum").cpu()
 
-    def _gradients(self, mini_batch: Experience, count: int, kl_coef: float, size: int) -> Tensor:
+    def _gradients(
+        self, mini_batch: Experience, count: int, kl_coef: float, size: int, made: TokenOutputs | None
+    ) -> Tensor:
         args, sums = self.args, torch.zeros(len(TERMS), device=self.accelerator.device)
         loss_kl_coef = kl_coef if args.kl_placement == "loss" else 0.0
         parts = mini_batch.micro_batches(size)
         for number, part in enumerate(parts):
             last = number == len(parts) - 1
             with self._synchronised(last), self.accelerator.autocast():
-                outputs = self.model(part.sequences)
+                outputs = made or self.model(part.sequences)
                 terms = ppo_loss(
                     outputs.logprobs,
                     outputs.values,

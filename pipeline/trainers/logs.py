@@ -12,6 +12,8 @@ from accelerate import Accelerator
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from pipeline.trainers.trackers import end_trackers, send
+
 
 class TrainingLog:
     """One line of metrics.jsonl per log event, the same to each tracker, and a progress bar on the main process.
@@ -43,8 +45,7 @@ class TrainingLog:
             with self.file.open("a") as file:
                 file.write(json_line(step, values))
             self.timing.write(step)
-        if self.accelerator.trackers:
-            self.accelerator.log(dict(values), step=step)
+        send(self.accelerator, values, step)
 
     def advance(self, values: Mapping[str, float]) -> None:
         """One PPO step is done."""
@@ -63,8 +64,7 @@ class TrainingLog:
     def close(self) -> None:
         """End the bar and the trackers."""
         self.bar.close()
-        if self.accelerator.trackers:
-            self.accelerator.end_training()
+        end_trackers(self.accelerator)
 
 
 class TimingLog:

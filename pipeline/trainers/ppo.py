@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.models.generation import Decoding, finished, generate
 from pipeline.models.memory import in_smaller_batches
 from pipeline.models.reward_model import check_base
-from pipeline.models.sequences import Sequences, make_sequences
+from pipeline.models.sequences import make_sequences
 from pipeline.models.shared import SharedModel
 from pipeline.models.text import decode, encode_prompts
 from pipeline.rewards import Reward, RewardError, Scores, check_rewards
@@ -47,7 +47,6 @@ from pipeline.trainers.rollout import (
     prompt_order,
     rollout_statistics,
     rollout_sums,
-    score_tokens,
     seed_samples,
     step_seed,
 )
@@ -245,15 +244,17 @@ class PPOTrainer:
         paid = self._paid(answered, completions, said, ended)
         self._enter("the log-probabilities")
         sequences = make_sequences(prompts, completions, self.tokenizer.pad_token_id, device)
-        sequences, (logprobs, ref_logprobs, values, entropies) = self._score_tokens(sequences)
+        before = self.learner.micro_batch_size
+        sequences, tokens = self.learner.score(sequences)
+        self._note_micro_batch(before)
         return Rollout(
             prompts=answered["prompt"],
             completions=texts,
             sequences=sequences,
-            logprobs=logprobs,
-            ref_logprobs=ref_logprobs,
-            values=values,
-            entropies=entropies,
+            logprobs=tokens.logprobs,
+            ref_logprobs=tokens.ref_logprobs,
+            values=tokens.values,
+            entropies=tokens.entropies,
             scores=paid.scores.to(device),
             token_scores=paid.token_scores.to(device),
             rewards=said.parts,
@@ -277,19 +278,6 @@ class PPOTrainer:
         self._rollout_size = size
         self.shared.train()
         return completions
-
-    def _score_tokens(self, sequences: Sequences) -> tuple[Sequences, tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Log-probs, reference log-probs, values and entropies [B, C], in the micro-batches of the update."""
-
-        def attempt(size: int) -> tuple[Sequences, tuple[Tensor, Tensor, Tensor, Tensor]]:
-            with self.accelerator.autocast():
-                encoded = self.shared.encoded(sequences, size)
-                return encoded, score_tokens(self.shared, encoded, size)
-
-        before = self.learner.micro_batch_size
-        scored, self.learner.micro_batch_size = in_smaller_batches(attempt, before)
-        self._note_micro_batch(before)
-        return scored
 
     def _note_micro_batch(self, before: int) -> None:
         size = self.learner.micro_batch_size

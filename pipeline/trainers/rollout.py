@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from pipeline.models.decoding import supports_decode_loop
 from pipeline.models.generation import Decoding, skip_draws
 from pipeline.models.sequences import Sequences
-from pipeline.models.shared import SharedModel
+from pipeline.models.shared import SharedModel, TokenOutputs
 from pipeline.trainers.scores import Moments, prompts_without_signal
 
 
@@ -86,15 +86,33 @@ class Experience:
         return int(self.mask.sum())
 
 
-@torch.no_grad()
-def score_tokens(model: SharedModel, sequences: Sequences, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Policy log-probs, reference log-probs, values and entropies [B, C], in the micro-batches the update will use.
+@dataclass(frozen=True)
+class TokenScores:
+    """What the models say of each completion token before the update: all [B, C], without gradients.
 
-    The same rows together give the same rounding, so that the update's first ratio is exactly 1.
+    `first_pass` is the policy's pass with its graph, in the row order of the one micro-batch that it was: the first
+    optimizer step would compute the same. It is good for one backward pass. None: the update computes its own.
+    """
+
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    values: Tensor
+    entropies: Tensor
+    first_pass: TokenOutputs | None
+
+
+def score_tokens(model: SharedModel, sequences: Sequences, size: int, keep_graph: bool = False) -> TokenScores:
+    """Policy, reference and value of every token, in the micro-batches of at most `size` that the update will use.
+
+    The same rows together give the same rounding, so that the update's first ratio is exactly 1. With `keep_graph`
+    the policy's pass is kept for the update where one micro-batch holds every row: with more of them, the activations
+    of all would have to be held instead of those of one.
     """
     chunks = sequences.chunks(size)
     parts = [sequences.rows(index) for index in chunks]
-    outputs = [model(part) for part in parts]
+    kept = keep_graph and len(parts) == 1
+    with torch.set_grad_enabled(kept):
+        outputs = [model(part) for part in parts]
     shape = sequences.completion_mask.shape
     logprobs, values, entropies, ref_logprobs = (
         _in_place(tensors, chunks, shape)
@@ -105,14 +123,14 @@ def score_tokens(model: SharedModel, sequences: Sequences, size: int) -> tuple[T
             model.reference_logprobs(*parts),
         )
     )
-    return logprobs, ref_logprobs, values, entropies
+    return TokenScores(logprobs, ref_logprobs, values, entropies, outputs[0] if kept else None)
 
 
 def _in_place(parts: Sequence[Tensor], chunks: Sequence[Tensor], shape: torch.Size) -> Tensor:
     """Trimmed results of chunks of rows, back where their rows stand in a batch of `shape`."""
     result = parts[0].new_zeros(shape)
     for part, index in zip(parts, chunks, strict=True):
-        result[index, : part.shape[1]] = part
+        result[index, : part.shape[1]] = part.detach()
     return result
 
 

@@ -1,11 +1,13 @@
 """Trackers: the installed ones are used and the others warned of, for no run of hours should end for want of one."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from accelerate import Accelerator, PartialState
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+
+from pipeline.rewards.redaction import one_line
 
 OF_TRAINERS = tuple(INTEGRATION_TO_CALLBACK)  # names that `report_to` of sft and reward takes, beside all and none
 OF_PPO = tuple(map(str, LOGGER_TYPE_TO_CLASS))
@@ -29,8 +31,30 @@ def start_trackers(accelerator: Accelerator, project: str) -> None:
         accelerator.init_trackers(project)
     except Exception as error:  # a login, a server or a disk that is not there: anything a tracker's package raises
         accelerator.trackers = []
-        reason = " ".join(str(error).split())[:200]
-        _warn(f"report_to: no tracker could be started ({type(error).__name__}: {reason}); going on without")
+        _warn(f"report_to: no tracker could be started ({_reason(error)}); going on without")
+
+
+def send(accelerator: Accelerator, values: Mapping[str, float], step: int) -> None:
+    """Send the values of a step to every tracker; the run goes on without one that fails."""
+    _each(accelerator, f"step {step}", lambda tracker: tracker.log(dict(values), step=step))
+
+
+def end_trackers(accelerator: Accelerator) -> None:
+    """End every tracker; one that fails is warned of."""
+    _each(accelerator, "the end of the run", lambda tracker: tracker.finish())
+
+
+def _each(accelerator: Accelerator, what: str, call: Callable[[GeneralTracker], None]) -> None:
+    for tracker in list(accelerator.trackers):
+        try:
+            call(tracker)
+        except Exception as error:  # as at the start
+            accelerator.trackers.remove(tracker)
+            _warn(f"report_to: {tracker.name} failed at {what} ({_reason(error)}); going on without it")
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {one_line(error)[:200]}"
 
 
 def _warn(text: str) -> None:

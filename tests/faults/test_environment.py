@@ -128,6 +128,49 @@ def test_a_tracker_that_cannot_start_is_warned_of_and_the_run_goes_on(monkeypatc
     )
 
 
+def test_a_tracker_that_fails_in_the_middle_is_left_out_and_the_others_get_everything(
+    recipe, capfd, tmp_path, monkeypatch
+):
+    class Offline(tracking.TensorBoardTracker):
+        name = "offline"
+
+        def __init__(self, run_name, **options):
+            self.said = []
+
+        def store_init_configuration(self, values):
+            pass
+
+        def log(self, values, step=None, **options):
+            self.said.append(step)
+            if len(self.said) == 2:
+                raise ConnectionError("no route to https://me:secret@tracker.example\ntry again")
+            assert len(self.said) < 3
+
+        def finish(self):
+            raise AssertionError("it is gone by then")
+
+    start = trackers.start_trackers
+
+    def one_more(accelerator, project):
+        start(accelerator, project)
+        accelerator.trackers.insert(0, Offline("run"))
+
+    monkeypatch.setattr("pipeline.trainers.ppo.start_trackers", one_more)
+    assert outcome(MAINS["sft.py"], recipe) == 0
+    assert outcome(MAINS["ppo.py"], recipe, "ppo.report_to=[tensorboard]", "ppo.total_episodes=16") == 0
+    said = capfd.readouterr().err
+    assert said.count("warning: report_to: offline failed at step ") == 1
+    assert "(ConnectionError: no route to https://***@tracker.example try again); going on without it" in said
+    run = tmp_path / "runs" / "tiny" / "ppo"
+    steps = {json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()}
+    assert len(steps) > 2
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (events,) = run.rglob("events.out.tfevents*")
+    found = EventAccumulator(str(events)).Reload()
+    assert {event.step for event in found.Scalars("objective/scores")} == steps - {0}
+
+
 @pytest.mark.parametrize("section", ["sft", "ppo"])
 def test_a_tracker_that_does_not_exist_is_refused(recipe, capfd, section):
     assert outcome(MAINS["run.py"], recipe, f"{section}.report_to=[tensorbord]") == 2

@@ -16,15 +16,21 @@ from pipeline.trainers.checkpoint_files import newest_checkpoint
 
 def limit_rows(trainer, rows, training=True, rollouts=True):
     """Let passes of the model over more rows fail as on an accelerator, in the middle of what they compute."""
-    forward = trainer.shared.forward
+    forward, score, scoring = trainer.shared.forward, trainer.learner.score, []
 
     def limited(sequences):
         outputs = forward(sequences)
-        if len(sequences) > rows and (training if torch.is_grad_enabled() else rollouts):
+        if len(sequences) > rows and (rollouts if scoring else training):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
         return outputs
 
-    trainer.shared.forward = limited
+    def scored(sequences):
+        scoring.append(True)
+        result = score(sequences)
+        scoring.clear()
+        return result
+
+    trainer.shared.forward, trainer.learner.score = limited, scored
 
 
 SETTINGS = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "num_mini_batches": 1}
@@ -49,6 +55,26 @@ def test_the_result_is_that_of_smaller_micro_batches(make_trainer, capfd, where)
     torch.testing.assert_close(weights(short), weights(small), rtol=1e-3, atol=1e-5)
     if where != "training":
         assert all(torch.equal(tensor, weights(small)[name]) for name, tensor in weights(short).items())
+
+
+def test_a_pass_of_the_rollout_whose_gradient_does_not_fit_is_made_anew(make_trainer):
+    """The first step's gradient is taken of the pass that scored the rollout: memory may run out half way back."""
+    settings = {"save_steps": 1, "num_ppo_epochs": 2, "total_episodes": 8}
+    short = make_trainer("short", **SETTINGS, **settings)
+    backward, failed = short.accelerator.backward, []
+
+    def limited(loss):
+        backward(loss)
+        if not failed:
+            failed.append(True)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    short.accelerator.backward = limited
+    short.train()
+    assert failed and short.learner.micro_batch_size == 4
+    small = make_trainer("small", per_device_train_batch_size=4, gradient_accumulation_steps=2, **settings)
+    small.train()
+    torch.testing.assert_close(weights(short), weights(small), rtol=1e-3, atol=1e-5)
 
 
 def test_a_restart_knows_what_fits(make_trainer):

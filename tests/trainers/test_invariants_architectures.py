@@ -123,12 +123,9 @@ def test_micro_batches_and_padding(make_trainer, architecture):
     parts = make_trainer("parts", model=build(architecture), reward=even, **ONE_BY_ONE)  # without any padding
     rollout = whole.collect_rollout(whole.prompt_rows(0))
     assert rollout.sequences.prompt_mask.sum(1).unique().numel() > 1
-    for found, expected in zip(
-        score_tokens(parts.shared, rollout.sequences, 1),
-        (rollout.logprobs, rollout.ref_logprobs, rollout.values, rollout.entropies),
-        strict=True,
-    ):
-        torch.testing.assert_close(found, expected, **CLOSE)
+    found = score_tokens(parts.shared, rollout.sequences, 1)
+    for name in ("logprobs", "ref_logprobs", "values", "entropies"):
+        torch.testing.assert_close(getattr(found, name), getattr(rollout, name), **CLOSE)
     experience, _ = whole.compute_advantages(rollout)
     before, stats, own = weights(whole), whole.update(experience), parts.update(experience)
     assert own == pytest.approx(stats, rel=1e-5, abs=1e-5)
