@@ -12,6 +12,7 @@ from pipeline.models.sequences import make_sequences
 from pipeline.models.text import encode_completions, encode_prompts
 from pipeline.tasks import synthetic
 from pipeline.tasks.types import Task
+from pipeline.trainers.precision import native_bf16
 
 FIVE_MILLION = {"hidden_size": 256, "num_hidden_layers": 5, "num_attention_heads": 4, "vocab_size": 6000}
 TINY = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 400}
@@ -59,7 +60,7 @@ def _train(
             mask = torch.cat([part.prompt_mask, part.completion_mask], 1)
             answered = torch.cat([torch.zeros_like(part.prompt_mask), part.completion_mask], 1)
             positions = (mask.cumsum(1) - 1).clamp(min=0)
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=native_bf16()):
                 labels = ids.masked_fill(~answered, -100)
                 loss = model(input_ids=ids, attention_mask=mask.long(), position_ids=positions, labels=labels).loss
             loss.backward()
