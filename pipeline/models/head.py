@@ -9,6 +9,9 @@ from torch.utils.checkpoint import checkpoint
 
 # Rows of [tokens, vocabulary] that exist at once, in numbers (64 MiB of float32).
 LOGIT_BUDGET = 2**24
+# On a CPU fewer (8 MiB), which its caches hold, for most of the work is passes over them: but no product too thin to
+# be fast, and a multiple of that, because oneDNN compiles bf16 kernels for each number of rows.
+CACHED_LOGITS, THINNEST = 2**21, 128
 
 
 def token_logprobs(
@@ -24,8 +27,10 @@ def token_logprobs(
 
     Entropies have a gradient only with `entropy_gradient`. `offset [V]` is added to the head's logits.
     """
-    rows = max(1, LOGIT_BUDGET // vocabulary)
     frozen = not entropy_gradient and _is_frozen(head)
+    rows = max(1, LOGIT_BUDGET // vocabulary)
+    if frozen and hidden.device.type == "cpu":  # others would be computed twice in pieces
+        rows = min(rows, max(THINNEST, CACHED_LOGITS // vocabulary // THINNEST * THINNEST))
     parts = []
     for states, tokens in zip(hidden.split(rows), targets.split(rows), strict=True):
         if frozen:
