@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 from accelerate import Accelerator
@@ -39,7 +39,7 @@ class Update:
 
 @dataclass(frozen=True)
 class FirstPass:
-    """A policy's pass over all `sequences` of a rollout, and how often its parameters had been changed before."""
+    """A policy's pass over all `sequences` of a rollout, and how often each parameter had been changed before."""
 
     sequences: Sequences
     outputs: TokenOutputs
@@ -109,7 +109,7 @@ class Learner:
         (encoded, scores), self.micro_batch_size = in_smaller_batches(attempt, self.micro_batch_size)
         if scores.first_pass is not None:
             self._first_pass = FirstPass(encoded, scores.first_pass, self._versions())
-        return encoded, replace(scores, first_pass=None)
+        return encoded, scores
 
     def _versions(self) -> tuple[int, ...]:
         return tuple(parameter._version for parameter in self.shared.parameters())

@@ -159,16 +159,23 @@ def gradients(model: SharedModel) -> tuple[Tensor, dict[str, Tensor]]:
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
+@pytest.fixture
+def scored(monkeypatch) -> list[int]:
+    """Fills with the tokens whose logits exist at once."""
+    pieces, original = [], head._log_softmax
+    monkeypatch.setattr(
+        head, "_log_softmax", lambda logits, *rest: pieces.append(len(logits)) or original(logits, *rest)
+    )
+    return pieces
+
+
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
-def test_chunked_logprobs_and_their_gradients_are_those_of_one_piece(monkeypatch, full):
+def test_chunked_logprobs_and_their_gradients_are_those_of_one_piece(monkeypatch, scored, full):
     model = SharedModel(build("llama"), None if full else lora())
     move(model)
     loss, whole = gradients(model)
-    scored = []
-    original = head._log_softmax
-    monkeypatch.setattr(
-        head, "_log_softmax", lambda logits, *rest: scored.append(len(logits)) or original(logits, *rest)
-    )
+    assert scored == [8]
+    scored.clear()
     monkeypatch.setattr(head, "LOGIT_BUDGET", 3 * 300)
     chunked_loss, chunked = gradients(model)
     # Eight tokens, three at a time. Where the head is trained, once more in the backward pass.
@@ -176,6 +183,21 @@ def test_chunked_logprobs_and_their_gradients_are_those_of_one_piece(monkeypatch
     torch.testing.assert_close(chunked_loss, loss)
     torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-6)
     assert all(gradient.any() for gradient in chunked.values())
+
+
+@pytest.mark.parametrize(
+    ("full", "cached", "thinnest", "pieces"),
+    [(False, 5 * 300, 2, [4, 4]), (False, 1, 3, [3, 3, 2]), (True, 5 * 300, 2, [8])],
+    ids=["a multiple of the thinnest", "at least the thinnest", "a trained head in one"],
+)
+def test_on_a_cpu_the_logits_of_a_frozen_head_are_as_many_as_its_caches_hold(
+    monkeypatch, scored, full, cached, thinnest, pieces
+):
+    model = SharedModel(build("llama"), None if full else lora())
+    monkeypatch.setattr(head, "CACHED_LOGITS", cached)
+    monkeypatch.setattr(head, "THINNEST", thinnest)
+    model(batch())
+    assert scored == pieces
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])

@@ -124,6 +124,7 @@ def test_a_pass_of_other_weights_or_rows_or_used_before_is_not_learnt_from(make_
     experience, _ = twice.compute_advantages(rollout_of(twice))
     passes = count_passes(twice)
     assert twice.update(experience)["val/ratio_first"] == 1.0 and len(passes) == 2
+    assert twice.learner._first_pass is None  # nor held
     assert twice.update(experience)["val/ratio_first"] != 1.0 and len(passes) == 2 + 3
     rollout_of(fresh)  # of its own, which has the same shape
     passes = count_passes(fresh)
