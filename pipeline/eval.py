@@ -4,7 +4,7 @@ accelerate launch pipeline/eval.py recipes/quickstart.yaml eval.num_beams=4
 python pipeline/eval.py compare runs/quickstart runs/control
 """
 
-import pipeline.supported  # noqa: F401  # first: before an import fails on a version that does not fit
+import pipeline.runtime.versions  # noqa: F401  # first: before an import fails on a version that does not fit
 
 # isort: split
 import sys
@@ -21,20 +21,20 @@ from pipeline.evaluation.assemble import all_samples, assemble_report, decoding_
 from pipeline.evaluation.config import CONTROL
 from pipeline.evaluation.curves import read_cost, read_panels
 from pipeline.evaluation.inspection import Inspection, chosen_examples, inspect_examples
-from pipeline.evaluation.judging import JudgedAnswers, Judges, Rewarded, read_judged, with_statistics, write_judged
-from pipeline.evaluation.render import Details, print_report, write_report
+from pipeline.evaluation.pages.render import Details, print_report, write_report
+from pipeline.evaluation.pages.runs_pages import compare_command
 from pipeline.evaluation.report import EvaluationReport, Outputs, StageCost, TestSet
-from pipeline.evaluation.runs_pages import compare_command
+from pipeline.evaluation.scoring import JudgedAnswers, Judges, Rewarded, read_judged, with_statistics, write_judged
 from pipeline.evaluation.systems import Answers, Source, answer
 from pipeline.metrics import load_metric
 from pipeline.models.loading import load_model, load_tokenizer, plain_model_directory
 from pipeline.models.reward_model import RewardNetwork, check_base
-from pipeline.models.shares import on_main, part_files
 from pipeline.recipe import Recipe, parse_stage_arguments
 from pipeline.rewards import Handling, Reward, RewardFunction, as_completions, build_rewards, score_texts
 from pipeline.rewards.learned import AdapterReward
-from pipeline.run_directory import RunDirectory, control_run, versions
-from pipeline.stage import (
+from pipeline.runtime.distributed import on_main, part_files
+from pipeline.stages.directory import RunDirectory, control_run, versions
+from pipeline.stages.stage import (
     base_model_path,
     learned_reward,
     left_out_record,
@@ -46,9 +46,9 @@ from pipeline.stage import (
     sft_model_path,
 )
 from pipeline.tasks import Task
-from pipeline.trainers.config import PPOConfig
-from pipeline.trainers.objective import advantages_and_returns, kl_penalty, spread_scores, token_rewards
-from pipeline.trainers.scoring import count_failures
+from pipeline.trainers.ppo.config import PPOConfig
+from pipeline.trainers.ppo.objective import advantages_and_returns, kl_penalty, spread_scores, token_rewards
+from pipeline.trainers.ppo.scoring import count_failures
 
 
 def main(argv: Sequence[str]) -> int:

@@ -3,7 +3,7 @@
 accelerate launch pipeline/ppo.py recipes/quickstart.yaml ppo.total_episodes=10240 ppo.kl_coef=0.05
 """
 
-import pipeline.supported  # noqa: F401  # first: before an import fails on a version that does not fit
+import pipeline.runtime.versions  # noqa: F401  # first: before an import fails on a version that does not fit
 
 # isort: split
 import sys
@@ -15,11 +15,11 @@ from pipeline.metrics import load_metric
 from pipeline.models.loading import load_model, load_tokenizer, lora_config, plain_model_directory
 from pipeline.recipe import Recipe, parse_stage_arguments
 from pipeline.rewards import build_rewards
-from pipeline.run_directory import RunDirectory
-from pipeline.stage import learned_reward, left_out_record, load_recipe_task, run_stage, sft_model_path
+from pipeline.runtime.signals import stop_signals
+from pipeline.stages.directory import RunDirectory
+from pipeline.stages.stage import learned_reward, left_out_record, load_recipe_task, run_stage, sft_model_path
 from pipeline.tasks import Task
-from pipeline.trainers.ppo import PPOTrainer
-from pipeline.trainers.stopping import stop_signals
+from pipeline.trainers.ppo.trainer import PPOTrainer
 
 
 def main(argv: Sequence[str]) -> int:

@@ -3,7 +3,7 @@
 accelerate launch pipeline/reward.py recipes/quickstart_reward_model.yaml reward.num_train_epochs=2
 """
 
-import pipeline.supported  # noqa: F401  # first: before an import fails on a version that does not fit
+import pipeline.runtime.versions  # noqa: F401  # first: before an import fails on a version that does not fit
 
 # isort: split
 import json
@@ -19,7 +19,7 @@ from datasets import Dataset
 from rich.console import Console
 from torch import Tensor
 
-from pipeline.evaluation.reward_pages import print_reward_report, write_reward_report
+from pipeline.evaluation.pages.reward_pages import print_reward_report, write_reward_report
 from pipeline.evaluation.reward_quality import JudgedPair, JudgedText, RewardReport, consensus, judge_reward
 from pipeline.metrics import load_metric
 from pipeline.models.loading import (
@@ -31,21 +31,29 @@ from pipeline.models.loading import (
     position_limit,
 )
 from pipeline.models.reward_model import RewardNetwork, RewardRecord, tokenizer_digest, weights_digest
-from pipeline.models.shares import Parts, on_main, part_files
 from pipeline.models.text import encode_completions, encode_prompts
 from pipeline.recipe import Recipe, parse_stage_arguments
 from pipeline.rewards.classifier import ClassifierReward
 from pipeline.rewards.learned import calibration, score_tokens
-from pipeline.rewards.pair_settings import SampledPairs
 from pipeline.rewards.pairs import BROKEN, HELD_OUT, TRAIN, Pair, check_pairs, read_lines, scaled_margins, write_lines
-from pipeline.rewards.sampled import Sample, data_pairs, sample_pairs
+from pipeline.rewards.pairs.collect import Sample, data_pairs, sample_pairs
+from pipeline.rewards.pairs.settings import SampledPairs
 from pipeline.rewards.shared_judge import Judge, SharedJudge
-from pipeline.run_directory import RunDirectory, versions
-from pipeline.stage import left_out_record, load_recipe_task, plain_text, run_stage, say, say_left_out, sft_model_path
+from pipeline.runtime.distributed import Parts, on_main, part_files
+from pipeline.runtime.signals import stop_signals
+from pipeline.stages.directory import RunDirectory, versions
+from pipeline.stages.stage import (
+    left_out_record,
+    load_recipe_task,
+    plain_text,
+    run_stage,
+    say,
+    say_left_out,
+    sft_model_path,
+)
 from pipeline.tasks import Task, preferences
-from pipeline.trainers.reward import build_reward_trainer, reward_arguments
-from pipeline.trainers.sft import last_checkpoint
-from pipeline.trainers.stopping import stop_signals
+from pipeline.trainers.huggingface.reward import build_reward_trainer, reward_arguments
+from pipeline.trainers.huggingface.sft import last_checkpoint
 
 DECODER_PREFIX = 2  # start token and language code
 METRIC_BLOCK = 64  # texts that metrics score at once

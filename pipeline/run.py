@@ -6,7 +6,7 @@ python pipeline/run.py recipes/quickstart.yaml --from ppo -- --num_processes 1
 python pipeline/run.py recipes/quickstart.yaml --seeds 0,1,2
 """
 
-import pipeline.supported  # noqa: F401  # first: before an import fails on a version that does not fit
+import pipeline.runtime.versions  # noqa: F401  # first: before an import fails on a version that does not fit
 
 # isort: split
 import argparse
@@ -25,9 +25,19 @@ from rich.table import Table
 from rich.text import Text
 from trl import SFTConfig
 
-from pipeline.evaluation.runs_pages import write_comparison
-from pipeline.launcher import CAUSE_FILE
-from pipeline.process_group import (
+from pipeline.evaluation.pages.runs_pages import write_comparison
+from pipeline.recipe import Recipe, RecipeError, load_checked_recipe, load_recipe, split_recipe_argument
+from pipeline.runtime.messages import one_line
+from pipeline.stages.directory import (
+    STAGES,
+    RunDirectory,
+    missing_input,
+    set_aside,
+    setting_differences,
+    stage_status,
+)
+from pipeline.stages.first_failure import CAUSE_FILE
+from pipeline.stages.launch import (
     default_launch_options,
     engine_problem,
     launch,
@@ -36,17 +46,7 @@ from pipeline.process_group import (
     sharding_engine,
     signal_name,
 )
-from pipeline.recipe import Recipe, RecipeError, load_checked_recipe, load_recipe, split_recipe_argument
-from pipeline.rewards.redaction import one_line
-from pipeline.run_directory import (
-    STAGES,
-    RunDirectory,
-    missing_input,
-    set_aside,
-    setting_differences,
-    stage_status,
-)
-from pipeline.run_lock import RunInUseError, run_lock
+from pipeline.stages.lock import RunInUseError, run_lock
 
 SHOWN_DIFFERENCES = 8
 
@@ -282,7 +282,7 @@ def stage_command(stage: str, recipe: Path, overrides: Sequence[str], options: S
     """The command of one stage's process group."""
     script = Path(__file__).resolve().parent / f"{stage}.py"
     # Not accelerate itself: its own traceback would bury what the stage has said went wrong.
-    launcher = [sys.executable, "-m", "pipeline.launcher"]
+    launcher = [sys.executable, "-m", "pipeline.stages.first_failure"]
     return [*launcher, *options, str(script), str(recipe), *overrides]
 
 

@@ -3,7 +3,7 @@
 accelerate launch pipeline/sft.py recipes/quickstart.yaml sft.num_train_epochs=2
 """
 
-import pipeline.supported  # noqa: F401  # first: before an import fails on a version that does not fit
+import pipeline.runtime.versions  # noqa: F401  # first: before an import fails on a version that does not fit
 
 # isort: split
 import sys
@@ -15,15 +15,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.models.config import ModelConfig
 from pipeline.models.loading import load_model, load_tokenizer, lora_config, merged
-from pipeline.models.room import check_room
+from pipeline.models.prompt_lengths import check_room
 from pipeline.models.text import encode_prompts
 from pipeline.recipe import Recipe, parse_stage_arguments
-from pipeline.run_directory import RunDirectory
-from pipeline.stage import base_model_path, left_out_record, load_recipe_task, run_stage
+from pipeline.runtime.signals import stop_signals
+from pipeline.stages.directory import RunDirectory
+from pipeline.stages.stage import base_model_path, left_out_record, load_recipe_task, run_stage
 from pipeline.tasks import Task
-from pipeline.trainers.sft import ResumableSFTTrainer, build_sft_trainer, last_checkpoint, sft_arguments
-from pipeline.trainers.sharded import check_sharding, whole_weights
-from pipeline.trainers.stopping import stop_signals
+from pipeline.trainers.huggingface.sft import ResumableSFTTrainer, build_sft_trainer, last_checkpoint, sft_arguments
+from pipeline.trainers.huggingface.sharded import check_sharding, whole_weights
 
 
 def main(argv: Sequence[str]) -> int:

@@ -26,13 +26,13 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.models.config import FromScratchConfig, ModelConfig
+from pipeline.models.from_scratch import build_from_scratch
 from pipeline.models.loading import load_model, load_tokenizer, lora_config
-from pipeline.models.scratch import build_from_scratch
 from pipeline.models.sequences import Sequences, make_sequences
 from pipeline.models.states import completion_states, lm_head
 from pipeline.models.text import encode_completions, encode_prompts
-from pipeline.trainers.config import PPOConfig
-from pipeline.trainers.ppo import PPOTrainer
+from pipeline.trainers.ppo.config import PPOConfig
+from pipeline.trainers.ppo.trainer import PPOTrainer
 
 torch.set_num_threads(1)
 tqdm.monitor_interval = 0  # its thread may hold the lock of all bars in the moment of a fork, in the child for ever

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from pipeline.rewards import RewardConfig
-from pipeline.trainers.ppo import PPOTrainer
+from pipeline.trainers.ppo.trainer import PPOTrainer
 
 COLOURS = ("red", "blue", "green", "white", "black")
 NUMBERS = ("one", "two", "three", "four", "five")

@@ -16,8 +16,8 @@ from pipeline.models.config import ModelConfig
 from pipeline.models.loading import load_model, lora_config, merged
 from pipeline.models.shared import SharedModel
 from pipeline.rewards.config import RewardConfig
-from pipeline.trainers.config import PPOConfig
-from pipeline.trainers.ppo import PPOTrainer
+from pipeline.trainers.ppo.config import PPOConfig
+from pipeline.trainers.ppo.trainer import PPOTrainer
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs the extra `quantization`")
 QUANTIZED = ["model.load_in_4bit=true", "sft.use_peft=true", "sft.bf16=false", "ppo.load_best_model_at_end=false"]

@@ -17,10 +17,10 @@ from pipeline.recipe import (
     load_recipe,
     parse_stage_arguments,
 )
-from pipeline.recipe_sections import REFUSED_SFT_KEYS
-from pipeline.recipe_yaml import resolve_scalar
+from pipeline.recipe.build import REFUSED_SFT_KEYS
+from pipeline.recipe.reader import resolve_scalar
 from pipeline.rewards.config import RewardConfig
-from pipeline.run_directory import RunDirectory
+from pipeline.stages.directory import RunDirectory
 
 LINES = """\
 name: demo

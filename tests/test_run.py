@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import process_group, run
-from pipeline.process_group import default_launch_options, launch, process_count
+from pipeline import run
 from pipeline.recipe import load_recipe
-from pipeline.run_directory import (
+from pipeline.stages import launch as process_group
+from pipeline.stages.directory import (
     STAGES,
     RunDirectory,
     begin_stage,
@@ -29,6 +29,7 @@ from pipeline.run_directory import (
     stage_settings,
     stage_status,
 )
+from pipeline.stages.launch import default_launch_options, launch, process_count
 
 OWN = tuple(stage for stage in STAGES if stage != "reward")  # those of a recipe without a reward section
 RECIPE = """\
@@ -343,7 +344,7 @@ def test_options_after_two_dashes_reach_accelerate(monkeypatch):
     monkeypatch.setattr(run, "launch", record)
     assert run.main(["recipe.yaml", "seed=1", "--", "--cpu", "--num_processes", "1"]) == 3
     script = str(Path(run.__file__).parent / "sft.py")
-    assert seen[0][:3] == [sys.executable, "-m", "pipeline.launcher"]
+    assert seen[0][:3] == [sys.executable, "-m", "pipeline.stages.first_failure"]
     assert seen[0][3:] == ["--cpu", "--num_processes", "1", script, "recipe.yaml", "seed=1"]
 
 

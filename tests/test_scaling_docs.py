@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from accelerate.commands.launch import launch_command_parser
 
-from pipeline.process_group import machine_rank, process_count, sharding_engine
 from pipeline.run import parse_arguments
+from pipeline.stages.launch import machine_rank, process_count, sharding_engine
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")

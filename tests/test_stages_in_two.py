@@ -28,7 +28,7 @@ from pipeline import eval as eval_stage
 from pipeline import ppo as ppo_stage
 from pipeline import reward as reward_stage
 from pipeline import sft as sft_stage
-from pipeline.models import shares
+from pipeline.runtime import distributed as shares
 
 WEIGHTS = 1e-3  # the largest difference of a weight
 FIGURES = {"rel": 5e-3, "abs": 5e-4}

@@ -6,9 +6,8 @@ from pathlib import Path
 from datasets import Dataset
 
 from pipeline.evaluation.gains import Gains, find_gains
-from pipeline.evaluation.judging import Judged, JudgedAnswers, Judges
+from pipeline.evaluation.pages.render import Sample
 from pipeline.evaluation.predictions import save_predictions
-from pipeline.evaluation.render import Sample
 from pipeline.evaluation.report import (
     REWARD,
     EvaluationReport,
@@ -21,6 +20,7 @@ from pipeline.evaluation.report import (
     score_system,
 )
 from pipeline.evaluation.sampling import BestOfN, DecodingScores, expected_best
+from pipeline.evaluation.scoring import Judged, JudgedAnswers, Judges
 from pipeline.evaluation.text_statistics import text_statistics
 from pipeline.evaluation.verdict import find_warnings, findings, verdict
 

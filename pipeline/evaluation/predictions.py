@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.models.decoder_start import decoder_prefix
 from pipeline.models.generation import Decoding, finished, generate
-from pipeline.models.room import cut_to_room
+from pipeline.models.prompt_lengths import cut_to_room
 from pipeline.models.sequences import Sequences, length_sorted_chunks, make_sequences
 from pipeline.models.text import decode, encode_completions, encode_prompts
 

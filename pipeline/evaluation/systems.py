@@ -14,7 +14,7 @@ from pipeline.evaluation.sampling import Text, decode_rows, draw_samples
 from pipeline.models.config import ModelConfig
 from pipeline.models.generation import Decoding
 from pipeline.models.loading import load_model, load_policy, load_tokenizer
-from pipeline.models.room import check_room
+from pipeline.models.prompt_lengths import check_room
 from pipeline.models.text import encode_prompts
 
 

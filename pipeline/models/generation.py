@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.models.decoder_start import decoder_prefix
-from pipeline.models.decoding import Choose, Stop, decode_batch, supports_decode_loop
+from pipeline.models.kernels.decode_loop import Choose, Stop, decode_batch, supports_decode_loop
 from pipeline.models.sequences import length_sorted_chunks, pad_left, pad_right
 
 

@@ -22,8 +22,8 @@ from transformers import (
 
 from pipeline.models.config import ModelConfig
 from pipeline.models.decoder_start import check_decoder, check_languages, set_decoder_start
+from pipeline.models.hub import ADAPTER_FILE, adapter_base, read_config, read_tokenizer, unreadable
 from pipeline.models.quantized import use_one_product
-from pipeline.models.reading import ADAPTER_FILE, adapter_base, read_config, read_tokenizer, unreadable
 
 
 def load_config(path: str | Path, config: ModelConfig) -> PretrainedConfig:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from pipeline.models.adapters import adapter_config, check_adapter
-from pipeline.models.fused_lora import fuse_adapters
+from pipeline.models.kernels.fused_lora import fuse_adapters
 from pipeline.models.sequences import Sequences
 from pipeline.models.states import final_states
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.models.adapters import adapter_config, check_adapter
-from pipeline.models.fused_lora import fuse_adapters
-from pipeline.models.head import token_logprobs
-from pipeline.models.packing import disable_packing, enable_packing, pack, packed_states
+from pipeline.models.kernels.fused_lora import fuse_adapters
+from pipeline.models.kernels.lm_head import token_logprobs
+from pipeline.models.kernels.packing import disable_packing, enable_packing, pack, packed_states
 from pipeline.models.reward_model import apply_head, load_head
 from pipeline.models.sequences import Sequences, make_sequences
 from pipeline.models.states import completion_states, encode, final_states, head_parts

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from pipeline.rewards.results import Handling, RewardError, as_list, excerpt
-from pipeline.rewards.time_limit import TimedOut, time_limit
+from pipeline.runtime.time_limit import TimedOut, time_limit
 
 # Calls that may run out of time in the search for the completions that are to blame: halving 512 takes 9.
 MAX_TIMEOUTS = 10

@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from pipeline.models.config import ModelConfig
+from pipeline.models.hub import read_config, read_tokenizer, unreadable
 from pipeline.models.loading import position_limit
-from pipeline.models.reading import read_config, read_tokenizer, unreadable
 from pipeline.models.reward_model import RECORD_FILE
 from pipeline.models.sequences import length_sorted_chunks
 from pipeline.rewards.metric import text_of

@@ -9,12 +9,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.models.config import ModelConfig
-from pipeline.models.memory import in_smaller_batches
 from pipeline.models.reward_model import RECORD_FILE, RewardRecord, load_record
 from pipeline.models.sequences import Sequences, length_sorted_chunks, make_sequences
 from pipeline.models.text import decode, encode_completions, encode_prompts
 from pipeline.rewards.classifier import ClassifierReward
 from pipeline.rewards.metric import text_of
+from pipeline.runtime.memory import in_smaller_batches
 
 CALIBRATION_ROWS = 256
 OPTIONS = {"batch_size": int, "template": str}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pipeline.models.sequences import length_sorted_chunks
-from pipeline.models.shares import Parts
+from pipeline.runtime.distributed import Parts
 
 # (prompts, texts, their token ids) -> raw scores [N]
 Judge = Callable[[list, Sequence[str], Sequence[Sequence[int]]], Tensor]

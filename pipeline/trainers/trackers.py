@@ -7,7 +7,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
-from pipeline.rewards.redaction import one_line
+from pipeline.runtime.messages import one_line
 
 OF_TRAINERS = tuple(INTEGRATION_TO_CALLBACK)  # names that `report_to` of sft and reward takes, beside all and none
 OF_PPO = tuple(map(str, LOGGER_TYPE_TO_CLASS))

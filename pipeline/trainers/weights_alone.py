@@ -7,7 +7,7 @@ from pathlib import Path
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from pipeline.trainers.checkpoint_files import MANIFEST, digest, list_checkpoints, missing_files, read_manifest
+from pipeline.trainers.checkpoints import MANIFEST, digest, list_checkpoints, missing_files, read_manifest
 
 VARIABLE = "RELAY_WEIGHTS_ONLY"
 ENDING = ".safetensors"

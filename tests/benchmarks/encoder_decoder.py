@@ -47,7 +47,7 @@ def build(directory: Path, case: str, quick: bool) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
-    from pipeline.models.scratch import train_tokenizer
+    from pipeline.models.from_scratch import train_tokenizer
 
     torch.manual_seed(0)
     tokenizer = train_tokenizer(["a few words"], 300)

@@ -6,8 +6,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.models.config import FromScratchConfig, ModelConfig
+from pipeline.models.from_scratch import build_from_scratch
 from pipeline.models.loading import load_model, load_tokenizer
-from pipeline.models.scratch import build_from_scratch
 from pipeline.models.sequences import make_sequences
 from pipeline.models.text import encode_completions, encode_prompts
 from pipeline.tasks import synthetic

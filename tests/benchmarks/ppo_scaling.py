@@ -41,7 +41,7 @@ def build(directory: Path, vocabulary: int, width: int) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from pipeline.models.scratch import train_tokenizer
+    from pipeline.models.from_scratch import train_tokenizer
 
     torch.manual_seed(0)
     tokenizer = train_tokenizer(["a few words"], 300)

@@ -19,8 +19,8 @@ from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from pipeline.rewards import RewardConfig
-from pipeline.trainers.config import PPOConfig
-from pipeline.trainers.ppo import PPOTrainer
+from pipeline.trainers.ppo.config import PPOConfig
+from pipeline.trainers.ppo.trainer import PPOTrainer
 
 
 def parity(prompts: list, completions: list, completion_ids: list, **columns: list) -> list[float]:

@@ -58,7 +58,7 @@ def supervised(spec: dict) -> list[float]:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-    from pipeline.trainers.sft import build_sft_trainer, sft_arguments
+    from pipeline.trainers.huggingface.sft import build_sft_trainer, sft_arguments
 
     torch.set_num_threads(spec["threads"])
     marks: list[float] = []

@@ -6,10 +6,10 @@ from zlib import crc32
 
 from pipeline.evaluation.assemble import assemble_report
 from pipeline.evaluation.config import EvalConfig
-from pipeline.evaluation.judging import JudgedAnswers, Judges, Rewarded, judge
 from pipeline.evaluation.predictions import Prediction
 from pipeline.evaluation.report import EvaluationReport, Outputs, TestSet
 from pipeline.evaluation.sampling import Text
+from pipeline.evaluation.scoring import JudgedAnswers, Judges, Rewarded, judge
 from pipeline.metrics import Metric, load_metric
 
 BLEU = load_metric("bleu")

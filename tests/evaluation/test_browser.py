@@ -7,7 +7,7 @@ import pytest
 from evaluation_toys import BAD, BLEU, GOOD, TER, make_report
 from test_render import AWKWARD, make_details
 
-from pipeline.evaluation.render import write_report
+from pipeline.evaluation.pages.render import write_report
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")

@@ -11,12 +11,13 @@ from evaluation_toys import GOOD, TEST, make_report
 from rich.console import Console
 from test_render import make_details
 
-from pipeline.evaluation import pages, runs_pages
-from pipeline.evaluation.pages import markdown_page, print_table, visible, write_json
-from pipeline.evaluation.render import write_report
-from pipeline.evaluation.reward_pages import print_reward_report, write_reward_report
+from pipeline.evaluation.pages import page as pages
+from pipeline.evaluation.pages import runs_pages
+from pipeline.evaluation.pages.page import markdown_page, print_table, visible, write_json
+from pipeline.evaluation.pages.render import write_report
+from pipeline.evaluation.pages.reward_pages import print_reward_report, write_reward_report
+from pipeline.evaluation.pages.tables import Table
 from pipeline.evaluation.reward_quality import JudgedPair, JudgedText, judge_reward
-from pipeline.evaluation.tables import Table
 
 HOSTILE = (
     "<script>alert(1)</script>",

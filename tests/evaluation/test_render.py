@@ -9,7 +9,7 @@ from rich.console import Console
 from pipeline.evaluation.assemble import all_samples
 from pipeline.evaluation.curves import Curve, Panel
 from pipeline.evaluation.inspection import Attention, Credit, Inspection, Passage, Token
-from pipeline.evaluation.render import Details, print_report, to_markdown, write_report
+from pipeline.evaluation.pages.render import Details, print_report, to_markdown, write_report
 
 AWKWARD = 'a | b\nc <script>alert("x")</script> \\ d\r\n\n| --- | </style></svg> $x_1$'
 

@@ -7,7 +7,7 @@ import pytest
 from evaluation_toys import BAD, BLEU, GOOD, MIXED, REFERENCES, TER, TEST, make_report, prediction
 
 from pipeline.evaluation.assemble import all_samples
-from pipeline.evaluation.render import Details, write_report
+from pipeline.evaluation.pages.render import Details, write_report
 from pipeline.evaluation.report import Outputs, Resampling, TestSet, compared_pairs, score_system
 from pipeline.evaluation.significance import paired_bootstrap, paired_effect, paired_randomisation
 

@@ -6,9 +6,9 @@ import pytest
 from evaluation_toys import BAD, GOOD, MIXED, TEST, make_report
 
 from pipeline.evaluation.assemble import all_samples
-from pipeline.evaluation.render import Details, write_report
+from pipeline.evaluation.pages.render import Details, write_report
+from pipeline.evaluation.pages.runs_pages import compare_command, comparison_tables
 from pipeline.evaluation.runs import SeedSummary, compare_runs, load_run, seeds_verdict
-from pipeline.evaluation.runs_pages import compare_command, comparison_tables
 
 METRICS = [{"name": "bleu", "options": {}}]
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.trainers import checkpoint_files
-from pipeline.trainers.checkpoint import Checkpoint, TrainerState, load_checkpoint, save_checkpoint
-from pipeline.trainers.checkpoint_files import (
+from pipeline.runtime.seeds import of_this_process, random_state, restore_random_state
+from pipeline.trainers import checkpoints as checkpoint_files
+from pipeline.trainers.checkpoints import (
     check_space,
     clear_checkpoints,
     keep_newest,
@@ -21,7 +21,7 @@ from pipeline.trainers.checkpoint_files import (
     new_checkpoint,
     newest_checkpoint,
 )
-from pipeline.trainers.random_state import of_this_process, random_state, restore_random_state
+from pipeline.trainers.ppo.checkpoint import Checkpoint, TrainerState, load_checkpoint, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 

@@ -12,8 +12,8 @@ import pytest
 from accelerate import Accelerator, tracking
 from tiny_run import MAINS, PARALLEL, only_error, outcome, write_parallel, write_recipe
 
-from pipeline import supported
-from pipeline.models import reading
+from pipeline.models import hub as reading
+from pipeline.runtime import versions as supported
 from pipeline.tasks import tables
 from pipeline.trainers import trackers
 
@@ -155,7 +155,7 @@ def test_a_tracker_that_fails_in_the_middle_is_left_out_and_the_others_get_every
         start(accelerator, project)
         accelerator.trackers.insert(0, Offline("run"))
 
-    monkeypatch.setattr("pipeline.trainers.ppo.start_trackers", one_more)
+    monkeypatch.setattr("pipeline.trainers.ppo.trainer.start_trackers", one_more)
     assert outcome(MAINS["sft.py"], recipe) == 0
     assert outcome(MAINS["ppo.py"], recipe, "ppo.report_to=[tensorboard]", "ppo.total_episodes=16") == 0
     said = capfd.readouterr().err

@@ -14,10 +14,10 @@ from two_processes import run_in_two
 
 from pipeline.eval import say_failures, score_rows
 from pipeline.evaluation.config import EvalConfig
-from pipeline.evaluation.judging import JudgedAnswers, Judges, judge
+from pipeline.evaluation.scoring import JudgedAnswers, Judges, judge
 from pipeline.rewards import Handling, Reward, RewardConfig, RewardError, score_texts
-from pipeline.rewards import time_limit as limits
-from pipeline.trainers.config import PPOConfig
+from pipeline.runtime import time_limit as limits
+from pipeline.trainers.ppo.config import PPOConfig
 
 PROMPTS = [f"prompt {n}" for n in range(8)]
 TEXTS = [f"text {n}" for n in range(8)]

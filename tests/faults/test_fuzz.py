@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from tiny_run import RECIPE
 
 from pipeline.recipe import Recipe, RecipeError, check_recipe, load_recipe, recipe_values
-from pipeline.recipe_yaml import read_document
-from pipeline.run_directory import RunDirectory
+from pipeline.recipe.reader import read_document
+from pipeline.stages.directory import RunDirectory
 from pipeline.tasks import TaskError, columns, load_task, parallel, preferences
 
 EXAMPLES = int(os.environ.get("RELAY_FUZZ_EXAMPLES", "0"))

@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 from pipeline import ppo as ppo_stage
 from pipeline import reward as reward_stage
 from pipeline import sft as sft_stage
-from pipeline.run_lock import RunInUseError, run_lock
-from pipeline.trainers import ppo as ppo_trainer
-from pipeline.trainers import resumable
-from pipeline.trainers.checkpoint_files import list_checkpoints, newest_checkpoint
-from pipeline.trainers.reward import ResumableRewardTrainer
-from pipeline.trainers.sft import ResumableSFTTrainer
+from pipeline.stages.lock import RunInUseError, run_lock
+from pipeline.trainers.checkpoints import list_checkpoints, newest_checkpoint
+from pipeline.trainers.huggingface import resumable
+from pipeline.trainers.huggingface.reward import ResumableRewardTrainer
+from pipeline.trainers.huggingface.sft import ResumableSFTTrainer
+from pipeline.trainers.ppo import trainer as ppo_trainer
 
 STAGES = {"sft": sft_stage, "reward": reward_stage, "ppo": ppo_stage}
 TRAINERS = {"sft": ResumableSFTTrainer, "reward": ResumableRewardTrainer}

@@ -9,9 +9,9 @@ import torch
 from ppo_toys import training_steps, weights
 from two_processes import run_in_two
 
-from pipeline.models.memory import in_smaller_batches, is_out_of_memory
-from pipeline.trainers.checkpoint import load_checkpoint
-from pipeline.trainers.checkpoint_files import newest_checkpoint
+from pipeline.runtime.memory import in_smaller_batches, is_out_of_memory
+from pipeline.trainers.checkpoints import newest_checkpoint
+from pipeline.trainers.ppo.checkpoint import load_checkpoint
 
 
 def limit_rows(trainer, rows, training=True, rollouts=True):

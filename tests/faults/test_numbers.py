@@ -9,13 +9,13 @@ import torch
 from ppo_toys import read_metrics, training_steps, weights
 
 from pipeline.rewards.config import RewardConfig
-from pipeline.trainers.checkpoint import load_checkpoint
-from pipeline.trainers.checkpoint_files import list_checkpoints, newest_checkpoint
-from pipeline.trainers.config import PPOConfig
+from pipeline.trainers.checkpoints import list_checkpoints, newest_checkpoint
+from pipeline.trainers.huggingface.reward import reward_arguments
+from pipeline.trainers.huggingface.sft import sft_arguments
+from pipeline.trainers.ppo.checkpoint import load_checkpoint
+from pipeline.trainers.ppo.config import PPOConfig
+from pipeline.trainers.ppo.settings import uses_bf16
 from pipeline.trainers.precision import native_bf16
-from pipeline.trainers.reward import reward_arguments
-from pipeline.trainers.settings import uses_bf16
-from pipeline.trainers.sft import sft_arguments
 
 
 def first_experience(trainer):

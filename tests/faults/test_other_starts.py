@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from two_processes import run_in_two
 
 from pipeline.models.loading import lora_config
-from pipeline.trainers.checkpoint_files import list_checkpoints
-from pipeline.trainers.sft import build_sft_trainer, last_checkpoint, sft_arguments
+from pipeline.trainers.checkpoints import list_checkpoints
+from pipeline.trainers.huggingface.sft import build_sft_trainer, last_checkpoint, sft_arguments
 from pipeline.trainers.weights_alone import VARIABLE
 
 SETTINGS = {"gradient_accumulation_steps": 1, "save_steps": 1, "total_episodes": 40, "save_total_limit": 9}

@@ -15,10 +15,10 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from pipeline import ppo as ppo_stage
 from pipeline import sft as sft_stage
-from pipeline.launcher import cause, first_failure
-from pipeline.trainers import watchdog
-from pipeline.trainers.checkpoint_files import newest_checkpoint
-from pipeline.trainers.watchdog import VARIABLE, enter, watched
+from pipeline.runtime import watchdog
+from pipeline.runtime.watchdog import VARIABLE, enter, watched
+from pipeline.stages.first_failure import cause, first_failure
+from pipeline.trainers.checkpoints import newest_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RECIPE = """

@@ -17,10 +17,10 @@ from ppo_toys import colours, weights
 from safetensors.torch import load_file
 
 from pipeline.models.loading import lora_config
-from pipeline.trainers.checkpoint_files import list_checkpoints, newest_checkpoint
+from pipeline.runtime.signals import Stopped, requested_stop, stop_signals
+from pipeline.trainers.checkpoints import list_checkpoints, newest_checkpoint
+from pipeline.trainers.huggingface.sft import build_sft_trainer, last_checkpoint, sft_arguments
 from pipeline.trainers.logs import keep_lines
-from pipeline.trainers.sft import build_sft_trainer, last_checkpoint, sft_arguments
-from pipeline.trainers.stopping import Stopped, requested_stop, stop_signals
 
 SFT = {
     "per_device_train_batch_size": 4,
@@ -184,7 +184,7 @@ def test_a_real_kill(sft, ppo, tmp_path, kind):
 def test_a_signal_saves_after_the_step_and_the_run_ends_the_same(sft, ppo, tmp_path, monkeypatch, kind, step):
     train = {"sft": lambda output: sft(output, logging_steps=2), "ppo": ppo}[kind]
     train("whole")
-    module = {"sft": "pipeline.trainers.resumable", "ppo": "pipeline.trainers.ppo"}[kind]
+    module = {"sft": "pipeline.trainers.huggingface.resumable", "ppo": "pipeline.trainers.ppo.trainer"}[kind]
     asked = []
 
     def stop_at_step():
@@ -324,7 +324,7 @@ def test_a_disk_without_room_is_refused_before_the_first_step(sft, ppo, tmp_path
 def test_the_estimated_size_is_near_the_true_one(sft, ppo, tmp_path, monkeypatch):
     estimates = []
     monkeypatch.setattr(
-        "pipeline.trainers.resumable.check_space", lambda directory, size, count: estimates.append(size)
+        "pipeline.trainers.huggingface.resumable.check_space", lambda directory, size, count: estimates.append(size)
     )
     sft("run", peft=False, max_steps=1)
     (path,) = list_checkpoints(tmp_path / "run" / "checkpoints")

@@ -16,13 +16,13 @@ from tiny_run import COLUMNS, MAINS, PARALLEL, only_error, outcome, write_parall
 from transformers import LlamaForSequenceClassification
 
 from pipeline.models.config import ModelConfig
+from pipeline.models.hub import read_config
 from pipeline.models.loading import load_model, load_policy, load_tokenizer
-from pipeline.models.reading import read_config
 from pipeline.models.text import encode_prompts
-from pipeline.recipe_secrets import secret_in
-from pipeline.rewards.redaction import one_line, redact
+from pipeline.recipe.secrets import secret_in
+from pipeline.runtime.messages import one_line, redact
 from pipeline.tasks import columns, load_task
-from pipeline.trainers.checkpoint_files import list_checkpoints
+from pipeline.trainers.checkpoints import list_checkpoints
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_accelerate"),

@@ -4,9 +4,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedModel
 
-from pipeline.models import decoding, generation
-from pipeline.models.decoding import RoomyLayer, decode_batch, supports_decode_loop
+from pipeline.models import generation
 from pipeline.models.generation import Decoding, generate, sample_tokens
+from pipeline.models.kernels import decode_loop as decoding
+from pipeline.models.kernels.decode_loop import RoomyLayer, decode_batch, supports_decode_loop
 from pipeline.models.sequences import pad_left, pad_right
 from pipeline.models.text import encode_prompts
 

@@ -6,8 +6,8 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from pipeline.models import fused_lora
-from pipeline.models.fused_lora import fuse_adapters
+from pipeline.models.kernels import fused_lora
+from pipeline.models.kernels.fused_lora import fuse_adapters
 
 
 class Net(nn.Module):

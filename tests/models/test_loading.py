@@ -12,6 +12,7 @@ from peft import AutoPeftModelForSeq2SeqLM, LoraConfig, get_peft_model
 
 from pipeline.models.adapters import adapter_config
 from pipeline.models.config import ModelConfig
+from pipeline.models.hub import ModelNotFoundError, check_model_path
 from pipeline.models.loading import (
     is_encoder_decoder,
     load_model,
@@ -19,7 +20,6 @@ from pipeline.models.loading import (
     load_tokenizer,
     lora_config,
 )
-from pipeline.models.reading import ModelNotFoundError, check_model_path
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 

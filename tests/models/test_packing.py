@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from pipeline.models import packing
-from pipeline.models.packing import PREFIX, pack
+from pipeline.models.kernels import packing
+from pipeline.models.kernels.packing import PREFIX, pack
 from pipeline.models.sequences import Sequences, make_sequences
 from pipeline.models.shared import SharedModel
 from tests.models.test_shared import COMMON, SIZES, lora, move

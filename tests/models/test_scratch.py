@@ -8,8 +8,8 @@ import torch
 from transformers import AutoTokenizer
 
 from pipeline.models.decoder_start import decoder_prefix
+from pipeline.models.from_scratch import build_from_scratch, train_tokenizer
 from pipeline.models.loading import load_model
-from pipeline.models.scratch import build_from_scratch, train_tokenizer
 
 TEXTS = ["the cat sat", "die Katze saß", "Übermut tut selten gut", "the cat sat on the mat"]
 

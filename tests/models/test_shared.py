@@ -8,7 +8,7 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from pipeline.models import head
+from pipeline.models.kernels import lm_head as head
 from pipeline.models.sequences import Sequences, make_sequences
 from pipeline.models.shared import SharedModel, remove_dropout
 from pipeline.models.states import check_trunk_and_head

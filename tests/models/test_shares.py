@@ -11,8 +11,8 @@ from accelerate import PartialState
 from two_processes import run_in_two
 
 from pipeline import sft as sft_stage
-from pipeline.models import shares
-from pipeline.models.shares import on_main, part_files, unseen
+from pipeline.runtime import distributed as shares
+from pipeline.runtime.distributed import on_main, part_files, unseen
 
 
 def squares(directory: Path) -> list:

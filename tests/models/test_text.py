@@ -7,11 +7,11 @@ from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.models.scratch import train_tokenizer
+from pipeline.models.from_scratch import train_tokenizer
 from pipeline.models.text import decode, encode_completions, encode_prompts
 from pipeline.tasks import load_task
 from pipeline.tasks.columns import Config
-from pipeline.trainers.sft import sft_dataset
+from pipeline.trainers.huggingface.sft import sft_dataset
 
 TEXTS = ["Wie geht es dir?", "Ganz gut, danke.", "the cat sat on the mat", "Frage: {x}\nAntwort:", "user assistant"]
 AWKWARD = ["Größe, Übermut & ß", "😀👩‍👩‍👧 naïve — “ja”", "a\tb\n\nc", "…", "日本語", "e\u0301 é"]

@@ -2,7 +2,6 @@
 
 import pytest
 
-from pipeline.rewards.pair_settings import SampledPairs
 from pipeline.rewards.pairs import (
     EMPTY,
     EQUAL,
@@ -21,6 +20,7 @@ from pipeline.rewards.pairs import (
     scaled_margins,
     write_lines,
 )
+from pipeline.rewards.pairs.settings import SampledPairs
 
 SAMPLES = [Text("b", [2], 0.5), Text("a", [1], 0.9), Text("c", [3], 0.2), Text("a", [1], 0.9)]
 REFERENCE = [Text("r", [9], 1.0)]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pipeline.trainers.config import PPOConfig
+from pipeline.trainers.ppo.config import PPOConfig
 
 
 @dataclass

@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config
 
 from pipeline.models.loading import position_limit
 from pipeline.models.shared import SharedModel
-from pipeline.trainers.checks import check_prompts, check_special_tokens
-from pipeline.trainers.sft import build_sft_trainer, sft_arguments
+from pipeline.trainers.huggingface.sft import build_sft_trainer, sft_arguments
+from pipeline.trainers.ppo.checks import check_prompts, check_special_tokens
 
 
 def test_no_rows(make_trainer, examples):

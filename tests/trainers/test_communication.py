@@ -14,8 +14,8 @@ from two_processes import run_in_two
 
 from pipeline.models.config import ModelConfig
 from pipeline.models.loading import load_model, load_tokenizer, lora_config
-from pipeline.trainers.config import PPOConfig
-from pipeline.trainers.ppo import PPOTrainer
+from pipeline.trainers.ppo.config import PPOConfig
+from pipeline.trainers.ppo.trainer import PPOTrainer
 
 EPOCHS, MINI_BATCHES = 3, 2
 SETTINGS = {

@@ -14,9 +14,9 @@ from two_processes import run_in_two
 
 from pipeline.models.config import ModelConfig
 from pipeline.models.loading import load_model, load_policy, load_tokenizer, lora_config
-from pipeline.trainers.checkpoint_files import list_checkpoints
-from pipeline.trainers.config import PPOConfig
-from pipeline.trainers.ppo import PPOTrainer
+from pipeline.trainers.checkpoints import list_checkpoints
+from pipeline.trainers.ppo.config import PPOConfig
+from pipeline.trainers.ppo.trainer import PPOTrainer
 
 # The likeliest token is always taken: nothing that is drawn can hide a difference of weights, or make one.
 EQUAL: dict[str, Any] = {

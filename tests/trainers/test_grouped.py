@@ -7,7 +7,7 @@ from accelerate import PartialState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from two_processes import run_in_two
 
-from pipeline.trainers.grouped import GlobalLengthGroupedSampler
+from pipeline.trainers.huggingface.samplers import GlobalLengthGroupedSampler
 
 LENGTHS = [3, 9, 1, 7, 5, 2, 8, 4, 6, 10, 12, 11] * 8
 

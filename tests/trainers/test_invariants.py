@@ -9,12 +9,12 @@ import torch
 from ppo_toys import read_metrics, training_steps, weights
 from torch import Tensor
 
-from pipeline.models import head
+from pipeline.models.kernels import lm_head as head
 from pipeline.models.sequences import Sequences
 from pipeline.rewards import RewardConfig
-from pipeline.trainers.config import PPOConfig
-from pipeline.trainers.ppo import PPOTrainer
-from pipeline.trainers.rollout import Rollout
+from pipeline.trainers.ppo.config import PPOConfig
+from pipeline.trainers.ppo.rollout import Rollout
+from pipeline.trainers.ppo.trainer import PPOTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*lr_scheduler")
 TIGHT = {"rtol": 1e-9, "atol": 1e-10}

@@ -11,8 +11,8 @@ from ppo_toys import training_steps, weights
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from pipeline.models.loading import load_policy, lora_config
-from pipeline.trainers.rollout import score_tokens
-from pipeline.trainers.stopping import Stopped
+from pipeline.runtime.signals import Stopped
+from pipeline.trainers.ppo.rollout import score_tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*lr_scheduler")
 COMMON = {
@@ -142,7 +142,7 @@ def test_a_stopped_run_ends_the_same_and_so_does_one_that_recomputes_layers(make
     whole.train(), saving.train()
     torch.testing.assert_close(weights(saving), weights(whole), **CLOSE)
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.trainers.ppo.requested_stop", lambda: signal.SIGTERM)
+        patch.setattr("pipeline.trainers.ppo.trainer.requested_stop", lambda: signal.SIGTERM)
         with pytest.raises(Stopped):
             trainer("broken").train()
     again = trainer("broken")

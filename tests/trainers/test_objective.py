@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, tensor
 
-from pipeline.trainers.objective import (
+from pipeline.trainers.ppo.objective import (
     Clipping,
     adapted_kl_coef,
     advantages_and_returns,

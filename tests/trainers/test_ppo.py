@@ -14,8 +14,8 @@ from ppo_toys import colours, read_metrics, training_steps, weights
 from pipeline.models.loading import load_policy
 from pipeline.models.text import decode
 from pipeline.rewards import Reward, RewardError
-from pipeline.trainers.checkpoint import load_checkpoint
-from pipeline.trainers.checkpoint_files import list_checkpoints
+from pipeline.trainers.checkpoints import list_checkpoints
+from pipeline.trainers.ppo.checkpoint import load_checkpoint
 
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:

@@ -8,9 +8,9 @@ from ppo_toys import read_metrics
 from pipeline.models import generation
 from pipeline.recipe import load_recipe
 from pipeline.rewards import RewardConfig, build_rewards
-from pipeline.run_directory import RunDirectory
-from pipeline.stage import sft_model_path
-from pipeline.trainers.config import PPOConfig
+from pipeline.stages.directory import RunDirectory
+from pipeline.stages.stage import sft_model_path
+from pipeline.trainers.ppo.config import PPOConfig
 
 REWARDS = (RewardConfig("constant"),)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from ppo_toys import training_steps
 
 from pipeline.rewards import RewardConfig
-from pipeline.trainers.config import PPOConfig
+from pipeline.trainers.ppo.config import PPOConfig
 
 PAGE = (Path(__file__).parent.parent.parent / "docs" / "ppo.md").read_text()
 

@@ -9,8 +9,8 @@ import torch
 from plain_ppo import Episode, PlainPPO, credit, kl_of, read, value_of
 from ppo_toys import COLOURS, weights
 
-from pipeline.trainers.ppo import PPOTrainer
-from pipeline.trainers.rollout import Experience, Rollout
+from pipeline.trainers.ppo.rollout import Experience, Rollout
+from pipeline.trainers.ppo.trainer import PPOTrainer
 
 # Float64 leaves 1e-16; norms of transformers compute in float32 inside, the same for both but for rare roundings.
 TIGHT = {"rtol": 1e-8, "atol": 1e-8}

@@ -11,8 +11,8 @@ from ppo_toys import SMALL, colours, training_steps
 from transformers import AutoModelForCausalLM
 
 from pipeline.models.loading import load_model, load_policy, load_tokenizer, lora_config, plain_model_directory
-from pipeline.trainers.config import PPOConfig
-from pipeline.trainers.ppo import PPOTrainer
+from pipeline.trainers.ppo.config import PPOConfig
+from pipeline.trainers.ppo.trainer import PPOTrainer
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 

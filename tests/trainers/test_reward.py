@@ -13,10 +13,10 @@ from pipeline.models.reward_model import RewardNetwork
 from pipeline.models.sequences import Sequences
 from pipeline.models.text import encode_completions
 from pipeline.rewards.pairs import HELD_OUT, TRAIN, Pair
-from pipeline.trainers.checkpoint_files import list_checkpoints
-from pipeline.trainers.reward import PairCollator, build_reward_trainer, pair_dataset, reward_arguments
-from pipeline.trainers.sft import last_checkpoint
-from pipeline.trainers.stopping import Stopped
+from pipeline.runtime.signals import Stopped
+from pipeline.trainers.checkpoints import list_checkpoints
+from pipeline.trainers.huggingface.reward import PairCollator, build_reward_trainer, pair_dataset, reward_arguments
+from pipeline.trainers.huggingface.sft import last_checkpoint
 
 SETTINGS = {
     "per_device_train_batch_size": 4,
@@ -119,7 +119,7 @@ def test_a_signal_saves_and_the_run_ends_the_same(reward, tmp_path, monkeypatch)
         asked.append(1)
         return signal.SIGTERM if len(asked) == 2 else None
 
-    monkeypatch.setattr("pipeline.trainers.resumable.requested_stop", stop)
+    monkeypatch.setattr("pipeline.trainers.huggingface.resumable.requested_stop", stop)
     with pytest.raises(Stopped, match="stopped by SIGTERM after the checkpoint of step 2") as stopped:
         reward("broken")
     assert stopped.value.exit_code == 143

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import tensor
 
-from pipeline.trainers.scores import (
+from pipeline.trainers.ppo.scores import (
     Moments,
     judge_unfinished,
     moments_of,

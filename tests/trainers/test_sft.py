@@ -10,13 +10,13 @@ from trl import SFTTrainer
 
 from pipeline.models.loading import load_model, lora_config
 from pipeline.models.text import encode_completions, encode_prompts
-from pipeline.trainers.sft import (
+from pipeline.trainers.huggingface.sft import (
     CompletionHeadSFTTrainer,
     build_sft_trainer,
     sft_arguments,
     sft_dataset,
 )
-from pipeline.trainers.sharded import check_sharding
+from pipeline.trainers.huggingface.sharded import check_sharding
 
 SETTINGS = {
     "per_device_train_batch_size": 8,
@@ -148,7 +148,7 @@ def without_dropout(trainer: SFTTrainer) -> SFTTrainer:
 def test_the_loss_is_that_of_trl(make_trainer, monkeypatch, taught, peft, smoothing):
     ours = without_dropout(make_trainer("ours", peft=peft, label_smoothing_factor=smoothing))
     assert type(ours) is CompletionHeadSFTTrainer
-    monkeypatch.setattr("pipeline.trainers.sft.CompletionHeadSFTTrainer", SFTTrainer)
+    monkeypatch.setattr("pipeline.trainers.huggingface.sft.CompletionHeadSFTTrainer", SFTTrainer)
     theirs = without_dropout(make_trainer("theirs", peft=peft, label_smoothing_factor=smoothing))
     assert type(theirs) is SFTTrainer
     batch = a_batch(ours)

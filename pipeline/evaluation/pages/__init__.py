@@ -1,0 +1,1 @@
+"""The ink: tables, plots and pages of the report."""

@@ -1,0 +1,179 @@
+"""Write the report: report.json for machines, report.md for a pull request, report.html, plots, the terminal."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from markupsafe import Markup
+from rich.console import Console
+
+from pipeline.evaluation.curves import Panel
+from pipeline.evaluation.inspection import Inspection
+from pipeline.evaluation.pages import plots, tables
+from pipeline.evaluation.pages.page import (
+    environment,
+    markdown_page,
+    mood,
+    page_parts,
+    print_line,
+    print_table,
+    write_json,
+    write_page,
+)
+from pipeline.evaluation.report import EvaluationReport
+
+SECTIONS = (
+    ("scores", "Scores"),
+    ("comparisons", "Comparisons"),
+    ("decoding", "Decoding"),
+    ("gains", "Gains"),
+    ("tokens", "Tokens"),
+    ("training", "Training"),
+    ("cost", "Cost"),
+    ("samples", "Samples"),
+    ("settings", "Settings"),
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One test example: its number, prompt, first reference, every system's text, and PPO's gain on SFT."""
+
+    index: int
+    prompt: str
+    reference: str
+    texts: dict[str, str]
+    gain: float = 0.0
+
+
+@dataclass(frozen=True)
+class Details:
+    """What the report shows beside its figures: every test example, and what was found about a few and in training.
+
+    `num_samples` of the examples go into report.md, `num_listed` into report.html.
+    """
+
+    samples: list[Sample]
+    panels: list[Panel] = field(default_factory=list)
+    inspections: list[Inspection] = field(default_factory=list)
+    num_samples: int = 5
+    num_listed: int = 500
+
+
+def write_report(report: EvaluationReport, details: Details, directory: Path) -> None:
+    """report.json, report.md, report.html and plots/*.svg in `directory`."""
+    (directory / "plots").mkdir(parents=True, exist_ok=True)
+    write_json(report, directory / "report.json")
+    (directory / "report.md").write_text(to_markdown(report, details), encoding="utf-8")
+    drawn = draw_plots(report, details)
+    for name, svg in drawn.items():
+        write_page(svg, directory / "plots" / f"{name}.svg")
+    write_page(to_html(report, details, drawn), directory / "report.html")
+
+
+def draw_plots(report: EvaluationReport, details: Details) -> dict[str, str]:
+    """Name -> SVG of every plot there is something for."""
+    found = {"scores": plots.score_plot(report)}
+    for stage in dict.fromkeys(panel.stage for panel in details.panels):
+        found[f"curves-{stage}"] = plots.curve_plot([panel for panel in details.panels if panel.stage == stage])
+    if report.best_of:
+        found["best-of-n"] = plots.best_of_plot(report)
+    if report.gains is not None and report.gains.typical:
+        gains = [sample.gain for sample in details.samples]
+        found["gains"] = plots.gain_plot(report.gains.a, report.gains.b, report.gains.metric, gains)
+    for inspection in details.inspections:
+        if inspection.credit is not None:
+            name = f"credit-{inspection.index}"
+            found[name] = plots.credit_plot(inspection.credit, name)
+    return found
+
+
+def to_markdown(report: EvaluationReport, details: Details) -> str:
+    """The report as Markdown tables."""
+    shown = [
+        tables.score_table(report),
+        tables.comparison_table(report),
+        tables.text_table(report),
+        tables.decoding_table(report),
+        tables.best_of_table(report),
+        *tables.bucket_tables(report),
+        tables.cost_table(report),
+        sample_table(report, evenly(details.samples, details.num_samples)),
+        tables.settings_table(report),
+    ]
+    return markdown_page("Evaluation", report, shown)
+
+
+def sample_table(report: EvaluationReport, samples: Sequence[Sample]) -> tables.Table:
+    """A few examples with every system's text."""
+    rows = [[s.prompt, s.reference, *(s.texts[name] for name in report.systems)] for s in samples]
+    return tables.Table("Samples", ["prompt", "reference", *report.systems], rows)
+
+
+def to_html(report: EvaluationReport, details: Details, drawn: Mapping[str, str]) -> str:
+    """The report as one page that needs nothing else. Everything but our own SVG, style and script is escaped."""
+    svg = {name: Markup(text) for name, text in drawn.items()}
+    content = (
+        environment()
+        .get_template("report.html")
+        .render(
+            report=report,
+            mood=mood(report.verdict),
+            sections=_sections(report, details),
+            tables={
+                "scores": tables.score_table(report),
+                "texts": tables.text_table(report),
+                "comparisons": tables.comparison_table(report),
+                "decoding": tables.decoding_table(report),
+                "best_of": tables.best_of_table(report),
+                "buckets": tables.bucket_tables(report),
+                "cost": tables.cost_table(report),
+                "settings": tables.settings_table(report),
+            },
+            plots={
+                "scores": svg["scores"],
+                "best_of": svg.get("best-of-n"),
+                "gains": svg.get("gains"),
+                "curves": {n.removeprefix("curves-"): plot for n, plot in svg.items() if n.startswith("curves-")},
+            },
+            credits={i.index: svg[f"credit-{i.index}"] for i in details.inspections if i.credit is not None},
+            inspections=details.inspections,
+            samples=details.samples,
+            listed=evenly(details.samples, details.num_listed),
+            **page_parts(f"Evaluation of {report.settings.get('name', 'a run')}"),
+        )
+    )
+    return content.strip() + "\n"
+
+
+def _sections(report: EvaluationReport, details: Details) -> list[tuple[str, str]]:
+    """Anchor and name of every section there is something for."""
+    there = {
+        "comparisons": report.comparisons,
+        "decoding": report.decodings or report.best_of,
+        "gains": report.gains,
+        "tokens": details.inspections,
+        "training": details.panels,
+        "cost": report.cost,
+        "samples": details.num_listed,
+    }
+    return [(anchor, name) for anchor, name in SECTIONS if there.get(anchor, True)]
+
+
+def evenly(items: Sequence[Sample], count: int) -> list[Sample]:
+    """`count` items at even distances, or all if there are fewer."""
+    count = min(count, len(items))
+    return [items[len(items) * number // count] for number in range(count)]
+
+
+def print_report(report: EvaluationReport, console: Console) -> None:
+    """The scores and comparisons as tables in the terminal, the warnings and the verdict."""
+    comparisons = tables.comparison_table(report)
+    narrow = [row[:6] for row in comparisons.rows]
+    print_table(tables.score_table(report), console)
+    print_table(tables.Table(comparisons.title, comparisons.header[:6], narrow), console)
+    for warning in report.warnings:
+        print_line(f"warning: {warning}", console, "yellow")
+    for finding in report.findings:
+        print_line(finding, console)
+    print_line(report.verdict, console, "bold")

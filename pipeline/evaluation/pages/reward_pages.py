@@ -1,0 +1,109 @@
+"""The report on a reward model as report.json, report.md, report.html and tables in the terminal."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from markupsafe import Markup
+from rich.console import Console
+
+from pipeline.evaluation.curves import read_panels
+from pipeline.evaluation.pages import plots
+from pipeline.evaluation.pages.page import (
+    environment,
+    markdown_page,
+    page_parts,
+    print_line,
+    print_table,
+    write_json,
+    write_page,
+)
+from pipeline.evaluation.pages.tables import MISSING, Table
+from pipeline.evaluation.reward_quality import JudgedPair, RewardReport
+
+
+def write_reward_report(
+    report: RewardReport, pairs: Sequence[JudgedPair], shown: Sequence[Sequence[str]], stage: Path, title: str
+) -> None:
+    """The report in `<stage>/report`; `shown` are pairs as rows of prompt, chosen, rejected and the two scores."""
+    directory = stage / "report"
+    (directory / "plots").mkdir(parents=True, exist_ok=True)
+    tables = reward_tables(report, shown)
+    write_json(report, directory / "report.json")
+    (directory / "report.md").write_text(markdown_page(title, report, tables), encoding="utf-8")
+    drawn = {
+        "reliability": plots.reliability_plot(report.reliability),
+        "scores": plots.pair_score_plot(pairs, report.shift, report.scale),
+    }
+    panels = [panel for panel in read_panels(stage.parent) if panel.stage == "reward"]
+    if panels:
+        drawn["curves-reward"] = plots.curve_plot(panels)
+    for name, svg in drawn.items():
+        write_page(svg, directory / "plots" / f"{name}.svg")
+    page = environment().get_template("reward.html")
+    figures = [Markup(svg) for svg in drawn.values()]
+    content = page.render(report=report, tables=tables, figures=figures, **page_parts(title))
+    write_page(content, directory / "report.html")
+
+
+def print_reward_report(report: RewardReport, console: Console) -> None:
+    """Accuracy and correlations in the terminal, the warnings and the verdict."""
+    print_table(accuracy_table(report), console)
+    print_table(correlation_table(report), console)
+    for warning in report.warnings:
+        print_line(f"warning: {warning}", console, "yellow")
+    print_line(report.verdict, console, "bold")
+
+
+def reward_tables(report: RewardReport, shown: Sequence[Sequence[str]]) -> list[Table]:
+    """Everything about the model, accuracy first."""
+    header = ["prompt", "chosen", "rejected", "score of chosen", "score of rejected"]
+    return [
+        accuracy_table(report),
+        reliability(report),
+        correlation_table(report),
+        Table("Pairs", ["", "pairs"], [[key, str(value)] for key, value in _flat(report.pairs)]),
+        Table("Held-out pairs", header, [list(row) for row in shown]),
+        Table("Settings", ["", ""], [[key, str(value)] for key, value in _flat(report.settings)]),
+    ]
+
+
+def accuracy_table(report: RewardReport) -> Table:
+    """The reward model and the trivial rules on the held-out pairs."""
+    shares = [report.accuracy, *report.rules]
+    rows = [[s.name, f"{s.value:.1%}", f"[{s.low:.1%}, {s.high:.1%}]", str(s.count)] for s in shares]
+    if report.training_accuracy:
+        t = report.training_accuracy
+        rows.append(["reward model, training pairs", f"{t.value:.1%}", f"[{t.low:.1%}, {t.high:.1%}]", str(t.count)])
+    note = "Share of the pairs in which the better text wins, with its 95 % interval; a tie counts half."
+    return Table("Accuracy", ["", "accuracy", "interval", "pairs"], rows, note)
+
+
+def reliability(report: RewardReport) -> Table:
+    """How sure the model is, and how often it is right."""
+    rows = [
+        [f"{r.low:.1f} to {r.high:.1f}", str(r.count), f"{r.predicted:.1%}", f"{r.observed:.1%}"]
+        for r in report.reliability
+    ]
+    note = f"Expected calibration error {report.calibration_error:.1%}. A margin in the loss makes differences larger."
+    return Table("Reliability", ["predicted", "pairs", "mean prediction", "right"], rows, note)
+
+
+def correlation_table(report: RewardReport) -> Table:
+    """The score against metrics and length."""
+    rows = [
+        [
+            c.name,
+            *(MISSING if v is None else f"{v:+.3f}" for v in (c.pearson, c.spearman, c.within_prompt)),
+            str(c.count),
+        ]
+        for c in report.correlations
+    ]
+    header = ["score against", "Pearson", "Spearman", "within prompts", "texts"]
+    return Table("Correlations", header, rows, "Held-out texts. Within prompts: after subtracting each prompt's mean.")
+
+
+def _flat(values: Mapping[str, object], prefix: str = "") -> list[tuple[str, object]]:
+    rows: list[tuple[str, object]] = []
+    for key, value in values.items():
+        rows += _flat(value, f"{prefix}{key}: ") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
+    return rows

@@ -1,0 +1,149 @@
+"""The comparison of runs as tables and pages, and its command: eval.py compare runs/a runs/b."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from pipeline.evaluation.pages.page import (
+    environment,
+    markdown_page,
+    mood,
+    page_parts,
+    print_line,
+    print_table,
+    write_json,
+    write_page,
+)
+from pipeline.evaluation.pages.tables import MISSING, Table, duration
+from pipeline.evaluation.runs import Run, RunsReport, compare_runs, load_run
+
+
+def compare_command(argv: Sequence[str]) -> int:
+    """`compare RUN RUN ... [--output DIR]`; 0 when the comparison is written, 2 when a run has no report."""
+    parser = argparse.ArgumentParser(prog="eval.py compare", description="Set evaluated runs side by side.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory, such as runs/quickstart")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default: `comparison` beside the first run")
+    arguments = parser.parse_args(argv)
+    try:
+        write_comparison(arguments.runs, arguments.output or arguments.runs[0].parent / "comparison")
+    except ValueError as error:
+        print(f"error: compare: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def write_comparison(paths: Sequence[Path], output: Path) -> RunsReport:
+    """report.json, report.md and report.html in `output`, and the tables in the terminal.
+
+    Raises:
+        ValueError: fewer than two runs, one given twice, or one without a finished evaluation.
+    """
+    if len({path.resolve() for path in paths}) != len(paths) or len(paths) < 2:
+        raise ValueError(f"give two or more different run directories, found {', '.join(map(str, paths))}")
+    runs = [load_run(path) for path in paths]
+    report = compare_runs(runs)
+    shown, title = comparison_tables(runs, report), f"Comparison of {', '.join(report.runs)}"
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(report, output / "report.json")
+    (output / "report.md").write_text(markdown_page(title, report, shown), encoding="utf-8")
+    page = environment().get_template("runs.html")
+    content = page.render(report=report, tables=shown, mood=mood(report.verdict), **page_parts(title))
+    write_page(content, output / "report.html")
+    console = Console(stderr=True)
+    for table in shown[:4]:
+        print_table(table, console)
+    for warning in report.warnings:
+        print_line(f"warning: {warning}", console, "yellow")
+    print_line(report.verdict, console, "bold")
+    print_line(f"comparison: {output / 'report.html'}", console)
+    return report
+
+
+def comparison_tables(runs: Sequence[Run], report: RunsReport) -> list[Table]:
+    """Everything about the runs, the summary first; tables without rows are left away when shown."""
+    return [
+        seeds_table(report),
+        gains_table(report),
+        duels_table(report),
+        scores_table(runs),
+        differences_table(runs),
+        costs_table(runs),
+    ]
+
+
+def seeds_table(report: RunsReport) -> Table:
+    """PPO - SFT over the seeds."""
+    header = ["metric", "seeds", "mean", "std. dev.", "lowest", "highest", "ahead", "better", "worse"]
+    rows = [
+        [
+            s.metric,
+            str(len(s.seeds)),
+            f"{s.mean:+.3f}",
+            f"{s.deviation:.3f}",
+            *(f"{value:+.3f}" for value in (s.low, s.high)),
+            *(f"{share:.0%}" for share in (s.ahead, s.improved, s.worsened)),
+        ]
+        for s in report.seeds
+    ]
+    note = "Ahead: share of seeds in which PPO has the better score; better and worse: with p < 0.05 in that run."
+    return Table("PPO - SFT over the seeds", header, rows, note)
+
+
+def gains_table(report: RunsReport) -> Table:
+    """PPO - SFT of each run, a column for each measure."""
+    metrics = list(dict.fromkeys(gain.metric for gain in report.gains))
+    rows = []
+    for name in report.runs:
+        found = {gain.metric: gain for gain in report.gains if gain.run == name}
+        cells = [f"{found[m].delta:+.3f} (p = {found[m].p_value:.3f})" if m in found else MISSING for m in metrics]
+        rows.append([name, *cells])
+    return Table("PPO - SFT of each run", ["run", *metrics], rows)
+
+
+def duels_table(report: RunsReport) -> Table:
+    """Every run against the first."""
+    rows = [
+        [f"{d.b} - {d.a}", d.system, d.metric, f"{d.delta:+.3f}", f"[{d.low:+.3f}, {d.high:+.3f}]", f"{d.p_value:.3f}"]
+        for d in report.duels
+    ]
+    header = ["runs", "system", "metric", "difference", "95 % interval", "p"]
+    return Table("Against the first run", header, rows, "Paired bootstrap over the test examples both runs share.")
+
+
+def scores_table(runs: Sequence[Run]) -> Table:
+    """Every system of every run."""
+    metrics = list(dict.fromkeys(m for r in runs for s in r.report["systems"].values() for m in s["metrics"]))
+    rows = []
+    for run in runs:
+        for name, system in run.report["systems"].items():
+            found = system["metrics"]
+            cells = [f"{found[m]['value']:.2f}" if m in found else MISSING for m in metrics]
+            figures = [(system["mean_reward"], ".4f"), (system["perplexity"], ".2f"), (system["kl_to_sft"], ".3f")]
+            cells += [MISSING if value is None else format(value, form) for value, form in figures]
+            rows.append([run.name, name, *cells, f"{system['length']:.1f}"])
+    header = ["run", "system", *metrics, "mean reward", "perplexity", "KL to SFT", "length, tokens"]
+    return Table("Scores", header, rows)
+
+
+def differences_table(runs: Sequence[Run]) -> Table:
+    """The settings that are not the same in all runs."""
+    keys = dict.fromkeys(key for run in runs for key in run.settings)
+    rows = []
+    for key in keys:
+        values = [str(run.settings.get(key, MISSING)) for run in runs]
+        if len(set(values)) > 1:
+            rows.append([key, *values])
+    return Table("Settings that differ", ["", *(run.name for run in runs)], rows)
+
+
+def costs_table(runs: Sequence[Run]) -> Table:
+    """The time of every stage."""
+    stages = list(dict.fromkeys(c["stage"] for run in runs for c in run.report.get("cost", [])))
+    rows = []
+    for run in runs:
+        seconds = {c["stage"]: c["seconds"] for c in run.report.get("cost", []) if c["seconds"] is not None}
+        rows.append([run.name, *(duration(seconds[s]) if s in seconds else MISSING for s in stages)])
+    return Table("Time", ["run", *stages], rows if stages else [])

@@ -1,0 +1,1 @@
+"""Faster ways to compute what transformers and peft compute; each file can be deleted."""

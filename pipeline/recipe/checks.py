@@ -1,0 +1,290 @@
+"""What a run of several hours would otherwise fail on late: files, models, names and sizes that do not go together."""
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.metrics import load_metric
+from pipeline.models.adapters import DECODER_LINEAR
+from pipeline.models.config import ModelConfig
+from pipeline.models.hub import check_model_path
+from pipeline.models.loading import is_encoder_decoder, load_config, position_limit
+from pipeline.models.reward_model import RECORD_FILE, load_record
+from pipeline.recipe.document import Document, KeyPath, RecipeError, did_you_mean
+from pipeline.rewards import build_rewards
+from pipeline.rewards.classifier import check_classifier
+from pipeline.rewards.config import RewardConfig
+from pipeline.rewards.constant import constant_reward
+from pipeline.rewards.learned import check_accuracy, check_options, is_reward_folder
+from pipeline.tasks import preferences, task_module
+from pipeline.trainers import trackers
+
+if TYPE_CHECKING:
+    from pipeline.recipe import Recipe
+
+# Keys of paths, wherever in a recipe.
+PATH_KEYS = (
+    *("output_dir", "data_dir", "path", "source", "target", "control"),
+    *("model_name_or_path", "sft_model_path", "reward_model_path", "model"),
+)
+_JOINS = "it joins texts into one row, and an encoder reads one prompt"
+# Keys of SFT that do nothing, or not what they say, where an encoder reads the prompt.
+REFUSED_FOR_ENCODER_DECODERS = {
+    "packing": _JOINS,
+    "eval_packing": _JOINS,
+    "padding_free": _JOINS,
+    "pad_to_multiple_of": "its two sides are padded to the longest of a batch",
+    "router_aux_loss_coef": "the loss of a router is not computed for it",
+    "neftune_noise_alpha": "its two sides have embeddings of their own, which would get no noise",
+}
+
+
+def check_recipe(recipe: "Recipe", num_processes: int = 1) -> None:
+    """Look at everything a run of several hours would otherwise fail on late; no model is loaded.
+
+    Raises:
+        RecipeError: a model, file, metric or reward that is not there, sizes that cannot work, an option without
+            effect, or an output directory that cannot be written.
+    """
+    document = recipe.source or Document("recipe")
+    try:
+        _check_all(recipe, num_processes, document)
+    except RecipeError:
+        raise
+    except (ValueError, OSError) as error:  # an OSError: a path that no file system takes, or without permission
+        raise document.restate(error) from error
+
+
+def _check_homes(value: object, document: Document, path: KeyPath = ()) -> None:
+    """Refuse a path that begins with the home of a user whom this machine does not have, before anything opens it."""
+    if isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_homes(item, document, (*path, key))
+        return
+    named = isinstance(value, str) and path[-1] in PATH_KEYS and value.startswith("~")
+    if named and os.path.expanduser(value).startswith("~"):
+        raise document.error(path, f"there is no home directory for the ~ of {value!r}; write the path out")
+
+
+def _check_all(recipe: "Recipe", num_processes: int, document: Document) -> None:
+    _check_homes(document.data, document)
+    if recipe.model.model_name_or_path is not None:
+        check_model_path(recipe.model.model_name_or_path, "model.model_name_or_path")
+    if recipe.sft_is_external:
+        check_model_path(recipe.ppo.sft_model_path, "ppo.sft_model_path")
+    for system in recipe.eval.further_systems:
+        check_model_path(system.path, "eval.systems")
+    task_module(recipe.task.name).files(recipe.task.config)
+    _check_reward_model(recipe, document)
+    _check_idle_options(recipe, document)
+    _check_family(recipe, document)
+    _check_lengths(recipe, document)
+    _check_batches(recipe, num_processes, document)
+    _check_best_metric(recipe, document)
+    _check_trackers(recipe, document)
+    _check_metrics_and_rewards(recipe, document)
+    _check_writable(recipe, document)
+
+
+def _check_reward_model(recipe: "Recipe", document: Document) -> None:
+    """The learned reward is there or will be made, and is one."""
+    if recipe.reward is not None:
+        if isinstance(recipe.reward.pairs, preferences.Config):
+            preferences.files(recipe.reward.pairs)
+        else:
+            _check_ranking(recipe)
+        if recipe.reward.model is not None:
+            check_model_path(recipe.reward.model, "reward.model")
+            check_classifier(recipe.reward.model, recipe.model, "reward.model")
+    learned = recipe.ppo.learned_reward if recipe.ppo is not None else None
+    if learned is None:
+        return
+    path = recipe.ppo.reward_model_path
+    if path is None and recipe.reward is None:
+        raise document.error(
+            ("ppo", "rewards"),
+            "'learned' needs a reward model: add a reward section, or name a finished one or a classifier in "
+            "ppo.reward_model_path",
+        )
+    if path is None:
+        check_options(learned.options, recipe.reward.model is None)
+    elif is_reward_folder(path):
+        record = load_record(path)
+        check_options(learned.options, record.kind == "adapter")
+        check_accuracy(record, recipe.min_accuracy, path)
+    else:
+        check_options(learned.options, False)
+        _check_place(path)
+
+
+def _check_ranking(recipe: "Recipe") -> None:
+    try:
+        load_metric(recipe.reward.pairs.metric, recipe.language)
+    except ValueError as error:
+        raise ValueError(f"reward.pairs.metric: {error}") from error
+
+
+def _check_place(path: str) -> None:
+    if Path(path).expanduser().is_dir() and not (Path(path).expanduser() / "config.json").is_file():
+        raise ValueError(
+            f"ppo.reward_model_path: {path!r} holds neither a finished reward model ({RECORD_FILE}) nor a classifier "
+            "(config.json); finish its reward stage, or give another"
+        )
+    check_model_path(path, "ppo.reward_model_path")
+    check_classifier(path, ModelConfig(model_name_or_path=path))
+
+
+def _check_idle_options(recipe: "Recipe", document: Document) -> None:
+    if recipe.model.load_in_4bit and recipe.ppo is not None and not recipe.ppo.use_peft:
+        rule = "PPO trains all weights (ppo.use_peft: false), which needs them whole; train an adapter, or remove it"
+        raise document.error(("model", "load_in_4bit"), rule)
+    if recipe.ppo is not None and recipe.ppo.run_name is not None and not recipe.ppo.report_to:
+        raise document.error(("ppo", "run_name"), "it would do nothing, because report_to is empty; set ppo.report_to")
+    trains_reward = recipe.reward is not None and recipe.reward.model is None  # always an adapter
+    if recipe.sft.use_peft or trains_reward or (recipe.ppo is not None and recipe.ppo.use_peft):
+        return
+    adapter_keys = ("lora_", "use_rslora", "use_dora", "load_in_4bit")
+    for f in dataclasses.fields(ModelConfig):
+        if f.name.startswith(adapter_keys) and getattr(recipe.model, f.name) != f.default:
+            raise document.error(("model", f.name), "it would do nothing, because no stage has use_peft: true")
+
+
+def _check_family(recipe: "Recipe", document: Document) -> None:
+    """Refuse what the model's family cannot do: options of SFT, adapters, language codes."""
+    if not is_encoder_decoder(recipe.model):
+        if recipe.model.lora_target_modules == DECODER_LINEAR:
+            rule = f"{DECODER_LINEAR} is for encoder-decoders, and this model has no encoder; use all-linear"
+            raise document.error(("model", "lora_target_modules"), rule)
+        return
+    arguments = recipe.sft.arguments
+    for key, reason in REFUSED_FOR_ENCODER_DECODERS.items():
+        if arguments.get(key):
+            raise document.error(("sft", key), f"not for an encoder-decoder: {reason}; remove it")
+    if arguments.get("completion_only_loss") is False:
+        rule = "not for an encoder-decoder: it predicts no token of the prompt; remove it"
+        raise document.error(("sft", "completion_only_loss"), rule)
+
+
+def _check_lengths(recipe: "Recipe", document: Document) -> None:
+    """What is cut, and what is generated behind a prompt of one token, fits into the model's positions."""
+    scratch = recipe.model.from_scratch
+    if scratch is None:
+        config = load_config(recipe.model.model_name_or_path, recipe.model)
+        limit, two_sides = position_limit(config), config.is_encoder_decoder
+        rule = f"max_position_embeddings ({limit}) of {recipe.model.model_name_or_path!r}"
+    else:
+        limit, two_sides = scratch.max_position_embeddings, scratch.is_encoder_decoder
+        rule = f"model.from_scratch.max_position_embeddings ({limit})"
+    max_length = recipe.sft.arguments.get("max_length")
+    if limit is not None and max_length is not None and max_length > limit:
+        raise document.error(("sft", "max_length"), f"must be at most {rule}, found {max_length}")
+    if limit is None or (scratch is not None and scratch.architecture == "t5"):  # relative positions
+        return
+    for path, length in _generated_lengths(recipe).items():
+        if two_sides and length > limit:
+            raise document.error(path, f"must be at most {rule}, found {length}")
+        if not two_sides and length >= limit:
+            raise document.error(path, f"must be below {rule} to leave room for the prompt, found {length}")
+
+
+def _generated_lengths(recipe: "Recipe") -> dict[KeyPath, int]:
+    """The most tokens each stage writes behind a prompt."""
+    lengths: dict[KeyPath, int] = {}
+    if recipe.reward is not None and not isinstance(recipe.reward.pairs, preferences.Config):
+        lengths[("reward", "pairs", "max_new_tokens")] = recipe.reward.pairs.max_new_tokens
+    if recipe.ppo is not None:
+        lengths[("ppo", "response_length")] = recipe.ppo.response_length
+    return {**lengths, ("eval", "max_new_tokens"): recipe.eval.max_new_tokens}
+
+
+def _check_batches(recipe: "Recipe", num_processes: int, document: Document) -> None:
+    for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if recipe.sft.arguments.get(key, 1) < 1:
+            raise document.error(("sft", key), f"must be at least 1, found {recipe.sft.arguments[key]}")
+    rows, examples = recipe.training_examples, recipe.ppo_prompts
+    if rows is not None and rows < 1:
+        kept = recipe.ppo_prompts
+        raise document.error(
+            ("task", "ppo_examples"), f"must be below the {rows + kept} training examples, found {kept}"
+        )
+    if recipe.ppo is None or examples is None:
+        return
+    copies = recipe.ppo.num_generations
+    size = recipe.ppo.batch_size(num_processes) // copies
+    if size > examples:
+        kept = rows is not None and recipe.ppo_prompts != rows
+        found = f"task.ppo_examples keeps {examples}" if kept else f"there are {examples} training examples"
+        shared = f" / num_generations {copies}" if copies > 1 else ""
+        raise document.error(
+            ("ppo", "per_device_train_batch_size"),
+            f"one PPO batch is {recipe.ppo.per_device_train_batch_size} x gradient_accumulation_steps "
+            f"{recipe.ppo.gradient_accumulation_steps} x processes {num_processes}{shared} = {size} prompts, "
+            f"but {found}; lower one of them",
+        )
+
+
+def _check_best_metric(recipe: "Recipe", document: Document) -> None:
+    chosen = {"sft": recipe.sft.arguments.get("metric_for_best_model")}
+    if recipe.ppo is not None:
+        chosen["ppo"] = recipe.ppo.metric_for_best_model
+    for section, name in chosen.items():
+        if name is not None and not name.startswith("eval_"):
+            raise document.error(
+                (section, "metric_for_best_model"),
+                f"must be a logged evaluation metric, which starts with eval_, found {name!r}; "
+                f"did you mean 'eval_{name}'?",
+            )
+
+
+def _check_trackers(recipe: "Recipe", document: Document) -> None:
+    """Whether a tracker exists at all; one that is not installed is only warned of."""
+    chosen = {"sft": recipe.sft.arguments.get("report_to"), "ppo": recipe.ppo.report_to if recipe.ppo else None}
+    chosen["reward"] = recipe.reward.arguments.get("report_to") if recipe.reward else None
+    for section, names in chosen.items():
+        known = trackers.OF_PPO if section == "ppo" else ("all", "none", *trackers.OF_TRAINERS)
+        for name in [names] if isinstance(names, str) else names or ():
+            if name not in known:
+                rule = f"must be of {', '.join(known)}, found {name!r}{did_you_mean(str(name), known)}"
+                raise document.error((section, "report_to"), rule)
+
+
+def _check_metrics_and_rewards(recipe: "Recipe", document: Document) -> None:
+    for index, metric in enumerate(recipe.eval.metrics):
+        try:
+            load_metric(metric.name, recipe.language, **metric.options)
+        except (ValueError, TypeError) as error:
+            raise document.restate(error, ("eval", "metrics", index)) from error
+    rewards = recipe.ppo.rewards if recipe.ppo is not None else ()
+    try:
+        # In the place of a learned reward any function will do: the stage that uses it loads the model.
+        build_rewards(rewards, recipe.language, constant_reward())
+    except (ValueError, TypeError) as error:
+        raise document.restate(error, _refused_reward(rewards, recipe.language)) from error
+
+
+def _refused_reward(rewards: Sequence[RewardConfig], language: str | None) -> KeyPath:
+    """The key path of the reward that cannot be built, or of all of them where each can be built alone."""
+    for index, reward in enumerate(rewards):
+        try:
+            build_rewards([reward], language, constant_reward())
+        except (ValueError, TypeError):
+            return ("ppo", "rewards", index)
+    return ("ppo", "rewards")
+
+
+def _check_writable(recipe: "Recipe", document: Document) -> None:
+    """Write and remove a file where the run and its stages are or will be; no directory is left behind."""
+    target = Path(recipe.output_dir).expanduser() / recipe.name
+    existing = next(p for p in (target, *target.absolute().parents) if p.exists())
+    stages = [p for p in existing.iterdir() if p.is_dir()] if existing == target and target.is_dir() else []
+    for place in (existing, *stages):
+        try:
+            with tempfile.TemporaryFile(dir=place) as file:
+                file.write(b"relay")
+        except OSError as error:
+            raise document.error(
+                ("output_dir",), f"cannot write to {str(place)!r} ({error.strerror}); choose another directory"
+            ) from error

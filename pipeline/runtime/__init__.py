@@ -1,0 +1,1 @@
+"""What any long multi-process program needs; it imports nothing of ours."""

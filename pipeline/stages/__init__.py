@@ -1,0 +1,1 @@
+"""A run on disk, and the processes that make it."""

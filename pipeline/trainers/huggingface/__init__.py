@@ -1,0 +1,1 @@
+"""SFT and reward models: everything that subclasses transformers.Trainer."""

@@ -1,0 +1,147 @@
+"""Reward modelling: Relay's data, model and defaults for TRL's `RewardTrainer`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+from datasets import Dataset
+from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import RewardConfig, RewardTrainer
+
+from pipeline.models.reward_model import RewardNetwork, load_head
+from pipeline.models.sequences import make_sequences
+from pipeline.models.shared import remove_dropout
+from pipeline.models.text import encode_prompts
+from pipeline.rewards.pairs import HELD_OUT, TRAIN, Pair
+from pipeline.trainers.checkpoints import require_intact
+from pipeline.trainers.huggingface.resumable import ResumableTrainer
+from pipeline.trainers.huggingface.sft import complete_arguments
+from pipeline.trainers.logs import MetricsFileCallback
+
+DEFAULTS: Mapping[str, Any] = {
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_loss",
+    "save_total_limit": 2,  # one to fall back on when the newest turns out damaged
+    "report_to": "none",
+}
+
+
+def reward_arguments(arguments: Mapping[str, Any], output_dir: Path, seed: int) -> RewardConfig:
+    """TRL's `RewardConfig` for the `reward:` section, with defaults that work on the machine at hand, as SFT's do."""
+    settings = complete_arguments("reward", DEFAULTS, arguments)
+    # The columns are our collator's, and pairs that are too long have been counted and dropped before.
+    return RewardConfig(
+        **{**settings, "remove_unused_columns": False, "max_length": None, "prediction_loss_only": True},
+        output_dir=str(output_dir / "checkpoints"),
+        seed=seed,
+        use_cpu=not torch.accelerator.is_available(),
+    )
+
+
+def pair_dataset(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], encoder_decoder: bool) -> Dataset:
+    """Token ids of each pair: `prompt_ids`, and the two completions under the names by which TRL knows it is done."""
+    columns: dict[str, list] = {
+        "prompt_ids": encode_prompts(tokenizer, [pair.prompt for pair in pairs], encoder_decoder),
+        "chosen_ids": [pair.chosen_ids for pair in pairs],
+        "rejected_ids": [pair.rejected_ids for pair in pairs],
+    }
+    columns["length"] = [
+        len(p) + max(len(c), len(r))
+        for p, c, r in zip(columns["prompt_ids"], columns["chosen_ids"], columns["rejected_ids"], strict=True)
+    ]
+    if all(pair.margin is not None for pair in pairs):
+        columns["margin"] = [pair.margin for pair in pairs]
+    return Dataset.from_dict(columns)
+
+
+@dataclass(frozen=True)
+class PairCollator:
+    """Rows of `pair_dataset` -> sequences of 2B rows, the chosen ones first, as TRL's loss takes them apart."""
+
+    pad_id: int
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """`prompt_ids, prompt_mask [2B, P]`, `completion_ids, completion_mask [2B, C]`, and `margin [B]` if known."""
+        prompts = [row["prompt_ids"] for row in rows] * 2
+        completions = [row["chosen_ids"] for row in rows] + [row["rejected_ids"] for row in rows]
+        sequences = make_sequences(prompts, completions, self.pad_id)
+        batch = {name: part for name, part in vars(sequences).items() if part is not None}
+        # TRL counts its tokens.
+        batch["attention_mask"] = torch.cat([sequences.prompt_mask, sequences.completion_mask], 1).long()
+        if "margin" in rows[0]:
+            batch["margin"] = torch.tensor([row["margin"] for row in rows])
+        return batch
+
+
+class ResumableRewardTrainer(ResumableTrainer, RewardTrainer):
+    """TRL's trainer that resumes, and whose checkpoints hold the adapter and the head alone."""
+
+    section = "reward"
+
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        """TRL's optimizer, whose steps are counted: torch's fused kernels do not, and fused LoRA layers go by it."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        optimizer.register_step_post_hook(lambda *_: increment_version(self._saved_parameters()))
+        return optimizer
+
+    def _saved_parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def _save(self, output_dir: str | None = None, state_dict: object = None) -> None:
+        if not self.args.should_save:  # every process is asked
+            return
+        directory = Path(output_dir or self.args.output_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.accelerator.unwrap_model(self.model).save_pretrained(directory)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_weights(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        best = Path(self.state.best_model_checkpoint)
+        require_intact(best)
+        load_weights(self.accelerator.unwrap_model(self.model), best)
+
+
+def load_weights(network: RewardNetwork, directory: Path) -> None:
+    """Put a saved adapter and head into a network that has the same adapter."""
+    weights = load_peft_weights(str(directory), device=str(network.head.weight.device))
+    set_peft_model_state_dict(network.network, weights)
+    with torch.no_grad():
+        network.head.weight.copy_(load_head(directory).weight)
+
+
+def build_reward_trainer(
+    model: PreTrainedModel,
+    args: RewardConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[Pair],
+    lora: LoraConfig,
+    metrics_file: Path,
+) -> ResumableRewardTrainer:
+    """TRL's trainer over the pairs; every log event is also a line of `metrics_file`."""
+    set_seed(args.seed)  # before adapter and head are drawn
+    network = RewardNetwork.create(model, lora, fused=args.disable_dropout)
+    if args.disable_dropout:
+        remove_dropout(network)  # TRL's own switch knows torch's dropout modules alone
+    datasets = {
+        split: pair_dataset(tokenizer, [p for p in pairs if p.split == split], model.config.is_encoder_decoder)
+        for split in (TRAIN, HELD_OUT)
+    }
+    return ResumableRewardTrainer(
+        model=network,
+        args=args,
+        processing_class=tokenizer,
+        data_collator=PairCollator(tokenizer.pad_token_id),
+        train_dataset=datasets[TRAIN],
+        eval_dataset=datasets[HELD_OUT] if args.eval_strategy != "no" else None,
+        callbacks=[MetricsFileCallback(metrics_file)],
+    )

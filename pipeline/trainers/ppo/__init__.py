@@ -1,0 +1,5 @@
+"""PPO with one base model in every role."""
+
+from pipeline.trainers.ppo.trainer import PPOTrainer
+
+__all__ = ["PPOTrainer"]

@@ -1,0 +1,190 @@
+"""What PPO looks at in its first seconds, so that a run of hours does not fail, or learn from nonsense, later."""
+
+from collections.abc import Sequence
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline.models.decoder_start import decoder_prefix
+from pipeline.models.loading import position_limit
+from pipeline.models.sequences import Sequences, make_sequences
+from pipeline.models.shared import SharedModel
+from pipeline.models.states import check_trunk_and_head
+from pipeline.trainers.ppo.config import PPOConfig
+
+# The largest |log pi - log rho| of a token that rounding explains: DoRA and checkpointing compute in another order.
+ROUNDING = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
+PROBE_ROWS = 4
+
+
+def check_model_and_data(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset) -> None:
+    """Look at what PPO is given before anything is built from it.
+
+    Raises:
+        ValueError: a model with an adapter, no rows, or no special tokens.
+    """
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "model: it carries an adapter, which would be no part of the reference; merge it into plain weights first "
+            "(merge_and_unload, then save_pretrained)"
+        )
+    if len(dataset) == 0:
+        raise ValueError("train_dataset: it has no rows, so there is no prompt to answer")
+    check_special_tokens(model, tokenizer)
+
+
+def first_rows(dataset: Dataset) -> dict[str, list]:
+    """Two rows for the rewards to score, with empty completions where the data has none."""
+    first = dataset[: min(2, len(dataset))]
+    return {"completion": [""] * len(first["prompt"]), **first}
+
+
+def check_start(
+    model: SharedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    eval_prompts: Sequence[Sequence[int]],
+    args: PPOConfig,
+    accelerator: Accelerator,
+) -> None:
+    """Look at the tokenised prompts, and compute what the first step rests on.
+
+    Raises:
+        ValueError: as `check_prompts`, `check_first_step` and `check_trunk_and_head`.
+    """
+    check_prompts(prompts, args.response_length, model.causal_lm)
+    check_prompts(eval_prompts, args.response_length, model.causal_lm, "eval_dataset")
+    check_first_step(model, prompts, tokenizer, accelerator)
+    check_trunk_and_head(model.causal_lm)  # last: noise and NaN would look like it
+
+
+def check_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer without an EOS or pad token, or with one that the model has no embedding for.
+
+    Raises:
+        ValueError: naming the token.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    for name, token in (("eos", tokenizer.eos_token_id), ("pad", tokenizer.pad_token_id)):
+        if token is None:
+            raise ValueError(
+                f"processing_class: the tokenizer {tokenizer.name_or_path!r} has no {name} token; "
+                f"set tokenizer.{name}_token (EOS may serve as padding)"
+            )
+        if token >= rows:
+            raise ValueError(
+                f"processing_class: the {name} token of {tokenizer.name_or_path!r} is number {token}, but the model "
+                f"has {rows} embeddings; use the model's own tokenizer, or model.resize_token_embeddings"
+            )
+
+
+def check_prompts(
+    prompts: Sequence[Sequence[int]], response_length: int, model: PreTrainedModel, split: str = "train_dataset"
+) -> None:
+    """Refuse prompts that are empty, leave no room to generate, or hold tokens that the model does not know.
+
+    Raises:
+        ValueError: how many prompts, and the first or the longest of them.
+    """
+    if not prompts:
+        return
+    empty = [row for row, ids in enumerate(prompts) if not ids]
+    if empty:
+        raise ValueError(
+            f"{split}: {len(empty)} of {len(prompts)} prompts have no tokens, the first in row {empty[0]}"
+        )
+    rows = model.get_input_embeddings().weight.shape[0]
+    unknown = [row for row, ids in enumerate(prompts) if max(ids) >= rows]
+    if unknown:
+        raise ValueError(
+            f"{split}: {len(unknown)} of {len(prompts)} prompts have tokens beyond the model's {rows} embeddings, the "
+            f"first in row {unknown[0]}; use the model's own tokenizer, or model.resize_token_embeddings"
+        )
+    limit = position_limit(model.config)
+    if limit is None:
+        return
+    prefix = len(decoder_prefix(model))
+    if prefix and prefix + response_length - 1 > limit:
+        raise ValueError(
+            f"ppo.response_length: the decoder of the model has {limit} positions (max_position_embeddings), of which "
+            f"{prefix} are given before a completion; {response_length} more tokens do not fit: lower it"
+        )
+    if prefix:  # the two sides have positions of their own
+        response_length = 0
+    long = [row for row, ids in enumerate(prompts) if len(ids) + response_length > limit]
+    if long:
+        longest = max(long, key=lambda row: len(prompts[row]))
+        raise ValueError(
+            f"ppo.response_length: {len(long)} of {len(prompts)} prompts of {split} leave no room for "
+            f"{response_length} tokens in the {limit} positions of the model (max_position_embeddings), the longest "
+            f"with {len(prompts[longest])} tokens in row {longest}; lower response_length or shorten the prompts"
+        )
+
+
+def check_first_step(
+    model: SharedModel, prompts: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator
+) -> None:
+    """Compute on a few rows what PPO's first step rests on: a ratio of 1 and a KL of 0, exactly but for rounding.
+
+    The prompts serve as completions too: both must hold for any tokens, and nothing has to be generated.
+
+    Raises:
+        ValueError: numbers that are not finite, a ratio that is not 1 or a KL that is not 0, with the likely cause.
+    """
+    rows = [ids[-64:] for ids in prompts[:PROBE_ROWS]]
+    answers = [[*ids[:15], tokenizer.eos_token_id] for ids in rows]
+    sequences = make_sequences(rows, answers, tokenizer.pad_token_id, accelerator.device)
+    with accelerator.autocast():
+        with torch.no_grad():
+            rollout, again = model(sequences).logprobs, model(sequences).logprobs
+        reference = model.reference_logprobs(sequences)[0]
+        with torch.enable_grad():
+            update = model(sequences).logprobs.detach()
+    kind = model.causal_lm.config.model_type
+    if not all(torch.isfinite(logprobs).all() for logprobs in (rollout, reference, update)):
+        raise ValueError(
+            f"model: log-probabilities of {kind!r} are not finite before the first step; "
+            "the weights are broken, or their range needs model.dtype: float32"
+        )
+    allowed = ROUNDING[torch.bfloat16 if accelerator.mixed_precision == "bf16" else model.causal_lm.dtype]
+    repeated, ratio, kl = (_largest(part - rollout, sequences) for part in (again, update, reference))
+    if repeated > allowed:
+        raise ValueError(
+            f"model: two passes of {kind!r} over the same text differ by up to {repeated:.2g} nats a token, so the "
+            "first ratio of PPO would not be 1; likely a dropout or routing noise that PPO could not switch off: set "
+            "it to 0 in the model's configuration"
+        )
+    if ratio > allowed:
+        raise ValueError(
+            f"model: passes of {kind!r} in training and in rollouts differ by up to {ratio:.2g} nats a token, so the "
+            "first ratio of PPO would not be 1; likely a part that computes otherwise under gradients: try "
+            "ppo.gradient_checkpointing: false or model.attn_implementation: eager"
+        )
+    if kl > allowed:
+        raise ValueError(
+            f"model: policy and reference differ by up to {kl:.2g} nats a token before the first step, so KL would "
+            "not start at 0; likely an adapter that does not start at zero (init_lora_weights), or a model that "
+            "already carries an adapter: merge it first"
+        )
+
+
+def check_kl(kl: float, limit: float | None, step: int, best_step: int) -> None:
+    """Refuse to learn on from a policy that has run away from the reference, by `kl` nats per episode.
+
+    Raises:
+        FloatingPointError: beyond `limit`, naming the step and the best checkpoint.
+    """
+    if limit is not None and not kl <= limit:
+        kept = f"; the best checkpoint so far is that of step {best_step}" if best_step else ""
+        raise FloatingPointError(
+            f"PPO step {step}: the KL to the reference is {kl:.3g} nats per episode, beyond ppo.max_kl {limit:g}{kept}"
+            "; lower ppo.learning_rate, raise ppo.kl_coef or set ppo.target_kl"
+        )
+
+
+def _largest(difference: Tensor, sequences: Sequences) -> float:
+    return float(difference[sequences.completion_mask].abs().max())

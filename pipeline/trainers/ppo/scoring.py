@@ -1,0 +1,113 @@
+"""From a rollout's texts to what PPO is paid for them: rewards asked, prefixes shaped, failures set apart, scaled."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.models.text import decode
+from pipeline.rewards import Handling, Reward, RewardError, Scores, as_completions, score_texts
+from pipeline.runtime.messages import one_line
+from pipeline.trainers.ppo.config import PPOConfig
+from pipeline.trainers.ppo.rollout import prefix_increments
+from pipeline.trainers.ppo.scores import Moments, judge_unfinished, moments_of, score_sums, transform_scores
+
+
+@dataclass(frozen=True)
+class Payment:
+    """What PPO is paid: `scores [B]`, the same by token `[B, C]`, and the moments of all raw scores so far.
+
+    Where `scored [B]` is False a reward failed, and both are 0. `failures` says what happened, a sentence each.
+    """
+
+    scores: Tensor
+    token_scores: Tensor
+    moments: Moments
+    scored: Tensor
+    failures: Sequence[str]
+
+
+def count_failures(failures: Sequence[str], on_error: str) -> str:
+    """Failures of one process in one step, as a sentence with the first of them."""
+    what = "counted as 0" if on_error == "zero" else "left out"
+    scores = "score" if len(failures) == 1 else "scores"
+    return one_line(f"{len(failures)} {scores} {what} (ppo.on_reward_error): {failures[0]}")
+
+
+def score_rows(
+    rewards: Sequence[Reward],
+    rows: Dataset,
+    completions: Sequence[str],
+    completion_ids: Sequence[Sequence[int]],
+    handling: Handling,
+) -> Scores:
+    """What the rewards say of completions to the prompts of `rows`, which have the data set's columns."""
+    columns = {name: list(rows[name]) for name in rows.column_names if name not in ("prompt", "completion")}
+    prompts = list(rows["prompt"])
+    columns |= {"completion_ids": list(completion_ids)}
+    return score_texts(rewards, prompts, as_completions(prompts, completions), columns, handling)
+
+
+def prefix_scores(
+    rewards: Sequence[Reward],
+    rows: Dataset,
+    completions: Sequence[Sequence[int]],
+    said: Scores,
+    tokenizer: PreTrainedTokenizerBase,
+    handling: Handling,
+) -> Tensor:
+    """What each token adds to the score of the text so far, [B, C]; the sum over a completion is its score.
+
+    A completion with a prefix that a reward failed on has NaN in its row.
+
+    Raises:
+        RewardError: a reward pays single tokens itself.
+    """
+    if said.token_parts:
+        raise RewardError(
+            f"reward {next(iter(said.token_parts))!r} pays single tokens itself, which ppo.reward_shaping: prefix "
+            "does from scores of whole texts; keep one"
+        )
+    spans = [(i, t) for i, ids in enumerate(completions) for t in range(1, len(ids))]
+    prefixes = [completions[i][:t] for i, t in spans]
+    repeated = rows.select([i for i, _ in spans])
+    texts = decode(tokenizer, prefixes)
+    found = score_rows(rewards, repeated, texts, prefixes, handling).total if spans else torch.zeros(0)
+    return prefix_increments(spans, found, [len(ids) for ids in completions], said.total)
+
+
+def payment(
+    said: Scores,
+    token_scores: Tensor,
+    lengths: Sequence[int],
+    ended: Tensor,
+    seen: Moments,
+    args: PPOConfig,
+    accelerator: Accelerator,
+) -> Payment:
+    """Scale, clip and judge what the rewards said; `token_scores [B, C]` sum to `said.total`.
+
+    A score that is missing changes nothing for the others: it counts neither in the moments nor anywhere later.
+    """
+    scored = said.total.isfinite() & token_scores.isfinite().all(1)
+    scores = said.total.masked_fill(~scored, 0.0)
+    token_scores = token_scores.masked_fill(~scored.unsqueeze(1), 0.0)
+    if args.score_scaling == "running" or (args.score_scaling == "reference" and not seen.count):
+        sums = accelerator.reduce(score_sums(scores[scored]).to(accelerator.device), reduction="sum")
+        seen = seen.merged(moments_of(sums)) if float(sums[0]) else seen
+    deviation = 1.0 if args.score_scaling == "none" else seen.deviation
+    scores, token_scores = transform_scores(scores, token_scores, deviation, args.score_clip)
+    scores, token_scores = judge_unfinished(
+        scores, token_scores, ended, torch.tensor(lengths), args.missing_eos_penalty, args.missing_eos_score
+    )
+    return Payment(
+        scores.masked_fill(~scored, 0.0),
+        token_scores.masked_fill(~scored.unsqueeze(1), 0.0),
+        seen,
+        scored,
+        [said.failures[row] for row in sorted(said.failures)],
+    )
