@@ -30,7 +30,7 @@ from pipeline.metrics import load_metric
 from pipeline.models.loading import load_model, load_tokenizer, plain_model_directory
 from pipeline.models.reward_model import RewardNetwork, check_base
 from pipeline.recipe import Recipe, parse_stage_arguments
-from pipeline.rewards import Handling, Reward, RewardFunction, as_completions, build_rewards, score_texts
+from pipeline.rewards import Handling, Reward, RewardFunction, as_completions, build_rewards, compute_rewards
 from pipeline.rewards.learned import AdapterReward
 from pipeline.runtime.distributed import on_main, part_files
 from pipeline.stages.directory import RunDirectory, control_run, versions
@@ -47,7 +47,7 @@ from pipeline.stages.stage import (
 )
 from pipeline.tasks import Task
 from pipeline.trainers.ppo.config import PPOConfig
-from pipeline.trainers.ppo.objective import advantages_and_returns, kl_penalty, spread_scores, token_rewards
+from pipeline.trainers.ppo.objective import compute_gae, kl_penalty, spread_scores, token_rewards
 from pipeline.trainers.ppo.scoring import count_failures
 
 
@@ -170,7 +170,7 @@ def loaded_reward(recipe: Recipe, run: RunDirectory, task: Task) -> RewardFuncti
         model = load_model(base, recipe.model, frozen=True)
         check_base(reward.record, model, tokenizer, base)
         network = RewardNetwork.load(model, reward.directory).to(PartialState().device).eval()
-        reward.attach(network.scores, network.causal_lm)
+        reward.attach(network.scores, network.language_model)
     return reward
 
 
@@ -186,7 +186,7 @@ def score_rows(rewards: Sequence[Reward], rows: Dataset, texts: Sequence, ppo: P
     columns["completion_ids"] = [text.completion_ids for text in texts]
     prompts = list(rows["prompt"])
     completions = as_completions(prompts, [text.completion for text in texts])
-    scores = score_texts(rewards, prompts, completions, columns, handling(ppo))
+    scores = compute_rewards(rewards, prompts, completions, columns, handling(ppo))
     parts = {name: values.tolist() for name, values in scores.parts.items()}
     return Rewarded(scores.total.tolist(), parts, scores.failures)
 
@@ -240,7 +240,7 @@ def token_advantages(
     ppo, mask = recipe.ppo, torch.ones_like(logprobs, dtype=torch.bool)
     kl = kl_penalty(logprobs, sft_logprobs, ppo.kl_estimator)
     rewards = token_rewards(spread_scores(torch.tensor([score]), mask), kl, mask, ppo.kl_coef)
-    return advantages_and_returns(rewards, values.unsqueeze(0), mask, ppo.gamma, ppo.lam)[0][0].tolist()
+    return compute_gae(rewards, values.unsqueeze(0), mask, ppo.gamma, ppo.lam)[0][0].tolist()
 
 
 def eval_cost(began: float, outputs: Mapping[str, Outputs]) -> StageCost:

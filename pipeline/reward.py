@@ -34,7 +34,7 @@ from pipeline.models.reward_model import RewardNetwork, RewardRecord, tokenizer_
 from pipeline.models.text import encode_completions, encode_prompts
 from pipeline.recipe import Recipe, parse_stage_arguments
 from pipeline.rewards.classifier import ClassifierReward
-from pipeline.rewards.learned import calibration, score_tokens
+from pipeline.rewards.learned import calibration, score_token_ids
 from pipeline.rewards.pairs import BROKEN, HELD_OUT, TRAIN, Pair, check_pairs, read_lines, scaled_margins, write_lines
 from pipeline.rewards.pairs.collect import Sample, data_pairs, sample_pairs
 from pipeline.rewards.pairs.settings import SampledPairs
@@ -186,7 +186,9 @@ def train_adapter(
     device, size, seq2seq = trainer.accelerator.device, recipe.reward.batch_size, model.config.is_encoder_decoder
 
     def judge(prompts: list, texts: Sequence[str], ids: Sequence[Sequence[int]]) -> Tensor:
-        return score_tokens(encode_prompts(tokenizer, prompts, seq2seq), ids, tokenizer, network.scores, device, size)
+        return score_token_ids(
+            encode_prompts(tokenizer, prompts, seq2seq), ids, tokenizer, network.scores, device, size
+        )
 
     summary = {"train_loss": result.training_loss, "steps": trainer.state.global_step}
     summary["mixed_precision"] = trainer.accelerator.mixed_precision

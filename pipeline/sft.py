@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.models.config import ModelConfig
 from pipeline.models.loading import load_model, load_tokenizer, lora_config, merged
-from pipeline.models.prompt_lengths import check_room
+from pipeline.models.prompt_lengths import check_prompt_lengths
 from pipeline.models.text import encode_prompts
 from pipeline.recipe import Recipe, parse_stage_arguments
 from pipeline.runtime.signals import stop_signals
@@ -76,7 +76,7 @@ def check_later_stages(recipe: Recipe, task: Task, model: PreTrainedModel, token
     """Refuse prompts that PPO and the evaluation could not answer, before the hours of this stage.
 
     Raises:
-        ValueError: as `check_room`.
+        ValueError: as `check_prompt_lengths`.
     """
     splits = [("eval.max_new_tokens", recipe.eval.max_new_tokens, "test", task.test)]
     if recipe.ppo is not None:
@@ -86,7 +86,7 @@ def check_later_stages(recipe: Recipe, task: Task, model: PreTrainedModel, token
         splits += [("ppo.response_length", length, "validation", held_out)]
     for key, length, split, rows in splits:
         prompts = encode_prompts(tokenizer, rows["prompt"], model.config.is_encoder_decoder)
-        check_room(prompts, length, model.config, key, split)
+        check_prompt_lengths(prompts, length, model.config, key, split)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.models.decoder_start import decoder_prefix
 from pipeline.models.generation import Decoding, finished, generate
-from pipeline.models.prompt_lengths import cut_to_room
+from pipeline.models.prompt_lengths import truncate_prompts
 from pipeline.models.sequences import Sequences, length_sorted_chunks, make_sequences
 from pipeline.models.text import decode, encode_completions, encode_prompts
 
@@ -56,7 +56,7 @@ def predict(
     prompts = encode_prompts(tokenizer, part["prompt"], model.config.is_encoder_decoder)
     completions = generate(model, tokenizer, prompts, decoding, batch_size)
     targets = encode_completions(tokenizer, part["prompt"], [references[0] for references in part["references"]])
-    targets, _ = cut_to_room(prompts, targets, model.config)
+    targets, _ = truncate_prompts(prompts, targets, model.config)
     pad, device = tokenizer.pad_token_id, model.device
     chunks = length_sorted_chunks(torch.tensor([len(prompt) for prompt in prompts]), batch_size)
     nats = reference_nats(model, make_sequences(prompts, targets, pad, device), chunks)

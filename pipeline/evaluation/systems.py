@@ -14,7 +14,7 @@ from pipeline.evaluation.sampling import Text, decode_rows, draw_samples
 from pipeline.models.config import ModelConfig
 from pipeline.models.generation import Decoding
 from pipeline.models.loading import load_model, load_policy, load_tokenizer
-from pipeline.models.prompt_lengths import check_room
+from pipeline.models.prompt_lengths import check_prompt_lengths
 from pipeline.models.text import encode_prompts
 
 
@@ -62,7 +62,9 @@ def answer(
         settings.max_new_tokens, min_new_tokens=settings.min_new_tokens or 0, stop_strings=settings.stop_strings or ()
     )
     prompts = encode_prompts(tokenizer, rows["prompt"], model.config.is_encoder_decoder)
-    check_room(prompts, settings.max_new_tokens, model.config, "eval.max_new_tokens", f"test, for {source.name},")
+    check_prompt_lengths(
+        prompts, settings.max_new_tokens, model.config, "eval.max_new_tokens", f"test, for {source.name},"
+    )
     lengths = [len(ids) for ids in prompts]
     share = share_of_rows(lengths, size, state.process_index, state.num_processes)
     reference = sft[0] if _same_tokens(loaded, sft) else None

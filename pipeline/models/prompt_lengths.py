@@ -9,7 +9,7 @@ from pipeline.models.loading import position_limit
 DECODER_PREFIX = 2  # at most: start token and language code
 
 
-def check_room(
+def check_prompt_lengths(
     prompts: Sequence[Sequence[int]], new_tokens: int, config: PretrainedConfig, key: str, split: str
 ) -> None:
     """Refuse prompts (token ids) that are empty, or after which `new_tokens` tokens do not fit into the positions.
@@ -40,7 +40,7 @@ def check_room(
         )
 
 
-def cut_to_room(
+def truncate_prompts(
     prompts: Sequence[Sequence[int]], targets: Sequence[list[int]], config: PretrainedConfig
 ) -> tuple[list[list[int]], int]:
     """`targets` without the tokens that have no position behind their prompts, and how many of them were cut."""

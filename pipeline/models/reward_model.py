@@ -75,7 +75,7 @@ class RewardNetwork(nn.Module):
     def __init__(self, network: PeftModel, head: nn.Linear) -> None:
         super().__init__()
         self.network, self.head = network, head
-        self.config = copy.deepcopy(self.causal_lm.config)
+        self.config = copy.deepcopy(self.language_model.config)
         self.config.num_labels = 1
 
     @classmethod
@@ -100,7 +100,7 @@ class RewardNetwork(nn.Module):
         return cls(PeftModel.from_pretrained(model, str(directory)), load_head(directory))
 
     @property
-    def causal_lm(self) -> PreTrainedModel:
+    def language_model(self) -> PreTrainedModel:
         """The language model, with the adapter's layers inside it."""
         return self.network.get_base_model()
 
@@ -117,7 +117,7 @@ class RewardNetwork(nn.Module):
         return SequenceClassifierOutput(logits=apply_head(self.head, self._states(sequences)).unsqueeze(-1))
 
     def _states(self, sequences: Sequences) -> Tensor:
-        return final_states(self.causal_lm, sequences)
+        return final_states(self.language_model, sequences)
 
     @torch.no_grad()
     def scores(self, sequences: Sequences) -> Tensor:
@@ -130,7 +130,7 @@ class RewardNetwork(nn.Module):
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping | None = None, **more: Any) -> None:
         """Recompute layers in the backward pass, as the language model does it."""
         settings = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        self.causal_lm.gradient_checkpointing_enable(settings, **more)
+        self.language_model.gradient_checkpointing_enable(settings, **more)
 
     def save_pretrained(self, directory: Path) -> None:
         """The adapter as peft saves it, and the head beside it."""

@@ -26,7 +26,7 @@ POLICY, VALUE, REWARD = "default", "value", "reward"  # peft's adapter names; it
 
 
 @dataclass(frozen=True)
-class TokenOutputs:
+class PolicyOutputs:
     """What the policy says of each completion token: `logprobs, entropies, values [B, C]`, 0 where masked."""
 
     logprobs: Tensor
@@ -86,31 +86,31 @@ class SharedModel(nn.Module):
         remove_dropout(self)
         if self.padding_free and not self._packing_agrees():
             self.padding_free = False
-            for language_model in (self.causal_lm, *self._frozen):
+            for language_model in (self.language_model, *self._frozen):
                 disable_packing(language_model)
 
     @property
-    def causal_lm(self) -> PreTrainedModel:
+    def language_model(self) -> PreTrainedModel:
         """The language model itself, with the adapter's layers inside it."""
         return self.network.get_base_model() if isinstance(self.network, PeftModel) else self.network
 
-    def forward(self, sequences: Sequences) -> TokenOutputs:
+    def forward(self, sequences: Sequences) -> PolicyOutputs:
         """Log-prob, entropy (nats) and value of each completion token under the policy."""
-        states = self._states(self.causal_lm, sequences)
+        states = self._states(self.language_model, sequences)
         mask = sequences.completion_mask
-        logprobs, entropies = self._token_logprobs(self.causal_lm, states, sequences.completion_ids[mask])
+        logprobs, entropies = self._token_logprobs(self.language_model, states, sequences.completion_ids[mask])
         if self.has_value_adapter:
             with self._adapter(VALUE):
-                states = self._states(self.causal_lm, sequences)
+                states = self._states(self.language_model, sequences)
         # The head computes in its own precision, whatever autocast does to the trunk.
         with torch.autocast(states.device.type, enabled=False):
             values = self.value_head(states.to(self.value_head.weight.dtype)).squeeze(-1)
-        return TokenOutputs(*(_scatter(part, mask) for part in (logprobs, entropies, values)))
+        return PolicyOutputs(*(_scatter(part, mask) for part in (logprobs, entropies, values)))
 
     @property
     def encoder_is_frozen(self) -> bool:
         """Whether nothing in an encoder trains, so that what it makes of a prompt stays the same for every role."""
-        model = self.causal_lm
+        model = self.language_model
         return model.config.is_encoder_decoder and not any(p.requires_grad for p in model.get_encoder().parameters())
 
     @torch.no_grad()
@@ -118,7 +118,7 @@ class SharedModel(nn.Module):
         """The sequences with their encoder's states, `size` prompts read at a time, where these never change."""
         if not self.encoder_is_frozen:
             return sequences
-        return replace(sequences, encoder_states=encode(self.causal_lm, sequences, size))
+        return replace(sequences, encoder_states=encode(self.language_model, sequences, size))
 
     @torch.no_grad()
     def reference_logprobs(self, *batches: Sequences) -> list[Tensor]:
@@ -144,7 +144,7 @@ class SharedModel(nn.Module):
             yield self._frozen[0]
         else:
             with self._trainable_kept(), self.network.disable_adapter():
-                yield self.causal_lm
+                yield self.language_model
 
     def add_reward(self, directory: Path) -> None:
         """Put a reward adapter and its head beside the others: a few weights, no second model."""
@@ -152,9 +152,9 @@ class SharedModel(nn.Module):
             self._frozen[0] = PeftModel.from_pretrained(self._frozen[0], str(directory), adapter_name=REWARD).eval()
         else:
             with self._trainable_kept():
-                self.network.load_adapter(str(directory), REWARD, torch_device=str(self.causal_lm.device))
+                self.network.load_adapter(str(directory), REWARD, torch_device=str(self.language_model.device))
                 self.network.set_adapter(POLICY)
-        self._reward_head = [load_head(directory).to(self.causal_lm.device)]
+        self._reward_head = [load_head(directory).to(self.language_model.device)]
 
     @torch.no_grad()
     def reward_scores(self, sequences: Sequences) -> Tensor:
@@ -163,7 +163,7 @@ class SharedModel(nn.Module):
             states = final_states(self._frozen[0].get_base_model(), sequences)
         else:
             with self._adapter(REWARD):
-                states = final_states(self.causal_lm, sequences)
+                states = final_states(self.language_model, sequences)
         return apply_head(self._reward_head[0], states)
 
     @contextmanager
@@ -198,7 +198,9 @@ class SharedModel(nn.Module):
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute layers in the backward pass, each under the adapter that was active in its forward pass."""
-        self.causal_lm.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": self._checkpoint_contexts})
+        self.language_model.gradient_checkpointing_enable(
+            {"use_reentrant": False, "context_fn": self._checkpoint_contexts}
+        )
 
     def _checkpoint_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         active = self.has_value_adapter and self.network.active_adapter == VALUE
@@ -275,13 +277,13 @@ class SharedModel(nn.Module):
     @torch.no_grad()
     def _packing_agrees(self) -> bool:
         """Whether packed and padded passes give the same states: a model may do more between tokens than attend."""
-        sequences = make_sequences([[1], [2, 3], [1]], [[3, 1, 2], [1], [2, 3]], 0, self.causal_lm.device)
+        sequences = make_sequences([[1], [2, 3], [1]], [[3, 1, 2], [1], [2, 3]], 0, self.language_model.device)
         try:
-            packed = self._states(self.causal_lm, sequences)
+            packed = self._states(self.language_model, sequences)
         except TypeError:  # a forward method without room for one more argument
             return False
         self.padding_free = False
-        padded = self._states(self.causal_lm, sequences)
+        padded = self._states(self.language_model, sequences)
         self.padding_free = True
         # Broken weights give NaN either way, and are reported by the checks at the start of a run.
         difference = (packed - padded).abs().max()

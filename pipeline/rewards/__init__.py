@@ -15,7 +15,7 @@ from pipeline.rewards.calling import call_reward
 from pipeline.rewards.config import RewardConfig
 from pipeline.rewards.constant import constant_reward
 from pipeline.rewards.metric import metric_reward
-from pipeline.rewards.results import Handling, RewardError, finite_values, pays_tokens, token_values
+from pipeline.rewards.results import Handling, RewardError, finite_values, is_per_token, token_values
 
 __all__ = [
     "Handling",
@@ -23,11 +23,11 @@ __all__ = [
     "RewardConfig",
     "RewardError",
     "RewardFunction",
-    "Scores",
+    "RewardOutputs",
     "build_rewards",
     "check_rewards",
     "combine",
-    "score_texts",
+    "compute_rewards",
 ]
 
 
@@ -115,7 +115,7 @@ def _make(factory: Callable[..., RewardFunction], config: RewardConfig) -> Rewar
 
 
 @dataclass(frozen=True)
-class Scores:
+class RewardOutputs:
     """What the rewards said of a batch of completions.
 
     `total [B]` is the weighted sum, NaN for a completion that is to be skipped; `parts` has each reward's values [B]
@@ -146,13 +146,13 @@ class Scores:
 AS_THEY_ARE = Handling()
 
 
-def score_texts(
+def compute_rewards(
     rewards: Sequence[Reward],
     prompts: list,
     completions: list,
     columns: dict[str, list],
     handling: Handling = AS_THEY_ARE,
-) -> Scores:
+) -> RewardOutputs:
     """Every reward's values and their weighted sum.
 
     A completion on which a function fails ends the run, has no score, or gets 0 from that function: `handling` says.
@@ -164,7 +164,7 @@ def score_texts(
     parts, token_parts, failures = {}, {}, {}
     for reward in rewards:
         result, failed = call_reward(reward.name, reward.function, prompts, completions, columns, handling)
-        if any(pays_tokens(value) for value in result):
+        if any(is_per_token(value) for value in result):
             lists = token_values(reward.name, result, completions, columns["completion_ids"], failed, handling)
             token_parts[reward.name] = lists
             result = [
@@ -176,7 +176,7 @@ def score_texts(
     total = combine(rewards, parts, failures)
     if handling.on_error == "skip":
         total[list(failures)] = math.nan
-    return Scores(total, parts, token_parts, failures)
+    return RewardOutputs(total, parts, token_parts, failures)
 
 
 def as_completions(prompts: Sequence, texts: Sequence[str]) -> list:
@@ -207,9 +207,9 @@ def check_rewards(rewards: Sequence[Reward], rows: dict[str, list], timeout: flo
     Whatever is done about failures later, a function that fails here would fail throughout.
 
     Raises:
-        RewardError: as `score_texts`.
+        RewardError: as `compute_rewards`.
     """
     columns = {name: values for name, values in rows.items() if name not in ("prompt", "completion")}
     columns["completion_ids"] = [[0]] * len(rows["prompt"])
     completions = as_completions(rows["prompt"], rows["completion"])
-    score_texts(rewards, rows["prompt"], completions, columns, Handling("stop", timeout))
+    compute_rewards(rewards, rows["prompt"], completions, columns, Handling("stop", timeout))

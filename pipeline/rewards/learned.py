@@ -54,7 +54,7 @@ class AdapterReward:
         read = encode_prompts(self.tokenizer, prompts, self._encoder_decoder)
         keys = list(zip(map(tuple, read), map(tuple, ids), strict=True))
         distinct = list(dict.fromkeys(keys))
-        raw = score_tokens([k[0] for k in distinct], [k[1] for k in distinct], self.tokenizer, *self._scoring)
+        raw = score_token_ids([k[0] for k in distinct], [k[1] for k in distinct], self.tokenizer, *self._scoring)
         scores = dict(zip(distinct, ((raw - self.record.shift) / self.record.scale).tolist(), strict=True))
         return [scores[key] for key in keys]
 
@@ -72,7 +72,7 @@ class AdapterReward:
         return [ids if ok and spelt == text.strip() else new for ids, ok, spelt, text, new in rows]
 
 
-def score_tokens(
+def score_token_ids(
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
     tokenizer: PreTrainedTokenizerBase,

@@ -55,7 +55,7 @@ def as_list(name: str, result: object, completions: list) -> Sequence[object]:
     return result
 
 
-def pays_tokens(value: object) -> bool:
+def is_per_token(value: object) -> bool:
     """Whether a completion's value is a list, with a number for each token."""
     if isinstance(value, Tensor | np.ndarray):
         return value.ndim > 0 and int(np.prod(value.shape)) != 1  # one element is a number, whatever its shape
@@ -77,7 +77,7 @@ def token_values(
     """
     lists: list[list[float] | None] = []
     for index, (value, ids) in enumerate(zip(result, completion_ids, strict=True)):
-        if not pays_tokens(value):
+        if not is_per_token(value):
             lists.append(None)
             continue
         numbers = [_number(item) for item in value]

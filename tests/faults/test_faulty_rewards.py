@@ -15,7 +15,7 @@ from two_processes import run_in_two
 from pipeline.eval import say_failures, score_rows
 from pipeline.evaluation.config import EvalConfig
 from pipeline.evaluation.scoring import JudgedAnswers, Judges, judge
-from pipeline.rewards import Handling, Reward, RewardConfig, RewardError, score_texts
+from pipeline.rewards import Handling, Reward, RewardConfig, RewardError, compute_rewards
 from pipeline.runtime import time_limit as limits
 from pipeline.trainers.ppo.config import PPOConfig
 
@@ -32,7 +32,7 @@ def length(completions, **columns):
 def ask(function, on_error="stop", timeout=None, rewards=()):
     """What the reward `mine` and others say of eight texts."""
     handling = Handling(on_error, timeout)
-    return score_texts([Reward("mine", function, 2.0), *rewards], PROMPTS, TEXTS, COLUMNS, handling)
+    return compute_rewards([Reward("mine", function, 2.0), *rewards], PROMPTS, TEXTS, COLUMNS, handling)
 
 
 def failing_on(*bad, calls=None):

@@ -155,7 +155,7 @@ def test_equal_rewards_are_finite_and_said_to_teach_nothing(make_trainer, capfd,
     trainer.train()
     assert all(tensor.isfinite().all() for tensor in weights(trainer).values())
     lines = training_steps(trainer.output_dir)
-    assert all(line["objective/no_signal"] == 1.0 for line in lines)
+    assert all(line["objective/frac_reward_zero_std"] == 1.0 for line in lines)
     assert all(value is not None for line in lines for value in line.values())
     assert "no learning signal in 100% of the prompts" in capfd.readouterr().err
 

@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from pipeline.models import generation
 from pipeline.models.generation import Decoding, generate, sample_tokens
 from pipeline.models.kernels import decode_loop as decoding
-from pipeline.models.kernels.decode_loop import RoomyLayer, decode_batch, supports_decode_loop
+from pipeline.models.kernels.decode_loop import PreallocatedCacheLayer, decode_batch, supports_decode_loop
 from pipeline.models.sequences import pad_left, pad_right
 from pipeline.models.text import encode_prompts
 
@@ -162,7 +162,7 @@ def test_beams_of_an_encoder_decoder_begin_and_end_as_they_should(taught_t5, t5_
 def test_a_cache_grows_and_rows_take_gaps(monkeypatch):
     monkeypatch.setattr(decoding, "BLOCK", 2)
     states = torch.arange(4 * 3.0).view(4, 1, 3, 1)
-    layer, expected = RoomyLayer(states.clone(), -states), states
+    layer, expected = PreallocatedCacheLayer(states.clone(), -states), states
     for token in range(5):
         new = torch.full((len(expected), 1, 1, 1), 100.0 + token)
         expected = torch.cat([expected, new], 2)

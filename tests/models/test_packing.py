@@ -96,7 +96,7 @@ def test_rows_beyond_the_window_are_padded():
 )
 def test_models_without_exchangeable_attention_are_padded(architecture, options):
     shared = SharedModel(build(architecture, "eager", **options), lora())
-    assert not shared.padding_free and not shared.causal_lm.config._attn_implementation.startswith(PREFIX)
+    assert not shared.padding_free and not shared.language_model.config._attn_implementation.startswith(PREFIX)
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
@@ -104,7 +104,7 @@ def test_a_model_that_does_more_between_tokens_is_found_out(monkeypatch, full):
     monkeypatch.setattr(packing, "_rows", lambda x, at, mask: torch.zeros(*mask.shape, *x.shape[1:]))
     shared = SharedModel(build("llama", "sdpa"), None if full else lora())
     assert not shared.padding_free
-    for model in (shared.causal_lm, *shared._frozen):
+    for model in (shared.language_model, *shared._frozen):
         assert model.config._attn_implementation == "sdpa"
 
 

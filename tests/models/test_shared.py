@@ -113,7 +113,7 @@ def test_the_reference_as_a_model_is_exactly_the_sft_model(full):
     with torch.no_grad():
         with model.reference() as reference:
             assert torch.equal(reference(input_ids=ids).logits, plain(input_ids=ids).logits)
-        assert not torch.equal(model.causal_lm(input_ids=ids).logits, plain(input_ids=ids).logits)
+        assert not torch.equal(model.language_model(input_ids=ids).logits, plain(input_ids=ids).logits)
 
 
 def test_entropy_by_direct_computation():
@@ -206,9 +206,9 @@ def test_gradient_checkpointing_changes_nothing(full):
     move(model)
     model.train()
     loss, plain = gradients(model)
-    model.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
     calls = []
-    model.causal_lm.base_model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
+    model.language_model.base_model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
     checkpointed_loss, checkpointed = gradients(model)
     assert len(calls) == 2  # forward, and once more on the way back
     assert torch.equal(checkpointed_loss, loss)

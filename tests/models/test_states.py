@@ -115,7 +115,7 @@ def test_logprobs_of_policy_and_reference(kind, full):
         move(model)
         logprobs, reference = model(batch()).logprobs, model.reference_logprobs(batch())[0]
     assert (logprobs - reference).abs().max() > 1e-3
-    for found, network in ((logprobs, model.causal_lm), (reference, plain)):
+    for found, network in ((logprobs, model.language_model), (reference, plain)):
         for row, completion in enumerate(COMPLETIONS):
             expected = torch.log_softmax(own_logits(network, row) / 0.7, -1)
             expected = expected.gather(-1, torch.tensor(completion).unsqueeze(-1)).squeeze(-1)
@@ -176,7 +176,7 @@ def test_an_encoder_in_which_nothing_trains_runs_once_for_every_role_and_pass(ki
         not SharedModel(build(kind), lora()).encoder_is_frozen and not SharedModel(build(kind), None).encoder_is_frozen
     )
     move(model)
-    rows = count_encoder_rows(model.causal_lm)
+    rows = count_encoder_rows(model.language_model)
     with torch.no_grad():
         expected, reference = model(batch()), model.reference_logprobs(batch())[0]
         assert rows == [3, 3, 3]
@@ -226,7 +226,7 @@ def test_gradient_checkpointing_changes_nothing(kind, full):
 
     plain = gradients()
     model.enable_gradient_checkpointing()
-    layers = next(m for m in model.causal_lm.get_decoder().children() if isinstance(m, torch.nn.ModuleList))
+    layers = next(m for m in model.language_model.get_decoder().children() if isinstance(m, torch.nn.ModuleList))
     calls = []
     next(
         m for n, m in layers[0].named_modules() if n.endswith(("EncDecAttention", "encoder_attn"))

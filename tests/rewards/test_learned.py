@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from pipeline.models.config import ModelConfig
 from pipeline.models.reward_model import RewardRecord
 from pipeline.models.text import encode_completions, encode_prompts
-from pipeline.rewards import Reward, RewardError, score_texts
+from pipeline.rewards import Reward, RewardError, compute_rewards
 from pipeline.rewards.classifier import ClassifierReward, check_classifier
 from pipeline.rewards.learned import (
     AdapterReward,
@@ -62,7 +62,7 @@ def test_a_score_that_is_not_finite_stops_naming_reward_and_text(tokenizer, taug
     reward = AdapterReward(tokenizer, RECORD, tmp_path)
     reward.attach(lambda sequences: torch.full((len(sequences),), torch.nan), taught())
     with pytest.raises(RewardError, match="reward 'learned' returned nan for completion 0 \\('north red'\\)"):
-        score_texts([Reward("learned", reward)], PROMPTS[:1], TEXTS[:1], {"completion_ids": [[5]]})
+        compute_rewards([Reward("learned", reward)], PROMPTS[:1], TEXTS[:1], {"completion_ids": [[5]]})
 
 
 def test_calibration_by_hand():

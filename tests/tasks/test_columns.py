@@ -5,7 +5,7 @@ from column_data import ROWS, config, refusal, row_refusal, single, write_lines
 from datasets import Dataset
 
 from pipeline.recipe import RecipeError, check_recipe, load_recipe
-from pipeline.rewards import Reward, score_texts
+from pipeline.rewards import Reward, compute_rewards
 from pipeline.tasks import SPLITS, TaskError, columns, load_task
 
 
@@ -170,7 +170,7 @@ def test_every_other_column_reaches_the_rewards(tmp_path):
 
     values = {name: rows[name][:] for name in rows.column_names if name not in ("prompt", "completion")}
     values["completion_ids"] = [[1], [2]]
-    scores = score_texts([Reward("r", reward)], rows["prompt"][:], ["a", "b"], values)
+    scores = compute_rewards([Reward("r", reward)], rows["prompt"][:], ["a", "b"], values)
     assert scores.total.tolist() == [0, 1]
 
 

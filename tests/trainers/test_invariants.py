@@ -138,7 +138,7 @@ def test_gradient_checkpointing_changes_nothing(make_exact, use_peft):
     rollout = rollout_of(plain)
     expected = learn(plain, rollout)
     saving = make_exact("saving", use_peft=use_peft, gradient_checkpointing=True)
-    calls, layer = [], saving.shared.causal_lm.base_model.layers[0].self_attn
+    calls, layer = [], saving.shared.language_model.base_model.layers[0].self_attn
     layer.register_forward_hook(lambda *_: calls.append(1))
     assert_same(learn(saving, rollout), expected)
     assert len(calls) == 2 * 3 * 2  # forward and again on the way back, in 3 epochs of 2 micro-batches
@@ -228,7 +228,7 @@ def test_defaults_are_those_that_reproductions_of_ppo_settled_on():
 
 def test_completions_that_end_at_once(make_trainer, tokenizer):
     trainer = make_trainer(total_episodes=16, num_generations=2, group_baseline=True, whiten_rewards=True)
-    head = trainer.shared.causal_lm.get_output_embeddings()
+    head = trainer.shared.language_model.get_output_embeddings()
     # Nothing but EOS is ever likely.
     head.register_forward_hook(
         lambda module, inputs, logits: logits + 1e4 * (torch.arange(logits.shape[-1]) == tokenizer.eos_token_id)
@@ -259,7 +259,7 @@ def test_rewards_that_draw_from_numpy_and_random_follow_the_seed(make_trainer):
 def test_the_head_reads_completion_tokens_alone_and_logits_are_not_kept(make_trainer, monkeypatch, use_peft):
     trainer = make_trainer(use_peft=use_peft, num_ppo_epochs=1)
     experience, _ = trainer.compute_advantages(rollout_of(trainer))
-    vocabulary, rows, kept = trainer.shared.causal_lm.config.vocab_size, [], []
+    vocabulary, rows, kept = trainer.shared.language_model.config.vocab_size, [], []
     monkeypatch.setattr(head, "LOGIT_BUDGET", 3 * vocabulary)
     original = head._log_softmax
     monkeypatch.setattr(
@@ -286,7 +286,7 @@ def test_prompts_without_a_signal_are_counted(make_trainer, generations):
     # of 4 pairs 3 are flat, of 2 fours 1; then a batch of nothing but 0.1, which rounds
     for number, values in enumerate(([1.0, 1.0, 1.0, 0.0, 2.0, 2.0, 2.0, 2.0], [0.1] * 8, [1000.1] * 8)):
         trainer = make_trainer(str(number), scripted(values), num_generations=generations)
-        shares.append(trainer.compute_advantages(rollout_of(trainer))[1]["objective/no_signal"])
+        shares.append(trainer.compute_advantages(rollout_of(trainer))[1]["objective/frac_reward_zero_std"])
     assert shares == [{1: 0.0, 2: 0.75, 4: 0.5}[generations], 1.0, 1.0]
 
 

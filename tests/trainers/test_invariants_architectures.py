@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from pipeline.models.loading import load_policy, lora_config
 from pipeline.runtime.signals import Stopped
-from pipeline.trainers.ppo.rollout import score_tokens
+from pipeline.trainers.ppo.rollout import compute_token_outputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*lr_scheduler")
 COMMON = {
@@ -110,7 +110,7 @@ def test_ratio_kl_and_merge(make_trainer, tmp_path, architecture, use_peft):
         merged = PeftModel.from_pretrained(copy.deepcopy(sft), trainer.output_dir).merge_and_unload()
     else:
         merged = type(sft).from_pretrained(trainer.output_dir, dtype=torch.float64).eval()
-    expected = logits(trainer.shared.eval().causal_lm)
+    expected = logits(trainer.shared.eval().language_model)
     assert (logits(sft) - expected).abs().max() > 1e-3
     # Buffers such as rotary frequencies are made in float32 and widened, or made in float64 by from_pretrained.
     tolerance = CLOSE if use_peft else {"rtol": 1e-4, "atol": 1e-5}
@@ -123,7 +123,7 @@ def test_micro_batches_and_padding(make_trainer, architecture):
     parts = make_trainer("parts", model=build(architecture), reward=even, **ONE_BY_ONE)  # without any padding
     rollout = whole.collect_rollout(whole.prompt_rows(0))
     assert rollout.sequences.prompt_mask.sum(1).unique().numel() > 1
-    found = score_tokens(parts.shared, rollout.sequences, 1)
+    found = compute_token_outputs(parts.shared, rollout.sequences, 1)
     for name in ("logprobs", "ref_logprobs", "values", "entropies"):
         torch.testing.assert_close(getattr(found, name), getattr(rollout, name), **CLOSE)
     experience, _ = whole.compute_advantages(rollout)
@@ -164,7 +164,7 @@ def test_a_frozen_encoder_reads_each_prompt_once_a_rollout_and_changes_no_weight
     rows: dict[str, list[int]] = {}
     for name, trainer in (("kept", kept), ("anew", anew)):
         passes = rows[name] = []
-        trainer.shared.causal_lm.get_encoder().register_forward_pre_hook(
+        trainer.shared.language_model.get_encoder().register_forward_pre_hook(
             lambda _, args, inputs, passes=passes: passes.append(len(inputs["input_ids"])), with_kwargs=True
         )
         rollout = trainer.collect_rollout(trainer.prompt_rows(0))
@@ -188,4 +188,4 @@ def test_a_tied_model_stays_what_was_trained_through_merge_save_and_load(
     trainer.save_model()
     load_policy(trainer.output_dir, tmp_path / "sft", model_config).save_pretrained(tmp_path / "merged")
     merged = type(model).from_pretrained(tmp_path / "merged").eval()
-    torch.testing.assert_close(logits(merged), logits(trainer.shared.eval().causal_lm), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(merged), logits(trainer.shared.eval().language_model), rtol=1e-4, atol=1e-4)

@@ -9,9 +9,9 @@ from torch import Tensor, tensor
 from pipeline.trainers.ppo.objective import (
     Clipping,
     adapted_kl_coef,
-    advantages_and_returns,
+    compute_gae,
     kl_penalty,
-    moments,
+    masked_moments,
     ppo_loss,
     spread_scores,
     subtract_group_baseline,
@@ -72,23 +72,23 @@ RETURNS = [[2.62, 2.0, 0.0], [0.66816, 0.828, 1.0]]  # advantage + value
 
 
 def test_advantages_by_hand():
-    advantages, returns = advantages_and_returns(REWARDS, VALUES, MASK, GAMMA, LAM)
+    advantages, returns = compute_gae(REWARDS, VALUES, MASK, GAMMA, LAM)
     close(advantages, ADVANTAGES)
     close(returns, RETURNS)
 
 
 def test_advantages_at_the_corners():
     # lam 0: one-step differences;  gamma = lam = 1: the sum of the rewards to come less the value
-    close(advantages_and_returns(REWARDS, VALUES, MASK, 1.0, 0.0)[0], [[1.5, 1.0, 0.0], [0.2, 0.2, 0.4]])
-    close(advantages_and_returns(REWARDS, VALUES, MASK, 1.0, 1.0)[0], [[2.5, 1.0, 0.0], [0.8, 0.6, 0.4]])
+    close(compute_gae(REWARDS, VALUES, MASK, 1.0, 0.0)[0], [[1.5, 1.0, 0.0], [0.2, 0.2, 0.4]])
+    close(compute_gae(REWARDS, VALUES, MASK, 1.0, 1.0)[0], [[2.5, 1.0, 0.0], [0.8, 0.6, 0.4]])
     # gamma 0: only the token's own reward counts
-    close(advantages_and_returns(REWARDS, VALUES, MASK, 0.0, 0.9)[0], [[0.5, 1.0, 0.0], [-0.2, -0.4, 0.4]])
+    close(compute_gae(REWARDS, VALUES, MASK, 0.0, 0.9)[0], [[0.5, 1.0, 0.0], [-0.2, -0.4, 0.4]])
 
 
 def test_advantages_do_not_depend_on_padding():
     wide = [torch.nn.functional.pad(part, (0, 4), value=JUNK) for part in (REWARDS, VALUES)]
     mask = torch.nn.functional.pad(MASK, (0, 4), value=False)
-    advantages, returns = advantages_and_returns(*wide, mask, GAMMA, LAM)
+    advantages, returns = compute_gae(*wide, mask, GAMMA, LAM)
     close(advantages[:, :3], ADVANTAGES)
     close(returns[:, :3], RETURNS)
     assert not advantages[:, 3:].any() and not returns[:, 3:].any()
@@ -113,29 +113,31 @@ def test_whiten_by_hand():
     values = tensor([[1.0, 2.0], [6.0, JUNK]])
     mask = tensor([[True, True], [True, False]])
     # mean 3, deviations -2, -1, 3, sample variance (4 + 1 + 9) / 2 = 7, standard deviation 2.645751
-    close(whiten(values, mask, moments(values, mask)), [[-0.755929, -0.377964], [1.133893, 0.0]])
+    close(whiten(values, mask, masked_moments(values, mask)), [[-0.755929, -0.377964], [1.133893, 0.0]])
     # without the shift the mean stays 3
-    close(whiten(values, mask, moments(values, mask), shift_mean=False), [[2.244071, 2.622036], [4.133893, 0.0]])
+    close(
+        whiten(values, mask, masked_moments(values, mask), shift_mean=False), [[2.244071, 2.622036], [4.133893, 0.0]]
+    )
 
 
 def test_whitening_statistics_are_global():
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(8, 5, generator=generator) * 3 + 100
     mask = torch.arange(5) < torch.tensor([5, 1, 3, 2, 4, 4, 2, 1]).unsqueeze(1)
-    whole = whiten(values, mask, moments(values, mask))
-    total = moments(values[:3], mask[:3]) + moments(values[3:], mask[3:])
+    whole = whiten(values, mask, masked_moments(values, mask))
+    total = masked_moments(values[:3], mask[:3]) + masked_moments(values[3:], mask[3:])
     parts = torch.cat([whiten(values[:3], mask[:3], total), whiten(values[3:], mask[3:], total)])
     close(parts, whole)
     assert whole[mask].mean().item() == pytest.approx(0, abs=1e-5)
     assert whole[mask].std().item() == pytest.approx(1, abs=1e-5)
-    alone = whiten(values[:3], mask[:3], moments(values[:3], mask[:3]))
+    alone = whiten(values[:3], mask[:3], masked_moments(values[:3], mask[:3]))
     assert (alone - whole[:3]).abs().max() > 0.01  # the same rows by their own statistics are something else
 
 
 def test_whiten_is_finite_for_one_token_and_for_equal_values():
     for values in (tensor([[3.0]]), tensor([[3.0, 3.0, 3.0]])):
         mask = torch.ones(values.shape, dtype=torch.bool)
-        close(whiten(values, mask, moments(values, mask)), torch.zeros(values.shape), tolerance=1e-3)
+        close(whiten(values, mask, masked_moments(values, mask)), torch.zeros(values.shape), tolerance=1e-3)
 
 
 CLIPPING = Clipping(low=0.2, high=0.2, value=0.2)

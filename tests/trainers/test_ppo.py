@@ -60,11 +60,11 @@ def test_before_the_first_update_the_ratio_is_1_and_the_kl_0(make_trainer, setti
 
 def test_the_saved_generation_settings_change_neither_ratio_nor_kl(make_trainer, taught):
     trainer = make_trainer(total_episodes=8)
-    trainer.shared.causal_lm.generation_config.update(repetition_penalty=1.3, temperature=0.5, top_k=3)
+    trainer.shared.language_model.generation_config.update(repetition_penalty=1.3, temperature=0.5, top_k=3)
     trainer.train()
     step = training_steps(trainer.output_dir)[0]
     assert step["val/ratio_first"] == 1.0 and step["objective/kl"] == 0.0
-    assert trainer.shared.causal_lm.generation_config.repetition_penalty == 1.3
+    assert trainer.shared.language_model.generation_config.repetition_penalty == 1.3
 
 
 def test_mini_batches_start_at_a_ratio_of_1(make_trainer):

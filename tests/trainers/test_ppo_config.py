@@ -260,7 +260,7 @@ def test_gradient_checkpointing_computes_twice_and_changes_nothing(make_trainer)
     for name, checkpointing in (("plain", False), ("checkpointed", True)):
         trainer = make_trainer(name, total_episodes=8, gradient_checkpointing=checkpointing)
         count = []
-        attention = trainer.shared.causal_lm.base_model.layers[0].self_attn
+        attention = trainer.shared.language_model.base_model.layers[0].self_attn
         attention.register_forward_hook(lambda *_, count=count: count.append(1))
         trainer.train()
         calls.append(len(count))

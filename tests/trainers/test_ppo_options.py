@@ -134,7 +134,7 @@ def test_a_constant_reward_has_no_deviation_to_be_divided_by(make_trainer):
     trainer = make_trainer(reward=lambda prompts, **_: [0.5] * len(prompts), score_scaling="running", total_episodes=8)
     trainer.train()
     line = training_steps(trainer.output_dir)[0]
-    assert line["objective/scores"] == 0.5 and line["objective/no_signal"] == 1.0
+    assert line["objective/scores"] == 0.5 and line["objective/frac_reward_zero_std"] == 1.0
 
 
 def test_prompts_without_signal_are_counted(make_trainer):
@@ -143,10 +143,10 @@ def test_prompts_without_signal_are_counted(make_trainer):
 
     trainer = make_trainer(reward=by_prompt, num_generations=2, total_episodes=8)
     trainer.train()
-    assert training_steps(trainer.output_dir)[0]["objective/no_signal"] == 1.0
+    assert training_steps(trainer.output_dir)[0]["objective/frac_reward_zero_std"] == 1.0
     mixed = make_trainer("mixed", num_generations=2, total_episodes=8)
     mixed.train()
-    assert training_steps(mixed.output_dir)[0]["objective/no_signal"] < 1.0
+    assert training_steps(mixed.output_dir)[0]["objective/frac_reward_zero_std"] < 1.0
 
 
 def test_an_entropy_bonus_keeps_the_policy_undecided(make_trainer):
@@ -182,7 +182,7 @@ def test_no_eos_before_the_minimum(make_trainer):
     free = rollout_of(make_trainer("free", response_length=8))
     assert free.sequences.completion_mask.sum(1).min() < 6
     prompts = [trainer._prompt_ids[0]]
-    greedy = generate(trainer.shared.causal_lm, trainer.tokenizer, prompts, Decoding(8, min_new_tokens=7), 1)
+    greedy = generate(trainer.shared.language_model, trainer.tokenizer, prompts, Decoding(8, min_new_tokens=7), 1)
     assert len(greedy[0]) == 8
 
 

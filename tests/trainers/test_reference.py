@@ -64,7 +64,7 @@ def plain_episodes(trainer: PPOTrainer, rollout: Rollout, reference) -> list[Epi
         if args.missing_eos_penalty is not None and completion[-1] != trainer.tokenizer.eos_token_id:
             score -= args.missing_eos_penalty
         with torch.no_grad():
-            logprobs, entropies, states = read(trainer.shared.causal_lm, prompt, completion, args.temperature)
+            logprobs, entropies, states = read(trainer.shared.language_model, prompt, completion, args.temperature)
             ref_logprobs = read(reference, prompt, completion, args.temperature)[0]
             values = value_of(trainer.shared.value_head, states)
         episodes.append(Episode(prompt, completion, score, logprobs, ref_logprobs, values, entropies, [], []))
@@ -79,7 +79,7 @@ def compare(make_trainer, taught, **settings) -> Compared:
     experience, stats = trainer.compute_advantages(rollout)
     episodes = plain_episodes(trainer, rollout, taught().double())
     twin = copy.deepcopy(trainer.shared)
-    plain = PlainPPO(twin.causal_lm, twin.value_head, trainer.args, trainer.args.num_optimizer_steps(1))
+    plain = PlainPPO(twin.language_model, twin.value_head, trainer.args, trainer.args.num_optimizer_steps(1))
     seen, gradients, forward, step = [[]], [], trainer.shared.forward, trainer.optimizer.step
 
     def watched_forward(sequences):

@@ -5,10 +5,10 @@ import torch
 from torch import tensor
 
 from pipeline.trainers.ppo.scores import (
-    Moments,
-    judge_unfinished,
-    moments_of,
-    prompts_without_signal,
+    RunningMoments,
+    apply_missing_eos_penalty,
+    moments_from_sums,
+    prompts_with_equal_scores,
     score_sums,
     transform_scores,
 )
@@ -16,18 +16,18 @@ from pipeline.trainers.ppo.scores import (
 
 def test_moments_of_several_batches_are_those_of_all_numbers():
     first, second = tensor([1.0, 2.0, 6.0]), tensor([10.0, -4.0])
-    seen = Moments().merged(moments_of(score_sums(first))).merged(moments_of(score_sums(second)))
+    seen = RunningMoments().merged(moments_from_sums(score_sums(first))).merged(moments_from_sums(score_sums(second)))
     assert (seen.count, seen.mean) == (5, pytest.approx(3.0))
     # deviations from 3: -2, -1, 3, 7, -7; squares 4 + 1 + 9 + 49 + 49 = 112
     assert seen.squares == pytest.approx(112.0)
     assert seen.deviation == pytest.approx((112 / 5) ** 0.5)
-    together = moments_of(score_sums(first) + score_sums(second))  # as processes add them up
+    together = moments_from_sums(score_sums(first) + score_sums(second))  # as processes add them up
     assert together.squares == pytest.approx(112.0) and together.mean == pytest.approx(3.0)
 
 
 def test_scores_without_spread_are_divided_by_1():
-    assert Moments().deviation == 1.0
-    assert moments_of(score_sums(tensor([0.7, 0.7, 0.7]))).deviation == 1.0
+    assert RunningMoments().deviation == 1.0
+    assert moments_from_sums(score_sums(tensor([0.7, 0.7, 0.7]))).deviation == 1.0
 
 
 def test_scaling_and_clipping_keep_the_tokens_adding_up():
@@ -42,20 +42,20 @@ def test_scaling_and_clipping_keep_the_tokens_adding_up():
 def test_unfinished_completions():
     scores, tokens = tensor([1.0, 2.0]), tensor([[0.25, 0.75, 0.0], [0.0, 0.5, 1.5]])
     finished, lengths = tensor([True, False]), tensor([2, 3])
-    paid, parts = judge_unfinished(scores, tokens, finished, lengths, penalty=0.5, score=None)
+    paid, parts = apply_missing_eos_penalty(scores, tokens, finished, lengths, penalty=0.5, score=None)
     assert paid.tolist() == [1.0, 1.5] and parts.tolist() == [[0.25, 0.75, 0.0], [0.0, 0.5, 1.0]]
-    paid, parts = judge_unfinished(scores, tokens, finished, lengths, penalty=None, score=-1.0)
+    paid, parts = apply_missing_eos_penalty(scores, tokens, finished, lengths, penalty=None, score=-1.0)
     assert paid.tolist() == [1.0, -1.0] and parts.tolist() == [[0.25, 0.75, 0.0], [0.0, 0.0, -1.0]]
     assert scores.tolist() == [1.0, 2.0] and tokens[1].tolist() == [0.0, 0.5, 1.5]  # the inputs are left alone
-    untouched = judge_unfinished(scores, tokens, finished, lengths, None, None)
+    untouched = apply_missing_eos_penalty(scores, tokens, finished, lengths, None, None)
     assert torch.equal(untouched[0], scores) and torch.equal(untouched[1], tokens)
 
 
 def test_prompts_without_signal():
     scores = tensor([1.0, 1.0, 0.0, 0.5])
     every, some = torch.ones(4, dtype=torch.bool), tensor([True, True, False, True])
-    assert prompts_without_signal(scores, every, 2) == (1, 2)
-    assert prompts_without_signal(scores, every, 4) == (0, 1)
-    assert prompts_without_signal(torch.ones(4), every, 2) == (2, 2)
-    assert prompts_without_signal(scores, some, 2) == (2, 2)  # 0.5 alone teaches nothing
-    assert prompts_without_signal(scores, ~some, 2) == (1, 1)
+    assert prompts_with_equal_scores(scores, every, 2) == (1, 2)
+    assert prompts_with_equal_scores(scores, every, 4) == (0, 1)
+    assert prompts_with_equal_scores(torch.ones(4), every, 2) == (2, 2)
+    assert prompts_with_equal_scores(scores, some, 2) == (2, 2)  # 0.5 alone teaches nothing
+    assert prompts_with_equal_scores(scores, ~some, 2) == (1, 1)

@@ -43,7 +43,7 @@ def supports_decode_loop(model: PreTrainedModel) -> bool:
     return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
 
 
-class RoomyLayer(DynamicLayer):
+class PreallocatedCacheLayer(DynamicLayer):
     """A cache layer with spare room: a token is written in place instead of copying everything before it."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
@@ -107,7 +107,7 @@ def decode_batch(
             lengths[live[done]] = step + 1
             if done.all():
                 break
-            kept = _close_ranks(done, reader.layers)
+            kept = _compact(done, reader.layers)
             live, chosen = live[kept], chosen[kept]
             reader.keep(kept)
         logits = reader.read(chosen)
@@ -138,7 +138,9 @@ class _CausalReader:
             logits_to_keep=1,
         )
         self.model, self.logits = model, read.logits[index, -1]
-        self.layers = [RoomyLayer(layer.keys[index], layer.values[index]) for layer in read.past_key_values.layers]
+        self.layers = [
+            PreallocatedCacheLayer(layer.keys[index], layer.values[index]) for layer in read.past_key_values.layers
+        ]
         self.cache, self.mask, self.positions = Cache(layers=self.layers), mask[index], positions[index, -1] + 1
 
     def keep(self, rows: Tensor) -> None:
@@ -177,7 +179,7 @@ class _DecoderReader:
         self.model, self.cache = model, cache
         self.logits = self._forward(prefix, states, mask)[index]
         for side in (cache.self_attention_cache, cache.cross_attention_cache):
-            side.layers = [RoomyLayer(layer.keys[index], layer.values[index]) for layer in side.layers]
+            side.layers = [PreallocatedCacheLayer(layer.keys[index], layer.values[index]) for layer in side.layers]
         self.layers = [*cache.self_attention_cache.layers, *cache.cross_attention_cache.layers]
         # Only their shape is read from now on: what the decoder made of them is in the cache.
         self.states, self.mask = states[:1].expand(len(index), -1, -1), mask[index]
@@ -201,7 +203,7 @@ class _DecoderReader:
         return self._forward(tokens.unsqueeze(1), self.states, self.mask)
 
 
-def _close_ranks(done: Tensor, layers: Sequence[RoomyLayer]) -> Tensor:
+def _compact(done: Tensor, layers: Sequence[PreallocatedCacheLayer]) -> Tensor:
     """Let the finished rows leave: the last rows take the gaps, so little is copied. Returns who stands where, [n]."""
     rows = int((~done).sum())
     gaps, movers = done[:rows].nonzero().squeeze(1), (~done[rows:]).nonzero().squeeze(1) + rows

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.metrics import Metric
 from pipeline.models.generation import Decoding, generate
-from pipeline.models.prompt_lengths import check_room
+from pipeline.models.prompt_lengths import check_prompt_lengths
 from pipeline.models.text import decode, encode_completions, encode_prompts
 from pipeline.rewards.pairs import Pair, Text, prompt_pairs
 from pipeline.rewards.pairs.settings import SampledPairs
@@ -96,7 +96,9 @@ def _answers(
         stop_strings=settings.stop_strings,
     )
     prompts = encode_prompts(tokenizer, block["prompt"], model.config.is_encoder_decoder)
-    check_room(prompts, settings.max_new_tokens, model.config, "reward.pairs.max_new_tokens", "a block of rows")
+    check_prompt_lengths(
+        prompts, settings.max_new_tokens, model.config, "reward.pairs.max_new_tokens", "a block of rows"
+    )
     copies = [ids for ids in prompts for _ in range(settings.samples)]
     written = generate(model, tokenizer, copies, decoding, settings.batch_size)
     texts = decode(tokenizer, written)

@@ -5,9 +5,9 @@ from torch import Tensor
 
 from pipeline.trainers.ppo.config import PPOConfig
 from pipeline.trainers.ppo.objective import (
-    advantages_and_returns,
+    compute_gae,
     kl_penalty,
-    moments,
+    masked_moments,
     spread_scores,
     subtract_group_baseline,
     token_rewards,
@@ -20,7 +20,7 @@ def credit(rollout: Rollout, args: PPOConfig, kl_coef: float, accelerator: Accel
     """What is learnt from, and what each token pays for its KL, [B, C]. Episodes without a score are worth nothing."""
 
     def total(values: Tensor) -> Tensor:
-        return accelerator.reduce(moments(values, mask), reduction="sum")
+        return accelerator.reduce(masked_moments(values, mask), reduction="sum")
 
     mask, token_scores = rollout.mask, rollout.token_scores
     kl = kl_penalty(rollout.logprobs, rollout.ref_logprobs, args.kl_estimator)
@@ -31,7 +31,7 @@ def credit(rollout: Rollout, args: PPOConfig, kl_coef: float, accelerator: Accel
     rewards = token_rewards(token_scores, kl, mask, paid)
     if args.whiten_rewards:
         rewards = whiten(rewards, mask, total(rewards), shift_mean=False)
-    advantages, returns = advantages_and_returns(rewards, rollout.values, mask, args.gamma, args.lam)
+    advantages, returns = compute_gae(rewards, rollout.values, mask, args.gamma, args.lam)
     if args.whiten_advantages:
         advantages = whiten(advantages, mask, total(advantages))
     experience = Experience(

@@ -56,10 +56,10 @@ def check_start(
     Raises:
         ValueError: as `check_prompts`, `check_first_step` and `check_trunk_and_head`.
     """
-    check_prompts(prompts, args.response_length, model.causal_lm)
-    check_prompts(eval_prompts, args.response_length, model.causal_lm, "eval_dataset")
+    check_prompts(prompts, args.response_length, model.language_model)
+    check_prompts(eval_prompts, args.response_length, model.language_model, "eval_dataset")
     check_first_step(model, prompts, tokenizer, accelerator)
-    check_trunk_and_head(model.causal_lm)  # last: noise and NaN would look like it
+    check_trunk_and_head(model.language_model)  # last: noise and NaN would look like it
 
 
 def check_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -144,13 +144,13 @@ def check_first_step(
         reference = model.reference_logprobs(sequences)[0]
         with torch.enable_grad():
             update = model(sequences).logprobs.detach()
-    kind = model.causal_lm.config.model_type
+    kind = model.language_model.config.model_type
     if not all(torch.isfinite(logprobs).all() for logprobs in (rollout, reference, update)):
         raise ValueError(
             f"model: log-probabilities of {kind!r} are not finite before the first step; "
             "the weights are broken, or their range needs model.dtype: float32"
         )
-    allowed = ROUNDING[torch.bfloat16 if accelerator.mixed_precision == "bf16" else model.causal_lm.dtype]
+    allowed = ROUNDING[torch.bfloat16 if accelerator.mixed_precision == "bf16" else model.language_model.dtype]
     repeated, ratio, kl = (_largest(part - rollout, sequences) for part in (again, update, reference))
     if repeated > allowed:
         raise ValueError(

@@ -13,11 +13,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
 from pipeline.models.sequences import Sequences
-from pipeline.models.shared import SharedModel, TokenOutputs
+from pipeline.models.shared import PolicyOutputs, SharedModel
 from pipeline.runtime.memory import in_smaller_batches, is_out_of_memory
 from pipeline.trainers.ppo.config import PPOConfig
 from pipeline.trainers.ppo.objective import Clipping, LossTerms, ppo_loss
-from pipeline.trainers.ppo.rollout import Experience, TokenScores, score_tokens
+from pipeline.trainers.ppo.rollout import Experience, TokenOutputs, compute_token_outputs
 
 TERMS = tuple(field.name for field in fields(LossTerms))
 EARLY_STOP_FACTOR = 1.5  # as stable-baselines3 and TRL 0.11 read target_kl
@@ -42,7 +42,7 @@ class FirstPass:
     """A policy's pass over all `sequences` of a rollout, and how often each parameter had been changed before."""
 
     sequences: Sequences
-    outputs: TokenOutputs
+    outputs: PolicyOutputs
     versions: tuple[int, ...]
 
 
@@ -91,7 +91,7 @@ class Learner:
         self.optimizer.load_state_dict(optimizer)
         self.scheduler.load_state_dict(scheduler)
 
-    def score(self, sequences: Sequences) -> tuple[Sequences, TokenScores]:
+    def score(self, sequences: Sequences) -> tuple[Sequences, TokenOutputs]:
         """What the models say of each token of a rollout, in the micro-batches in which it will be learnt from.
 
         Where these are one, and one mini-batch too, the first optimizer step of the next update takes the gradient of
@@ -100,10 +100,10 @@ class Learner:
         # Several processes exchange gradients by a pass through DDP's wrapper, which this one is not.
         keep_graph = self.args.num_mini_batches == 1 and self.accelerator.num_processes == 1
 
-        def attempt(size: int) -> tuple[Sequences, TokenScores]:
+        def attempt(size: int) -> tuple[Sequences, TokenOutputs]:
             with self.accelerator.autocast():
                 encoded = self.shared.encoded(sequences, size)
-                return encoded, score_tokens(self.shared, encoded, size, keep_graph)
+                return encoded, compute_token_outputs(self.shared, encoded, size, keep_graph)
 
         self._first_pass = None
         (encoded, scores), self.micro_batch_size = in_smaller_batches(attempt, self.micro_batch_size)
@@ -114,7 +114,7 @@ class Learner:
     def _versions(self) -> tuple[int, ...]:
         return tuple(parameter._version for parameter in self.shared.parameters())
 
-    def _passes_made(self, experience: Experience) -> list[TokenOutputs]:
+    def _passes_made(self, experience: Experience) -> list[PolicyOutputs]:
         """The pass that `score` kept of this experience, to be taken out once: none if the weights are others now."""
         kept, self._first_pass = self._first_pass, None
         if kept is None or kept.sequences is not experience.sequences or kept.versions != self._versions():
@@ -190,7 +190,7 @@ class Learner:
                 parameter.grad = None
         return float(self.accelerator.clip_grad_norm_(self.shared.parameters(), self.args.max_grad_norm))
 
-    def _accumulate(self, mini_batch: Experience, count: int, kl_coef: float, made: list[TokenOutputs]) -> Tensor:
+    def _accumulate(self, mini_batch: Experience, count: int, kl_coef: float, made: list[PolicyOutputs]) -> Tensor:
         """Gradients of a mini-batch with `count` tokens over all processes; returns the global sums of `TERMS`.
 
         `made` may hold a pass over it that has been made already; it is taken out. Where memory runs out it begins
@@ -210,7 +210,7 @@ class Learner:
         return self.accelerator.reduce(sums, reduction="sum").cpu()
 
     def _gradients(
-        self, mini_batch: Experience, count: int, kl_coef: float, size: int, made: TokenOutputs | None
+        self, mini_batch: Experience, count: int, kl_coef: float, size: int, made: PolicyOutputs | None
     ) -> Tensor:
         args, sums = self.args, torch.zeros(len(TERMS), device=self.accelerator.device)
         loss_kl_coef = kl_coef if args.kl_placement == "loss" else 0.0

@@ -82,9 +82,7 @@ def token_rewards(token_scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float
     return (token_scores - kl_coef * kl) * mask
 
 
-def advantages_and_returns(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
-) -> tuple[Tensor, Tensor]:
+def compute_gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation with value 0 after the last real token. Both [B, C], 0 where masked."""
     values = values * mask
     advantages = torch.zeros_like(rewards)
@@ -99,7 +97,7 @@ def advantages_and_returns(
     return advantages, advantages + values
 
 
-def moments(values: Tensor, mask: Tensor) -> Tensor:
+def masked_moments(values: Tensor, mask: Tensor) -> Tensor:
     """`[count, sum, sum of squares]` of the real tokens, in float64: summed over processes they are global moments."""
     chosen = values[mask].double()
     return torch.stack(

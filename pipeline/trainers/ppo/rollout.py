@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from pipeline.models.generation import Decoding, skip_draws
 from pipeline.models.kernels.decode_loop import supports_decode_loop
 from pipeline.models.sequences import Sequences
-from pipeline.models.shared import SharedModel, TokenOutputs
-from pipeline.trainers.ppo.scores import Moments, prompts_without_signal
+from pipeline.models.shared import PolicyOutputs, SharedModel
+from pipeline.trainers.ppo.scores import RunningMoments, prompts_with_equal_scores
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Rollout:
     token_scores: Tensor
     rewards: dict[str, Tensor]
     finished: Tensor
-    moments: Moments
+    moments: RunningMoments
     scored: Tensor
     failures: Sequence[str]
 
@@ -87,7 +87,7 @@ class Experience:
 
 
 @dataclass(frozen=True)
-class TokenScores:
+class TokenOutputs:
     """What the models say of each completion token before the update: all [B, C], without gradients.
 
     `first_pass` is the policy's pass with its graph, in the row order of the one micro-batch that it was: the first
@@ -98,10 +98,12 @@ class TokenScores:
     ref_logprobs: Tensor
     values: Tensor
     entropies: Tensor
-    first_pass: TokenOutputs | None
+    first_pass: PolicyOutputs | None
 
 
-def score_tokens(model: SharedModel, sequences: Sequences, size: int, keep_graph: bool = False) -> TokenScores:
+def compute_token_outputs(
+    model: SharedModel, sequences: Sequences, size: int, keep_graph: bool = False
+) -> TokenOutputs:
     """Policy, reference and value of every token, in the micro-batches of at most `size` that the update will use.
 
     The same rows together give the same rounding, so that the update's first ratio is exactly 1. With `keep_graph`
@@ -123,7 +125,7 @@ def score_tokens(model: SharedModel, sequences: Sequences, size: int, keep_graph
             model.reference_logprobs(*parts),
         )
     )
-    return TokenScores(logprobs, ref_logprobs, values, entropies, outputs[0] if kept else None)
+    return TokenOutputs(logprobs, ref_logprobs, values, entropies, outputs[0] if kept else None)
 
 
 def _in_place(parts: Sequence[Tensor], chunks: Sequence[Tensor], shape: torch.Size) -> Tensor:
@@ -159,7 +161,7 @@ def rollout_sums(rollout: Rollout, returns: Tensor, penalties: Tensor, generatio
     per_episode = (rollout.scores, kl, entropy, penalty, rollout.scores + penalty, mask.sum(1), finished)
     sums = [scored.sum()] + [values.double().sum() for values in per_episode]
     sums.append(rollout.scores.double().square().sum())
-    sums += prompts_without_signal(rollout.scores, scored, generations)
+    sums += prompts_with_equal_scores(rollout.scores, scored, generations)
     sums.append(torch.tensor(len(rollout.failures)))
     error = (returns - rollout.values)[mask].double()
     chosen = returns[mask].double()
@@ -177,7 +179,7 @@ def rollout_statistics(sums: Sequence[float], rewards: Sequence[str], generation
     flat, prompts, stats["objective/reward_errors"] = sums[2 + len(STATISTICS) : 5 + len(STATISTICS)]
     # With one completion of each prompt, the batch over all processes is compared: all of them are flat, or none.
     equal = stats["objective/scores_std"] <= 1e-6 * max(1.0, abs(stats["objective/scores"]))
-    stats["objective/no_signal"] = flat / prompts if generations > 1 and prompts else float(equal)
+    stats["objective/frac_reward_zero_std"] = flat / prompts if generations > 1 and prompts else float(equal)
     error, error_square, value, value_square, tokens = sums[5 + len(STATISTICS) : 10 + len(STATISTICS)]
     variance = value_square / tokens - (value / tokens) ** 2
     residual = error_square / tokens - (error / tokens) ** 2

@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Moments:
+class RunningMoments:
     """Count, mean and summed squared deviation of numbers seen in several batches (Chan, Golub and LeVeque 1979)."""
 
     count: float = 0.0
     mean: float = 0.0
     squares: float = 0.0
 
-    def merged(self, other: "Moments") -> "Moments":
+    def merged(self, other: "RunningMoments") -> "RunningMoments":
         """The moments of both together."""
         count = self.count + other.count
         if not count:
@@ -22,7 +22,7 @@ class Moments:
         difference = other.mean - self.mean
         mean = self.mean + difference * other.count / count
         squares = self.squares + other.squares + difference**2 * self.count * other.count / count
-        return Moments(count, mean, squares)
+        return RunningMoments(count, mean, squares)
 
     @property
     def deviation(self) -> float:
@@ -32,15 +32,15 @@ class Moments:
 
 
 def score_sums(scores: Tensor) -> Tensor:
-    """`[count, sum, sum of squares]` of scores [B] in float64; added up over processes, `moments_of` reads them."""
+    """`[count, sum, sum of squares]` of scores [B] in float64; summed over processes: see `moments_from_sums`."""
     scores = scores.double()
     return torch.stack([torch.tensor(float(len(scores)), dtype=torch.float64), scores.sum(), scores.square().sum()])
 
 
-def moments_of(sums: Tensor) -> Moments:
+def moments_from_sums(sums: Tensor) -> RunningMoments:
     """The moments behind `score_sums`."""
     count, total, squares = sums.tolist()
-    return Moments(count, total / count, max(0.0, squares - total**2 / count))
+    return RunningMoments(count, total / count, max(0.0, squares - total**2 / count))
 
 
 def transform_scores(
@@ -57,7 +57,7 @@ def transform_scores(
     return scores, token_scores
 
 
-def judge_unfinished(
+def apply_missing_eos_penalty(
     scores: Tensor,
     token_scores: Tensor,
     finished: Tensor,
@@ -82,7 +82,7 @@ def judge_unfinished(
     return scores, token_scores
 
 
-def prompts_without_signal(scores: Tensor, scored: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def prompts_with_equal_scores(scores: Tensor, scored: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """How many prompts have equal scores throughout, and how many there are, of `size` neighbouring rows each.
 
     Such a prompt teaches nothing (Razin et al. 2024, arXiv:2310.20703). `scores [B]` count where `scored [B]`.

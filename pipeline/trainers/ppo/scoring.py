@@ -10,15 +10,21 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.models.text import decode
-from pipeline.rewards import Handling, Reward, RewardError, Scores, as_completions, score_texts
+from pipeline.rewards import Handling, Reward, RewardError, RewardOutputs, as_completions, compute_rewards
 from pipeline.runtime.messages import one_line
 from pipeline.trainers.ppo.config import PPOConfig
 from pipeline.trainers.ppo.rollout import prefix_increments
-from pipeline.trainers.ppo.scores import Moments, judge_unfinished, moments_of, score_sums, transform_scores
+from pipeline.trainers.ppo.scores import (
+    RunningMoments,
+    apply_missing_eos_penalty,
+    moments_from_sums,
+    score_sums,
+    transform_scores,
+)
 
 
 @dataclass(frozen=True)
-class Payment:
+class ProcessedScores:
     """What PPO is paid: `scores [B]`, the same by token `[B, C]`, and the moments of all raw scores so far.
 
     Where `scored [B]` is False a reward failed, and both are 0. `failures` says what happened, a sentence each.
@@ -26,7 +32,7 @@ class Payment:
 
     scores: Tensor
     token_scores: Tensor
-    moments: Moments
+    moments: RunningMoments
     scored: Tensor
     failures: Sequence[str]
 
@@ -38,25 +44,25 @@ def count_failures(failures: Sequence[str], on_error: str) -> str:
     return one_line(f"{len(failures)} {scores} {what} (ppo.on_reward_error): {failures[0]}")
 
 
-def score_rows(
+def compute_row_rewards(
     rewards: Sequence[Reward],
     rows: Dataset,
     completions: Sequence[str],
     completion_ids: Sequence[Sequence[int]],
     handling: Handling,
-) -> Scores:
+) -> RewardOutputs:
     """What the rewards say of completions to the prompts of `rows`, which have the data set's columns."""
     columns = {name: list(rows[name]) for name in rows.column_names if name not in ("prompt", "completion")}
     prompts = list(rows["prompt"])
     columns |= {"completion_ids": list(completion_ids)}
-    return score_texts(rewards, prompts, as_completions(prompts, completions), columns, handling)
+    return compute_rewards(rewards, prompts, as_completions(prompts, completions), columns, handling)
 
 
 def prefix_scores(
     rewards: Sequence[Reward],
     rows: Dataset,
     completions: Sequence[Sequence[int]],
-    said: Scores,
+    said: RewardOutputs,
     tokenizer: PreTrainedTokenizerBase,
     handling: Handling,
 ) -> Tensor:
@@ -76,19 +82,19 @@ def prefix_scores(
     prefixes = [completions[i][:t] for i, t in spans]
     repeated = rows.select([i for i, _ in spans])
     texts = decode(tokenizer, prefixes)
-    found = score_rows(rewards, repeated, texts, prefixes, handling).total if spans else torch.zeros(0)
+    found = compute_row_rewards(rewards, repeated, texts, prefixes, handling).total if spans else torch.zeros(0)
     return prefix_increments(spans, found, [len(ids) for ids in completions], said.total)
 
 
-def payment(
-    said: Scores,
+def process_scores(
+    said: RewardOutputs,
     token_scores: Tensor,
     lengths: Sequence[int],
     ended: Tensor,
-    seen: Moments,
+    seen: RunningMoments,
     args: PPOConfig,
     accelerator: Accelerator,
-) -> Payment:
+) -> ProcessedScores:
     """Scale, clip and judge what the rewards said; `token_scores [B, C]` sum to `said.total`.
 
     A score that is missing changes nothing for the others: it counts neither in the moments nor anywhere later.
@@ -98,13 +104,13 @@ def payment(
     token_scores = token_scores.masked_fill(~scored.unsqueeze(1), 0.0)
     if args.score_scaling == "running" or (args.score_scaling == "reference" and not seen.count):
         sums = accelerator.reduce(score_sums(scores[scored]).to(accelerator.device), reduction="sum")
-        seen = seen.merged(moments_of(sums)) if float(sums[0]) else seen
+        seen = seen.merged(moments_from_sums(sums)) if float(sums[0]) else seen
     deviation = 1.0 if args.score_scaling == "none" else seen.deviation
     scores, token_scores = transform_scores(scores, token_scores, deviation, args.score_clip)
-    scores, token_scores = judge_unfinished(
+    scores, token_scores = apply_missing_eos_penalty(
         scores, token_scores, ended, torch.tensor(lengths), args.missing_eos_penalty, args.missing_eos_score
     )
-    return Payment(
+    return ProcessedScores(
         scores.masked_fill(~scored, 0.0),
         token_scores.masked_fill(~scored.unsqueeze(1), 0.0),
         seen,

@@ -21,7 +21,7 @@ from pipeline.models.reward_model import check_base
 from pipeline.models.sequences import make_sequences
 from pipeline.models.shared import SharedModel
 from pipeline.models.text import decode, encode_prompts
-from pipeline.rewards import Reward, RewardError, Scores, check_rewards
+from pipeline.rewards import Reward, RewardError, RewardOutputs, check_rewards
 from pipeline.rewards.learned import AdapterReward
 from pipeline.runtime.memory import in_smaller_batches
 from pipeline.runtime.seeds import random_state, restore_random_state
@@ -52,8 +52,14 @@ from pipeline.trainers.ppo.rollout import (
     seed_samples,
     step_seed,
 )
-from pipeline.trainers.ppo.scores import Moments
-from pipeline.trainers.ppo.scoring import Payment, count_failures, payment, prefix_scores, score_rows
+from pipeline.trainers.ppo.scores import RunningMoments
+from pipeline.trainers.ppo.scoring import (
+    ProcessedScores,
+    compute_row_rewards,
+    count_failures,
+    prefix_scores,
+    process_scores,
+)
 from pipeline.trainers.ppo.settings import as_rewards, first_of, greedy, handling_of, sampling, uses_bf16
 from pipeline.trainers.trackers import installed, start_trackers
 from pipeline.trainers.weights_alone import weights_alone
@@ -123,7 +129,7 @@ class PPOTrainer:
         self.shared = self.learner.shared
         self.optimizer = self.learner.optimizer
         for adapter in adapters:
-            adapter.attach(self.shared.reward_scores, self.shared.causal_lm)
+            adapter.attach(self.shared.reward_scores, self.shared.language_model)
         check_rewards(self.rewards, first_rows(train_dataset), args.reward_timeout)
         check_start(self.shared, processing_class, self._prompt_ids, self._eval_prompt_ids, args, self.accelerator)
         self.state, self._warned = TrainerState(), False
@@ -234,10 +240,10 @@ class PPOTrainer:
         prompts = [self._prompt_ids[row] for row in rows]
         self._enter("the completions")
         with torch.random.fork_rng(), self.accelerator.autocast():
-            seed_samples(self.shared.causal_lm, self.seed, self.state.step, rank, len(prompts), sampling(args))
+            seed_samples(self.shared.language_model, self.seed, self.state.step, rank, len(prompts), sampling(args))
             completions = self._generate(prompts, sampling(args))
         texts = decode(self.tokenizer, completions)
-        ended = torch.tensor(finished(self.shared.causal_lm, self.tokenizer, completions, sampling(args)))
+        ended = torch.tensor(finished(self.shared.language_model, self.tokenizer, completions, sampling(args)))
         answered = self.train_dataset.select(rows)
         self._enter("the rewards")
         said = self.score(answered, texts, completions)
@@ -270,7 +276,7 @@ class PPOTrainer:
 
         def attempt(size: int) -> list[list[int]]:
             torch.set_rng_state(state)  # once more, with the same draws
-            return generate(self.shared.causal_lm, self.tokenizer, prompts, decoding, size)
+            return generate(self.shared.language_model, self.tokenizer, prompts, decoding, size)
 
         completions, size = in_smaller_batches(attempt, self._rollout_size)
         if size < self._rollout_size:
@@ -289,18 +295,22 @@ class PPOTrainer:
         where = f"process {self.accelerator.process_index}: " if self.accelerator.num_processes > 1 else ""
         tqdm.write(f"step {self.state.step + 1}: {where}out of memory: from now on {what}", file=sys.stderr)
 
-    def score(self, rows: Dataset, completions: Sequence[str], completion_ids: Sequence[Sequence[int]]) -> Scores:
+    def score(
+        self, rows: Dataset, completions: Sequence[str], completion_ids: Sequence[Sequence[int]]
+    ) -> RewardOutputs:
         """What the rewards say of completions to the prompts of `rows`, which have the data set's columns."""
-        return score_rows(self.rewards, rows, completions, completion_ids, handling_of(self.args))
+        return compute_row_rewards(self.rewards, rows, completions, completion_ids, handling_of(self.args))
 
-    def _paid(self, rows: Dataset, completions: Sequence[Sequence[int]], said: Scores, ended: Tensor) -> Payment:
+    def _paid(
+        self, rows: Dataset, completions: Sequence[Sequence[int]], said: RewardOutputs, ended: Tensor
+    ) -> ProcessedScores:
         """What PPO is paid for a rollout."""
         args, lengths = self.args, [len(ids) for ids in completions]
         token_scores = said.by_token(self.rewards, lengths)
         if args.reward_shaping == "prefix":
             token_scores = prefix_scores(self.rewards, rows, completions, said, self.tokenizer, handling_of(args))
-        seen = Moments(self.state.score_count, self.state.score_mean, self.state.score_squares)
-        return payment(said, token_scores, lengths, ended, seen, args, self.accelerator)
+        seen = RunningMoments(self.state.score_count, self.state.score_mean, self.state.score_squares)
+        return process_scores(said, token_scores, lengths, ended, seen, args, self.accelerator)
 
     def compute_advantages(self, rollout: Rollout) -> tuple[Experience, dict[str, float]]:
         """Turn scores and KL into an advantage and a return for each token, and the statistics of the rollout.
@@ -366,7 +376,7 @@ class PPOTrainer:
             completions = self._generate([self._eval_prompt_ids[r] for r in rows], greedy(self.args))
         texts = decode(self.tokenizer, completions)
         said = self.score(self.eval_dataset.select(rows), texts, completions)
-        ended = finished(self.shared.causal_lm, self.tokenizer, completions, greedy(self.args))
+        ended = finished(self.shared.language_model, self.tokenizer, completions, greedy(self.args))
         parts = [{name: float(values[i]) for name, values in said.parts.items()} for i in range(len(rows))]
         answers = zip(rows, texts, said.total.tolist(), parts, map(len, completions), ended, strict=True)
         return [Answer(*answer) for answer in answers]
@@ -401,10 +411,10 @@ class PPOTrainer:
         if step % args.logging_steps == 0 or step == total:
             self.log.write(step, {"episode": self.state.episodes, **stats})
         self.log.advance(stats)
-        if stats["objective/no_signal"] > 0.5 and not self._warned:
+        if stats["objective/frac_reward_zero_std"] > 0.5 and not self._warned:
             self._warned = True
             self.log.say(
-                f"step {step}: no learning signal in {stats['objective/no_signal']:.0%} of the prompts: "
+                f"step {step}: no learning signal in {stats['objective/frac_reward_zero_std']:.0%} of the prompts: "
                 "every completion of theirs got the same score"
             )
         if args.num_sample_generations and step % max(1, total // args.num_sample_generations) == 0:
