@@ -32,6 +32,7 @@ from pipeline.models.reward_model import RewardNetwork, check_base
 from pipeline.recipe import Recipe, parse_stage_arguments
 from pipeline.rewards import Handling, Reward, RewardFunction, as_completions, build_rewards, compute_rewards
 from pipeline.rewards.learned import AdapterReward
+from pipeline.rewards.rows import count_failures
 from pipeline.runtime.distributed import on_main, part_files
 from pipeline.stages.directory import RunDirectory, control_run, versions
 from pipeline.stages.stage import (
@@ -48,7 +49,6 @@ from pipeline.stages.stage import (
 from pipeline.tasks import Task
 from pipeline.trainers.ppo.config import PPOConfig
 from pipeline.trainers.ppo.objective import compute_gae, kl_penalty, spread_scores, token_rewards
-from pipeline.trainers.ppo.scoring import count_failures
 
 
 def main(argv: Sequence[str]) -> int:

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.models.text import decode
-from pipeline.rewards import Handling, Reward, RewardError, RewardOutputs, as_completions, compute_rewards
-from pipeline.runtime.messages import one_line
+from pipeline.rewards import Handling, Reward, RewardError, RewardOutputs
+from pipeline.rewards.rows import compute_row_rewards
 from pipeline.trainers.ppo.config import PPOConfig
 from pipeline.trainers.ppo.rollout import prefix_increments
 from pipeline.trainers.ppo.scores import (
@@ -35,27 +35,6 @@ class ProcessedScores:
     moments: RunningMoments
     scored: Tensor
     failures: Sequence[str]
-
-
-def count_failures(failures: Sequence[str], on_error: str) -> str:
-    """Failures of one process in one step, as a sentence with the first of them."""
-    what = "counted as 0" if on_error == "zero" else "left out"
-    scores = "score" if len(failures) == 1 else "scores"
-    return one_line(f"{len(failures)} {scores} {what} (ppo.on_reward_error): {failures[0]}")
-
-
-def compute_row_rewards(
-    rewards: Sequence[Reward],
-    rows: Dataset,
-    completions: Sequence[str],
-    completion_ids: Sequence[Sequence[int]],
-    handling: Handling,
-) -> RewardOutputs:
-    """What the rewards say of completions to the prompts of `rows`, which have the data set's columns."""
-    columns = {name: list(rows[name]) for name in rows.column_names if name not in ("prompt", "completion")}
-    prompts = list(rows["prompt"])
-    columns |= {"completion_ids": list(completion_ids)}
-    return compute_rewards(rewards, prompts, as_completions(prompts, completions), columns, handling)
 
 
 def prefix_scores(

@@ -23,6 +23,7 @@ from pipeline.models.shared import SharedModel
 from pipeline.models.text import decode, encode_prompts
 from pipeline.rewards import Reward, RewardError, RewardOutputs, check_rewards
 from pipeline.rewards.learned import AdapterReward
+from pipeline.rewards.rows import compute_row_rewards, count_failures
 from pipeline.runtime.memory import in_smaller_batches
 from pipeline.runtime.seeds import random_state, restore_random_state
 from pipeline.runtime.signals import Stopped, requested_stop
@@ -53,13 +54,7 @@ from pipeline.trainers.ppo.rollout import (
     step_seed,
 )
 from pipeline.trainers.ppo.scores import RunningMoments
-from pipeline.trainers.ppo.scoring import (
-    ProcessedScores,
-    compute_row_rewards,
-    count_failures,
-    prefix_scores,
-    process_scores,
-)
+from pipeline.trainers.ppo.scoring import ProcessedScores, prefix_scores, process_scores
 from pipeline.trainers.ppo.settings import as_rewards, first_of, greedy, handling_of, sampling, uses_bf16
 from pipeline.trainers.trackers import installed, start_trackers
 from pipeline.trainers.weights_alone import weights_alone
