@@ -22,8 +22,8 @@ from pipeline.runtime.signals import stop_signals
 from pipeline.stages.directory import RunDirectory
 from pipeline.stages.stage import base_model_path, left_out_record, load_recipe_task, run_stage
 from pipeline.tasks import Task
+from pipeline.trainers.huggingface.gather_weights import check_sharding, whole_weights
 from pipeline.trainers.huggingface.sft import ResumableSFTTrainer, build_sft_trainer, last_checkpoint, sft_arguments
-from pipeline.trainers.huggingface.sharded import check_sharding, whole_weights
 
 
 def main(argv: Sequence[str]) -> int:

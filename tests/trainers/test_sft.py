@@ -10,13 +10,9 @@ from trl import SFTTrainer
 
 from pipeline.models.loading import load_model, lora_config
 from pipeline.models.text import encode_completions, encode_prompts
-from pipeline.trainers.huggingface.sft import (
-    CompletionHeadSFTTrainer,
-    build_sft_trainer,
-    sft_arguments,
-    sft_dataset,
-)
-from pipeline.trainers.huggingface.sharded import check_sharding
+from pipeline.trainers.huggingface.completion_head import CompletionHeadSFTTrainer
+from pipeline.trainers.huggingface.gather_weights import check_sharding
+from pipeline.trainers.huggingface.sft import build_sft_trainer, sft_arguments, sft_dataset
 
 SETTINGS = {
     "per_device_train_batch_size": 8,

@@ -10,12 +10,8 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from pipeline.models.loading import load_model, lora_config
 from pipeline.models.text import encode_completions, encode_prompts
-from pipeline.trainers.huggingface.sft import (
-    EncoderDecoderCollator,
-    EncoderDecoderSFTTrainer,
-    build_sft_trainer,
-    sft_arguments,
-)
+from pipeline.trainers.huggingface.encoder_decoder import EncoderDecoderCollator, EncoderDecoderSFTTrainer
+from pipeline.trainers.huggingface.sft import build_sft_trainer, sft_arguments
 
 SETTINGS = {
     "per_device_train_batch_size": 8,

@@ -20,8 +20,8 @@ from pipeline.models.shared import remove_dropout
 from pipeline.models.text import encode_prompts
 from pipeline.rewards.pairs import HELD_OUT, TRAIN, Pair
 from pipeline.trainers.checkpoints import require_intact
+from pipeline.trainers.huggingface.arguments import complete_arguments
 from pipeline.trainers.huggingface.resumable import ResumableTrainer
-from pipeline.trainers.huggingface.sft import complete_arguments
 from pipeline.trainers.logs import MetricsFileCallback
 
 DEFAULTS: Mapping[str, Any] = {

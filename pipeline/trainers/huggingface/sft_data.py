@@ -1,0 +1,75 @@
+"""Examples for SFT: texts to token ids and labels, cut to the length that the model reads."""
+
+import sys
+
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.models.text import encode_completions, encode_prompts
+
+
+def sft_dataset(
+    tokenizer: PreTrainedTokenizerBase,
+    split: Dataset,
+    completion_only_loss: bool = True,
+    encoder_decoder: bool = False,
+    num_proc: int | None = None,
+) -> Dataset:
+    """Tokenise each example into `input_ids`, `labels` (-100 where no loss is taken) and `length`.
+
+    Prompts are rendered as PPO renders them. For an encoder-decoder the `input_ids` are the prompt and the `labels`
+    the completion.
+    """
+
+    def encode(batch: dict[str, list]) -> dict[str, list]:
+        prompts = encode_prompts(tokenizer, batch["prompt"], encoder_decoder)
+        completions = encode_completions(tokenizer, batch["prompt"], batch["completion"])
+        pairs = list(zip(prompts, completions, strict=True))
+        lengths = [len(prompt) + len(completion) for prompt, completion in pairs]
+        if encoder_decoder:
+            return {"input_ids": prompts, "labels": completions, "length": lengths}
+        return {
+            "input_ids": [prompt + completion for prompt, completion in pairs],
+            "labels": [([-100] * len(p) if completion_only_loss else p) + c for p, c in pairs],
+            "length": lengths,
+        }
+
+    return split.map(encode, batched=True, remove_columns=split.column_names, num_proc=num_proc, desc="Tokenizing")
+
+
+def truncate_examples(examples: Dataset, max_length: int | None, split: str) -> Dataset:
+    """Truncate `input_ids` and `labels` to `max_length`; drop examples whose prompt alone fills it.
+
+    How many are truncated or dropped is printed on the main process.
+
+    Raises:
+        ValueError: no example is left.
+    """
+    if max_length is None:
+        return examples
+    dropped, num_cut = [], 0
+    for row, (ids, labels) in enumerate(zip(examples["input_ids"], examples["labels"], strict=True)):
+        if all(label == -100 for label in labels[:max_length]):
+            dropped.append(row)
+        else:
+            num_cut += max(len(ids), len(labels)) > max_length
+    rule = f"sft.max_length ({max_length} tokens)"
+    if len(dropped) == len(examples):
+        raise ValueError(
+            f"sft.max_length: each of the {len(examples)} prompts of {split} fills {rule}; raise it, or cut them"
+        )
+    if (dropped or num_cut) and PartialState().is_main_process:
+        words = [f"{num_cut} are cut to {rule}"] if num_cut else []
+        if dropped:
+            words.append(
+                f"{len(dropped)} are left out, because their prompts fill {rule}: the first is row {dropped[0]}"
+            )
+        print(f"sft: of {len(examples)} examples of {split} {', and '.join(words)}", file=sys.stderr)
+    if dropped:
+        drop = set(dropped)
+        examples = examples.select([row for row in range(len(examples)) if row not in drop])
+    if not num_cut:
+        return examples
+    columns = ("input_ids", "labels")
+    return examples.map(lambda example: {name: example[name][:max_length] for name in columns}, desc="Truncating")
