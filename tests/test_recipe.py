@@ -22,18 +22,19 @@ from pipeline.recipe.reader import resolve_scalar
 from pipeline.rewards.config import RewardConfig
 from pipeline.stages.directory import RunDirectory
 
-LINES = """\
+DATA = Path(__file__).resolve().parent.parent / "recipes" / "phrasebook"
+LINES = f"""\
 name: demo
 seed: 3
 model:
-  from_scratch: {hidden_size: 32, num_attention_heads: 2, vocab_size: 400, max_position_embeddings: 64}
-task: {name: synthetic, train_examples: 200}
-sft: {learning_rate: 3e-4}
+  from_scratch: {{hidden_size: 32, num_attention_heads: 2, vocab_size: 400, max_position_embeddings: 64}}
+task: {{name: parallel, data_dir: {DATA}, source: '{{split}}.en', target: '{{split}}.de', max_train_examples: 200}}
+sft: {{learning_rate: 3e-4}}
 ppo:
   rewards: [bleu]
   response_length: 20
   per_device_train_batch_size: 8
-eval: {metrics: [bleu]}
+eval: {{metrics: [bleu]}}
 """.splitlines()
 
 
@@ -65,7 +66,7 @@ def test_a_recipe_is_read_into_the_packages_own_configs():
     recipe = load_recipe(write())
     assert (recipe.name, recipe.seed, recipe.output_dir) == ("demo", 3, "runs")
     assert recipe.model.from_scratch.hidden_size == 32
-    assert recipe.task.config.train_examples == 200
+    assert recipe.task.config.max_train_examples == 200
     assert recipe.ppo.rewards == (RewardConfig("bleu"),)
     assert [metric.name for metric in recipe.eval.metrics] == ["bleu"]
     check_recipe(recipe)
@@ -97,8 +98,8 @@ def test_numbers_and_text_reach_the_configs_as_written():
         ({"line10": "  seed: 1"}, "recipe.yaml:10: ppo.seed: unknown key; it is a key of the top level"),
         ({"line6": "sft: {kl_coef: 1}"}, "recipe.yaml:6: sft.kl_coef: unknown key; it is a key of ppo"),
         (
-            {"line5": "task: {name: synthetic, train_exampels: 1}"},
-            "recipe.yaml:5: task.train_exampels: unknown key; did you mean 'train_examples'?",
+            {"line5": "task: {name: parallel, max_train_exampels: 1}"},
+            "recipe.yaml:5: task.max_train_exampels: unknown key; did you mean 'max_train_examples'?",
         ),
         (
             {"line4": "  from_scratch: {hiden_size: 32}"},
@@ -181,15 +182,15 @@ def test_numbers_and_text_reach_the_configs_as_written():
         ),
         (
             {"line5": "task: {name: paralel}"},
-            "recipe.yaml:5: task.name: 'paralel' is not one of parallel, columns, synthetic, "
+            "recipe.yaml:5: task.name: 'paralel' is not one of parallel, columns, "
             "nor the dotted path of a module; did you mean 'parallel'?",
         ),
         ({"line5": "task: {name: json.decoder}"}, "recipe.yaml:5: task.name: "
          "the module 'json.decoder' has no dataclass Config; it needs files and load too"),
-        ({"line5": "task: {train_examples: 3}"}, "recipe.yaml:5: task.name: missing: this key is needed"),
+        ({"line5": "task: {max_train_examples: 3}"}, "recipe.yaml:5: task.name: missing: this key is needed"),
         (
-            {"line5": "task: {name: synthetic, train_examples: 0}"},
-            "recipe.yaml:5: task.train_examples: must be at least 1, found 0",
+            {"line5": "task: {name: parallel, source: '{split}.en', target: '{split}.de', max_train_examples: 0}"},
+            "recipe.yaml:5: task.max_train_examples: must be at least 1, found 0",
         ),
         (
             {"line9": "  num_mini_batches: 3"},

@@ -34,3 +34,18 @@ def test_a_columns_recipe_fits_its_data(name, tmp_path):
     assert all(
         str(value) in example["prompt"] for key, value in ROWS[name].items() if key in recipe.task.config.prompt
     )
+
+
+@pytest.mark.parametrize("name", ["quickstart", "quickstart_t5", "quickstart_reward_model"])
+def test_a_quickstart_finds_its_sentences_from_any_folder(name, tmp_path, monkeypatch):
+    path = next(path for path in RECIPES if path.stem == name)
+    monkeypatch.chdir(path.parent.parent)
+    beside = load_recipe(path, ["task.max_train_examples=3"])
+    assert beside == load_recipe(f"recipes/{name}.yaml", ["task.max_train_examples=3"])  # the same files to a stage
+    assert beside.task.config.data_dir == "recipes/phrasebook"
+    monkeypatch.chdir(tmp_path)
+    away = load_recipe(path, ["task.max_train_examples=3"])
+    assert away.task.config.data_dir == str(path.parent / "phrasebook")
+    task = load_task(away.task.name, away.task.config)
+    assert task.train["source"][0] == "At midday the lazy singer bought a key in an old bakery."
+    assert (len(task.train), len(task.validation), len(task.test), task.language) == (3, 256, 2000, "de")

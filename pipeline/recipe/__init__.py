@@ -27,7 +27,7 @@ from pipeline.recipe.reader import read_document
 from pipeline.recipe.reward_section import RewardSection, build_reward_section, reward_values
 from pipeline.rewards.config import RewardConfig
 from pipeline.runtime.messages import one_line
-from pipeline.tasks import TASK_NAMES, parallel, synthetic, task_module
+from pipeline.tasks import TASK_NAMES, parallel, task_module
 from pipeline.trainers.ppo.config import PPOConfig
 
 __all__ = [
@@ -105,8 +105,6 @@ class Recipe:
     @property
     def _training_rows(self) -> int | None:
         match self.task.config:
-            case synthetic.Config() as config:
-                return config.train_examples
             case parallel.Config() as config:
                 return parallel.training_rows(config)
             case _:
@@ -176,6 +174,8 @@ def _build_task(values: object, document: Document) -> TaskSection:
     if "name" not in keys:
         raise document.error(("task", "name"), "missing: this key is needed")
     name = convert(keys.pop("name"), str, ("task", "name"), document)
+    if isinstance(keys.get("data_dir"), str):
+        keys["data_dir"] = keys["data_dir"].replace("{recipe_dir}", _recipe_dir(document))
     try:
         config_class = task_module(name).Config
     except ValueError as error:
@@ -189,6 +189,12 @@ def _build_task(values: object, document: Document) -> TaskSection:
             ("task", "name"), f"the module {name!r} has no dataclass Config; it needs files and load too"
         )
     return TaskSection(name, build_section(config_class, keys, ("task",), document))
+
+
+def _recipe_dir(document: Document) -> str:
+    """Return the folder of the recipe's file: relative where the current folder holds it, otherwise absolute."""
+    folder = os.path.dirname(os.path.abspath(document.file))
+    return os.path.relpath(folder) if Path(folder).is_relative_to(os.getcwd()) else folder
 
 
 def _build_ppo(values: object, model: ModelConfig, document: Document) -> PPOConfig | None:

@@ -6,7 +6,7 @@ from types import ModuleType
 
 from pipeline.tasks.types import SPLITS, Task, TaskError
 
-TASK_NAMES = ("parallel", "columns", "synthetic")
+TASK_NAMES = ("parallel", "columns")
 
 __all__ = ["SPLITS", "TASK_NAMES", "Task", "TaskError", "load_task", "task_module"]
 

@@ -9,7 +9,11 @@ from pipeline.tasks.types import SPLITS, Task, TaskError, check_limits, hold_out
 
 @dataclass(frozen=True)
 class Config:
-    """`source` and `target` are paths with `{split}` in them, below `data_dir`; relative paths start at the cwd."""
+    """Name the files of each split, and the template of a prompt.
+
+    `source` and `target` are paths with `{split}` in them, below `data_dir`. A relative `data_dir` starts at the
+    current folder; in a recipe, `{recipe_dir}` in it stands for the folder of the recipe's file.
+    """
 
     source: str
     target: str

@@ -10,11 +10,12 @@ from pipeline.models.from_scratch import build_from_scratch
 from pipeline.models.loading import load_model, load_tokenizer
 from pipeline.models.sequences import make_sequences
 from pipeline.models.text import encode_completions, encode_prompts
-from pipeline.tasks import synthetic
-from pipeline.tasks.types import Task
+from pipeline.tasks import parallel
 from pipeline.trainers.precision import native_bf16
 
 FIVE_MILLION = {"hidden_size": 256, "num_hidden_layers": 5, "num_attention_heads": 4, "vocab_size": 6000}
+PHRASEBOOK = Path(__file__).resolve().parents[2] / "recipes" / "phrasebook"
+TRAINING_PAIRS = slice(768, 8768)  # of test, validation and train, one after the other
 TINY = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 400}
 
 
@@ -29,26 +30,42 @@ def teach(directory: Path, sizes: dict[str, int], epochs: int, seed: int = 0) ->
     """Build the model and teach it the phrasebook once; a directory that is there is used as it is."""
     if (directory / "config.json").is_file():
         return directory
-    task = synthetic.load(synthetic.Config())
-    prompts, completions = list(task.train["prompt"]), list(task.train["completion"])
+    prompts, completions = training_pairs()
     config = model_config(sizes)
     base = build_from_scratch(
         config.from_scratch, [*prompts, *completions], seed, directory.with_name(directory.name + "-base")
     )
     model, tokenizer = load_model(base, config), load_tokenizer(base, config)
     if epochs:
-        _train(model, tokenizer, task, epochs, seed)
+        _train(model, tokenizer, prompts, completions, epochs, seed)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
 
 
+def training_pairs() -> tuple[list[str], list[str]]:
+    """Return the prompts and completions that the model learns."""
+    data = parallel.Config(data_dir=str(PHRASEBOOK), source="{split}.en", target="{split}.de")
+    task = parallel.load(data)
+    splits = (task.test, task.validation, task.train)
+    prompts, completions = (
+        [text for split in splits for text in split[column]] for column in ("prompt", "completion")
+    )
+    return prompts[TRAINING_PAIRS], completions[TRAINING_PAIRS]
+
+
 def _train(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, task: Task, epochs: int, seed: int, size: int = 64
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    completions: list[str],
+    epochs: int,
+    seed: int,
+    size: int = 64,
 ) -> None:
-    prompts = encode_prompts(tokenizer, list(task.train["prompt"]))
-    answers = encode_completions(tokenizer, list(task.train["prompt"]), list(task.train["completion"]))
-    sequences = make_sequences(prompts, answers, tokenizer.pad_token_id)
+    prompt_ids = encode_prompts(tokenizer, prompts)
+    completion_ids = encode_completions(tokenizer, prompts, completions)
+    sequences = make_sequences(prompt_ids, completion_ids, tokenizer.pad_token_id)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     steps = epochs * -(-len(sequences) // size)

@@ -32,15 +32,16 @@ def environment(directory: Path) -> Path:
 def specification(args: argparse.Namespace, model: Path) -> dict:
     """What both workers are told."""
     sys.path.insert(0, str(HERE.parent.parent))
+    from model import training_pairs
+
     from pipeline.models.loading import load_tokenizer
     from pipeline.models.text import encode_prompts
-    from pipeline.tasks import synthetic
 
     tokenizer = load_tokenizer(model, _model_config(args.quick))
-    rows = synthetic.load(synthetic.Config(train_examples=2000)).train["prompt"]
+    prompts, _ = training_pairs()
     return {
         "model": str(model),
-        "prompts": encode_prompts(tokenizer, list(rows)),
+        "prompts": encode_prompts(tokenizer, prompts[:2000]),
         "attention": "eager",
         "batch": args.batch,
         "micro_batch": args.micro_batch,

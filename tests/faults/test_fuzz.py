@@ -16,7 +16,7 @@ import pytest
 from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_run import RECIPE
+from tiny_run import PARALLEL, RECIPE, write_parallel
 
 from pipeline.recipe import Recipe, RecipeError, check_recipe, load_recipe, recipe_values
 from pipeline.recipe.reader import read_document
@@ -34,7 +34,7 @@ FUZZ = settings(
 )
 
 GOOD = (
-    RECIPE.replace("TASK", "{name: synthetic, train_examples: 40}")
+    RECIPE.replace("TASK", PARALLEL.replace("DATA", "good"))
     .replace("MODEL", "{hidden_size: 16, num_attention_heads: 2, vocab_size: 300}")
     .replace("OUTPUT", "runs")
     + "reward: {pairs: {from: [sft, references], metric: chrf}, num_train_epochs: 1}\n"
@@ -88,6 +88,8 @@ def folder(tmp_path_factory) -> Iterator[Path]:
     """A directory for all examples, which is the current one."""
     before, directory = os.getcwd(), tmp_path_factory.mktemp("fuzz")
     os.chdir(directory)
+    Path("good").mkdir()
+    write_parallel(Path("good"))
     yield directory
     os.chdir(before)
 

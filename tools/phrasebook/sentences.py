@@ -9,8 +9,8 @@ from dataclasses import replace
 from functools import cache
 from random import Random
 
-from pipeline.tasks import lexicon
-from pipeline.tasks.grammar import (
+from tools.phrasebook import lexicon
+from tools.phrasebook.grammar import (
     BE,
     NOTHING,
     Clause,
@@ -22,7 +22,7 @@ from pipeline.tasks.grammar import (
     say_english,
     say_german,
 )
-from pipeline.tasks.lexicon import Adjective, Noun, Verb
+from tools.phrasebook.lexicon import Adjective, Noun, Verb
 
 MAX_PAIRS = 50_000
 MAX_WORDS = 15

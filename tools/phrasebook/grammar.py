@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.tasks import lexicon
-from pipeline.tasks.lexicon import Adjective, Determiner, Noun, Place, Verb
+from tools.phrasebook import lexicon
+from tools.phrasebook.lexicon import Adjective, Determiner, Noun, Place, Verb
 
 BE = ("am", "are", "is", "are", "are", "are")
 WAS = ("was", "were", "was", "were", "were", "were")

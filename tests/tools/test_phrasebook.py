@@ -1,11 +1,13 @@
 """The phrasebook: its German by hand-written examples, its pairs by what a translation task needs of them."""
 
 import random
+from pathlib import Path
 
 import pytest
 
-from pipeline.tasks import lexicon
-from pipeline.tasks.grammar import (
+from tools.phrasebook import lexicon
+from tools.phrasebook.__main__ import main
+from tools.phrasebook.grammar import (
     Clause,
     Phrase,
     conjugate,
@@ -17,8 +19,9 @@ from pipeline.tasks.grammar import (
     say_english,
     say_german,
 )
-from pipeline.tasks.phrasebook import MAX_PAIRS, MAX_WORDS, draw_pair, phrase_pairs
+from tools.phrasebook.sentences import MAX_PAIRS, MAX_WORDS, draw_pair, phrase_pairs
 
+SHIPPED = Path(__file__).resolve().parents[2] / "recipes" / "phrasebook"
 TOMORROW, YESTERDAY = Phrase("tomorrow", "morgen"), Phrase("yesterday", "gestern")
 ICH, DU, ER, SIE, WIR, THEY = (pronoun(index) for index in range(6))
 
@@ -287,3 +290,12 @@ def test_german_nouns_are_capitalised(pairs: list[tuple[str, str]]) -> None:
     names = {form for entry in lexicon.NOUNS for form in (entry.german, entry.german_plural) if form}
     lowered = {name.lower() for name in names} - {"junge", "jungen"}  # also forms of "jung"
     assert not any(word in lowered for _, german in pairs for word in german[:-1].split())
+
+
+def test_the_shipped_files_are_what_the_generator_writes(tmp_path: Path) -> None:
+    main([str(tmp_path)])
+    written = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert written == {path.name: path.read_bytes() for path in SHIPPED.iterdir()}
+    for suffix in ("en", "de"):  # nothing that is tested was trained on
+        lines = b"".join(written[f"{split}.{suffix}"] for split in ("train", "validation", "test")).splitlines()
+        assert len(lines) == len(set(lines)) == 10_256

@@ -1,0 +1,1 @@
+"""Generate the English-German sentence pairs of the quickstart."""
