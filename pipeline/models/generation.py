@@ -1,10 +1,14 @@
 """Write completions: sampling for rollouts, greedy or beam search for evaluation."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
+from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.models.decoder_start import decoder_prefix
@@ -54,7 +58,10 @@ def generate(
         FloatingPointError: the model's probabilities are not finite.
     """
     ends = eos_token_ids(model, tokenizer)
-    if decoding.num_beams > 1 or not supports_decode_loop(model):
+    if decoding.num_beams > 1:
+        return _generate_by_transformers(model, tokenizer, prompts, decoding, ends, batch_size)
+    if not supports_decode_loop(model):
+        warn_of_slow_generation(model.config.model_type)
         return _generate_by_transformers(model, tokenizer, prompts, decoding, ends, batch_size)
     draws = torch.rand(len(prompts), decoding.max_new_tokens) if decoding.temperature is not None else None
     completions: list[list[int]] = [[] for _ in prompts]
@@ -73,6 +80,17 @@ def generate(
         for row, tokens in zip(rows, written, strict=True):
             completions[row] = tokens
     return completions
+
+
+@cache  # once for each type of model
+def warn_of_slow_generation(model_type: str) -> None:
+    """Say on the main process that transformers' `generate` writes the completions instead of the decode loop."""
+    if PartialState().is_main_process:
+        text = (
+            f"warning: {model_type}: transformers' generate writes the completions, because the decode loop does not "
+            "know this model's cache or positions: slower, and samples depend on the batch size and the processes"
+        )
+        tqdm.write(text, file=sys.stderr)  # above a progress bar, where there is one
 
 
 def skip_draws(rows: int, decoding: Decoding) -> None:

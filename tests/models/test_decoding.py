@@ -1,5 +1,9 @@
 """The decode loop against transformers' generate, its sampling against numbers by hand, and what decides an end."""
 
+import inspect
+from collections.abc import Callable
+from functools import wraps
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedModel
@@ -7,7 +11,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from pipeline.models import generation
 from pipeline.models.generation import Decoding, generate, sample_tokens
 from pipeline.models.kernels import decode_loop as decoding
-from pipeline.models.kernels.decode_loop import PreallocatedCacheLayer, decode_batch, supports_decode_loop
+from pipeline.models.kernels.decode_loop import (
+    PreallocatedCacheLayer,
+    cache_argument,
+    decode_batch,
+    supports_decode_loop,
+)
 from pipeline.models.sequences import pad_left, pad_right
 from pipeline.models.text import encode_prompts
 
@@ -92,13 +101,45 @@ def test_greedy_tokens_are_those_of_transformers(architecture, attention):
         ("bloom", {"n_head": 2, "n_layer": 1}),
     ],
 )
-def test_other_caches_and_positions_are_left_to_transformers(architecture, options, tokenizer, monkeypatch):
+def test_other_caches_and_positions_are_left_to_transformers(architecture, options, tokenizer, monkeypatch, capsys):
+    generation.warn_of_slow_generation.cache_clear()
     model = build(architecture, **options)
     assert not supports_decode_loop(model)
     monkeypatch.setattr(generation, "decode_batch", None)
     monkeypatch.setattr(generation, "eos_token_ids", lambda *_: [2])
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
-    assert generate(model, tokenizer, PROMPTS, Decoding(6), 8) == by_transformers(model, PROMPTS, 6, [2])
+    assert generate(model, tokenizer, PROMPTS, Decoding(6, num_beams=2), 8)
+    assert capsys.readouterr().err == ""  # beams are transformers' for every model
+    for _ in range(2):
+        assert generate(model, tokenizer, PROMPTS, Decoding(6), 8) == by_transformers(model, PROMPTS, 6, [2])
+    [line] = capsys.readouterr().err.splitlines()  # once, not for every batch
+    assert line.startswith(f"warning: {architecture}:") and "decode loop" in line
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+@pytest.mark.parametrize("architecture", ["llama", "t5"])
+def test_the_cache_is_passed_under_the_name_that_the_forward_pass_gives_it(architecture, name):
+    model = build(architecture)
+    expected, library = decode_batch(model, PROMPTS, 0, 12, [2], greedy), cache_argument(model)
+    forward, reader = model.forward, model.get_decoder() if architecture == "t5" else model.base_model
+    model.forward = lambda **inputs: forward(**{library: inputs.pop(name)}, **inputs)
+    reader.forward = with_renamed_argument(reader.forward, library, name)
+    assert cache_argument(model) == name and supports_decode_loop(model)
+    assert decode_batch(model, PROMPTS, 0, 12, [2], greedy) == expected
+    reader.forward = with_renamed_argument(reader.forward, name, "memory")
+    assert cache_argument(model) is None and not supports_decode_loop(model)
+
+
+def with_renamed_argument(function: Callable, old: str, new: str) -> Callable:
+    """`function` as it is, but with a signature that calls the argument `old` by another name."""
+
+    @wraps(function)
+    def renamed(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    parameters = inspect.signature(function).parameters.values()
+    renamed.__signature__ = inspect.Signature([p.replace(name=new) if p.name == old else p for p in parameters])
+    return renamed
 
 
 def test_finished_rows_are_no_longer_computed(monkeypatch):

@@ -6,7 +6,7 @@ encoder-decoder runs once for each distinct prompt, and not again for any token.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -34,13 +34,28 @@ def supports_decode_loop(model: PreTrainedModel) -> bool:
     if prepares or not type(model)._supports_default_dynamic_cache():
         return False
     if model.config.is_encoder_decoder:
-        reader, needed = model.get_decoder(), {"encoder_hidden_states", "encoder_attention_mask", "past_key_values"}
+        needed = {"encoder_hidden_states", "encoder_attention_mask"}
     else:
-        reader, needed = model.base_model, {"position_ids", "past_key_values", "attention_mask"}
-    if not needed <= inspect.signature(reader.forward).parameters.keys():
+        needed = {"position_ids", "attention_mask"}
+    if not needed <= _forward_arguments(model).keys() or cache_argument(model) is None:
         return False
     layers = DynamicCache(config=model.config).layers
     return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+
+
+def cache_argument(model: PreTrainedModel) -> str | None:
+    """Name the argument in which the model's forward pass takes its key-value cache; None if it takes none.
+
+    It is `cache` from transformers 5.24 on, and `past_key_values` before and in models whose code is older.
+    """
+    arguments = _forward_arguments(model)
+    return next((name for name in ("cache", "past_key_values") if name in arguments), None)
+
+
+def _forward_arguments(model: PreTrainedModel) -> Mapping[str, inspect.Parameter]:
+    """Return the arguments of the part that reads the tokens: the decoder, or the model below the LM head."""
+    reader = model.get_decoder() if model.config.is_encoder_decoder else model.base_model
+    return inspect.signature(reader.forward).parameters
 
 
 class PreallocatedCacheLayer(DynamicLayer):
@@ -129,19 +144,12 @@ class _CausalReader:
         ids, mask = pad_left(distinct, pad_id, model.device)
         mask = mask.long()
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        read = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=DynamicCache(config=model.config),
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        self.model, self.logits = model, read.logits[index, -1]
-        self.layers = [
-            PreallocatedCacheLayer(layer.keys[index], layer.values[index]) for layer in read.past_key_values.layers
-        ]
-        self.cache, self.mask, self.positions = Cache(layers=self.layers), mask[index], positions[index, -1] + 1
+        cache, name = DynamicCache(config=model.config), cache_argument(model)
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, name: cache}
+        self.model, self.logits = model, model(**inputs, use_cache=True, logits_to_keep=1).logits[index, -1]
+        self.layers = [PreallocatedCacheLayer(layer.keys[index], layer.values[index]) for layer in cache.layers]
+        self.cache = {name: Cache(layers=self.layers)}
+        self.mask, self.positions = mask[index], positions[index, -1] + 1
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows, whose cache has been moved already."""
@@ -154,8 +162,8 @@ class _CausalReader:
             input_ids=tokens.unsqueeze(1),
             attention_mask=self.mask,
             position_ids=self.positions.unsqueeze(1),
-            past_key_values=self.cache,
             use_cache=True,
+            **self.cache,
         )
         self.positions = self.positions + 1
         return output.logits[:, -1]
@@ -176,7 +184,7 @@ class _DecoderReader:
         # Not made from the config, which counts the encoder's layers.
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         prefix = torch.tensor(decoder_prefix(model), device=model.device).expand(len(ids), -1)
-        self.model, self.cache = model, cache
+        self.model, self.cache = model, {cache_argument(model): cache}
         self.logits = self._forward(prefix, states, mask)[index]
         for side in (cache.self_attention_cache, cache.cross_attention_cache):
             side.layers = [PreallocatedCacheLayer(layer.keys[index], layer.values[index]) for layer in side.layers]
@@ -189,8 +197,8 @@ class _DecoderReader:
             encoder_outputs=BaseModelOutput(last_hidden_state=states),
             attention_mask=mask,
             decoder_input_ids=tokens,
-            past_key_values=self.cache,
             use_cache=True,
+            **self.cache,
         )
         return output.logits[:, -1]
 
