@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.models.generation import Decoding, generate
 from pipeline.models.text import decode, encode_prompts
+from pipeline.runtime.seeds import derive_seed
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,6 @@ def draw_samples(
     for number in range(rank, len(starts), world):
         indices = [i for i in range(starts[number], min(starts[number] + size, len(rows))) for _ in range(copies)]
         with torch.random.fork_rng():
-            torch.manual_seed(seed * 1_000_003 + number)
+            torch.manual_seed(derive_seed(seed, "evaluation samples", number))
             found += decode_rows(model, tokenizer, rows, indices, decoding, batch_size)
     return found

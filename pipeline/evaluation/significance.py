@@ -12,6 +12,7 @@ import numpy as np
 from pipeline.metrics import Metric
 from pipeline.metrics.checks import check_examples
 from pipeline.metrics.resampling import bootstrap_indices, percentile_interval, resampled_means, with_full_set
+from pipeline.runtime.seeds import derive_seed
 
 CONFIDENCE = 0.95
 
@@ -111,7 +112,7 @@ def paired_randomisation_means(
 def _swaps(n_examples: int, n_trials: int, seed: int) -> np.ndarray:
     if n_trials < 1:
         raise ValueError(f"a randomisation test needs at least one trial, found {n_trials}")
-    return np.random.default_rng([seed, 1]).random((n_trials, n_examples)) < 0.5
+    return np.random.default_rng(derive_seed(seed, "randomisation test")).random((n_trials, n_examples)) < 0.5
 
 
 def _randomised_p(delta: float, trials: np.ndarray, n_examples: int) -> float:

@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from pipeline.models.decoder_start import decoder_prefix
 from pipeline.models.kernels.decode_loop import Choose, Stop, decode_batch, supports_decode_loop
 from pipeline.models.sequences import length_sorted_chunks, pad_left, pad_right
+from pipeline.runtime.seeds import derive_seed
 
 
 @dataclass(frozen=True)
@@ -93,13 +94,18 @@ def warn_of_slow_generation(model_type: str) -> None:
         tqdm.write(text, file=sys.stderr)  # above a progress bar, where there is one
 
 
-def skip_draws(rows: int, decoding: Decoding) -> None:
-    """Move torch's generator past what `generate` draws for `rows` prompts, as if they had been the ones before.
+def seed_samples(model: PreTrainedModel, decoding: Decoding, seed: int, rank: int, count: int) -> None:
+    """Seed torch for what `generate` draws for `count` prompts of process `rank`.
 
-    Numbers that are drawn together and one after the other are the same, so that several processes, each with a part
-    of the prompts, sample what one would.
+    The decode loop draws its numbers for all prompts at once, and numbers drawn together or one after the other are
+    the same: every process uses one seed and skips what the processes before it draw, so that several sample what one
+    would. Where transformers' `generate` draws, batch by batch, every process has a seed of its own instead.
     """
-    torch.rand(rows, decoding.max_new_tokens)
+    if not supports_decode_loop(model):
+        torch.manual_seed(derive_seed(seed, "samples", rank))
+        return
+    torch.manual_seed(derive_seed(seed, "samples", 0))
+    torch.rand(rank * count, decoding.max_new_tokens)
 
 
 def finished(

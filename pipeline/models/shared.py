@@ -59,25 +59,20 @@ class SharedModel(nn.Module):
         self.padding_free = padding_free and enable_packing(model)
         # Packed attention reads everything before a token: longer rows of a model with a window are padded instead.
         self._window: int | None = model.config.get_text_config().to_dict().get("sliding_window")
+        self.frozen_copy: PreTrainedModel | PeftModel | None = None
+        self.reward_head: nn.Linear | None = None
+        self.network: PreTrainedModel | PeftModel = model
+        self.has_value_adapter = value_adapter
         if lora is None:
-            self._frozen: list[PreTrainedModel | PeftModel] = [copy.deepcopy(model).requires_grad_(False).eval()]
-            self.network: PreTrainedModel | PeftModel = model
+            self.frozen_copy = copy.deepcopy(model).requires_grad_(False)
         else:
-            self._frozen = []  # in a list, as the reward's head: no submodules, neither trained nor saved
             lora = adapter_config(model, lora)
             self.network = get_peft_model(model, lora)
             check_adapter(self.network)
             fuse_adapters(self.network)
-        self._reward_head: list[nn.Linear] = []
-        self.has_value_adapter = value_adapter
         if value_adapter:
             self.network.add_adapter(VALUE, lora)
-            trained = [p for p in self.network.parameters() if p.requires_grad]
-            self.network.set_adapter(VALUE)
-            trained += [p for p in self.network.parameters() if p.requires_grad]
-            self.network.set_adapter(POLICY)
-            for parameter in trained:
-                parameter.requires_grad_(True)
+            self._train_own_adapters()
         head = model.get_output_embeddings().weight  # its width is not always hidden_size: OPT may project
         self.value_head = nn.Linear(head.shape[1], 1, dtype=torch.promote_types(head.dtype, torch.float32))
         nn.init.zeros_(self.value_head.weight)
@@ -86,7 +81,7 @@ class SharedModel(nn.Module):
         remove_dropout(self)
         if self.padding_free and not self._packing_agrees():
             self.padding_free = False
-            for language_model in (self.language_model, *self._frozen):
+            for language_model in filter(None, (self.language_model, self.frozen_copy)):
                 disable_packing(language_model)
 
     @property
@@ -137,64 +132,61 @@ class SharedModel(nn.Module):
     @contextmanager
     def reference(self) -> Iterator[PreTrainedModel]:
         """The reference policy as a language model."""
-        if self._frozen and isinstance(self._frozen[0], PeftModel):
-            with self._frozen[0].disable_adapter():
-                yield self._frozen[0].get_base_model()
-        elif self._frozen:
-            yield self._frozen[0]
+        network = self.network if self.frozen_copy is None else self.frozen_copy
+        if isinstance(network, PeftModel):
+            try:
+                with network.disable_adapter():
+                    yield network.get_base_model()
+            finally:
+                self._train_own_adapters()
         else:
-            with self._trainable_kept(), self.network.disable_adapter():
-                yield self.language_model
+            yield network
 
     def add_reward(self, directory: Path) -> None:
         """Put a reward adapter and its head beside the others: a few weights, no second model."""
-        if self._frozen:
-            self._frozen[0] = PeftModel.from_pretrained(self._frozen[0], str(directory), adapter_name=REWARD).eval()
+        if self.frozen_copy:
+            self.frozen_copy = PeftModel.from_pretrained(self.frozen_copy, str(directory), adapter_name=REWARD)
+            remove_dropout(self.frozen_copy)
         else:
-            with self._trainable_kept():
-                self.network.load_adapter(str(directory), REWARD, torch_device=str(self.language_model.device))
-                self.network.set_adapter(POLICY)
-        self._reward_head = [load_head(directory).to(self.language_model.device)]
+            self.network.load_adapter(str(directory), REWARD, torch_device=str(self.language_model.device))
+            remove_dropout(self.network)
+            self._activate(POLICY)
+        self.reward_head = load_head(directory).to(self.language_model.device)
 
     @torch.no_grad()
     def reward_scores(self, sequences: Sequences) -> Tensor:
         """Raw scores [B] of the learned reward."""
-        if self._frozen:
-            states = final_states(self._frozen[0].get_base_model(), sequences)
+        if self.frozen_copy:
+            states = final_states(self.frozen_copy.get_base_model(), sequences)
         else:
             with self._adapter(REWARD):
                 states = final_states(self.language_model, sequences)
-        return apply_head(self._reward_head[0], states)
+        return apply_head(self.reward_head, states)
 
     @contextmanager
     def _adapter(self, name: str) -> Iterator[None]:
-        """Another adapter in the place of the policy's."""
-        with self._trainable_kept():
-            self.network.set_adapter(name)
+        """Use another adapter in the place of the policy's."""
+        self._activate(name)
         try:
             yield
         finally:
-            with self._trainable_kept():
-                self.network.set_adapter(POLICY)
+            self._activate(POLICY)
 
-    @contextmanager
-    def _trainable_kept(self) -> Iterator[None]:
-        """peft freezes the adapters it switches off, and frees the one it switches on: neither is meant.
+    def _activate(self, name: str) -> None:
+        self.network.set_adapter(name)
+        self._train_own_adapters()
 
-        A backward pass would leave the one without gradients, and an optimizer made later would train a reward.
+    def _train_own_adapters(self) -> None:
+        """Make the adapters of policy and value trainable again, and the reward's not.
+
+        peft freezes an adapter that it switches off and frees the one that it switches on: a backward pass would leave
+        the policy without gradients, and the reward would be trained.
         """
-        rewards = [p for name, p in self.network.named_parameters() if f".{REWARD}." in name]
-        for parameter in rewards:
-            parameter.requires_grad_(False)
-        trained = [p for p in self.network.parameters() if p.requires_grad]
-        try:
-            yield
-        finally:
-            for parameter in trained:
-                parameter.requires_grad_(True)
-            for name, parameter in self.network.named_parameters():
-                if f".{REWARD}." in name:
-                    parameter.requires_grad_(False)
+        if isinstance(self.network, PeftModel):
+            self.network.set_requires_grad([POLICY, VALUE], True)
+        for network in (self.network, self.frozen_copy):
+            if isinstance(network, PeftModel):
+                network.set_requires_grad(REWARD, False)
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute layers in the backward pass, each under the adapter that was active in its forward pass."""
@@ -205,12 +197,6 @@ class SharedModel(nn.Module):
     def _checkpoint_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         active = self.has_value_adapter and self.network.active_adapter == VALUE
         return nullcontext(), self._adapter(VALUE) if active else nullcontext()
-
-    def to(self, *args, **kwargs) -> "SharedModel":
-        """Move the frozen copy and the reward's head, which are no submodules, along."""
-        for model in [*self._frozen, *self._reward_head]:
-            model.to(*args, **kwargs)
-        return super().to(*args, **kwargs)
 
     def value_parameters(self) -> list[nn.Parameter]:
         """What only the value function uses: its head, and its adapter where it has one."""
@@ -230,7 +216,8 @@ class SharedModel(nn.Module):
         """Make the policy again what it was before its first update, which is the reference."""
         initial = self._initial
         if not initial:
-            frozen = self._frozen[0].get_base_model() if isinstance(self._frozen[0], PeftModel) else self._frozen[0]
+            copied = self.frozen_copy
+            frozen = copied.get_base_model() if isinstance(copied, PeftModel) else copied
             names = {id(p): n for n, p in self.network.named_parameters()}
             before = {n.replace(".base_layer", ""): p for n, p in frozen.named_parameters()}
             initial = {n: before[names[id(p)]] for n, p in self._named_policy()}

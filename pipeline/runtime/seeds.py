@@ -1,4 +1,4 @@
-"""The state of every global random generator of a process, as values that load without running code."""
+"""Random numbers: one way to derive a seed from another, and the generators' states as values that load safely."""
 
 import random
 from collections.abc import Sequence
@@ -6,6 +6,16 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from accelerate import PartialState
+
+
+def derive_seed(seed: int, purpose: str, *numbers: int) -> int:
+    """Derive the seed of one use from the run's seed: the same for the same arguments, unrelated to any other.
+
+    `purpose` names the use, which always gives the same count of `numbers` (a step, a rank), none of them negative.
+    Returns a number of 63 bits, which torch and numpy take.
+    """
+    words = (seed, int.from_bytes(purpose.encode()), *numbers)
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def random_state() -> dict[str, object]:

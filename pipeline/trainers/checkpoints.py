@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -238,3 +239,29 @@ def require_finite(tensors: Mapping[str, Tensor], step: int) -> None:
             raise FloatingPointError(
                 f"step {step}: {name} is not finite, nothing is saved; start again with a lower learning_rate"
             )
+
+
+def load_tensors(file: Path):
+    """What `torch.save` wrote, if it is made of tensors and plain values alone.
+
+    Raises:
+        ValueError: it holds anything else, which could run code.
+    """
+    with tensors_alone(file):
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+@contextmanager
+def tensors_alone(file: object) -> Iterator[None]:
+    """Say in a sentence what torch says when it refuses to unpickle an object.
+
+    Raises:
+        ValueError: naming `file`.
+    """
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{file} holds more than tensors and plain values, which could run code: it is not loaded; remove the "
+            "checkpoint to start from the one before"
+        ) from error

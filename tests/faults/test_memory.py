@@ -16,7 +16,7 @@ from pipeline.trainers.ppo.checkpoint import load_checkpoint
 
 def limit_rows(trainer, rows, training=True, rollouts=True):
     """Let passes of the model over more rows fail as on an accelerator, in the middle of what they compute."""
-    forward, score, scoring = trainer.shared.forward, trainer.learner.score, []
+    forward, score, scoring = trainer.shared.forward, trainer.learner.forward, []
 
     def limited(sequences):
         outputs = forward(sequences)
@@ -30,7 +30,7 @@ def limit_rows(trainer, rows, training=True, rollouts=True):
         scoring.clear()
         return result
 
-    trainer.shared.forward, trainer.learner.score = limited, scored
+    trainer.shared.forward, trainer.learner.forward = limited, scored
 
 
 SETTINGS = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "num_mini_batches": 1}
@@ -57,8 +57,8 @@ def test_the_result_is_that_of_smaller_micro_batches(make_trainer, capfd, where)
         assert all(torch.equal(tensor, weights(small)[name]) for name, tensor in weights(short).items())
 
 
-def test_a_pass_of_the_rollout_whose_gradient_does_not_fit_is_made_anew(make_trainer):
-    """The first step's gradient is taken of the pass that scored the rollout: memory may run out half way back."""
+def test_a_gradient_that_does_not_fit_is_computed_anew(make_trainer):
+    """Memory may run out half way back."""
     settings = {"save_steps": 1, "num_ppo_epochs": 2, "total_episodes": 8}
     short = make_trainer("short", **SETTINGS, **settings)
     backward, failed = short.accelerator.backward, []

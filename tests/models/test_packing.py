@@ -104,7 +104,7 @@ def test_a_model_that_does_more_between_tokens_is_found_out(monkeypatch, full):
     monkeypatch.setattr(packing, "_rows", lambda x, at, mask: torch.zeros(*mask.shape, *x.shape[1:]))
     shared = SharedModel(build("llama", "sdpa"), None if full else lora())
     assert not shared.padding_free
-    for model in (shared.language_model, *shared._frozen):
+    for model in filter(None, (shared.language_model, shared.frozen_copy)):
         assert model.config._attn_implementation == "sdpa"
 
 

@@ -104,7 +104,7 @@ def test_ppo_scores_on_the_shared_base_what_the_reward_model_said(tmp_path, kind
     expected = saved(tmp_path, kind).scores(sequences())
     shared = SharedModel(build(kind), None if policy == "full" else lora(), value_adapter=policy == "value adapter")
     before = shared(sequences())
-    parameters, trained = sum(1 for _ in shared.parameters()), set(shared.trainable_state())
+    parameters, trained = sum(1 for _ in shared.network.parameters()), set(shared.trainable_state())
     shared.add_reward(tmp_path)
     for _ in range(2):  # again after an update of the policy, which is no part of the reward
         torch.testing.assert_close(shared.reward_scores(sequences()), expected)
@@ -116,7 +116,9 @@ def test_ppo_scores_on_the_shared_base_what_the_reward_model_said(tmp_path, kind
     torch.testing.assert_close(shared(sequences()).logprobs, fresh(sequences()).logprobs)
     torch.testing.assert_close(shared.reference_logprobs(sequences())[0], before.logprobs)
     if policy == "full":
-        assert sum(1 for _ in shared.parameters()) == parameters  # the copy that is the reference anyway carries it
+        assert (
+            sum(1 for _ in shared.network.parameters()) == parameters
+        )  # the copy that is the reference anyway carries it
     shared.save_pretrained(tmp_path / "policy")
     assert not (tmp_path / "policy" / "reward").exists()
     shared(sequences()).logprobs.sum().backward()

@@ -81,57 +81,6 @@ def test_micro_batches_change_nothing(make_exact, use_peft, mini_batches):
         assert_same(learn(parts, rollout), expected)
 
 
-ONE_MICRO_BATCH = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
-
-
-def count_passes(trainer: PPOTrainer) -> list[int]:
-    """Fills with the rows of each of the policy's passes."""
-    forward, passes = trainer.shared.forward, []
-
-    def counted(sequences: Sequences):
-        passes.append(len(sequences))
-        return forward(sequences)
-
-    trainer.shared.forward = counted
-    return passes
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [{}, {"use_peft": False}, {"value_model": "adapter"}, {"gradient_checkpointing": True}, {"entropy_coef": 0.01}],
-    ids=str,
-)
-def test_the_first_step_learns_from_the_pass_that_scored_the_rollout(make_exact, monkeypatch, settings):
-    kept, anew = (make_exact(name, **ONE_MICRO_BATCH, **settings) for name in ("kept", "anew"))
-    passes = count_passes(kept)
-    found = learn(kept, rollout_of(kept))
-    assert passes == [8, 8, 8]  # three epochs, the first of which the rollout has made
-    monkeypatch.setattr(anew.learner, "_passes_made", lambda experience: [])
-    passes = count_passes(anew)
-    expected = learn(anew, rollout_of(anew))
-    assert passes == [8, 8, 8, 8]
-    assert found[0] == expected[0]
-    assert all(torch.equal(tensor, expected[1][name]) for name, tensor in found[1].items())
-
-
-def test_a_pass_of_other_weights_or_rows_or_used_before_is_not_learnt_from(make_exact):
-    other, moved, twice, fresh = (make_exact(name, **ONE_MICRO_BATCH) for name in ("other", "moved", "twice", "fresh"))
-    rollout = rollout_of(other)
-    passes = count_passes(moved)
-    own = rollout_of(moved)
-    move(moved)
-    assert learn(moved, own)[0]["val/ratio_first"] != 1.0 and len(passes) == 1 + 3
-    experience, _ = twice.compute_advantages(rollout_of(twice))
-    passes = count_passes(twice)
-    assert twice.update(experience)["val/ratio_first"] == 1.0 and len(passes) == 2
-    assert twice.learner._first_pass is None  # nor held
-    assert twice.update(experience)["val/ratio_first"] != 1.0 and len(passes) == 2 + 3
-    rollout_of(fresh)  # of its own, which has the same shape
-    passes = count_passes(fresh)
-    learn(fresh, rollout)
-    assert len(passes) == 3
-
-
 @pytest.mark.parametrize("use_peft", [True, False], ids=["lora", "full"])
 def test_gradient_checkpointing_changes_nothing(make_exact, use_peft):
     plain = make_exact("plain", use_peft=use_peft)

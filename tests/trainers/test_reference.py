@@ -176,4 +176,4 @@ def test_statistics_are_those_of_the_papers(make_trainer, taught, settings, mini
     assert stats == pytest.approx(expected, rel=1e-6, abs=1e-6)  # some are summed in float32
     if settings.get("cliprange"):
         assert sums["clipped"] > 0 and sums["value_clipped"] > 0  # the clips were at work
-    assert abs(expected["objective/kl"]) > 0.01
+    assert fmean(map(abs, kl)) > 0.01

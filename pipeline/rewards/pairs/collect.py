@@ -1,6 +1,5 @@
 """Pairs from the SFT model's own samples: seeded by block of prompts, the same for any number of processes."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -15,6 +14,7 @@ from pipeline.models.text import decode, encode_completions, encode_prompts
 from pipeline.rewards.pairs import Pair, Text, prompt_pairs
 from pipeline.rewards.pairs.settings import SampledPairs
 from pipeline.runtime.distributed import Parts
+from pipeline.runtime.seeds import derive_seed
 
 BLOCK = 256  # prompts that are answered under one seed
 
@@ -45,7 +45,7 @@ def sample_pairs(
     for start in parts.own(range(0, len(rows), BLOCK)):
         block = rows.select(range(start, min(len(rows), start + BLOCK)))
         with torch.random.fork_rng():
-            torch.manual_seed(_block_seed(seed, split, start))
+            torch.manual_seed(derive_seed(seed, f"sampled pairs of {split}", start))
             pairs, samples = _block_pairs(model, tokenizer, block, start, split, settings, metric)
         blocks.append((start, {"pairs": [asdict(p) for p in pairs], "samples": [asdict(s) for s in samples]}))
     parts.write(split, blocks)
@@ -106,10 +106,6 @@ def _answers(
     values = metric.sample_scores(texts, references)
     every = [Text(*parts) for parts in zip(texts, written, values, strict=True)]
     return [every[start : start + settings.samples] for start in range(0, len(every), settings.samples)]
-
-
-def _block_seed(seed: int, split: str, start: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed} {split} {start}".encode()).digest()[:7])
 
 
 def data_pairs(tokenizer: PreTrainedTokenizerBase, split: str, preferences: Sequence) -> list[Pair]:

@@ -19,12 +19,13 @@ from pipeline.trainers.checkpoints import (
     check_space,
     clear_checkpoints,
     keep_newest,
+    load_tensors,
     new_checkpoint,
     require_finite,
     require_intact,
+    tensors_alone,
 )
 from pipeline.trainers.huggingface.samplers import GlobalLengthGroupedSampler
-from pipeline.trainers.ppo.checkpoint import load_tensors, tensors_alone
 
 LOOP_FILE = "loop_state.pt"
 

@@ -1,9 +1,7 @@
 """What a PPO checkpoint holds, and how it is written and read; nothing in one is executed."""
 
 import json
-import pickle
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -12,7 +10,7 @@ from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.trainers.checkpoints import keep_newest, new_checkpoint, require_finite, require_intact
+from pipeline.trainers.checkpoints import keep_newest, load_tensors, new_checkpoint, require_finite, require_intact
 
 STATE_FILE, WEIGHTS_FILE, OPTIMIZER_FILE = "trainer_state.json", "trainable.safetensors", "optimizer.pt"
 RANDOM_FILE = "random_state.pt"
@@ -91,32 +89,6 @@ def load_checkpoint(path: Path) -> Checkpoint:
         optimization["scheduler"],
         load_tensors(path / RANDOM_FILE),
     )
-
-
-def load_tensors(file: Path):
-    """What `torch.save` wrote, if it is made of tensors and plain values alone.
-
-    Raises:
-        ValueError: it holds anything else, which could run code.
-    """
-    with tensors_alone(file):
-        return torch.load(file, map_location="cpu", weights_only=True)
-
-
-@contextmanager
-def tensors_alone(file: object) -> Iterator[None]:
-    """Say in a sentence what torch says when it refuses to unpickle an object.
-
-    Raises:
-        ValueError: naming `file`.
-    """
-    try:
-        yield
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{file} holds more than tensors and plain values, which could run code: it is not loaded; remove the "
-            "checkpoint to start from the one before"
-        ) from error
 
 
 def _load_state(file: Path) -> TrainerState:

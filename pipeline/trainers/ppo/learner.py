@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
 from pipeline.models.sequences import Sequences
-from pipeline.models.shared import PolicyOutputs, SharedModel
+from pipeline.models.shared import SharedModel
 from pipeline.runtime.memory import in_smaller_batches, is_out_of_memory
 from pipeline.trainers.ppo.config import PPOConfig
 from pipeline.trainers.ppo.objective import Clipping, LossTerms, ppo_loss
@@ -35,15 +35,6 @@ class Update:
     skipped: int
     skipped_in_row: int
     notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class FirstPass:
-    """A policy's pass over all `sequences` of a rollout, and how often each parameter had been changed before."""
-
-    sequences: Sequences
-    outputs: PolicyOutputs
-    versions: tuple[int, ...]
 
 
 class LastPassError(Exception):
@@ -70,7 +61,6 @@ class Learner:
         self.model, self.optimizer = accelerator.prepare(shared, optimizer)
         self.shared: SharedModel = accelerator.unwrap_model(self.model)
         self.scheduler = self._schedule(args.num_optimizer_steps(accelerator.num_processes))
-        self._first_pass: FirstPass | None = None
         self.clipping = Clipping(
             args.cliprange, args.cliprange_high or args.cliprange, args.cliprange_value, args.dual_clip
         )
@@ -91,35 +81,19 @@ class Learner:
         self.optimizer.load_state_dict(optimizer)
         self.scheduler.load_state_dict(scheduler)
 
-    def score(self, sequences: Sequences) -> tuple[Sequences, TokenOutputs]:
-        """What the models say of each token of a rollout, in the micro-batches in which it will be learnt from.
+    def forward(self, sequences: Sequences) -> tuple[Sequences, TokenOutputs]:
+        """Compute log-probs, values and entropies of a rollout, in the micro-batches it will be learnt from.
 
-        Where these are one, and one mini-batch too, the first optimizer step of the next update takes the gradient of
-        this pass instead of making it again. The sequences come back with what can be known of them for good.
+        The sequences come back with the states of an encoder that nothing trains: they stay the same.
         """
-        # Several processes exchange gradients by a pass through DDP's wrapper, which this one is not.
-        keep_graph = self.args.num_mini_batches == 1 and self.accelerator.num_processes == 1
 
         def attempt(size: int) -> tuple[Sequences, TokenOutputs]:
             with self.accelerator.autocast():
                 encoded = self.shared.encoded(sequences, size)
-                return encoded, compute_token_outputs(self.shared, encoded, size, keep_graph)
+                return encoded, compute_token_outputs(self.shared, encoded, size)
 
-        self._first_pass = None
-        (encoded, scores), self.micro_batch_size = in_smaller_batches(attempt, self.micro_batch_size)
-        if scores.first_pass is not None:
-            self._first_pass = FirstPass(encoded, scores.first_pass, self._versions())
-        return encoded, scores
-
-    def _versions(self) -> tuple[int, ...]:
-        return tuple(parameter._version for parameter in self.shared.parameters())
-
-    def _passes_made(self, experience: Experience) -> list[PolicyOutputs]:
-        """The pass that `score` kept of this experience, to be taken out once: none if the weights are others now."""
-        kept, self._first_pass = self._first_pass, None
-        if kept is None or kept.sequences is not experience.sequences or kept.versions != self._versions():
-            return []
-        return [kept.outputs]
+        outputs, self.micro_batch_size = in_smaller_batches(attempt, self.micro_batch_size)
+        return outputs
 
     def update(
         self, experience: Experience, seed: int, kl_coef: float, value_only: bool = False, skipped_in_row: int = 0
@@ -135,12 +109,12 @@ class Learner:
         """
         args, generator = self.args, torch.Generator().manual_seed(seed)
         totals, tokens, norms, notes = torch.zeros(len(TERMS)), 0, [], []
-        first_ratio, stopped, made = float("nan"), False, self._passes_made(experience)
+        first_ratio, stopped = float("nan"), False
         for epoch in range(args.num_ppo_epochs):
             for number, mini_batch in enumerate(experience.mini_batches(args.num_mini_batches, generator)):
                 count = 0 if stopped else self._global_tokens(mini_batch)
                 if count:
-                    sums = self._accumulate(mini_batch, count, kl_coef, made)
+                    sums = self._accumulate(mini_batch, count, kl_coef)
                     means = dict(zip(TERMS, (sums / count).tolist(), strict=True))
                     first_ratio = means["ratio"] if not tokens else first_ratio
                     totals, tokens = totals + sums, tokens + count
@@ -190,12 +164,11 @@ class Learner:
                 parameter.grad = None
         return float(self.accelerator.clip_grad_norm_(self.shared.parameters(), self.args.max_grad_norm))
 
-    def _accumulate(self, mini_batch: Experience, count: int, kl_coef: float, made: list[PolicyOutputs]) -> Tensor:
+    def _accumulate(self, mini_batch: Experience, count: int, kl_coef: float) -> Tensor:
         """Gradients of a mini-batch with `count` tokens over all processes; returns the global sums of `TERMS`.
 
-        `made` may hold a pass over it that has been made already; it is taken out. Where memory runs out it begins
-        anew with half as many episodes at a time: the gradient is the same. Processes meet in the last pass, so what
-        happens there cannot be repeated by one of several alone.
+        Where memory runs out it begins anew with half as many episodes at a time: the gradient is the same. Processes
+        meet in the last pass, so what happens there cannot be repeated by one of several alone.
 
         Raises:
             RuntimeError: out of memory with single episodes.
@@ -204,21 +177,19 @@ class Learner:
 
         def attempt(size: int) -> Tensor:
             self.optimizer.zero_grad()
-            return self._gradients(mini_batch, count, kl_coef, size, made.pop() if made else None)
+            return self._gradients(mini_batch, count, kl_coef, size)
 
         sums, self.micro_batch_size = in_smaller_batches(attempt, self.micro_batch_size)
         return self.accelerator.reduce(sums, reduction="sum").cpu()
 
-    def _gradients(
-        self, mini_batch: Experience, count: int, kl_coef: float, size: int, made: PolicyOutputs | None
-    ) -> Tensor:
+    def _gradients(self, mini_batch: Experience, count: int, kl_coef: float, size: int) -> Tensor:
         args, sums = self.args, torch.zeros(len(TERMS), device=self.accelerator.device)
         loss_kl_coef = kl_coef if args.kl_placement == "loss" else 0.0
         parts = mini_batch.micro_batches(size)
         for number, part in enumerate(parts):
             last = number == len(parts) - 1
             with self._synchronised(last), self.accelerator.autocast():
-                outputs = made or self.model(part.sequences)
+                outputs = self.model(part.sequences)
                 terms = ppo_loss(
                     outputs.logprobs,
                     outputs.values,

@@ -5,12 +5,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from pipeline.models.generation import Decoding, skip_draws
-from pipeline.models.kernels.decode_loop import supports_decode_loop
 from pipeline.models.sequences import Sequences
-from pipeline.models.shared import PolicyOutputs, SharedModel
+from pipeline.models.shared import SharedModel
+from pipeline.runtime.seeds import derive_seed
 from pipeline.trainers.ppo.scores import RunningMoments, prompts_with_equal_scores
 
 
@@ -88,33 +86,23 @@ class Experience:
 
 @dataclass(frozen=True)
 class TokenOutputs:
-    """What the models say of each completion token before the update: all [B, C], without gradients.
-
-    `first_pass` is the policy's pass with its graph, in the row order of the one micro-batch that it was: the first
-    optimizer step would compute the same. It is good for one backward pass. None: the update computes its own.
-    """
+    """What the models compute for each completion token before the update: all [B, C], without gradients."""
 
     logprobs: Tensor
     ref_logprobs: Tensor
     values: Tensor
     entropies: Tensor
-    first_pass: PolicyOutputs | None
 
 
-def compute_token_outputs(
-    model: SharedModel, sequences: Sequences, size: int, keep_graph: bool = False
-) -> TokenOutputs:
-    """Policy, reference and value of every token, in the micro-batches of at most `size` that the update will use.
+@torch.no_grad()
+def compute_token_outputs(model: SharedModel, sequences: Sequences, size: int) -> TokenOutputs:
+    """Compute policy, reference and value of every token, in the micro-batches of at most `size` of the update.
 
-    The same rows together give the same rounding, so that the update's first ratio is exactly 1. With `keep_graph`
-    the policy's pass is kept for the update where one micro-batch holds every row: with more of them, the activations
-    of all would have to be held instead of those of one.
+    The same rows together give the same rounding, so that the update's first ratio is exactly 1.
     """
     chunks = sequences.chunks(size)
     parts = [sequences.rows(index) for index in chunks]
-    kept = keep_graph and len(parts) == 1
-    with torch.set_grad_enabled(kept):
-        outputs = [model(part) for part in parts]
+    outputs = [model(part) for part in parts]
     shape = sequences.completion_mask.shape
     logprobs, values, entropies, ref_logprobs = (
         _in_place(tensors, chunks, shape)
@@ -125,14 +113,14 @@ def compute_token_outputs(
             model.reference_logprobs(*parts),
         )
     )
-    return TokenOutputs(logprobs, ref_logprobs, values, entropies, outputs[0] if kept else None)
+    return TokenOutputs(logprobs, ref_logprobs, values, entropies)
 
 
 def _in_place(parts: Sequence[Tensor], chunks: Sequence[Tensor], shape: torch.Size) -> Tensor:
     """Trimmed results of chunks of rows, back where their rows stand in a batch of `shape`."""
     result = parts[0].new_zeros(shape)
     for part, index in zip(parts, chunks, strict=True):
-        result[index, : part.shape[1]] = part.detach()
+        result[index, : part.shape[1]] = part
     return result
 
 
@@ -221,32 +209,8 @@ def prompt_order(size: int, seed: int) -> Callable[[int], int]:
         if epoch not in cache:
             for old in [e for e in cache if e < epoch - 1]:
                 del cache[old]
-            generator = torch.Generator().manual_seed(_mix(seed, epoch))
+            generator = torch.Generator().manual_seed(derive_seed(seed, "prompt order", epoch))
             cache[epoch] = torch.randperm(size, generator=generator).tolist()
         return cache[epoch][offset]
 
     return row
-
-
-def seed_samples(model: PreTrainedModel, seed: int, step: int, rank: int, count: int, decoding: Decoding) -> None:
-    """Seed torch for the `count` completions of one process in one PPO step, as one process would draw all of them.
-
-    Where transformers' `generate` draws, batch by batch, every process has noise of its own instead.
-    """
-    shared = supports_decode_loop(model)
-    torch.manual_seed(step_seed(seed, step, 0 if shared else rank))
-    if shared:
-        skip_draws(rank * count, decoding)
-
-
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """The seed of one process in one PPO step."""
-    return _mix(_mix(seed, step + 1), rank + 1)
-
-
-def _mix(a: int, b: int) -> int:
-    """A well-spread 63-bit seed from two numbers (SplitMix64's finaliser)."""
-    z = (a * 0x9E3779B97F4A7C15 + b * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) & (2**64 - 1)
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
-    return (z ^ (z >> 31)) >> 1

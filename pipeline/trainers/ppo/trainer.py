@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.models.generation import Decoding, finished, generate
+from pipeline.models.generation import Decoding, finished, generate, seed_samples
 from pipeline.models.reward_model import check_base
 from pipeline.models.sequences import make_sequences
 from pipeline.models.shared import SharedModel
@@ -25,7 +25,7 @@ from pipeline.rewards import Reward, RewardError, RewardOutputs, check_rewards
 from pipeline.rewards.learned import AdapterReward
 from pipeline.rewards.rows import compute_row_rewards, count_failures
 from pipeline.runtime.memory import in_smaller_batches
-from pipeline.runtime.seeds import random_state, restore_random_state
+from pipeline.runtime.seeds import derive_seed, random_state, restore_random_state
 from pipeline.runtime.signals import Stopped, requested_stop
 from pipeline.runtime.watchdog import enter, watched
 from pipeline.trainers.checkpoints import check_space, clear_checkpoints, newest_checkpoint
@@ -50,8 +50,6 @@ from pipeline.trainers.ppo.rollout import (
     prompt_order,
     rollout_statistics,
     rollout_sums,
-    seed_samples,
-    step_seed,
 )
 from pipeline.trainers.ppo.scores import RunningMoments
 from pipeline.trainers.ppo.scoring import ProcessedScores, prefix_scores, process_scores
@@ -214,7 +212,7 @@ class PPOTrainer:
         if same:
             restore_random_state(checkpoint.random[self.accelerator.process_index])
             return f"continuing from {source}"
-        set_seed(step_seed(self.seed, state.step, self.accelerator.process_index) % 2**32)
+        set_seed(derive_seed(self.seed, "resumed run", state.step, self.accelerator.process_index) % 2**32)
         return (
             f"continuing from {source}, which {len(checkpoint.random)} processes made; this run has {processes}, so "
             f"from episode {state.episodes} on batches, samples and learning rates are others: the curve will not be "
@@ -235,7 +233,8 @@ class PPOTrainer:
         prompts = [self._prompt_ids[row] for row in rows]
         self._enter("the completions")
         with torch.random.fork_rng(), self.accelerator.autocast():
-            seed_samples(self.shared.language_model, self.seed, self.state.step, rank, len(prompts), sampling(args))
+            seed = derive_seed(self.seed, "rollout", self.state.step)
+            seed_samples(self.shared.language_model, sampling(args), seed, rank, len(prompts))
             completions = self._generate(prompts, sampling(args))
         texts = decode(self.tokenizer, completions)
         ended = torch.tensor(finished(self.shared.language_model, self.tokenizer, completions, sampling(args)))
@@ -246,7 +245,7 @@ class PPOTrainer:
         self._enter("the log-probabilities")
         sequences = make_sequences(prompts, completions, self.tokenizer.pad_token_id, device)
         before = self.learner.micro_batch_size
-        sequences, tokens = self.learner.score(sequences)
+        sequences, tokens = self.learner.forward(sequences)
         self._note_micro_batch(before)
         return Rollout(
             prompts=answered["prompt"],
@@ -326,7 +325,7 @@ class PPOTrainer:
             FloatingPointError: the gradients of `max_skipped_steps` optimizer steps in a row were not finite.
         """
         self._enter("the update")
-        seed = step_seed(self.seed, self.state.step, self.accelerator.process_index)
+        seed = derive_seed(self.seed, "mini-batches", self.state.step, self.accelerator.process_index)
         value_only, step = self.state.step < self.args.value_warmup_steps, self.state.step + 1
         try:
             before = self.learner.micro_batch_size
