@@ -47,6 +47,7 @@ from pipeline.stages.launch import (
     signal_name,
 )
 from pipeline.stages.lock import RunInUseError, run_lock
+from pipeline.tasks.counts import count_examples
 
 SHOWN_DIFFERENCES = 8
 
@@ -254,7 +255,7 @@ def sft_sizes(recipe: Recipe, processes: int) -> str:
     per_device, accumulation = arguments["per_device_train_batch_size"], arguments["gradient_accumulation_steps"]
     batch = f"batch {per_device} per device x {accumulation} accumulated x {processes} = "
     batch += f"{per_device * accumulation * processes}"
-    examples = recipe.training_examples
+    examples = count_examples(recipe.task.config).sft
     if arguments["max_steps"] > 0:
         return f"{batch}; {arguments['max_steps']} optimizer steps"
     epochs = f"{arguments['num_train_epochs']:g} epoch{'' if arguments['num_train_epochs'] == 1 else 's'}"

@@ -17,10 +17,11 @@ from pipeline.recipe import (
     load_recipe,
     parse_stage_arguments,
 )
-from pipeline.recipe.build import REFUSED_SFT_KEYS
 from pipeline.recipe.reader import resolve_scalar
+from pipeline.recipe.refused import REFUSED_SFT_KEYS
 from pipeline.rewards.config import RewardConfig
 from pipeline.stages.directory import RunDirectory
+from pipeline.tasks.counts import ExampleCounts, count_examples
 
 DATA = Path(__file__).resolve().parent.parent / "recipes" / "phrasebook"
 LINES = f"""\
@@ -435,7 +436,7 @@ REFUSED_BY_NAME = """
     fsdp fsdp_config accelerator_config parallelism_config local_rank ddp_backend use_liger_kernel truncation_mode
     overwrite_output_dir logging_dir trackio_space_id label_names prediction_loss_only eval_accumulation_steps
     include_for_metrics batch_eval_metrics restore_callback_states_from_checkpoint length_column_name use_cache
-    auto_find_batch_size
+    auto_find_batch_size enable_jit_checkpoint
 """
 
 
@@ -570,14 +571,14 @@ def parallel_task(lines):
 
 
 def test_training_examples_are_counted_where_that_needs_no_loading():
-    assert load_recipe(write()).training_examples == 200
+    assert count_examples(load_recipe(write()).task.config).sft == 200
     recipe = load_recipe(parallel_task(["a", "", "b", "c"]))
-    assert recipe.training_examples == 3  # pairs with an empty side are not trained on
-    assert load_recipe("recipe.yaml", ["task.max_train_examples=2"]).training_examples == 2
+    assert count_examples(recipe.task.config) == ExampleCounts(3, 3)  # pairs with an empty side are not trained on
+    assert count_examples(load_recipe("recipe.yaml", ["task.max_train_examples=2"]).task.config).sft == 2
     with pytest.raises(RecipeError, match=r"^recipe\.yaml:10: .*= 32 prompts, but there are 3 training examples"):
         check_recipe(recipe)
     kept = load_recipe("recipe.yaml", ["task.ppo_examples=1"])
-    assert (kept.training_examples, kept.ppo_prompts) == (2, 1)
+    assert count_examples(kept.task.config) == ExampleCounts(sft=2, ppo=1)
     with pytest.raises(RecipeError, match=r"= 32 prompts, but task\.ppo_examples keeps 1;"):
         check_recipe(kept)
     with pytest.raises(RecipeError, match=r"task\.ppo_examples: must be below the 3 training examples, found 3"):

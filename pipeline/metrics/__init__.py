@@ -1,10 +1,10 @@
 """Text metrics: BLEU, chrF, TER, ROUGE, exact match, token F1, those of the `evaluate` library, and anyone's own."""
 
-import difflib
 import importlib
 from typing import Any
 
 from pipeline.metrics.types import AdditiveMetric, Metric, Score
+from pipeline.runtime.messages import did_you_mean
 
 __all__ = ["METRIC_NAMES", "AdditiveMetric", "Metric", "Score", "load_metric"]
 
@@ -32,10 +32,7 @@ def load_metric(name: str, language: str | None = None, **options: Any) -> Metri
         return importlib.import_module("pipeline.metrics.evaluate_library").load(name, **options)
     if "." in name:
         return _load_dotted(name, options)
-    lower_case = {known.lower(): known for known in METRIC_NAMES}
-    close = difflib.get_close_matches(name.lower(), lower_case, n=1)
-    hint = f"did you mean {lower_case[close[0]]!r}? " if close else ""
-    raise ValueError(f"unknown metric {name!r}; {hint}{_CHOICES}")
+    raise ValueError(f"unknown metric {name!r}{did_you_mean(name, METRIC_NAMES) or ';'} {_CHOICES}")
 
 
 def _load_dotted(name: str, options: dict[str, Any]) -> Metric:

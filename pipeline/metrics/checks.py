@@ -1,8 +1,9 @@
 """What every metric refuses, in one sentence each."""
 
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from pipeline.runtime.messages import did_you_mean
 
 
 def check_examples(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
@@ -35,10 +36,9 @@ def check_options(metric: str, options: Mapping[str, Any], known: Mapping[str, t
     """
     for option, value in options.items():
         if option not in known:
-            close = difflib.get_close_matches(option, known, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
             has = f"it has: {', '.join(known)}" if known else "it has no options"
-            raise ValueError(f"metric {metric}: unknown option {option!r}; {hint}{has}")
+            hint = did_you_mean(option, known) or ";"
+            raise ValueError(f"metric {metric}: unknown option {option!r}{hint} {has}")
         # In Python True is also an int, but `word_order: yes` is a mistake.
         misplaced = isinstance(value, bool) and bool not in known[option]
         if misplaced or not isinstance(value, known[option]):

@@ -1,10 +1,11 @@
 """What a decoder is given before it writes: the start token, and a first token that is forced (a language code)."""
 
-import difflib
 import inspect
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline.runtime.messages import did_you_mean
 
 # As good as impossible, and finite: a probability of 0 times minus infinity would make an entropy NaN.
 IMPOSSIBLE = -1e4
@@ -90,8 +91,7 @@ def check_languages(tokenizer: PreTrainedTokenizerBase, languages: dict[str, str
                 f"model.{key}: the tokenizer of {tokenizer.name_or_path!r} has no language codes; remove it"
             )
         if code not in tokenizer.all_special_tokens:
-            close = difflib.get_close_matches(code, tokenizer.all_special_tokens, n=1, cutoff=0.3)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = did_you_mean(code, tokenizer.all_special_tokens, cutoff=0.3)
             raise ValueError(f"model.{key}: {code!r} is no language code of {tokenizer.name_or_path!r}{hint}")
 
 

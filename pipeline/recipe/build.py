@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from enum import Enum
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -11,65 +11,15 @@ from trl import SFTConfig
 
 from pipeline.evaluation.config import EvalConfig, MetricConfig
 from pipeline.models.config import ModelConfig
-from pipeline.recipe.document import Document, KeyPath, did_you_mean
+from pipeline.recipe.document import Document, KeyPath
+from pipeline.recipe.refused import ACTS_ONLY_WITH, DEPRECATED_VALUES, REFUSED_SFT_KEYS, UPLOADS
+from pipeline.recipe.types import SFTSection
 from pipeline.rewards.config import RewardConfig
+from pipeline.runtime.messages import did_you_mean
 from pipeline.trainers.huggingface.sft import DEFAULTS as SFT_DEFAULTS
 from pipeline.trainers.ppo.config import PPOConfig
 
 TOP_LEVEL = ("name", "seed", "output_dir", "model", "task", "sft", "reward", "ppo", "eval")
-
-_UPLOADS = "Relay never uploads anything"
-_HARDWARE = "hardware is chosen by accelerate launch and accelerate_configs/, not by a recipe"
-_TEXT = "Relay turns text into tokens itself, the same way for every stage"
-_NO_PREDICTIONS = "it does nothing here: sft evaluates the loss alone, the eval stage scores predictions"
-_REFUSED_SFT_KEYS = {
-    "Relay sets it: every stage has its own directory in the run directory": (
-        "output_dir overwrite_output_dir logging_dir"
-    ),
-    "write seed at the top of the recipe, where it holds for every stage": "seed data_seed",
-    _HARDWARE: (
-        "use_cpu no_cuda use_mps_device local_rank ddp_backend deepspeed fsdp fsdp_config fsdp_min_num_params "
-        "fsdp_transformer_layer_cls_to_wrap accelerator_config parallelism_config tpu_num_cores tpu_metrics_debug"
-    ),
-    _TEXT: (
-        "dataset_text_field dataset_kwargs remove_unused_columns label_names length_column_name eos_token pad_token "
-        "chat_template_path formatting_func assistant_only_loss"
-    ),
-    "use the keys of the model section": "model_init_kwargs trust_remote_code",
-    "an interrupted stage resumes by itself when it is run again": "resume_from_checkpoint",
-    "a restart goes on exactly where the stage was interrupted": "ignore_data_skip save_only_model",
-    "it does nothing here: a loss that is not finite stops the run": "logging_nan_inf_filter",
-    "a stage always trains, and eval_strategy says when it evaluates": "do_train do_eval do_predict",
-    _NO_PREDICTIONS: (
-        "prediction_loss_only eval_accumulation_steps eval_do_concat_batches eval_use_gather_object "
-        "include_for_metrics include_inputs_for_metrics batch_eval_metrics"
-    ),
-    "it does nothing here: no callback of Relay keeps a state": "restore_callback_states_from_checkpoint",
-    "TRL has deprecated it": "truncation_mode use_liger_kernel liger_kernel_config",
-    "it does nothing here: training never reads a key-value cache": "use_cache",
-    "it makes the effective batch smaller; lower per_device_train_batch_size and raise gradient_accumulation_steps": (
-        "auto_find_batch_size"
-    ),
-    _UPLOADS: "push_to_hub trackio_space_id trackio_bucket_id trackio_static_space_id",
-}
-REFUSED_SFT_KEYS = {key: reason for reason, keys in _REFUSED_SFT_KEYS.items() for key in keys.split()}
-DEPRECATED_SFT_VALUES = {"loss_type": ("chunked_nll",)}
-# A key that acts only where another has one of these values; without it the key would be accepted and ignored.
-ACTS_ONLY_WITH: Mapping[str, tuple[str, tuple[Any, ...]]] = {
-    "eval_steps": ("eval_strategy", ("steps",)),
-    "save_steps": ("save_strategy", ("steps",)),
-    "logging_steps": ("logging_strategy", ("steps",)),
-    "packing_strategy": ("packing", (True,)),
-    "label_smoothing_factor": ("loss_type", ("nll",)),
-}
-
-
-@dataclass(frozen=True)
-class SFTSection:
-    """The `sft:` section: whether an adapter is trained, and keyword arguments of `trl.SFTConfig` as written."""
-
-    use_peft: bool
-    arguments: Mapping[str, Any]
 
 
 def build_section(cls: type, values: object, path: KeyPath, document: Document) -> Any:
@@ -140,7 +90,7 @@ def build_sft_section(values: object, model: ModelConfig, document: Document) ->
     use_peft = values.pop("use_peft", model.use_peft and model.from_scratch is None)
     use_peft = convert(use_peft, bool, (*path, "use_peft"), document)
     arguments = convert_arguments("sft", values, SFTConfig, REFUSED_SFT_KEYS, ("use_peft",), document)
-    refuse_conflicts("sft", arguments, SFTConfig, SFT_DEFAULTS, ACTS_ONLY_WITH, document)
+    refuse_conflicts("sft", arguments, SFTConfig, SFT_DEFAULTS, document)
     if model.from_scratch is not None and "max_length" not in arguments:
         arguments["max_length"] = min(SFTConfig.max_length, model.from_scratch.max_position_embeddings)
     return SFTSection(use_peft, arguments)
@@ -161,7 +111,7 @@ def convert_arguments(
     """
     for key in values:
         if key in refused or key.startswith(("hub_", "push_to_hub")):
-            reason = refused.get(key, _UPLOADS)
+            reason = refused.get(key, UPLOADS)
             raise document.error((section, key), f"this key of {config_class.__name__} is not for a recipe: {reason}")
     known = {f.name: f for f in fields(config_class)}
     check_keys(values, [*own, *(name for name in known if name not in refused)], (section,), document)
@@ -178,8 +128,8 @@ def sft_fields() -> dict[str, Field]:
 
 
 def _check_choice(field: Field, value: object, path: KeyPath, document: Document) -> None:
-    refused = DEPRECATED_SFT_VALUES.get(field.name, ())
-    choices = [choice for choice in field.metadata.get("choices") or () if choice not in refused]
+    refused = DEPRECATED_VALUES.get(field.name)
+    choices = [choice for choice in field.metadata.get("choices") or () if choice != refused]
     if choices and value is not None and value not in choices:
         hint = did_you_mean(str(value), choices)
         raise document.error(path, f"expected one of {', '.join(choices)}, found {_found(value)}{hint}")
@@ -190,7 +140,6 @@ def refuse_conflicts(
     arguments: Mapping[str, Any],
     config_class: type,
     defaults: Mapping[str, Any],
-    acts_only_with: Mapping[str, tuple[str, tuple[Any, ...]]],
     document: Document,
 ) -> None:
     """Refuse keys of a section that others make idle.
@@ -199,12 +148,12 @@ def refuse_conflicts(
         RecipeError: naming both.
     """
     effective = {f.name: f.default for f in fields(config_class)} | dict(defaults) | dict(arguments)
-    for key, (other, wanted) in acts_only_with.items():
-        if key in arguments and effective[other] not in wanted:
+    for key, (other, wanted) in ACTS_ONLY_WITH.items():
+        if key in arguments and other in effective and effective[other] != wanted:
             raise document.error(
                 (section, key),
                 f"it would do nothing, because {other} is {_found(effective[other])}; "
-                f"set {section}.{other}: {_plain(wanted[0])} or remove it",
+                f"set {section}.{other}: {_plain(wanted)} or remove it",
             )
     if "num_train_epochs" in arguments and effective["max_steps"] > 0:
         raise document.error((section, "num_train_epochs"), "it would do nothing, because max_steps is set; keep one")

@@ -2,10 +2,10 @@
 
 import dataclasses
 import os
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pipeline.metrics import load_metric
 from pipeline.models.adapters import DECODER_LINEAR
@@ -13,36 +13,49 @@ from pipeline.models.config import ModelConfig
 from pipeline.models.hub import check_model_path
 from pipeline.models.loading import is_encoder_decoder, load_config, position_limit
 from pipeline.models.reward_model import RECORD_FILE, load_record
-from pipeline.recipe.document import Document, KeyPath, RecipeError, did_you_mean
+from pipeline.recipe.document import Document, KeyPath, RecipeError
+from pipeline.recipe.load import load_recipe
+from pipeline.recipe.refused import REFUSED_FOR_ENCODER_DECODERS
+from pipeline.recipe.types import Recipe
 from pipeline.rewards import build_rewards
 from pipeline.rewards.classifier import check_classifier
 from pipeline.rewards.config import RewardConfig
 from pipeline.rewards.constant import constant_reward
 from pipeline.rewards.learned import check_accuracy, check_options, is_reward_folder
+from pipeline.runtime.messages import did_you_mean
 from pipeline.tasks import preferences, task_module
+from pipeline.tasks.counts import count_examples
 from pipeline.trainers import trackers
-
-if TYPE_CHECKING:
-    from pipeline.recipe import Recipe
 
 # Keys of paths, wherever in a recipe.
 PATH_KEYS = (
-    *("output_dir", "data_dir", "path", "source", "target", "control"),
-    *("model_name_or_path", "sft_model_path", "reward_model_path", "model"),
+    "output_dir",
+    "data_dir",
+    "path",
+    "source",
+    "target",
+    "control",
+    "model_name_or_path",
+    "sft_model_path",
+    "reward_model_path",
+    "model",
 )
-_JOINS = "it joins texts into one row, and an encoder reads one prompt"
-# Keys of SFT that do nothing, or not what they say, where an encoder reads the prompt.
-REFUSED_FOR_ENCODER_DECODERS = {
-    "packing": _JOINS,
-    "eval_packing": _JOINS,
-    "padding_free": _JOINS,
-    "pad_to_multiple_of": "its two sides are padded to the longest of a batch",
-    "router_aux_loss_coef": "the loss of a router is not computed for it",
-    "neftune_noise_alpha": "its two sides have embeddings of their own, which would get no noise",
-}
 
 
-def check_recipe(recipe: "Recipe", num_processes: int = 1) -> None:
+def load_checked_recipe(path: str | Path, overrides: Sequence[str], num_processes: int) -> Recipe:
+    """Load and check a recipe for a program: dotted paths are also looked up in the current directory.
+
+    Raises:
+        RecipeError: as `load_recipe` and `check_recipe`.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # last, so that nothing there replaces a library
+    recipe = load_recipe(path, overrides)
+    check_recipe(recipe, num_processes)
+    return recipe
+
+
+def check_recipe(recipe: Recipe, num_processes: int = 1) -> None:
     """Look at everything a run of several hours would otherwise fail on late; no model is loaded.
 
     Raises:
@@ -69,7 +82,7 @@ def _check_homes(value: object, document: Document, path: KeyPath = ()) -> None:
         raise document.error(path, f"there is no home directory for the ~ of {value!r}; write the path out")
 
 
-def _check_all(recipe: "Recipe", num_processes: int, document: Document) -> None:
+def _check_all(recipe: Recipe, num_processes: int, document: Document) -> None:
     _check_homes(document.data, document)
     if recipe.model.model_name_or_path is not None:
         check_model_path(recipe.model.model_name_or_path, "model.model_name_or_path")
@@ -89,7 +102,7 @@ def _check_all(recipe: "Recipe", num_processes: int, document: Document) -> None
     _check_writable(recipe, document)
 
 
-def _check_reward_model(recipe: "Recipe", document: Document) -> None:
+def _check_reward_model(recipe: Recipe, document: Document) -> None:
     """The learned reward is there or will be made, and is one."""
     if recipe.reward is not None:
         if isinstance(recipe.reward.pairs, preferences.Config):
@@ -120,7 +133,7 @@ def _check_reward_model(recipe: "Recipe", document: Document) -> None:
         _check_place(path)
 
 
-def _check_ranking(recipe: "Recipe") -> None:
+def _check_ranking(recipe: Recipe) -> None:
     try:
         load_metric(recipe.reward.pairs.metric, recipe.language)
     except ValueError as error:
@@ -137,7 +150,7 @@ def _check_place(path: str) -> None:
     check_classifier(path, ModelConfig(model_name_or_path=path))
 
 
-def _check_idle_options(recipe: "Recipe", document: Document) -> None:
+def _check_idle_options(recipe: Recipe, document: Document) -> None:
     if recipe.model.load_in_4bit and recipe.ppo is not None and not recipe.ppo.use_peft:
         rule = "PPO trains all weights (ppo.use_peft: false), which needs them whole; train an adapter, or remove it"
         raise document.error(("model", "load_in_4bit"), rule)
@@ -152,7 +165,7 @@ def _check_idle_options(recipe: "Recipe", document: Document) -> None:
             raise document.error(("model", f.name), "it would do nothing, because no stage has use_peft: true")
 
 
-def _check_family(recipe: "Recipe", document: Document) -> None:
+def _check_family(recipe: Recipe, document: Document) -> None:
     """Refuse what the model's family cannot do: options of SFT, adapters, language codes."""
     if not is_encoder_decoder(recipe.model):
         if recipe.model.lora_target_modules == DECODER_LINEAR:
@@ -168,7 +181,7 @@ def _check_family(recipe: "Recipe", document: Document) -> None:
         raise document.error(("sft", "completion_only_loss"), rule)
 
 
-def _check_lengths(recipe: "Recipe", document: Document) -> None:
+def _check_lengths(recipe: Recipe, document: Document) -> None:
     """What is cut, and what is generated behind a prompt of one token, fits into the model's positions."""
     scratch = recipe.model.from_scratch
     if scratch is None:
@@ -190,7 +203,7 @@ def _check_lengths(recipe: "Recipe", document: Document) -> None:
             raise document.error(path, f"must be below {rule} to leave room for the prompt, found {length}")
 
 
-def _generated_lengths(recipe: "Recipe") -> dict[KeyPath, int]:
+def _generated_lengths(recipe: Recipe) -> dict[KeyPath, int]:
     """The most tokens each stage writes behind a prompt."""
     lengths: dict[KeyPath, int] = {}
     if recipe.reward is not None and not isinstance(recipe.reward.pairs, preferences.Config):
@@ -200,33 +213,32 @@ def _generated_lengths(recipe: "Recipe") -> dict[KeyPath, int]:
     return {**lengths, ("eval", "max_new_tokens"): recipe.eval.max_new_tokens}
 
 
-def _check_batches(recipe: "Recipe", num_processes: int, document: Document) -> None:
+def _check_batches(recipe: Recipe, num_processes: int, document: Document) -> None:
     for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if recipe.sft.arguments.get(key, 1) < 1:
             raise document.error(("sft", key), f"must be at least 1, found {recipe.sft.arguments[key]}")
-    rows, examples = recipe.training_examples, recipe.ppo_prompts
-    if rows is not None and rows < 1:
-        kept = recipe.ppo_prompts
+    counts, held_out = count_examples(recipe.task.config), recipe.task.config.ppo_examples
+    if counts.sft is not None and counts.sft < 1:
+        total = counts.sft + held_out
         raise document.error(
-            ("task", "ppo_examples"), f"must be below the {rows + kept} training examples, found {kept}"
+            ("task", "ppo_examples"), f"must be below the {total} training examples, found {held_out}"
         )
-    if recipe.ppo is None or examples is None:
+    if recipe.ppo is None or counts.ppo is None:
         return
     copies = recipe.ppo.num_generations
     size = recipe.ppo.batch_size(num_processes) // copies
-    if size > examples:
-        kept = rows is not None and recipe.ppo_prompts != rows
-        found = f"task.ppo_examples keeps {examples}" if kept else f"there are {examples} training examples"
+    if size > counts.ppo:
+        limit = f"task.ppo_examples keeps {held_out}" if held_out else f"there are {counts.ppo} training examples"
         shared = f" / num_generations {copies}" if copies > 1 else ""
         raise document.error(
             ("ppo", "per_device_train_batch_size"),
             f"one PPO batch is {recipe.ppo.per_device_train_batch_size} x gradient_accumulation_steps "
             f"{recipe.ppo.gradient_accumulation_steps} x processes {num_processes}{shared} = {size} prompts, "
-            f"but {found}; lower one of them",
+            f"but {limit}; lower one of them",
         )
 
 
-def _check_best_metric(recipe: "Recipe", document: Document) -> None:
+def _check_best_metric(recipe: Recipe, document: Document) -> None:
     chosen = {"sft": recipe.sft.arguments.get("metric_for_best_model")}
     if recipe.ppo is not None:
         chosen["ppo"] = recipe.ppo.metric_for_best_model
@@ -239,7 +251,7 @@ def _check_best_metric(recipe: "Recipe", document: Document) -> None:
             )
 
 
-def _check_trackers(recipe: "Recipe", document: Document) -> None:
+def _check_trackers(recipe: Recipe, document: Document) -> None:
     """Whether a tracker exists at all; one that is not installed is only warned of."""
     chosen = {"sft": recipe.sft.arguments.get("report_to"), "ppo": recipe.ppo.report_to if recipe.ppo else None}
     chosen["reward"] = recipe.reward.arguments.get("report_to") if recipe.reward else None
@@ -251,7 +263,7 @@ def _check_trackers(recipe: "Recipe", document: Document) -> None:
                 raise document.error((section, "report_to"), rule)
 
 
-def _check_metrics_and_rewards(recipe: "Recipe", document: Document) -> None:
+def _check_metrics_and_rewards(recipe: Recipe, document: Document) -> None:
     for index, metric in enumerate(recipe.eval.metrics):
         try:
             load_metric(metric.name, recipe.language, **metric.options)
@@ -275,7 +287,7 @@ def _refused_reward(rewards: Sequence[RewardConfig], language: str | None) -> Ke
     return ("ppo", "rewards")
 
 
-def _check_writable(recipe: "Recipe", document: Document) -> None:
+def _check_writable(recipe: Recipe, document: Document) -> None:
     """Write and remove a file where the run and its stages are or will be; no directory is left behind."""
     target = Path(recipe.output_dir).expanduser() / recipe.name
     existing = next(p for p in (target, *target.absolute().parents) if p.exists())

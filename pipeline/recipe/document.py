@@ -1,8 +1,6 @@
 """Where every value of a recipe was written, and errors that say so."""
 
-import difflib
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,9 +67,3 @@ def dotted(path: KeyPath) -> str:
 def split_path(text: str) -> KeyPath:
     """`ppo.rewards.0` as `("ppo", "rewards", 0)`."""
     return tuple(int(part) if re.fullmatch("[0-9]{1,9}", part) else part for part in text.split("."))
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the known word most like `word`, or nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""

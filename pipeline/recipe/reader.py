@@ -1,7 +1,6 @@
 """Recipe text and overrides -> plain mappings that remember where every value was written."""
 
 import copy
-import difflib
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -25,6 +24,7 @@ from ruamel.yaml.events import (
 
 from pipeline.recipe.document import Document, KeyPath, RecipeError, dotted, split_path
 from pipeline.recipe.secrets import secret_in
+from pipeline.runtime.messages import did_you_mean
 
 MAX_DEPTH = 20
 MAX_BYTES, MAX_VALUES = 2**20, 10_000  # of a file; of a recipe with its aliases written out
@@ -70,10 +70,7 @@ def _read_text(path: Path) -> str:
             data = file.read(MAX_BYTES + 1)  # not all of it: the path may be that of a device
         text = data.decode("utf-8-sig")
     except FileNotFoundError:
-        folder = path.parent if path.parent.is_dir() else Path(".")
-        there = {p.name: p for p in sorted(folder.glob("*.yaml"))}
-        close = difflib.get_close_matches(path.name, there, n=1) or difflib.get_close_matches(path.stem, there, n=1)
-        hint = f"; did you mean {str(there[close[0]])!r}?" if close else ""
+        hint = did_you_mean(str(path), map(str, sorted(path.parent.glob("*.yaml"))))
         raise RecipeError(f"{path}: no such recipe file{hint}") from None
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1

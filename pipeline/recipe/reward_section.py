@@ -1,62 +1,24 @@
 """The `reward:` section: where pairs come from, what is trained on them, and when PPO may use it."""
 
 import dataclasses
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from trl import RewardConfig
 
 from pipeline.recipe.build import (
-    ACTS_ONLY_WITH,
-    REFUSED_SFT_KEYS,
     as_mapping,
     build_section,
     convert_arguments,
     refuse_conflicts,
 )
 from pipeline.recipe.document import Document
+from pipeline.recipe.refused import REFUSED_REWARD_KEYS
+from pipeline.recipe.types import PairSource, RewardSection
 from pipeline.rewards.pairs.settings import SampledPairs
 from pipeline.tasks import preferences
 from pipeline.trainers.huggingface.reward import DEFAULTS
 from pipeline.trainers.ppo.config import PPOConfig
-
-PairSource = SampledPairs | preferences.Config
-REFUSED_REWARD_KEYS = REFUSED_SFT_KEYS | {
-    "dataset_num_proc": "Relay turns text into tokens itself, the same way for every stage",
-    "max_length": "pairs longer than the model's context are dropped and counted",
-    "pad_to_multiple_of": "Relay's own collator pads to the longest text",
-}
-IDLE_RULES = {key: ACTS_ONLY_WITH[key] for key in ("eval_steps", "save_steps", "logging_steps")}
-
-
-@dataclass(frozen=True)
-class RewardSection:
-    """The `reward:` section.
-
-    `model` None trains an adapter and a head on the SFT model; a path or Hub id of a sequence classifier is judged
-    and calibrated as it is. `margin_weight`: the loss asks for this difference of scores on average where the pairs
-    have margins, in their proportion; 0 leaves them away. PPO refuses a held-out accuracy below `min_accuracy`.
-    `arguments` are keyword arguments of `trl.RewardConfig` as written.
-    """
-
-    pairs: PairSource
-    model: str | None = None
-    min_accuracy: float = 0.55
-    margin_weight: float = 1.0
-    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.min_accuracy <= 1:
-            raise ValueError(f"reward.min_accuracy: must be from 0 to 1, found {self.min_accuracy}")
-        if not 0 <= self.margin_weight < math.inf:
-            raise ValueError(f"reward.margin_weight: must not be negative, found {self.margin_weight}")
-
-    @property
-    def batch_size(self) -> int:
-        """Texts that are scored at once for the report."""
-        return int(self.arguments.get("per_device_eval_batch_size", 64))
 
 
 @dataclass(frozen=True)
@@ -83,7 +45,7 @@ def build_reward_section(values: object, ppo: PPOConfig | None, document: Docume
         if idle is not None and idle != "per_device_eval_batch_size":
             raise document.error(("reward", idle), "it would do nothing: reward.model is judged as it is, not trained")
     arguments = convert_arguments("reward", values, RewardConfig, REFUSED_REWARD_KEYS, names, document)
-    refuse_conflicts("reward", arguments, RewardConfig, DEFAULTS, IDLE_RULES, document)
+    refuse_conflicts("reward", arguments, RewardConfig, DEFAULTS, document)
     section = build_section(_OwnKeys, own, ("reward",), document)
     try:
         return RewardSection(pairs=pairs, **vars(section), arguments=arguments)

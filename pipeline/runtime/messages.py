@@ -1,7 +1,9 @@
 """What is printed of foreign texts: one line, without tokens, keys and passwords."""
 
+import difflib
 import os
 import re
+from collections.abc import Iterable
 
 HIDDEN = "***"
 # Names of environment variables and keys that hold a secret: by their ends, as in HF_TOKEN, not as in HF_TOKEN_PATH.
@@ -45,3 +47,10 @@ def one_line(message: object) -> str:
     """What is printed of an error: one line without secrets, and without what would steer the terminal."""
     text = redact(" ".join(str(message).split()))
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return `; did you mean 'x'?` for the known word most like `word`, or nothing; upper case counts as lower."""
+    lower_case = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word.lower(), lower_case, n=1, cutoff=cutoff)
+    return f"; did you mean {lower_case[close[0]]!r}?" if close else ""

@@ -1,11 +1,11 @@
 """One row of data -> prompt, completion and references, by column names and templates."""
 
-import difflib
 import re
 from collections.abc import Callable, Sequence
 from string import Formatter
 from typing import Any, TypeVar
 
+from pipeline.runtime.messages import did_you_mean
 from pipeline.tasks.tables import Table
 from pipeline.tasks.types import TaskError, check_widths
 
@@ -68,10 +68,9 @@ def check_columns(table: Table, key: str, expression: str) -> None:
     """
     for column in list(map(_column_of, placeholders(expression, key))) or [expression]:
         if column not in table.columns:
-            close = difflib.get_close_matches(column, table.columns, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
+            hint = did_you_mean(column, table.columns) or ";"
             raise TaskError(
-                f"task.{key}: no column {column!r} in {table.place}; {hint}there are: {', '.join(table.columns)}"
+                f"task.{key}: no column {column!r} in {table.place}{hint} there are: {', '.join(table.columns)}"
             )
 
 

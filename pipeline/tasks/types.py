@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from datasets import Dataset
 
@@ -12,6 +12,18 @@ RESERVED_COLUMNS = ("prompt", "completion", "references")
 
 class TaskError(ValueError):
     """Data that cannot be used; the message names the key or file, what was found and what to do."""
+
+
+class TaskConfig(Protocol):
+    """Every kind of task's `Config`: a dataclass with these two keys, and keys of its own."""
+
+    @property
+    def language(self) -> str | None:
+        """Return the language of the completions (an ISO 639-1 code), where known."""
+
+    @property
+    def ppo_examples(self) -> int | None:
+        """Return how many training rows are kept from SFT for PPO; None where both train on the same rows."""
 
 
 @dataclass(frozen=True)

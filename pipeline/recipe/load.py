@@ -1,0 +1,137 @@
+"""One YAML file and overrides -> a typed Recipe, and back to plain values. Each package owns its section."""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.evaluation.config import EvalConfig, MetricConfig
+from pipeline.models.config import ModelConfig
+from pipeline.recipe.build import TOP_LEVEL, as_mapping, build_section, build_sft_section, check_keys, convert
+from pipeline.recipe.document import Document, RecipeError
+from pipeline.recipe.reader import read_document
+from pipeline.recipe.reward_section import build_reward_section, reward_values
+from pipeline.recipe.types import Recipe, TaskSection
+from pipeline.rewards.config import RewardConfig
+from pipeline.runtime.messages import did_you_mean
+from pipeline.tasks import TASK_NAMES, task_module
+from pipeline.trainers.ppo.config import PPOConfig
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a YAML file with `section.key=value` overrides laid over it.
+
+    Only the text is judged here; `check_recipe` then looks at files, models, metrics and rewards.
+
+    Raises:
+        RecipeError: one sentence with the place, the key, what was found and, where there is one, the key meant.
+    """
+    document = read_document(path, overrides)
+    values = document.data
+    check_keys(values, TOP_LEVEL, (), document)
+    for section in ("name", "model", "task"):
+        if values.get(section) is None:
+            raise document.error((section,), "missing: this key is needed")
+    scalars = {
+        key: convert(values[key], annotation, (key,), document)
+        for key, annotation in (("name", str), ("seed", int), ("output_dir", str))
+        if key in values
+    }
+    model = build_section(ModelConfig, values["model"], ("model",), document)
+    ppo = _build_ppo(values.get("ppo"), model, document)
+    try:
+        return Recipe(
+            **scalars,
+            model=model,
+            task=_build_task(values["task"], document),
+            sft=build_sft_section(values.get("sft"), model, document),
+            reward=build_reward_section(values["reward"], ppo, document) if "reward" in values else None,
+            ppo=ppo,
+            eval=_build_eval(values.get("eval"), ppo, document),
+            source=document,
+        )
+    except RecipeError:
+        raise
+    except ValueError as error:
+        raise document.restate(error) from error
+
+
+def _build_task(values: object, document: Document) -> TaskSection:
+    keys = dict(as_mapping(values, ("task",), document))
+    if "name" not in keys:
+        raise document.error(("task", "name"), "missing: this key is needed")
+    name = convert(keys.pop("name"), str, ("task", "name"), document)
+    if isinstance(keys.get("data_dir"), str):
+        keys["data_dir"] = keys["data_dir"].replace("{recipe_dir}", _recipe_dir(document))
+    try:
+        config_class = task_module(name).Config
+    except ValueError as error:
+        raise document.error(
+            ("task", "name"), f"{str(error).removeprefix('task.name: ')}{did_you_mean(name, TASK_NAMES)}"
+        ) from error
+    except AttributeError:
+        config_class = None
+    if not dataclasses.is_dataclass(config_class):
+        raise document.error(
+            ("task", "name"), f"the module {name!r} has no dataclass Config; it needs files and load too"
+        )
+    if missing := {"language", "ppo_examples"} - {f.name for f in dataclasses.fields(config_class)}:
+        raise document.error(("task", "name"), f"the Config of {name!r} lacks {', '.join(sorted(missing))}; add it")
+    return TaskSection(name, build_section(config_class, keys, ("task",), document))
+
+
+def _recipe_dir(document: Document) -> str:
+    """Return the folder of the recipe's file: relative where the current folder holds it, otherwise absolute."""
+    folder = os.path.dirname(os.path.abspath(document.file))
+    return os.path.relpath(folder) if Path(folder).is_relative_to(os.getcwd()) else folder
+
+
+def _build_ppo(values: object, model: ModelConfig, document: Document) -> PPOConfig | None:
+    """The `ppo:` section, or None where there is none; its adapter follows `model.use_peft` unless it says else."""
+    if values is None:
+        return None
+    keys = as_mapping(values, ("ppo",), document)
+    return build_section(PPOConfig, {"use_peft": model.use_peft, **keys}, ("ppo",), document)
+
+
+def _build_eval(values: object, ppo: PPOConfig | None, document: Document) -> EvalConfig:
+    """The `eval:` section; without a ppo section there is no ppo system to evaluate."""
+    config = build_section(EvalConfig, values, ("eval",), document)
+    if ppo is None and "ppo" in config.systems:
+        if ("eval", "systems") in document.places:
+            raise document.error(("eval", "systems"), "'ppo' cannot be evaluated: the recipe has no ppo section")
+        config = dataclasses.replace(config, systems=tuple(s for s in config.systems if s != "ppo"))
+    if config.max_new_tokens is None:
+        length = PPOConfig.response_length if ppo is None else ppo.response_length
+        config = dataclasses.replace(config, max_new_tokens=length)
+    if config.min_new_tokens is None:
+        config = dataclasses.replace(config, min_new_tokens=ppo.min_new_tokens if ppo is not None else 0)
+    if config.stop_strings is None:
+        config = dataclasses.replace(config, stop_strings=ppo.stop_strings if ppo is not None else ())
+    return config
+
+
+def recipe_values(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain nested values: what `load_recipe` reads an equal recipe from."""
+    return {
+        "name": recipe.name,
+        "seed": recipe.seed,
+        "output_dir": recipe.output_dir,
+        "model": _plain(recipe.model),
+        "task": {"name": recipe.task.name, **_plain(recipe.task.config)},
+        "sft": {"use_peft": recipe.sft.use_peft, **_plain(recipe.sft.arguments)},
+        **({} if recipe.reward is None else {"reward": reward_values(recipe.reward)}),
+        **({} if recipe.ppo is None else {"ppo": _plain(recipe.ppo)}),
+        "eval": _plain(recipe.eval),
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, RewardConfig | MetricConfig) and not value.options:
+        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.name != "options"}
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(v) for key, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value

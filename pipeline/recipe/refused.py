@@ -1,0 +1,99 @@
+"""Keys of TRL's configs that a recipe may not set, each with the reason: data, no code."""
+
+_DIRECTORY = "Relay sets it: every stage has its own directory in the run directory"
+_SEED = "write seed at the top of the recipe, where it holds for every stage"
+_HARDWARE = "hardware is chosen by accelerate launch and accelerate_configs/, not by a recipe"
+_TEXT = "Relay turns text into tokens itself, the same way for every stage"
+_MODEL = "use the keys of the model section"
+_RESTART = "a restart goes on exactly where the stage was interrupted"
+_ALWAYS = "a stage always trains, and eval_strategy says when it evaluates"
+_NO_PREDICTIONS = "it does nothing here: sft evaluates the loss alone, the eval stage scores predictions"
+_DEPRECATED = "TRL has deprecated it"
+UPLOADS = "Relay never uploads anything"  # also for every key that starts with hub_ or push_to_hub
+
+REFUSED_SFT_KEYS: dict[str, str] = {
+    "output_dir": _DIRECTORY,
+    "overwrite_output_dir": _DIRECTORY,
+    "logging_dir": _DIRECTORY,
+    "seed": _SEED,
+    "data_seed": _SEED,
+    "use_cpu": _HARDWARE,
+    "no_cuda": _HARDWARE,
+    "use_mps_device": _HARDWARE,
+    "local_rank": _HARDWARE,
+    "ddp_backend": _HARDWARE,
+    "deepspeed": _HARDWARE,
+    "fsdp": _HARDWARE,
+    "fsdp_config": _HARDWARE,
+    "fsdp_min_num_params": _HARDWARE,
+    "fsdp_transformer_layer_cls_to_wrap": _HARDWARE,
+    "accelerator_config": _HARDWARE,
+    "parallelism_config": _HARDWARE,
+    "tpu_num_cores": _HARDWARE,
+    "tpu_metrics_debug": _HARDWARE,
+    "dataset_text_field": _TEXT,
+    "dataset_kwargs": _TEXT,
+    "remove_unused_columns": _TEXT,
+    "label_names": _TEXT,
+    "length_column_name": _TEXT,
+    "eos_token": _TEXT,
+    "pad_token": _TEXT,
+    "chat_template_path": _TEXT,
+    "formatting_func": _TEXT,
+    "assistant_only_loss": _TEXT,
+    "model_init_kwargs": _MODEL,
+    "trust_remote_code": _MODEL,
+    "resume_from_checkpoint": "an interrupted stage resumes by itself when it is run again",
+    "enable_jit_checkpoint": "every stage saves a checkpoint when it gets SIGTERM; this key would replace that",
+    "ignore_data_skip": _RESTART,
+    "save_only_model": _RESTART,
+    "logging_nan_inf_filter": "it does nothing here: a loss that is not finite stops the run",
+    "do_train": _ALWAYS,
+    "do_eval": _ALWAYS,
+    "do_predict": _ALWAYS,
+    "prediction_loss_only": _NO_PREDICTIONS,
+    "eval_accumulation_steps": _NO_PREDICTIONS,
+    "eval_do_concat_batches": _NO_PREDICTIONS,
+    "eval_use_gather_object": _NO_PREDICTIONS,
+    "include_for_metrics": _NO_PREDICTIONS,
+    "include_inputs_for_metrics": _NO_PREDICTIONS,
+    "batch_eval_metrics": _NO_PREDICTIONS,
+    "restore_callback_states_from_checkpoint": "it does nothing here: no callback of Relay keeps a state",
+    "truncation_mode": _DEPRECATED,
+    "use_liger_kernel": _DEPRECATED,
+    "liger_kernel_config": _DEPRECATED,
+    "use_cache": "it does nothing here: training never reads a key-value cache",
+    "auto_find_batch_size": (
+        "it makes the effective batch smaller; lower per_device_train_batch_size and raise gradient_accumulation_steps"
+    ),
+    "push_to_hub": UPLOADS,
+    "trackio_space_id": UPLOADS,
+    "trackio_bucket_id": UPLOADS,
+    "trackio_static_space_id": UPLOADS,
+}
+REFUSED_REWARD_KEYS: dict[str, str] = REFUSED_SFT_KEYS | {
+    "dataset_num_proc": _TEXT,
+    "max_length": "pairs longer than the model's context are dropped and counted",
+    "pad_to_multiple_of": "Relay's own collator pads to the longest text",
+}
+DEPRECATED_VALUES: dict[str, str] = {"loss_type": "chunked_nll"}
+
+# A key that acts only where another key has a certain value; otherwise it would be accepted and ignored.
+ACTS_ONLY_WITH: dict[str, tuple[str, str | bool]] = {
+    "eval_steps": ("eval_strategy", "steps"),
+    "save_steps": ("save_strategy", "steps"),
+    "logging_steps": ("logging_strategy", "steps"),
+    "packing_strategy": ("packing", True),
+    "label_smoothing_factor": ("loss_type", "nll"),
+}
+
+_JOINS = "it joins texts into one row, and an encoder reads one prompt"
+# Keys of SFT that do nothing, or not what they say, where an encoder reads the prompt.
+REFUSED_FOR_ENCODER_DECODERS: dict[str, str] = {
+    "packing": _JOINS,
+    "eval_packing": _JOINS,
+    "padding_free": _JOINS,
+    "pad_to_multiple_of": "its two sides are padded to the longest of a batch",
+    "router_aux_loss_coef": "the loss of a router is not computed for it",
+    "neftune_noise_alpha": "its two sides have embeddings of their own, which would get no noise",
+}

@@ -1,0 +1,118 @@
+"""What a recipe is once it is read: one dataclass for the whole, and one for each section that has no package."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.evaluation.config import EvalConfig
+from pipeline.models.config import ModelConfig
+from pipeline.recipe.document import Document
+from pipeline.rewards.pairs.settings import SampledPairs
+from pipeline.tasks import preferences
+from pipeline.tasks.types import TaskConfig
+from pipeline.trainers.ppo.config import PPOConfig
+
+MAX_SEED = 2**32 - 1
+MAX_NAME = 100  # characters; a file system takes 255 bytes, and stages that are set aside add to it
+
+PairSource = SampledPairs | preferences.Config
+
+
+@dataclass(frozen=True)
+class TaskSection:
+    """Hold the `task:` section: a kind of task and an instance of `task_module(name).Config`."""
+
+    name: str
+    config: TaskConfig
+
+
+@dataclass(frozen=True)
+class SFTSection:
+    """Hold the `sft:` section: whether an adapter is trained, and keyword arguments of `trl.SFTConfig` as written."""
+
+    use_peft: bool
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class RewardSection:
+    """Hold the `reward:` section.
+
+    With `model` None an adapter and a head are trained on the SFT model. A path or Hub id of a sequence classifier is
+    calibrated and measured without training. Where the pairs have margins, the loss asks for a difference of scores in
+    proportion to them, `margin_weight` on average; 0 ignores the margins. PPO refuses a reward model whose held-out
+    accuracy is below `min_accuracy`. `arguments` are keyword arguments of `trl.RewardConfig` as written.
+    """
+
+    pairs: PairSource
+    model: str | None = None
+    min_accuracy: float = 0.55
+    margin_weight: float = 1.0
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_accuracy <= 1:
+            raise ValueError(f"reward.min_accuracy: must be from 0 to 1, found {self.min_accuracy}")
+        if not 0 <= self.margin_weight < math.inf:
+            raise ValueError(f"reward.margin_weight: must not be negative, found {self.margin_weight}")
+
+    @property
+    def batch_size(self) -> int:
+        """Return how many texts are scored at once for the report."""
+        return int(self.arguments.get("per_device_eval_batch_size", 64))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Hold everything one experiment depends on; no value is left to be derived from another section."""
+
+    name: str
+    seed: int = 0
+    output_dir: str = "runs"
+    model: ModelConfig
+    task: TaskSection
+    sft: SFTSection
+    reward: RewardSection | None = None
+    ppo: PPOConfig | None = None
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    source: Document | None = field(default=None, compare=False, repr=False)  # where it was written, for messages
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", self.name):
+            raise ValueError(
+                f"name: {self.name!r} names a directory: use letters, digits, '.', '_' and '-', "
+                "starting with a letter, digit or '_'"
+            )
+        if len(self.name) > MAX_NAME:
+            raise ValueError(f"name: at most {MAX_NAME} characters, found {len(self.name)}")
+        if "\0" in self.output_dir:
+            raise ValueError(f"output_dir: a path cannot hold a NUL character, found {self.output_dir!r}")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise ValueError(f"seed: must be from 0 to {MAX_SEED}, found {self.seed}")
+
+    @property
+    def language(self) -> str | None:
+        """Return the language of the completions, by which metrics choose their tokenizer; None where unknown."""
+        return self.task.config.language
+
+    @property
+    def sft_is_external(self) -> bool:
+        """Return whether PPO starts from a model made elsewhere, so that this recipe's sft stage is not needed."""
+        return self.ppo is not None and self.ppo.sft_model_path is not None
+
+    @property
+    def reward_is_external(self) -> bool:
+        """Return whether PPO's reward model was made elsewhere, so that this recipe's reward stage is not needed."""
+        return self.ppo is not None and self.ppo.reward_model_path is not None
+
+    @property
+    def uses_own_reward(self) -> bool:
+        """Return whether PPO is rewarded by what the reward stage of this run makes."""
+        return self.ppo is not None and self.ppo.learned_reward is not None and not self.reward_is_external
+
+    @property
+    def min_accuracy(self) -> float:
+        """Return the held-out accuracy below which PPO refuses a reward model."""
+        return RewardSection.min_accuracy if self.reward is None else self.reward.min_accuracy
