@@ -144,7 +144,7 @@ def check_checkpoint(path: Path) -> str | None:
     if missing := missing_files(path):
         raise ValueError(
             f"checkpoint {str(path)!r} lacks {', '.join(missing)}: put back what is missing, or remove the checkpoint "
-            "to start from the one before; RELAY_WEIGHTS_ONLY=1 begins anew from its weights alone"
+            "to start from the one before; to start from weights alone, begin a new run with ppo.sft_model_path"
         )
     for name, expected in read_manifest(path).items():
         size = (path / name).stat().st_size

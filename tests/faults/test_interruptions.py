@@ -206,7 +206,7 @@ def test_a_stage_whose_checkpoint_lacks_files_lists_them_and_ends(recipe, tmp_pa
     assert (
         f"error: {stage}: checkpoint '{last}' lacks optimizer.pt, trainer_state.json: put back what is missing" in said
     )
-    assert "RELAY_WEIGHTS_ONLY=1 begins anew from its weights alone" in said and "Traceback" not in said
+    assert "begin a new run with ppo.sft_model_path" in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize("stage", ["sft", "ppo"])

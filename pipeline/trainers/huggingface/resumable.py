@@ -58,9 +58,6 @@ class ResumableTrainer(Trainer):
             ValueError: the checkpoint is damaged, or was made by another number of processes.
         """
         checkpoints = Path(self.args.output_dir)
-        if resume_from_checkpoint is not None and Path(resume_from_checkpoint).parent != checkpoints:
-            self._load_from_checkpoint(resume_from_checkpoint)  # for its weights alone
-            resume_from_checkpoint = None
         if resume_from_checkpoint is None:
             clear_checkpoints(checkpoints)
         else:

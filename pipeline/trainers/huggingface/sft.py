@@ -22,7 +22,6 @@ from pipeline.trainers.huggingface.completion_head import CompletionHeadSFTTrain
 from pipeline.trainers.huggingface.encoder_decoder import EncoderDecoderCollator, EncoderDecoderSFTTrainer
 from pipeline.trainers.huggingface.sft_data import sft_dataset, truncate_examples
 from pipeline.trainers.logs import MetricsFileCallback
-from pipeline.trainers.weights_alone import weights_alone
 
 DEFAULTS: Mapping[str, Any] = {
     "eval_strategy": "epoch",
@@ -124,16 +123,11 @@ def _prepare(
 def last_checkpoint(args: SFTConfig) -> str | None:
     """Find the newest intact checkpoint of an interrupted run; damaged ones are named on stderr.
 
-    A checkpoint outside `args.output_dir` is used for its weights alone.
-
     Raises:
         ValueError: files are missing from a checkpoint, or all checkpoints are damaged.
     """
-    checkpoint, notes = weights_alone(Path(args.output_dir))
-    if not checkpoint:
-        checkpoint, more = newest_checkpoint(Path(args.output_dir))
-        notes += [*more, *([f"continuing from {checkpoint}"] if checkpoint else [])]
+    checkpoint, notes = newest_checkpoint(Path(args.output_dir))
     if PartialState().is_main_process:
-        for note in notes:
+        for note in [*notes, *([f"continuing from {checkpoint}"] if checkpoint else [])]:
             print(note, file=sys.stderr)
     return str(checkpoint) if checkpoint else None

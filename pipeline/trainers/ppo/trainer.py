@@ -11,7 +11,6 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object, set_seed
 from datasets import Dataset
 from peft import LoraConfig
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,7 +31,6 @@ from pipeline.trainers.checkpoints import check_space, clear_checkpoints, newest
 from pipeline.trainers.logs import TrainingLog, sample_line
 from pipeline.trainers.ppo.advantages import credit
 from pipeline.trainers.ppo.checkpoint import (
-    WEIGHTS_FILE,
     Checkpoint,
     TrainerState,
     load_checkpoint,
@@ -55,7 +53,6 @@ from pipeline.trainers.ppo.scores import RunningMoments
 from pipeline.trainers.ppo.scoring import ProcessedScores, prefix_scores, process_scores
 from pipeline.trainers.ppo.settings import as_rewards, first_of, greedy, handling_of, sampling, uses_bf16
 from pipeline.trainers.trackers import installed, start_trackers
-from pipeline.trainers.weights_alone import weights_alone
 
 # A metric of the held-out completions: (completions, the rows they answer) -> name -> value.
 ComputeMetrics = Callable[[list[str], Dataset], dict[str, float]]
@@ -185,13 +182,9 @@ class PPOTrainer:
     def _start(self, resume: bool) -> None:
         if not resume:
             clear_checkpoints(self.checkpoints)
-        weights, notes = weights_alone(self.checkpoints)
-        if weights:
-            self.shared.load_trainable_state(load_file(weights / WEIGHTS_FILE))
-        found, more = newest_checkpoint(self.checkpoints)
-        notes += more
-        if found:
-            notes.append(self._restore(load_checkpoint(found), found))
+        checkpoint, notes = newest_checkpoint(self.checkpoints)
+        if checkpoint:
+            notes.append(self._restore(load_checkpoint(checkpoint), checkpoint))
         count = self.args.save_total_limit + 1 + self.args.load_best_model_at_end  # the one being written, the best
         check_space(self.checkpoints, state_size(self.shared.trainable_state()), count)
         if self.args.report_to:
