@@ -29,23 +29,18 @@ from pipeline.evaluation.systems import Answers, Source, answer
 from pipeline.metrics import load_metric
 from pipeline.models.loading import load_model, load_tokenizer, plain_model_directory
 from pipeline.models.reward_model import RewardNetwork, check_base
+from pipeline.models.text import plain_text
 from pipeline.recipe import Recipe, parse_stage_arguments
 from pipeline.rewards import Handling, Reward, RewardFunction, as_completions, build_rewards, compute_rewards
 from pipeline.rewards.learned import AdapterReward
 from pipeline.rewards.rows import count_failures
 from pipeline.runtime.distributed import on_main, part_files
-from pipeline.stages.directory import RunDirectory, control_run, versions
-from pipeline.stages.stage import (
-    base_model_path,
-    learned_reward,
-    left_out_record,
-    load_recipe_task,
-    peak_memory_mib,
-    plain_text,
-    run_stage,
-    say,
-    sft_model_path,
-)
+from pipeline.runtime.memory import peak_memory_mib
+from pipeline.runtime.messages import say
+from pipeline.stages.control import control_run
+from pipeline.stages.directory import RunDirectory, versions
+from pipeline.stages.inputs import base_model_path, learned_reward, left_out_record, load_recipe_task, sft_model_path
+from pipeline.stages.stage import run_stage
 from pipeline.tasks import Task
 from pipeline.trainers.ppo.config import PPOConfig
 from pipeline.trainers.ppo.objective import compute_gae, kl_penalty, spread_scores, token_rewards

@@ -9,16 +9,13 @@ import pipeline.runtime.versions  # noqa: F401  # first: before an import fails 
 import sys
 from collections.abc import Sequence
 
-from datasets import Dataset
-
-from pipeline.metrics import load_metric
 from pipeline.models.loading import load_model, load_tokenizer, lora_config, plain_model_directory
 from pipeline.recipe import Recipe, parse_stage_arguments
 from pipeline.rewards import build_rewards
 from pipeline.runtime.signals import stop_signals
 from pipeline.stages.directory import RunDirectory
-from pipeline.stages.stage import learned_reward, left_out_record, load_recipe_task, run_stage, sft_model_path
-from pipeline.tasks import Task
+from pipeline.stages.inputs import held_out_metrics, learned_reward, left_out_record, load_recipe_task, sft_model_path
+from pipeline.stages.stage import run_stage
 from pipeline.trainers.ppo.trainer import PPOTrainer
 
 
@@ -49,25 +46,10 @@ def train(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
     with stop_signals():
         state = trainer.train()
     trainer.save_model(run.ppo)
-    return {
-        "steps": state.step,
-        "episodes": state.episodes,
-        "best_step": state.best_step,
-        "mixed_precision": trainer.accelerator.mixed_precision,
-        f"best_{recipe.ppo.metric_for_best_model}": state.best_metric,
-        **left_out_record(task),
-    }
-
-
-def held_out_metrics(recipe: Recipe, task: Task):
-    """The `eval.metrics` as corpus scores of the held-out completions, for the curves."""
-    metrics = [load_metric(m.name, task.language, **m.options) for m in recipe.eval.metrics]
-
-    def compute(completions: list[str], rows: Dataset) -> dict[str, float]:
-        references = list(rows["references"])
-        return {m.name: m.corpus_score(completions, references, n_bootstrap=1).value for m in metrics}
-
-    return compute
+    figures = {"steps": state.step, "episodes": state.episodes, "best_step": state.best_step}
+    figures["mixed_precision"] = trainer.accelerator.mixed_precision
+    figures[f"best_{recipe.ppo.metric_for_best_model}"] = state.best_metric
+    return {**figures, **left_out_record(task)}
 
 
 if __name__ == "__main__":

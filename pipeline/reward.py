@@ -31,7 +31,7 @@ from pipeline.models.loading import (
     position_limit,
 )
 from pipeline.models.reward_model import RewardNetwork, RewardRecord, tokenizer_digest, weights_digest
-from pipeline.models.text import encode_completions, encode_prompts
+from pipeline.models.text import encode_completions, encode_prompts, plain_text
 from pipeline.recipe import Recipe, parse_stage_arguments
 from pipeline.rewards.classifier import ClassifierReward
 from pipeline.rewards.learned import calibration, score_token_ids
@@ -40,17 +40,11 @@ from pipeline.rewards.pairs.collect import Sample, data_pairs, sample_pairs
 from pipeline.rewards.pairs.settings import SampledPairs
 from pipeline.rewards.shared_judge import Judge, SharedJudge
 from pipeline.runtime.distributed import Parts, on_main, part_files
+from pipeline.runtime.messages import say
 from pipeline.runtime.signals import stop_signals
 from pipeline.stages.directory import RunDirectory, versions
-from pipeline.stages.stage import (
-    left_out_record,
-    load_recipe_task,
-    plain_text,
-    run_stage,
-    say,
-    say_left_out,
-    sft_model_path,
-)
+from pipeline.stages.inputs import left_out_record, load_recipe_task, say_left_out, sft_model_path
+from pipeline.stages.stage import run_stage
 from pipeline.tasks import Task, preferences
 from pipeline.trainers.huggingface.reward import build_reward_trainer, reward_arguments
 from pipeline.trainers.huggingface.sft import last_checkpoint

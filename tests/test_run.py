@@ -14,22 +14,15 @@ import torch
 
 from pipeline import run
 from pipeline.recipe import load_recipe
+from pipeline.stages import chain
 from pipeline.stages import launch as process_group
-from pipeline.stages.directory import (
-    STAGES,
-    RunDirectory,
-    begin_stage,
-    control_run,
-    finish_stage,
-    missing_input,
-    set_aside,
-    setting_differences,
-    stage_fingerprint,
-    stage_inputs,
-    stage_settings,
-    stage_status,
-)
+from pipeline.stages.control import control_run
+from pipeline.stages.directory import STAGES, RunDirectory, set_aside
+from pipeline.stages.fingerprint import setting_differences, stage_fingerprint, stage_state, stage_status
 from pipeline.stages.launch import default_launch_options, launch, process_count
+from pipeline.stages.lock import run_lock
+from pipeline.stages.plan import missing_input
+from pipeline.stages.stage import begin_stage, finish_stage
 
 OWN = tuple(stage for stage in STAGES if stage != "reward")  # those of a recipe without a reward section
 RECIPE = """\
@@ -79,15 +72,11 @@ def behaviour(monkeypatch):
 
     def command(stage, path, overrides, options):
         recipe = load_recipe(path, overrides)
-        record = {
-            "fingerprint": stage_fingerprint(recipe, stage),
-            "settings": stage_settings(recipe, stage),
-            "inputs": stage_inputs(recipe, stage),
-        }
+        record = stage_state(recipe, stage)
         place = RunDirectory.of(recipe).stage(stage)
         return [sys.executable, "-S", "fake_stage.py", stage, place, json.dumps(record), str(codes.get(stage, "good"))]
 
-    monkeypatch.setattr(run, "stage_command", command)
+    monkeypatch.setattr(process_group, "stage_command", command)
     return codes
 
 
@@ -131,7 +120,7 @@ def test_the_chain_runs_in_order_and_then_has_nothing_to_do(behaviour, capsys):
 
 def test_seeds_run_one_after_the_other_and_are_summed_up(behaviour, capsys, monkeypatch):
     compared = []
-    monkeypatch.setattr(run, "write_comparison", lambda paths, output: compared.append((paths, output)))
+    monkeypatch.setattr(chain, "write_comparison", lambda paths, output: compared.append((paths, output)))
     behaviour["ppo"] = 7
     assert run.main(["recipe.yaml", "--seeds", "3,5"]) == 7
     assert launched() == ["sft", "ppo"] and compared == []
@@ -312,8 +301,8 @@ def test_of_two_machines_one_sets_earlier_results_aside(behaviour, capsys, monke
     several = ["--", "--multi_gpu", "--num_processes", "2", "--num_machines", "2", "--machine_rank"]
     assert run.main([*words, *several, "0"]) == 0
     assert launched() == ["sft"]
-    monkeypatch.setattr(run, "set_aside", lambda place: pytest.fail("the other machine does that"))
-    with run.run_lock(Path("runs/demo")):  # as the machine of rank 0 holds it for a moment
+    monkeypatch.setattr(process_group, "set_aside", lambda place: pytest.fail("the other machine does that"))
+    with run_lock(Path("runs/demo")):  # as the machine of rank 0 holds it for a moment
         assert run.main([*words, "--force", *several, "1"]) == 0
         assert run.main([*words, "--force", *several, "0"]) == 2
     assert launched() == ["sft"]
@@ -341,7 +330,7 @@ def test_options_after_two_dashes_reach_accelerate(monkeypatch):
         seen.append(command)
         return 3
 
-    monkeypatch.setattr(run, "launch", record)
+    monkeypatch.setattr(process_group, "launch", record)
     assert run.main(["recipe.yaml", "seed=1", "--", "--cpu", "--num_processes", "1"]) == 3
     script = str(Path(run.__file__).parent / "sft.py")
     assert seen[0][:3] == [sys.executable, "-m", "pipeline.stages.first_failure"]
@@ -350,12 +339,12 @@ def test_options_after_two_dashes_reach_accelerate(monkeypatch):
 
 def test_accelerate_starts_a_stage_on_a_cpu_without_noise(monkeypatch, tmp_path):
     """No warning about options that were left to it, all threads, arguments as they are, no traceback of its own."""
-    monkeypatch.setattr(run, "__file__", str(tmp_path / "run.py"))
+    monkeypatch.setattr(process_group, "SCRIPTS", tmp_path)
     Path("sft.py").write_text(
         "import os, sys\nprint(sys.argv[1:], os.environ['ACCELERATE_USE_CPU'], os.environ['OMP_NUM_THREADS'])\n"
         "sys.exit(3)\n"
     )
-    command = run.stage_command("sft", "recipe.yaml", ["seed=1"], default_launch_options())
+    command = process_group.stage_command("sft", "recipe.yaml", ["seed=1"], default_launch_options())
     result = subprocess.run(command, capture_output=True, text=True)
     expected = f"['recipe.yaml', 'seed=1'] True {torch.get_num_threads()}\n"
     assert (result.returncode, result.stdout, result.stderr) == (3, expected, "")
@@ -420,7 +409,9 @@ def signal_when_ready(number):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_reaches_the_whole_group_and_its_end_is_awaited(number, code, monkeypatch, capsys):
     Path("slow.py").write_text(SLOW_TO_STOP)
-    monkeypatch.setattr(run, "stage_command", lambda *_: [sys.executable, "-S", str(Path("slow.py").resolve())])
+    monkeypatch.setattr(
+        process_group, "stage_command", lambda *_: [sys.executable, "-S", str(Path("slow.py").resolve())]
+    )
     before = signal.getsignal(number)
     signal_when_ready(number)
     assert run.main(["recipe.yaml"]) == code

@@ -1,4 +1,4 @@
-"""What may be opened of a model: directories, Hub ids, the bases of adapters; and what is said of broken files."""
+"""Which models may be opened: directories, Hub ids and their commits, bases of adapters; errors of broken files."""
 
 import json
 import os
@@ -7,12 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 
-from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from pipeline.models.config import ModelConfig
 
 ADAPTER_FILE = "adapter_config.json"
+CONFIG_FILES = ("config.json", ADAPTER_FILE)
 PROBE_SECONDS = 4.0
 
 
@@ -34,7 +35,7 @@ def check_model_path(path: str, key: str) -> None:
         return
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise ModelNotFoundError(f"{key}: no directory {path!r}; give an existing model directory or a Hub id")
-    if _is_cached(path):
+    if cached_commit(path) is not None:
         return
     problem = _hub_problem(path)
     if problem:
@@ -44,16 +45,38 @@ def check_model_path(path: str, key: str) -> None:
         )
 
 
-def _is_cached(path: str) -> bool:
+def cached_commit(path: str, revision: str = "main") -> str | None:
+    """Return the commit of a Hub model's snapshot in the local cache, or None without one; it needs no network."""
     # Not by AutoConfig, which would ask at the terminal whether to run the code of a repository that has some.
     try:
-        return any(isinstance(try_to_load_from_cache(path, name), str) for name in ("config.json", ADAPTER_FILE))
-    except ValueError:  # not even the form of an id
-        return False
+        files = [try_to_load_from_cache(path, name, revision=revision) for name in CONFIG_FILES]
+    except ValueError:  # the path does not even have the form of an id
+        return None
+    return next((Path(file).parent.name for file in files if isinstance(file, str)), None)
+
+
+def pinned_revision(path: str, revision: str = "main") -> str:
+    """Return the commit of a Hub model in the local cache, else `revision`.
+
+    All stages of a run load the same snapshot by it, also when `main` moves on the Hub in between.
+    """
+    return revision if Path(path).expanduser().is_dir() else cached_commit(path, revision) or revision
+
+
+def fetch_commit(path: str, revision: str = "main") -> None:
+    """Download the configuration of a Hub model that is not in the local cache, so that its commit is known."""
+    if Path(path).expanduser().is_dir() or cached_commit(path, revision) is not None:
+        return
+    for name in CONFIG_FILES:
+        try:
+            hf_hub_download(path, name, revision=revision, etag_timeout=PROBE_SECONDS)
+            return
+        except (OSError, ValueError):  # a model that cannot be had is refused by name when it is loaded
+            continue
 
 
 def _hub_problem(path: str) -> str | None:
-    """Why the Hub does not give a model, within PROBE_SECONDS; None if it does."""
+    """Return why the Hub does not give a model, within PROBE_SECONDS; None if it does."""
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set and it is not in the local cache"
     answers: list[str | None] = []
@@ -80,7 +103,7 @@ def read_config(path: str, revision: str = "main", trust_remote_code: bool = Fal
     """
     try:
         return AutoConfig.from_pretrained(
-            os.path.expanduser(path), revision=revision, trust_remote_code=trust_remote_code
+            os.path.expanduser(path), revision=pinned_revision(path, revision), trust_remote_code=trust_remote_code
         )
     except Exception as error:  # a broken file gives rise to errors of any kind
         raise unreadable(path, "configuration", "config.json", error) from error
@@ -112,7 +135,9 @@ def read_tokenizer(
     """
     try:
         return AutoTokenizer.from_pretrained(
-            os.path.expanduser(path), revision=revision, trust_remote_code=trust_remote_code
+            os.path.expanduser(path),
+            revision=pinned_revision(str(path), revision),
+            trust_remote_code=trust_remote_code,
         )
     except Exception as error:  # as in read_config
         raise unreadable(path, "tokenizer", "tokenizer files", error) from error

@@ -22,7 +22,7 @@ from transformers import (
 
 from pipeline.models.config import ModelConfig
 from pipeline.models.decoder_start import check_decoder, check_languages, set_decoder_start
-from pipeline.models.hub import ADAPTER_FILE, adapter_base, read_config, read_tokenizer, unreadable
+from pipeline.models.hub import ADAPTER_FILE, adapter_base, pinned_revision, read_config, read_tokenizer, unreadable
 from pipeline.models.quantized import use_one_product
 
 
@@ -89,7 +89,7 @@ def load_model(path: str | Path, config: ModelConfig, frozen: bool = False) -> P
         model = model_class.from_pretrained(
             str(path),
             config=model_config,
-            revision=config.model_revision,
+            revision=pinned_revision(str(path), config.model_revision),
             trust_remote_code=config.trust_remote_code,
             dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
             attn_implementation=config.attn_implementation,

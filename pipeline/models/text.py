@@ -44,6 +44,11 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[Sequence[int]]) -> 
     return [text.strip() for text in texts]
 
 
+def plain_text(value: str | Messages) -> str:
+    """Return the text of a prompt or completion, with chat messages joined by newlines."""
+    return value if isinstance(value, str) else "\n".join(message["content"] for message in value)
+
+
 def _encode_plain(tokenizer: PreTrainedTokenizerBase, prompt: str, encoder_decoder: bool) -> list[int]:
     ids = tokenizer(prompt)["input_ids"]
     if encoder_decoder:

@@ -23,7 +23,7 @@ from pipeline.rewards.config import RewardConfig
 from pipeline.rewards.constant import constant_reward
 from pipeline.rewards.learned import check_accuracy, check_options, is_reward_folder
 from pipeline.runtime.messages import did_you_mean
-from pipeline.tasks import preferences, task_module
+from pipeline.tasks import columns, preferences, task_module
 from pipeline.tasks.counts import count_examples
 from pipeline.trainers import trackers
 
@@ -91,6 +91,8 @@ def _check_all(recipe: Recipe, num_processes: int, document: Document) -> None:
     for system in recipe.eval.further_systems:
         check_model_path(system.path, "eval.systems")
     task_module(recipe.task.name).files(recipe.task.config)
+    if isinstance(recipe.task.config, columns.Config):
+        columns.check_reachable(recipe.task.config)
     _check_reward_model(recipe, document)
     _check_idle_options(recipe, document)
     _check_family(recipe, document)
@@ -107,6 +109,7 @@ def _check_reward_model(recipe: Recipe, document: Document) -> None:
     if recipe.reward is not None:
         if isinstance(recipe.reward.pairs, preferences.Config):
             preferences.files(recipe.reward.pairs)
+            preferences.check_reachable(recipe.reward.pairs)
         else:
             _check_ranking(recipe)
         if recipe.reward.model is not None:

@@ -9,10 +9,11 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from pipeline.models.config import ModelConfig
-from pipeline.models.hub import read_config, read_tokenizer, unreadable
+from pipeline.models.hub import pinned_revision, read_config, read_tokenizer, unreadable
 from pipeline.models.loading import position_limit
 from pipeline.models.reward_model import RECORD_FILE
 from pipeline.models.sequences import length_sorted_chunks
+from pipeline.models.text import plain_text
 from pipeline.rewards.metric import text_of
 
 
@@ -32,7 +33,7 @@ class ClassifierReward:
         self.tokenizer = read_tokenizer(place, trust_remote_code=trust)
         try:
             self.model = AutoModelForSequenceClassification.from_pretrained(
-                place, dtype=torch.float32, trust_remote_code=trust
+                place, revision=pinned_revision(place), dtype=torch.float32, trust_remote_code=trust
             ).eval()
         except (pickle.UnpicklingError, SafetensorError) as error:
             raise unreadable(place, "weights", "weight files", error) from error
@@ -80,7 +81,7 @@ class ClassifierReward:
 
     def _encode(self, prompt: str | list, text: str) -> list[int]:
         tokenizer = self.tokenizer
-        plain = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+        plain = plain_text(prompt)
         if self.template is not None:
             return tokenizer(self.template.format(prompt=plain, completion=text))["input_ids"]
         if tokenizer.chat_template is not None:

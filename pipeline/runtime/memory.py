@@ -1,24 +1,29 @@
-"""Out of memory: told from other errors, and answered with smaller batches that give the same result."""
+"""Memory of this process: how much it held, and smaller batches with the same result where it runs out."""
 
-import gc
+import resource
+import sys
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 Result = TypeVar("Result")
-WORDS = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory")  # of CPU allocators
+# What accelerate does not look for: allocators of CPUs on other systems, and messages without a full stop.
+MORE_WORDS = ("not enough memory", "bad_alloc", "out of memory")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there is no memory left, on an accelerator or on the machine itself."""
+    """Tell whether an error says that no memory is left, on an accelerator or on the machine itself."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in WORDS)
+    if not isinstance(error, RuntimeError):
+        return False
+    return should_reduce_batch_size(error) or any(words in str(error) for words in MORE_WORDS)
 
 
 def in_smaller_batches(call: Callable[[int], Result], size: int) -> tuple[Result, int]:
-    """`call(size)`, and where memory runs out again with half the size, down to 1; the result and the size it took.
+    """Call `call(size)`, again with half the size whenever memory runs out; return the result and the size it took.
 
     Raises:
         RuntimeError: of the last call, if even single rows do not fit.
@@ -29,13 +34,19 @@ def in_smaller_batches(call: Callable[[int], Result], size: int) -> tuple[Result
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
             if size == 1 or not is_out_of_memory(error):
                 raise
-        # Behind the block, where the traceback no longer holds the tensors of the pass that failed.
+        # After the block: there the traceback no longer holds the tensors of the pass that failed.
         size = (size + 1) // 2
         free_memory()
 
 
 def free_memory() -> None:
-    """Give back what nothing refers to any more, on an accelerator too."""
-    gc.collect()
+    """Free what nothing refers to any more, on an accelerator too."""
+    clear_device_cache(garbage_collection=True)
+
+
+def peak_memory_mib() -> float:
+    """Return the most memory that this process held: of torch on its accelerator, else of the whole process."""
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)

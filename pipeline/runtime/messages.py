@@ -3,7 +3,10 @@
 import difflib
 import os
 import re
+import sys
 from collections.abc import Iterable
+
+from accelerate import PartialState
 
 HIDDEN = "***"
 # Names of environment variables and keys that hold a secret: by their ends, as in HF_TOKEN, not as in HF_TOKEN_PATH.
@@ -54,3 +57,9 @@ def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     lower_case = {name.lower(): name for name in known}
     close = difflib.get_close_matches(word.lower(), lower_case, n=1, cutoff=cutoff)
     return f"; did you mean {lower_case[close[0]]!r}?" if close else ""
+
+
+def say(*lines: str) -> None:
+    """Print lines on stderr, on the main process alone."""
+    if lines and PartialState().is_main_process:
+        print(*lines, sep="\n", file=sys.stderr, flush=True)

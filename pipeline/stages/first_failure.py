@@ -1,4 +1,4 @@
-"""What run.py starts for a stage: accelerate launch, and the first failure of its processes in one sentence."""
+"""The launcher of a stage: accelerate launch, and the first failure of its processes in one sentence."""
 
 import os
 import signal
@@ -11,11 +11,11 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 CAUSE_FILE = "RELAY_CAUSE_FILE"  # names the file in which run.py looks for the cause
-ENDED = (-signal.SIGTERM, 128 + signal.SIGTERM)  # what the agent does to the others once one has failed
+ENDED = (-signal.SIGTERM, 128 + signal.SIGTERM)  # of processes that the agent terminates once another has failed
 
 
 def main(argv: Sequence[str]) -> int:
-    """Launch with the arguments of `accelerate launch`; the exit code of the first process that failed."""
+    """Launch with the arguments of `accelerate launch`; return the exit code of the first process that failed."""
     try:
         launch_command(launch_command_parser().parse_args(argv))
     except ChildFailedError as error:
@@ -28,41 +28,45 @@ def main(argv: Sequence[str]) -> int:
 
 
 def first_failure(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
-    """The process that failed first: not one that only lost it, nor one that was ended for its sake."""
+    """Return the rank that failed first.
+
+    Ranks that failed because another one disconnected, or that the agent terminated, come last.
+    """
 
     def order(rank: int) -> tuple[bool, bool, float]:
-        failure, noted = failures[rank], _noted(failures[rank])
-        return bool(noted.get("consequence")), failure.exitcode in ENDED, noted.get("seconds", failure.timestamp)
+        failure, record = failures[rank], _failure_record(failures[rank])
+        return bool(record.get("consequence")), failure.exitcode in ENDED, record.get("seconds", failure.timestamp)
 
     rank = min(failures, key=order)
     return rank, failures[rank]
 
 
 def cause(rank: int, failure: ProcessFailure) -> str:
-    """What a process failed of: its own last words, or its exit code."""
+    """Return why a process failed: the message it left, else its exit code."""
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
         hint = ", as the system does where memory runs out" if name == "SIGKILL" else ""
         return f"process {rank} was ended by {name}{hint}"
-    noted = _noted(failure)
-    if "seconds" not in noted:  # of this program alone the words are one sentence
+    record = _failure_record(failure)
+    if "seconds" not in record:  # not written by Relay, so its text is a whole traceback
         return f"process {rank} failed with exit code {failure.exitcode}"
-    words = noted["py_callstack"]
-    return words if words.startswith("process ") else f"process {rank} failed: {words}"
+    message = record["py_callstack"]
+    return message if message.startswith("process ") else f"process {rank} failed: {message}"
 
 
-def _noted(failure: ProcessFailure) -> dict:
+def _failure_record(failure: ProcessFailure) -> dict:
+    """Return what `record_failure` wrote in the process, if it did."""
     message = failure.error_file_data.get("message")
     return message.get("extraInfo", {}) if isinstance(message, dict) else {}
 
 
 def exit_code(code: int) -> int:
-    """As shells count: 137 for a process that SIGKILL ended."""
+    """Return an exit code as shells count: 137 for a process that SIGKILL ended."""
     return code if code >= 0 else 128 - code
 
 
 def tell(sentence: str) -> None:
-    """Leave the cause to run.py, or say it."""
+    """Write the cause for run.py, or print it where run.py does not wait for it."""
     file = os.environ.get(CAUSE_FILE)
     if file:
         Path(file).write_text(sentence, encoding="utf-8")

@@ -1,9 +1,11 @@
-"""Process groups of the stages: which options accelerate launch gets, and how a group is started and ended."""
+"""Stages as process groups: the options accelerate launch gets, and how a group is started, watched and ended."""
 
 import argparse
 import os
 import signal
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -14,6 +16,14 @@ import torch
 from accelerate.commands.config.config_args import ClusterConfig, default_config_file, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType, parse_flag_from_env
+from rich.console import Console
+
+from pipeline.recipe import Recipe
+from pipeline.stages.directory import RunDirectory, set_aside
+from pipeline.stages.fingerprint import stage_status
+from pipeline.stages.first_failure import CAUSE_FILE
+from pipeline.stages.lock import RunInUseError, run_lock
+from pipeline.stages.plan import PlannedStage, print_line
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE_SECONDS = 30  # for a stage that was told to stop, before it is killed
@@ -22,17 +32,86 @@ ENGINES = {
     DistributedType.DEEPSPEED: "DeepSpeed",
     DistributedType.MEGATRON_LM: "Megatron-LM",
 }
-# What each stage needs a whole model on every process for.
+# Why each stage needs a whole model on every process.
 WHOLE = {
     "sft": "this stage knows FSDP and DeepSpeed alone",
     "reward": "a reward model is an adapter over a whole model on each",
     "ppo": "PPO's policy, reference and values are adapters over a whole model on each, which also writes",
     "eval": "each answers its share of the prompts with a whole model",
 }
+SCRIPTS = Path(__file__).resolve().parent.parent
+
+
+class StageError(Exception):
+    """A stage that was launched did not end well, or could not be launched; `exit_code` is run.py's."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def launch_stage(
+    console: Console,
+    recipe: Recipe,
+    planned: PlannedStage,
+    path: Path,
+    overrides: Sequence[str],
+    options: Sequence[str],
+) -> None:
+    """Launch a stage and wait until it is complete.
+
+    `run.py` runs on each of several machines. The one of rank 0 alone sets an earlier result aside.
+
+    Raises:
+        StageError: another run is at work there, or the stage failed.
+    """
+    run, stage, leads = RunDirectory.of(recipe), planned.stage, machine_rank(options) == 0
+    if leads:
+        _set_earlier_result_aside(console, run, planned)
+    print_line(console, f"{stage}: {'continuing' if planned.action == 'resume' else 'starting'}", style="bold")
+    began = time.monotonic()
+    code, cause = launch_and_ask(stage_command(stage, path, overrides, options))
+    if code > 128 and (name := signal_name(code - 128)):
+        raise StageError(f"{stage} was ended by {name}; the same command continues there{cause}", code)
+    if code:
+        raise StageError(f"{stage} failed with exit code {code}; the same command continues there{cause}", code)
+    if leads and stage_status(run, recipe, stage) != "complete":  # other machines may see the record later
+        raise StageError(f"{stage} ended without finishing {run.stage(stage)}; the same command continues there", 1)
+    print_line(console, f"{stage}: done in {time.monotonic() - began:.0f} s")
+
+
+def _set_earlier_result_aside(console: Console, run: RunDirectory, planned: PlannedStage) -> None:
+    directory = run.stage(planned.stage)
+    try:
+        with run_lock(run.path):  # the stage itself holds it later
+            if planned.replaces and directory.exists():
+                moved = set_aside(directory)
+                print_line(console, f"{planned.stage}: what was in {directory} is kept in {moved}")
+    except RunInUseError as error:
+        raise StageError(str(error), 2) from error
+    except OSError as error:
+        raise StageError(f"{planned.stage}: {error}", 2) from error
+
+
+def stage_command(stage: str, path: Path, overrides: Sequence[str], options: Sequence[str]) -> list[str]:
+    """Return the command of one stage's process group."""
+    # Not accelerate itself: its traceback would bury the message of the stage.
+    launcher = [sys.executable, "-m", "pipeline.stages.first_failure"]
+    return [*launcher, *options, str(SCRIPTS / f"{stage}.py"), str(path), *overrides]
+
+
+def launch_and_ask(command: Sequence[str]) -> tuple[int, str]:
+    """Launch a stage; return its exit code, and which process failed first and why as the end of a sentence."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[CAUSE_FILE] = str(Path(folder) / "cause")
+        code = launch(command)
+        file = Path(os.environ.pop(CAUSE_FILE))
+        cause = " ".join(file.read_text(encoding="utf-8").split()) if file.is_file() else ""
+    return code, f": {cause}" if cause else ""
 
 
 def default_launch_options() -> list[str]:
-    """Options for accelerate launch where the user gives none: the accelerators that are here, else all CPU cores.
+    """Return options for accelerate launch where the user gives none: for the accelerators here, else all CPU cores.
 
     They are complete, because accelerate prints a warning for each it has to choose. On a machine with accelerators
     a configuration made by `accelerate config` is used as it is.
@@ -48,7 +127,7 @@ def default_launch_options() -> list[str]:
 
 
 def process_count(options: Sequence[str]) -> int:
-    """How many processes accelerate launch starts with these options, on all machines together.
+    """Return how many processes accelerate launch starts with these options, on all machines together.
 
     Unknown options end the program with code 2.
 
@@ -69,7 +148,7 @@ def process_count(options: Sequence[str]) -> int:
 
 
 def machine_rank(options: Sequence[str]) -> int:
-    """Which of several machines this one is; the one of rank 0 alone sets earlier results aside.
+    """Return which of several machines this one is, by the options of accelerate launch.
 
     Raises:
         FileNotFoundError: the `--config_file` does not exist.
@@ -80,7 +159,7 @@ def machine_rank(options: Sequence[str]) -> int:
 
 
 def sharding_engine(options: Sequence[str]) -> str | None:
-    """What these options of accelerate launch shard the model with: `FSDP`, `DeepSpeed`, `Megatron-LM`, or None.
+    """Return what accelerate launch shards the model with: `FSDP`, `DeepSpeed`, `Megatron-LM`, or None.
 
     Raises:
         FileNotFoundError: the `--config_file` does not exist.
@@ -99,13 +178,13 @@ def sharding_engine(options: Sequence[str]) -> str | None:
 
 
 def launched_engine() -> str | None:
-    """The same for this process, by what accelerate launch has put into its environment."""
+    """Return what shards this process's model, by the environment that accelerate launch has made."""
     variables = {"FSDP": "FSDP", "DeepSpeed": "DEEPSPEED", "Megatron-LM": "MEGATRON_LM"}
     return next((name for name, part in variables.items() if parse_flag_from_env(f"ACCELERATE_USE_{part}")), None)
 
 
 def engine_problem(stage: str, engine: str | None) -> str | None:
-    """Why a stage cannot run under an engine that shards the model, and what to use instead; None if it can."""
+    """Return why a stage cannot run under an engine that shards the model, and what to use; None if it can."""
     if engine is None or (stage == "sft" and engine != "Megatron-LM"):
         return None
     return (
@@ -115,7 +194,7 @@ def engine_problem(stage: str, engine: str | None) -> str | None:
 
 
 def _read(options: Sequence[str]) -> tuple[argparse.Namespace, ClusterConfig | None]:
-    """The options as accelerate launch reads them, and its configuration file if it takes one."""
+    """Parse the options as accelerate launch does, and its configuration file if it takes one."""
     arguments = launch_command_parser().parse_args([*options, "stage.py"])
     uses_file = arguments.config_file or (Path(default_config_file).is_file() and not arguments.cpu)
     return arguments, load_config_from_file(arguments.config_file) if uses_file else None
@@ -151,7 +230,7 @@ def launch(command: Sequence[str]) -> int:
 
 @contextmanager
 def handled(handlers: Mapping[int, object]) -> Iterator[None]:
-    """Signal handlers for the time of a block."""
+    """Install signal handlers for the time of a block."""
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
@@ -161,7 +240,7 @@ def handled(handlers: Mapping[int, object]) -> Iterator[None]:
 
 
 def end_group(group: int) -> None:
-    """Wait until no process of a group runs any more; the launcher may go before the stage, which may be saving."""
+    """Wait until no process of a group runs any more: the launcher may end while the stage is still saving."""
     deadline = time.monotonic() + GRACE_SECONDS
     while time.monotonic() < deadline:
         if not any(in_group(process, group) for process in psutil.process_iter()):
@@ -172,7 +251,7 @@ def end_group(group: int) -> None:
 
 
 def in_group(process: psutil.Process, group: int) -> bool:
-    """Whether a process is of a group and not a zombie, which where nobody collects them stays for ever."""
+    """Tell whether a process is a live member of a group. Zombies are ignored: without an init process they stay."""
     try:
         return os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE
     except (ProcessLookupError, PermissionError, psutil.Error):
@@ -180,5 +259,5 @@ def in_group(process: psutil.Process, group: int) -> bool:
 
 
 def signal_name(number: int) -> str | None:
-    """`SIGTERM` for 15."""
+    """Return `SIGTERM` for 15, or None for no signal."""
     return signal.Signals(number).name if number in set(signal.Signals) else None

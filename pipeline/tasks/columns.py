@@ -115,14 +115,14 @@ class Config:
 
 
 def files(config: Config) -> list[Path]:
-    """Every local file the task reads: a changed file makes a finished stage out of date. None for the Hub.
+    """Return every local file the task reads: a changed file makes a finished stage out of date. None for the Hub.
+
+    Nothing goes to the network.
 
     Raises:
-        TaskError: one does not exist or has no format known here; a Hub data set that cannot be had; an option that
-            does nothing for this path.
+        TaskError: one does not exist or has no format known here; an option that does nothing for this path.
     """
     if not config.is_local:
-        check_hub(config.path, config.subset, config.revision)
         return []
     for key in ("subset", "revision"):
         if getattr(config, key) is not None:
@@ -138,6 +138,16 @@ def files(config: Config) -> list[Path]:
             _check_file(config, split, path)
             found[path] = None
     return list(found)
+
+
+def check_reachable(config: Config) -> None:
+    """Refuse a Hub data set that can neither be asked for on the Hub nor found in the cache, in seconds.
+
+    Raises:
+        TaskError: as `check_hub`.
+    """
+    if not config.is_local:
+        check_hub(config.path, config.subset, config.revision)
 
 
 def _split_name(config: Config, split: str) -> str:

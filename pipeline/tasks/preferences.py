@@ -105,6 +105,15 @@ def files(config: Config) -> list[Path]:
     return with_named_keys(lambda: columns.files(config.as_columns))
 
 
+def check_reachable(config: Config) -> None:
+    """Refuse a Hub data set that cannot be had.
+
+    Raises:
+        TaskError: as `columns.check_reachable`.
+    """
+    with_named_keys(lambda: columns.check_reachable(config.as_columns))
+
+
 def load(config: Config) -> Preferences:
     """The pairs of `train` and `validation`.
 

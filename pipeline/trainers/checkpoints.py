@@ -1,9 +1,7 @@
-"""Checkpoint directories: written beside, checksummed and renamed; what is damaged is named and passed over."""
+"""Checkpoint directories: written under another name, checksummed, renamed; damaged ones are named and skipped."""
 
 import errno
-import hashlib
 import json
-import os
 import pickle
 import shutil
 from collections.abc import Iterator, Mapping
@@ -12,9 +10,11 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch import Tensor
+
+from pipeline.runtime.distributed import on_main
+from pipeline.runtime.files import flush_to_disk, sha256
 
 PREFIX, TEMPORARY, DAMAGED = "checkpoint-", "tmp-", "damaged-"
 MANIFEST = "manifest.json"
@@ -23,7 +23,7 @@ FULL_DISK = 2**20  # bytes: with fewer left, a write that failed has failed for 
 
 @contextmanager
 def new_checkpoint(directory: Path, step: int, size: int) -> Iterator[Path]:
-    """A folder to write `directory/checkpoint-<step>` into, of about `size` bytes; every process enters and leaves.
+    """Open a folder of about `size` bytes that becomes `directory/checkpoint-<step>`; every process enters and leaves.
 
     The name `checkpoint-<step>` appears when the block ends well: its files are complete, on disk, and listed with
     their SHA-256 in manifest.json. Until then whatever was there before stays.
@@ -46,8 +46,8 @@ def new_checkpoint(directory: Path, step: int, size: int) -> Iterator[Path]:
         free = _free(directory)
         shutil.rmtree(temporary, ignore_errors=True)
         after = _free(directory)
-        told = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not told and free >= FULL_DISK and after >= size:
+        says_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not says_full and free >= FULL_DISK and after >= size:
             raise
         raise OSError(
             f"cannot write {final}: it needs about {size:,} bytes and {after:,} are free; the checkpoints before it "
@@ -57,42 +57,24 @@ def new_checkpoint(directory: Path, step: int, size: int) -> Iterator[Path]:
 
 
 def _free(directory: Path) -> int:
-    """Bytes free where a directory is, or will be made."""
-    place = next(path for path in (directory, *directory.absolute().parents) if path.is_dir())
-    return shutil.disk_usage(place).free
+    """Return the bytes free where a directory is, or will be made."""
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.is_dir())
+    return shutil.disk_usage(existing).free
 
 
 def _commit(temporary: Path, final: Path) -> None:
     files = sorted(path for path in temporary.rglob("*") if path.is_file())
     manifest = {
-        str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "sha256": digest(path)} for path in files
+        str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files
     }
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2))
     folders = sorted({path.parent for path in files} | {temporary})
     for path in [*files, temporary / MANIFEST, *folders]:
-        _flush(path)
+        flush_to_disk(path)
     if final.exists():
         discard(final)
     temporary.rename(final)
-    _flush(final.parent)
-
-
-def digest(path: Path) -> str:
-    """The SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush_to_disk(final.parent)
 
 
 def discard(checkpoint: Path) -> None:
@@ -104,9 +86,9 @@ def discard(checkpoint: Path) -> None:
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    found = [path for path in directory.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
+    """Return the complete checkpoints, oldest first."""
+    checkpoints = [path for path in directory.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
+    return sorted(checkpoints, key=lambda path: int(path.name.removeprefix(PREFIX)))
 
 
 def keep_newest(directory: Path, keep: int | None, protect: int | None = None) -> None:
@@ -126,22 +108,17 @@ def clear_checkpoints(directory: Path) -> None:
 
 
 def read_manifest(path: Path) -> dict[str, dict]:
-    """Size and checksum by the name of a file, as they were saved; itself alone where it is not there."""
+    """Read size and checksum of each file as they were saved; a missing manifest lists the manifest alone."""
     return json.loads((path / MANIFEST).read_text()) if (path / MANIFEST).is_file() else {MANIFEST: {}}
 
 
-def missing_files(path: Path) -> list[str]:
-    """What a checkpoint once had and no longer has."""
-    return [name for name in read_manifest(path) if not (path / name).is_file()]
-
-
 def check_checkpoint(path: Path) -> str | None:
-    """What is wrong with the contents of a checkpoint by its manifest, or None.
+    """Return what is wrong with the contents of a checkpoint by its manifest, or None.
 
     Raises:
         ValueError: files are missing: someone removed them, for a kill or a full disk leaves no such checkpoint.
     """
-    if missing := missing_files(path):
+    if missing := [name for name in read_manifest(path) if not (path / name).is_file()]:
         raise ValueError(
             f"checkpoint {str(path)!r} lacks {', '.join(missing)}: put back what is missing, or remove the checkpoint "
             "to start from the one before; to start from weights alone, begin a new run with ppo.sft_model_path"
@@ -150,7 +127,7 @@ def check_checkpoint(path: Path) -> str | None:
         size = (path / name).stat().st_size
         if size != expected["bytes"]:
             return f"{name} has {size:,} bytes instead of {expected['bytes']:,}"
-        if digest(path / name) != expected["sha256"]:
+        if sha256(path / name) != expected["sha256"]:
             return f"{name} does not have the checksum it was saved with"
     return None
 
@@ -170,23 +147,14 @@ def require_intact(path: Path) -> None:
 
 
 def newest_checkpoint(directory: Path) -> tuple[Path | None, list[str]]:
-    """The newest intact checkpoint, and a sentence on each newer one; every process calls it, the main one looks.
+    """Return the newest intact checkpoint, and a sentence on each newer one; every process calls it.
 
     Damaged ones are renamed to `damaged-...`, and what a kill left of unfinished saves is removed.
 
     Raises:
         ValueError: files are missing from a checkpoint, or there are checkpoints and all are damaged.
     """
-    answer: list = [None, [], None]
-    if PartialState().is_main_process:
-        try:
-            answer[:2] = _newest_checkpoint(directory)
-        except ValueError as error:
-            answer[2] = str(error)
-    path, notes, problem = broadcast_object_list(answer)
-    if problem:
-        raise ValueError(problem)
-    return path, notes
+    return on_main(lambda: _newest_checkpoint(directory))
 
 
 def _newest_checkpoint(directory: Path) -> tuple[Path | None, list[str]]:

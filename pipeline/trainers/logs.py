@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from pipeline.runtime.files import write_atomically
 from pipeline.trainers.trackers import end_trackers, send
 
 
@@ -119,9 +119,8 @@ def keep_lines(file: Path, step: int, ending: str | None = None) -> None:
     text = file.read_text() if file.is_file() and step > 0 else ""
     whole = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
     events = [(line, json.loads(line)) for line in whole]
-    temporary = file.with_name(f"{file.name}.tmp")
-    temporary.write_text("".join(line for line, event in events if event["step"] <= step and ending not in event))
-    os.replace(temporary, file)
+    kept = [line for line, event in events if event["step"] <= step and ending not in event]
+    write_atomically(file, "".join(kept))
 
 
 def json_line(step: int, values: Mapping[str, object]) -> str:

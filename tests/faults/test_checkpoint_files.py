@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.runtime.files import sha256
 from pipeline.runtime.seeds import of_this_process, random_state, restore_random_state
-from pipeline.trainers import checkpoints as checkpoint_files
 from pipeline.trainers.checkpoints import (
     check_space,
     clear_checkpoints,
@@ -151,7 +151,7 @@ def rewrite(path: Path, name: str, content: bytes) -> None:
     """Change a file of a checkpoint together with its checksum, as somebody who means harm would."""
     (path / name).write_bytes(content)
     manifest = json.loads((path / "manifest.json").read_text())
-    manifest[name] = {"bytes": len(content), "sha256": checkpoint_files.digest(path / name)}
+    manifest[name] = {"bytes": len(content), "sha256": sha256(path / name)}
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 

@@ -9,7 +9,7 @@ from pipeline.models import generation
 from pipeline.recipe import load_recipe
 from pipeline.rewards import RewardConfig, build_rewards
 from pipeline.stages.directory import RunDirectory
-from pipeline.stages.stage import sft_model_path
+from pipeline.stages.inputs import sft_model_path
 from pipeline.trainers.ppo.config import PPOConfig
 
 REWARDS = (RewardConfig("constant"),)

@@ -1,9 +1,15 @@
-"""Weights of which each process holds a part, by DeepSpeed's ZeRO-3 or FSDP, made whole again."""
+"""Trained models saved with plain, whole weights, also where DeepSpeed's ZeRO-3 or FSDP shards them."""
+
+from pathlib import Path
 
 from accelerate.utils import DistributedType, parse_flag_from_env
+from peft import PeftModel
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from pipeline.models.config import ModelConfig
+from pipeline.models.loading import merged
 
 
 def check_sharding(arguments: TrainingArguments, in_4_bits: bool) -> None:
@@ -40,3 +46,17 @@ def whole_weights(trainer: Trainer) -> dict[str, Tensor] | None:
     weights = accelerator.get_state_dict(trainer.model_wrapped)
     unset_hf_deepspeed_config()  # else transformers would shard them while they are loaded
     return weights
+
+
+def save_plain_model(trainer: Trainer, base: Path | str, config: ModelConfig, directory: Path) -> None:
+    """Save plain weights, an adapter merged into `base`, and the tokenizer.
+
+    Call it on every rank: with FSDP or ZeRO-3 each rank holds a shard.
+    """
+    model, weights = trainer.accelerator.unwrap_model(trainer.model), whole_weights(trainer)
+    if trainer.is_world_process_zero():
+        if isinstance(model, PeftModel):
+            model, weights = merged(model, base, config, weights), None
+        model.save_pretrained(directory, state_dict=weights)
+        trainer.processing_class.save_pretrained(directory)
+    trainer.accelerator.wait_for_everyone()

@@ -1,0 +1,32 @@
+"""Files that are written whole or not at all, that are on disk when that is said, and that a checksum knows."""
+
+import hashlib
+import os
+from pathlib import Path
+
+BLOCK_BYTES = 2**20
+
+
+def sha256(path: Path) -> str:
+    """Read a file and return its SHA-256."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file; a process that is killed meanwhile leaves the old file, never half of the new one."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until the contents of a file, or the names in a folder, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,25 @@
+"""Settings of the libraries that hold for a whole process."""
+
+import os
+import warnings
+
+from datasets.utils.logging import disable_progress_bar
+from transformers.utils import logging as transformers_logging
+
+
+def quiet_libraries() -> None:
+    """Hide progress bars and warnings of libraries that a user of Relay cannot act on."""
+    disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    # trl still uses names that transformers has renamed.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+def limit_kernel_cache() -> None:
+    """Let oneDNN keep at most 128 compiled kernels; in bf16 on a CPU it compiles one for each shape of a product.
+
+    Its default of 1024 takes hundreds of megabytes, because texts have new lengths in every batch. A PPO update uses
+    about 80 of them again and again. oneDNN reads the variable at the first product; a value of the user stays.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")

@@ -1,0 +1,170 @@
+"""What a stage depends on, and whether its result is complete, changed, partial or absent."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.recipe import Recipe, recipe_values
+from pipeline.stages.control import control_run
+from pipeline.stages.digests import file_digest, file_stamp, model_state, record_digest, remember_digests
+from pipeline.stages.directory import FINISHED, STAGES, RunDirectory, read_record
+from pipeline.tasks import preferences, task_module
+
+ABSENT = "absent"
+STATE = ("fingerprint", "settings", "inputs", "stamps")  # what a stage records of what it depends on
+HUB_REVISION = "main"  # of a classifier, which `model.model_revision` is not about
+
+Status = Literal["complete", "partial", "changed", "absent"]
+
+
+def stage_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
+    """Return the settings that the result of a stage depends on, flat: `{"model.lora_r": 16, ...}`.
+
+    The stages after sft depend on its settings too, unless `ppo.sft_model_path` names another model; ppo depends on a
+    reward stage that rewards it, and eval on everything before it. The name and place of the run and
+    `reward.min_accuracy` change no result.
+    """
+    sections = ["seed", "model", "task", "sft", "reward", "ppo", "eval"][: 4 + STAGES.index(stage)]
+    values = recipe_values(recipe)
+    if recipe.sft_is_external and stage != "sft":
+        sections.remove("sft")
+    if stage not in ("sft", "reward") and not recipe.uses_own_reward:
+        sections.remove("reward")
+    flat = _flat({section: values[section] for section in sections if section in values})
+    flat.pop("reward.min_accuracy", None)
+    return flat
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings, and lists that hold some, as one mapping with dotted keys."""
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        value = dict(enumerate(value))
+    if not isinstance(value, Mapping) or (prefix and not value):
+        return {prefix: str(value) if isinstance(value, float) and math.isinf(value) else value}
+    return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}".lstrip(".")).items()}
+
+
+def needed_stages(recipe: Recipe, stage: str) -> list[str]:
+    """Return the stages of this run whose results a stage reads."""
+    needed = [] if stage == "sft" or recipe.sft_is_external else ["sft"]
+    if stage in ("ppo", "eval") and recipe.uses_own_reward:
+        needed.append("reward")
+    return [*needed, "ppo"] if stage == "eval" and "ppo" in recipe.eval.systems else needed
+
+
+def data_files(recipe: Recipe, stage: str) -> list[Path]:
+    """Return the local data files that a stage reads.
+
+    Raises:
+        TaskError: one that is not there.
+    """
+    files = task_module(recipe.task.name).files(recipe.task.config)
+    if stage == "reward" and recipe.reward is not None and isinstance(recipe.reward.pairs, preferences.Config):
+        files = [*files, *preferences.files(recipe.reward.pairs)]
+    return files
+
+
+def external_models(recipe: Recipe, stage: str) -> dict[str, str]:
+    """Return the models from outside this run that a stage reads, a path or Hub id each, with their Hub revisions."""
+    revision = recipe.model.model_revision
+    models = {recipe.model.model_name_or_path: revision}
+    if recipe.sft_is_external and stage != "sft":
+        models[recipe.ppo.sft_model_path] = revision
+    if stage == "reward" and recipe.reward is not None:
+        models[recipe.reward.model] = HUB_REVISION
+    if stage in ("ppo", "eval") and recipe.reward_is_external:
+        models[recipe.ppo.reward_model_path] = HUB_REVISION
+    if stage == "eval":
+        models |= {system.path: revision for system in recipe.eval.further_systems}
+    return {path: revision for path, revision in models.items() if path is not None}
+
+
+def stage_inputs(recipe: Recipe, stage: str, recorded: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the state of everything that a stage reads: by path, by Hub id, or by name for the stages before it.
+
+    An earlier stage counts by its record, not by its settings: made again, it gives other weights. A Hub model of
+    which nothing is in the local cache is as it is `recorded`. Nothing goes to the network.
+    """
+    inputs = {str(path): file_digest(path) for path in data_files(recipe, stage)}
+    for path, revision in external_models(recipe, stage).items():
+        name = str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path
+        state = model_state(path, revision) or (recorded or {}).get(name)
+        inputs |= {name: state} if state is not None else {}
+    control = control_run(recipe) if stage == "eval" else None
+    if control is not None:
+        inputs["control"] = record_digest(control / "ppo") or ABSENT
+    run = RunDirectory.of(recipe)
+    return inputs | {name: record_digest(run.stage(name)) or ABSENT for name in needed_stages(recipe, stage)}
+
+
+def stage_fingerprint(recipe: Recipe, stage: str, recorded: Mapping[str, str] | None = None) -> str:
+    """Return a SHA-256 over the settings and inputs of a stage; it differs if a setting, a model or a file changed.
+
+    Two changes are not seen: a data set on the Hub counts by its name and `task.revision`, not by its rows; and a file
+    of the same size and time of change counts as the same file.
+    """
+    content = [stage, stage_settings(recipe, stage), stage_inputs(recipe, stage, recorded)]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def stage_state(recipe: Recipe, stage: str) -> dict[str, Any]:
+    """Return what a stage records of what it depends on; `stamps` are the sizes and times of its data files."""
+    stamps = [file_stamp(path) for path in data_files(recipe, stage)]  # first: an edit from here on is noticed later
+    values = (
+        stage_fingerprint(recipe, stage),
+        stage_settings(recipe, stage),
+        stage_inputs(recipe, stage),
+        stamps,
+    )
+    return dict(zip(STATE, values, strict=True))
+
+
+def _recorded_state(run: RunDirectory, stage: str) -> dict[str, Any]:
+    """Read the record of a stage; data files that have kept size and time since then need not be read again."""
+    record = read_record(run.record_file(stage))
+    remember_digests(map(tuple, record.get("stamps", ())), record.get("inputs", {}))
+    return record
+
+
+def stage_status(run: RunDirectory, recipe: Recipe, stage: str) -> Status:
+    """Tell whether a stage is done with these settings, was interrupted, was made with others, or is not there."""
+    file = run.record_file(stage)
+    if file is None:
+        return "absent"
+    record = _recorded_state(run, stage)
+    if record.get("fingerprint") != stage_fingerprint(recipe, stage, record.get("inputs")):
+        return "changed"
+    return "complete" if file.name == FINISHED else "partial"
+
+
+def setting_differences(run: RunDirectory, recipe: Recipe, stage: str) -> list[str]:
+    """List what differs between the record of a stage and the recipe: `ppo.kl_coef: 0.05 -> 0.1`."""
+    record = _recorded_state(run, stage)
+    if "settings" not in record:
+        return ["its record cannot be read"]
+    before, after = record["settings"], stage_settings(recipe, stage)
+    keys = [key for key in dict.fromkeys([*after, *before]) if _shown(before, key) != _shown(after, key)]
+    lines = [f"{key}: {_shown(before, key)} -> {_shown(after, key)}" for key in keys]
+    if "inputs" in record:
+        lines += _input_differences(record["inputs"], stage_inputs(recipe, stage, record["inputs"]))
+    return lines
+
+
+def _shown(settings: Mapping[str, Any], key: str) -> str:
+    return json.dumps(settings[key], ensure_ascii=False) if key in settings else "(not set)"
+
+
+def _input_differences(before: Mapping[str, str], after: Mapping[str, str]) -> Sequence[str]:
+    lines = []
+    for name, state in after.items():
+        if name not in before:
+            lines.append(f"{name}: not there before")
+        elif before[name] != state:
+            change = "its contents changed"
+            if name in STAGES:
+                change = "not finished" if state == ABSENT else "made again"
+            lines.append(f"{name}: {change}")
+    return lines

@@ -1,0 +1,183 @@
+"""The plan of a run: which of its stages run, continue or are skipped, why, and how that is shown."""
+
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from trl import SFTConfig
+
+from pipeline.recipe import Recipe, RecipeError
+from pipeline.stages.control import control_problem, control_run
+from pipeline.stages.directory import STAGES, RunDirectory
+from pipeline.stages.fingerprint import needed_stages, setting_differences, stage_status
+from pipeline.tasks.counts import count_examples
+
+SHOWN_DIFFERENCES = 8
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """What happens to one stage, and why; `replaces` says that an earlier result is set aside first."""
+
+    stage: str
+    action: str  # "run", "resume", "skip", "not needed" or "not selected"
+    reason: str
+    replaces: bool = False
+
+    @property
+    def launches(self) -> bool:
+        """Whether a process group is started for it."""
+        return self.action in ("run", "resume")
+
+
+def plan_stages(recipe: Recipe, only: str | None, start: str | None, force: bool) -> list[PlannedStage]:
+    """Decide what to do with each stage, in order; a reward stage that the recipe does not have is left out.
+
+    Raises:
+        RecipeError: a stage is asked for that this recipe does not have.
+    """
+    absent = not_needed(recipe)
+    chosen = [only] if only else STAGES[STAGES.index(start) if start else 0 :]
+    if (only or start) in absent:
+        raise RecipeError(f"{only or start}: this recipe does not run that stage: {absent[only or start]}")
+    run, plan = RunDirectory.of(recipe), []
+    for stage in STAGES:
+        if stage == "reward" and recipe.reward is None:
+            continue
+        if stage in absent:
+            plan.append(PlannedStage(stage, "not needed", absent[stage]))
+        elif stage not in chosen:
+            plan.append(PlannedStage(stage, "not selected", f"--only {only}" if only else f"--from {start}"))
+        else:
+            plan.append(plan_stage(run, recipe, stage, force))
+    return plan
+
+
+def not_needed(recipe: Recipe) -> dict[str, str]:
+    """Return the stages that a recipe does not run, with the reason."""
+    absent = {}
+    if recipe.sft_is_external:
+        absent["sft"] = f"ppo.sft_model_path is {recipe.ppo.sft_model_path}"
+    if recipe.reward is None:
+        absent["reward"] = "the recipe has no reward section"
+    elif recipe.reward_is_external:
+        absent["reward"] = f"ppo.reward_model_path is {recipe.ppo.reward_model_path}"
+    if recipe.ppo is None:
+        absent["ppo"] = "the recipe has no ppo section"
+    return absent
+
+
+def plan_stage(run: RunDirectory, recipe: Recipe, stage: str, force: bool) -> PlannedStage:
+    """Decide what to do with a selected stage. One whose earlier stage is made again counts as changed."""
+    status = stage_status(run, recipe, stage)
+    if status == "absent":
+        return PlannedStage(stage, "run", "not started yet")
+    if status == "changed":
+        differences = setting_differences(run, recipe, stage)
+        more = [f"and {len(differences) - SHOWN_DIFFERENCES} more"] if len(differences) > SHOWN_DIFFERENCES else []
+        changes = "; ".join([*differences[:SHOWN_DIFFERENCES], *more])
+        return PlannedStage(stage, "run", f"changed since {run.stage(stage)} was made: {changes}", replaces=True)
+    if force:
+        return PlannedStage(stage, "run", "--force", replaces=True)
+    if status == "partial":
+        return PlannedStage(stage, "resume", "interrupted with the same settings")
+    return PlannedStage(stage, "skip", "complete and unchanged")
+
+
+def missing_input(recipe: Recipe, stage: str) -> str | None:
+    """Return why a stage cannot start yet, with the command that makes what it lacks; None if it can."""
+    run = RunDirectory.of(recipe)
+    for name in needed_stages(recipe, stage):
+        status = stage_status(run, recipe, name)
+        if status == "complete":
+            continue
+        problem = f"no finished {name} stage in {run.stage(name)}"
+        if status == "changed":
+            differences = "; ".join(setting_differences(run, recipe, name)[:3])
+            problem = f"the {name} stage in {run.stage(name)} was made with other settings ({differences})"
+        return f"{stage}: {problem}; run: {typed_command(recipe, name)}"
+    control = control_run(recipe) if stage == "eval" else None
+    problem = control_problem(recipe, control) if control is not None else None
+    return f"eval: eval.control: {str(control)!r} {problem}" if problem else None
+
+
+def typed_command(recipe: Recipe, stage: str) -> str:
+    """Return the command that a user types to run one stage of a recipe."""
+    source = recipe.source
+    recipe_file = str(RunDirectory.of(recipe).path / "recipe.yaml")
+    arguments = [recipe_file] if source is None else [source.file, *source.overrides]
+    return shlex.join(["accelerate", "launch", f"pipeline/{stage}.py", *arguments])
+
+
+def show_plan(
+    console: Console, recipe: Recipe, plan: Sequence[PlannedStage], processes: int, options: Sequence[str]
+) -> None:
+    """Print stages, device and batch arithmetic."""
+    source = recipe.source.file if recipe.source else recipe.name
+    print_line(console, f"{source} -> {RunDirectory.of(recipe).path}")
+    print_line(console, f"{device_name(options)}, {count(processes, 'process', 'processes')}")
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for planned in plan:
+        table.add_row(*map(Text, (planned.stage, planned.action, planned.reason)))
+    console.print(table)
+    launched = {planned.stage for planned in plan if planned.launches}
+    for stage, sizes in (("sft", sft_sizes), ("ppo", ppo_sizes)):
+        if stage in launched:
+            print_line(console, f"{stage}: {sizes(recipe, processes)}")
+
+
+def print_line(console: Console, text: str, style: str | None = None) -> None:
+    """Print a line as it is: paths are not wrapped, and brackets in them are no markup."""
+    console.print(text, style=style, markup=False, soft_wrap=True)
+
+
+def device_name(options: Sequence[str]) -> str:
+    """Return the name of the device the stages run on."""
+    if "--cpu" in options or not torch.accelerator.is_available():
+        return f"cpu with {count(torch.get_num_threads(), 'thread', 'threads')}"
+    kind = torch.accelerator.current_accelerator().type
+    return torch.cuda.get_device_name(0) if kind == "cuda" else kind
+
+
+def sft_sizes(recipe: Recipe, processes: int) -> str:
+    """Describe batch and steps of SFT; the number of steps where the number of examples is known."""
+    arguments = {f: getattr(SFTConfig, f) for f in ("max_steps", "num_train_epochs", "gradient_accumulation_steps")}
+    arguments |= {"per_device_train_batch_size": SFTConfig.per_device_train_batch_size, **recipe.sft.arguments}
+    per_device, accumulation = arguments["per_device_train_batch_size"], arguments["gradient_accumulation_steps"]
+    batch = f"batch {per_device} per device x {accumulation} accumulated x {processes} = "
+    batch += f"{per_device * accumulation * processes}"
+    examples = count_examples(recipe.task.config).sft
+    if arguments["max_steps"] > 0:
+        return f"{batch}; {arguments['max_steps']} optimizer steps"
+    epochs = f"{arguments['num_train_epochs']:g} epoch{'' if arguments['num_train_epochs'] == 1 else 's'}"
+    if examples is None or arguments.get("packing"):
+        return f"{batch}; {epochs}"
+    micro_batches = math.ceil(examples / (per_device * processes))
+    steps = math.ceil(math.ceil(micro_batches / accumulation) * arguments["num_train_epochs"])
+    return f"{examples} examples, {batch}; {epochs}, {steps} optimizer steps"
+
+
+def ppo_sizes(recipe: Recipe, processes: int) -> str:
+    """Describe batch > mini-batch > micro-batch and the steps of PPO."""
+    ppo = recipe.ppo
+    batch = ppo.batch_size(processes)
+    return (
+        f"batch {ppo.per_device_train_batch_size} per device x {ppo.gradient_accumulation_steps} accumulated x "
+        f"{processes} = {batch} episodes, mini-batch {batch // ppo.num_mini_batches}, micro-batch "
+        f"{ppo.per_device_train_batch_size} per device; {count(ppo.num_steps(processes), 'step', 'steps')} of "
+        f"{count(ppo.num_ppo_epochs, 'PPO epoch', 'PPO epochs')}, "
+        f"{ppo.num_optimizer_steps(processes)} optimizer steps"
+    )
+
+
+def count(number: int, one: str, many: str) -> str:
+    """Return `1 step` or `3 steps`."""
+    return f"{number} {one if number == 1 else many}"
