@@ -185,9 +185,10 @@ def load(config: Config) -> Task:
     """Read the data and make its three splits, which share no row.
 
     Raises:
-        TaskError: as `files`; a column that is not there; values that give no example, with the rows they are in.
+        TaskError: as `files` and `check_reachable`; a column that is not there; rows that give no example.
     """
     files(config)
+    check_reachable(config)
     tables = read_tables(config)
     bounds = {split: row_bounds(getattr(config, split), len(tables[split].rows)) for split in SPLITS}
     _check_disjoint(config, bounds)
