@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 # The quickstart and the tests never need a network; offline mode makes sure of it.
 OFFLINE := HF_HUB_OFFLINE=1
 
-.PHONY: install quickstart test lint
+.PHONY: install quickstart test lint docs
 
 install: $(VENV)/.installed
 
@@ -23,3 +23,8 @@ test: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+
+docs: $(VENV)/.installed
+	$(RUN) -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable ".[docs]"
+	$(RUN) -m tools.recipe_reference
+	$(RUN) -m mkdocs build --strict

@@ -1,4 +1,4 @@
-"""docs/scaling.md and docs/slurm.sh: their commands are those that accelerate and run.py take."""
+"""docs/hardware.md and docs/slurm.sh: their commands are those that accelerate and run.py take."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from pipeline.run import parse_arguments
 from pipeline.stages.launch import machine_rank, process_count, sharding_engine
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "hardware.md").read_text(encoding="utf-8")
 
 
 def commands() -> list[list[str]]:

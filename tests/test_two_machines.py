@@ -1,6 +1,6 @@
 """Two machines of one network: two namespaces that a virtual cable joins, and a run directory that both see.
 
-Each has its own `accelerate launch` with the files and options that docs/scaling.md gives for true machines.
+Each has its own `accelerate launch` with the files and options that docs/hardware.md gives for true machines.
 """
 
 import json
@@ -78,7 +78,7 @@ def environment(machine: str) -> dict[str, str]:
 
 
 def options(rank: int) -> list[str]:
-    """Of accelerate launch, as docs/scaling.md has them."""
+    """Of accelerate launch, as docs/hardware.md has them."""
     file = str(ROOT / "accelerate_configs" / "multi_node.yaml")
     where = ["--main_process_ip", ADDRESSES[0], "--main_process_port", "29500"]
     return ["--config_file", file, "--num_processes", "2", "--num_machines", "2", "--machine_rank", str(rank), *where]

@@ -45,23 +45,25 @@ class EvalConfig:
     `sample_temperature`, for the best-of-n curve; 0 leaves it away. `num_inspected` examples are shown token by token.
     """
 
+    # further ones are mappings: {name: other, path: DIRECTORY_OR_HUB_ID}
     systems: tuple[str | SystemConfig, ...] = SYSTEMS
+    # the directory of a constant-reward run, shown as a column; auto finds one beside this run, None shows none
     control: str | None = AUTO
-    metrics: tuple[MetricConfig, ...] = (MetricConfig("bleu"), MetricConfig("chrf"))
-    num_beams: int = 1
-    beam_sizes: tuple[int, ...] = ()
-    samples_per_prompt: int = 4
-    sample_prompts: int = 100
-    sample_temperature: float = 1.0
+    metrics: tuple[MetricConfig, ...] = (MetricConfig("bleu"), MetricConfig("chrf"))  # the first decides the verdict
+    num_beams: int = 1  # the decoding of every score; 1 is greedy
+    beam_sizes: tuple[int, ...] = ()  # other numbers of beams to show beside it
+    samples_per_prompt: int = 4  # for the best-of-n curve; 0 leaves it out
+    sample_prompts: int = 100  # prompts of that curve
+    sample_temperature: float = 1.0  # of those samples
     max_new_tokens: int | None = None  # None: ppo.response_length
     min_new_tokens: int | None = None  # None: ppo.min_new_tokens
     stop_strings: tuple[str, ...] | None = None  # None: ppo.stop_strings
-    per_device_eval_batch_size: int = 64
-    n_bootstrap: int = 1000
-    confidence: float = 0.95
+    per_device_eval_batch_size: int = 64  # prompts answered at once
+    n_bootstrap: int = 1000  # resamples of intervals and tests
+    confidence: float = 0.95  # what the intervals of the scores cover
     num_samples: int = 5  # side-by-side predictions in report.md
     num_listed: int = 500  # searchable predictions in report.html
-    num_inspected: int = 4
+    num_inspected: int = 4  # examples shown token by token in report.html
 
     def __post_init__(self) -> None:
         for system in self.systems:

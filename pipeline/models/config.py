@@ -19,15 +19,15 @@ class FromScratchConfig:
     dropout. Sizes are those of `transformers.LlamaConfig`, `GPTNeoXConfig`, `T5Config` and `BartConfig`.
     """
 
-    architecture: str = "llama"
-    vocab_size: int = 6000
-    hidden_size: int = 256
+    architecture: str = "llama"  # llama is the modern block; gpt_neox has dropout; t5 and bart are encoder-decoders
+    vocab_size: int = 6000  # of the BPE tokenizer that is trained on the training texts
+    hidden_size: int = 256  # width
     intermediate_size: int | None = None  # llama: 8/3 of hidden_size, rounded up to 32; the others: 4 times
-    num_hidden_layers: int = 4
+    num_hidden_layers: int = 4  # of an encoder-decoder: of its encoder
     num_decoder_layers: int | None = None  # t5, bart: None is as many as num_hidden_layers, which the encoder has
-    num_attention_heads: int = 4
+    num_attention_heads: int = 4  # hidden_size must be an even multiple of it
     max_position_embeddings: int = 512  # t5 has no such limit: longer texts are cut to it in SFT all the same
-    tie_word_embeddings: bool = True
+    tie_word_embeddings: bool = True  # one matrix for input and output
     dropout: float = 0.0  # not llama; PPO switches it off
 
     def __post_init__(self) -> None:
@@ -84,27 +84,27 @@ class ModelConfig:
     `from_scratch`. `src_lang` and `tgt_lang` are for tokenizers that write language codes (mBART, NLLB, M2M100).
     """
 
-    model_name_or_path: str | None = None
-    from_scratch: FromScratchConfig | None = None
-    model_revision: str = "main"
-    dtype: str = "float32"
-    attn_implementation: str | None = None
-    trust_remote_code: bool = False
-    src_lang: str | None = None  # the tokenizer's own code, such as en_XX or eng_Latn
-    tgt_lang: str | None = None
+    model_name_or_path: str | None = None  # directory or Hub id of any causal or encoder-decoder model
+    from_scratch: FromScratchConfig | None = None  # a small model with random weights instead
+    model_revision: str = "main"  # branch, tag or commit of a Hub model
+    dtype: str = "float32"  # of the weights; float32 with bf16 autocast is the tested combination
+    attn_implementation: str | None = None  # as in transformers; None: its default
+    trust_remote_code: bool = False  # allow code that comes with the model; stands in the record of the run
+    src_lang: str | None = None  # of mBART, NLLB and M2M100: the tokenizer's own code, such as en_XX or eng_Latn
+    tgt_lang: str | None = None  # the language of the completions, likewise
     use_peft: bool = True  # TRL: False. One shared base with adapters is what makes PPO small.
-    lora_r: int = 16
-    lora_alpha: int = 32
+    lora_r: int = 16  # rank of the adapter
+    lora_alpha: int = 32  # its scale is lora_alpha / lora_r
     lora_dropout: float = 0.05  # SFT only: PPO runs without dropout, or its first ratio would not be 1
     # TRL: None, which is q and v only for most models. `decoder-linear`: an encoder-decoder's encoder stays as it is.
     lora_target_modules: list[str] | str | None = "all-linear"
-    lora_modules_to_save: list[str] | None = None
-    use_rslora: bool = False
-    use_dora: bool = False
+    lora_modules_to_save: list[str] | None = None  # modules trained whole beside the adapter
+    use_rslora: bool = False  # scale lora_alpha / sqrt(lora_r)
+    use_dora: bool = False  # weight-decomposed adapters
     # QLoRA: weights under an adapter that trains are held in 4 bits; what is saved and evaluated never is.
     load_in_4bit: bool = False
-    bnb_4bit_quant_type: str = "nf4"
-    use_bnb_nested_quant: bool = False
+    bnb_4bit_quant_type: str = "nf4"  # of the 4-bit weights
+    use_bnb_nested_quant: bool = False  # quantise the scales as well: 0.52 instead of 0.56 bytes a weight
 
     def __post_init__(self) -> None:
         if (self.model_name_or_path is None) == (self.from_scratch is None):

@@ -10,8 +10,9 @@ from typing import Any
 class RewardConfig:
     """What PPO is paid for: a metric by name, `constant`, or the dotted path of a function; `options` go to it."""
 
-    name: str
-    weight: float = 1.0
+    name: str  # a metric, learned, constant, or the dotted path of a function
+    weight: float = 1.0  # in the sum
+    # what goes to the reward; in a recipe the keys beside name and weight
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -52,24 +52,24 @@ class Config:
     it they are errors.
     """
 
-    path: str
-    data_dir: str = "."
-    subset: str | None = None
-    revision: str | None = None
-    train: str = "train"
-    validation: str = "validation"
-    test: str = "test"
-    prompt: str | None = None
-    completion: str | None = None
-    references: str | None = None
-    messages: str | None = None
-    system: str | None = None
-    language: str | None = None
-    max_train_examples: int | None = None
-    max_validation_examples: int | None = None
-    max_test_examples: int | None = None
+    path: str  # a file with {split} in its name, a save_to_disk directory, or a Hub id
+    data_dir: str = "."  # where relative paths start; {recipe_dir} is the folder of the recipe
+    subset: str | None = None  # of a Hub data set
+    revision: str | None = None  # branch, tag or commit of a Hub data set
+    train: str = "train"  # name of the split, or a part of one such as train[:90%]
+    validation: str = "validation"  # likewise
+    test: str = "test"  # likewise
+    prompt: str | None = None  # a column, or a template such as 'Question: {question}'
+    completion: str | None = None  # what SFT learns; None: the first reference
+    references: str | None = None  # a text or a list of texts; None: the completion
+    messages: str | None = None  # a column of chat messages, in place of the three above
+    system: str | None = None  # put in front of chats without a system message
+    language: str | None = None  # of the completions, such as de: metrics choose their tokenizer by it
+    max_train_examples: int | None = None  # keep the first rows only
+    max_validation_examples: int | None = None  # likewise
+    max_test_examples: int | None = None  # likewise
     ppo_examples: int | None = None  # the last training rows, which SFT does not see and PPO answers
-    skip_broken_rows: bool = False
+    skip_broken_rows: bool = False  # leave out and count rows that cannot be used, instead of stopping
 
     def __post_init__(self) -> None:
         if not self.path.strip():

@@ -15,17 +15,17 @@ class Config:
     current folder; in a recipe, `{recipe_dir}` in it stands for the folder of the recipe's file.
     """
 
-    source: str
-    target: str
-    data_dir: str = "."
-    prompt: str = "{source}\n"
-    train: str = "train"
-    validation: str = "validation"
-    test: str = "test"
-    language: str | None = None
-    max_train_examples: int | None = None
-    max_validation_examples: int | None = None
-    max_test_examples: int | None = None
+    source: str  # file with {split} in its name, a text in each line
+    target: str  # likewise, the answers
+    data_dir: str = "."  # where relative paths start; {recipe_dir} is the folder of the recipe
+    prompt: str = "{source}\n"  # what the model reads
+    train: str = "train"  # what {split} stands for
+    validation: str = "validation"  # likewise
+    test: str = "test"  # likewise
+    language: str | None = None  # of the completions, such as de: metrics choose their tokenizer by it
+    max_train_examples: int | None = None  # keep the first rows only
+    max_validation_examples: int | None = None  # likewise
+    max_test_examples: int | None = None  # likewise
     ppo_examples: int | None = None  # the last training rows, which SFT does not see and PPO answers
 
     def __post_init__(self) -> None:

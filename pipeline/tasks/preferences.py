@@ -24,20 +24,20 @@ class Config:
     `margin` is a column of numbers: by how much chosen is better. `skip_broken_rows` is that of the task `columns`.
     """
 
-    path: str
-    data_dir: str = "."
-    subset: str | None = None
-    revision: str | None = None
-    train: str = "train"
-    validation: str = "validation"
-    prompt: str | None = "prompt"
-    chosen: str = "chosen"
-    rejected: str = "rejected"
-    margin: str | None = None
-    min_margin: float = 0.0
-    max_train_pairs: int | None = None
-    max_validation_pairs: int | None = None
-    skip_broken_rows: bool = False
+    path: str  # as in the task columns
+    data_dir: str = "."  # likewise
+    subset: str | None = None  # likewise
+    revision: str | None = None  # likewise
+    train: str = "train"  # likewise
+    validation: str = "validation"  # likewise: the held-out pairs
+    prompt: str | None = "prompt"  # a column or a template; None: chosen and rejected are chats that begin with it
+    chosen: str = "chosen"  # a column of texts or chats, of which the last message counts
+    rejected: str = "rejected"  # likewise
+    margin: str | None = None  # a column of numbers: by how much chosen is better
+    min_margin: float = 0.0  # drop pairs below it
+    max_train_pairs: int | None = None  # keep the first pairs only
+    max_validation_pairs: int | None = None  # likewise
+    skip_broken_rows: bool = False  # as in the task columns
 
     def __post_init__(self) -> None:
         limits = {f"max_{part}_pairs": getattr(self, f"max_{part}_pairs") for part in PARTS}

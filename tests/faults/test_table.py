@@ -1,4 +1,4 @@
-"""docs/faults.md: every test that it names exists, and the rows are those of the faults, in order."""
+"""tests/faults/README.md: every test that it names exists, and the rows are those of the faults, in order."""
 
 import ast
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 ROWS = [
     [cell.strip() for cell in line.strip("|").split(" | ")]
-    for line in (ROOT / "docs" / "faults.md").read_text(encoding="utf-8").splitlines()
+    for line in (Path(__file__).parent / "README.md").read_text(encoding="utf-8").splitlines()
     if re.match(r"\| \d", line)
 ]
 

@@ -15,16 +15,17 @@ class SampledPairs:
     `prompts` of the prompts that PPO answers train, `held_out_prompts` of the validation split are held out.
     """
 
+    # sft: a better sample with a worse one; references: a reference with a sample; or both
     origins: tuple[str, ...] = ("sft",)
-    metric: str = "bleu"
-    samples: int = 4
-    temperature: float = 1.0
-    top_p: float = 1.0
-    prompts: int | None = None
-    held_out_prompts: int | None = None
-    pairs_per_prompt: int = 1
-    min_margin: float = 0.05
-    batch_size: int = 128
+    metric: str = "bleu"  # ranks the samples against the references
+    samples: int = 4  # answers to each prompt
+    temperature: float = 1.0  # of the samples
+    top_p: float = 1.0  # of the samples; 1: off
+    prompts: int | None = None  # how many prompts train; None: all that PPO answers
+    held_out_prompts: int | None = None  # how many prompts of the validation split are held out; None: all
+    pairs_per_prompt: int = 1  # of each kind
+    min_margin: float = 0.05  # by how much better is better, as a difference of the metric
+    batch_size: int = 128  # prompts answered at once
     max_new_tokens: int | None = None  # None: ppo.response_length
     min_new_tokens: int | None = None  # None: ppo.min_new_tokens
     stop_strings: tuple[str, ...] | None = None  # None: ppo.stop_strings

@@ -27,78 +27,95 @@ class PPOConfig:
     `num_mini_batches` optimizer steps over them. `eval_steps`, `save_steps` and `logging_steps` count these PPO steps.
     """
 
-    rewards: tuple[RewardConfig, ...]
-    sft_model_path: str | None = None  # None: this run's sft stage
-    reward_model_path: str | None = None  # of the reward `learned`; None: this run's reward stage
-    use_peft: bool = True
-    total_episodes: int = 10_000
+    rewards: tuple[RewardConfig, ...]  # what PPO raises: a list of names or mappings
+    # directory or Hub id to start from, full, merged or a peft adapter; None: this run's sft stage
+    sft_model_path: str | None = None
+    # of the reward `learned`: a reward folder or a sequence classifier; None: this run's reward stage
+    reward_model_path: str | None = None
+    # in a recipe None means model.use_peft; false trains all weights, with a frozen copy as reference
+    use_peft: bool = True  # as model.use_peft; false trains all weights, with a frozen copy as reference
+    total_episodes: int = 10_000  # completions of the whole run
+    # episodes of a micro-batch: a matter of memory, not of the result; halved where memory runs out
     per_device_train_batch_size: int = 32
-    gradient_accumulation_steps: int = 4
-    num_ppo_epochs: int = 4
-    num_mini_batches: int = 1
-    local_rollout_forward_batch_size: int = 128
+    gradient_accumulation_steps: int = 4  # times the above = 128 episodes a rollout, the least that public recipes use
+    num_ppo_epochs: int = 4  # passes over a rollout
+    num_mini_batches: int = 1  # optimizer steps of a pass; one is what the language-model reproductions use
+    local_rollout_forward_batch_size: int = 128  # prompts answered at once; halved where memory runs out
 
-    learning_rate: float = 1e-4
-    value_learning_rate: float | None = None  # None: learning_rate
-    value_model: str = "head"  # on the policy's last hidden states, or over an adapter of its own: a second pass
+    learning_rate: float = 1e-4  # of the policy; LoRA takes ten times what full fine-tuning does
+    value_learning_rate: float | None = None  # of the value function; None: learning_rate
+    # head reads the policy's last hidden states; adapter has a LoRA of its own, at a second pass
+    value_model: str = "head"
     value_warmup_steps: int = 0  # PPO steps in which only the value function learns
-    lr_scheduler_type: str = "linear"
-    warmup_steps: int = 0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
+    lr_scheduler_type: str = "linear"  # over optimizer steps, the same for any number of processes
+    warmup_steps: int = 0  # optimizer steps in which the learning rate rises
+    adam_beta1: float = 0.9  # AdamW
+    adam_beta2: float = 0.999  # AdamW
     adam_epsilon: float = 1e-5  # the PPO reproductions' value: 1e-8 makes the first steps on tiny gradients too large
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
+    weight_decay: float = 0.0  # none: it would pull the policy away from the reference
+    max_grad_norm: float = 1.0  # gradient clipping
+    # compute layers again in the backward pass: less memory, more time, the same bits
     gradient_checkpointing: bool = False
+    # passes over real tokens only, and over a prompt once for all its completions; TRL's name in SFTConfig
     padding_free: bool = True
-    bf16: bool | None = None  # None: where the machine has instructions for it
+    # autocast; None: where the machine has instructions for it. A CPU that emulates it is far slower than in float32
+    bf16: bool | None = None
 
-    response_length: int = 53
+    response_length: int = 53  # most tokens of a completion; TRL's value
     num_generations: int = 1  # completions of each prompt in a rollout
     group_baseline: bool = False  # subtract the mean score of the prompt's other completions from each score
-    reward_shaping: str = "none"  # prefix: pay each token the change it makes to the score of the text so far
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_new_tokens: int = 0
-    stop_strings: tuple[str, ...] = ()  # a completion ends behind the first of them, as it does with EOS
+    reward_shaping: str = "none"  # prefix rewards each token by what it adds to the score of the text so far
+    temperature: float = 1.0  # divides the logits of sampling, policy and reference alike
+    top_k: int = 0  # 0: off, the raw policy
+    top_p: float = 1.0  # 1: off, the raw policy
+    min_new_tokens: int = 0  # no EOS before so many tokens
+    # a completion ends after the first of them, as it does with EOS; held-out and test completions too
+    stop_strings: tuple[str, ...] = ()
 
-    kl_coef: float = 0.05
-    kl_estimator: str = "k1"
-    kl_placement: str = "reward"  # loss: kl_coef x KL is a term of the loss, with the gradient of k3
-    kl_target: float | None = None  # nats per episode: kl_coef follows it (Ziegler et al. 2019)
-    kl_horizon: int = 10_000  # episodes in which it moves by 20 % at most
-    target_kl: float | None = None  # nats per token: the PPO epochs of a rollout end beyond 1.5 times it
-    cliprange: float = 0.2
-    cliprange_high: float | None = None  # None: cliprange
-    dual_clip: float | None = None  # the ratio counts at most this much where the advantage is negative
-    entropy_coef: float = 0.0
-    vf_coef: float = 0.1
-    cliprange_value: float = 0.2
-    gamma: float = 1.0
-    lam: float = 0.95
-    whiten_rewards: bool = False
-    whiten_advantages: bool = True
-    score_scaling: str = "none"  # divide scores by their standard deviation: of all so far, or of the first rollout
+    kl_coef: float = 0.05  # weight of the KL penalty
+    kl_estimator: str = "k1"  # k1 is unbiased; k3 has less variance and is never negative
+    # reward: in the token reward; loss: a term of the loss, needs k3, because the gradient of k1 is 0 on average
+    kl_placement: str = "reward"
+    # nats per episode: kl_coef follows it by at most 20 % per horizon (Ziegler et al. 2019)
+    kl_target: float | None = None
+    kl_horizon: int = 10_000  # episodes of that adaptation
+    # nats per token: the passes over a rollout end where the policy moved beyond 1.5 times it
+    target_kl: float | None = None
+    cliprange: float = 0.2  # ratios within 1 - it and 1 + it
+    cliprange_high: float | None = None  # an upper clip of its own; None: cliprange
+    dual_clip: float | None = None  # largest ratio that counts where the advantage is negative, such as 3.0
+    entropy_coef: float = 0.0  # entropy bonus; language models rarely need one
+    vf_coef: float = 0.1  # weight of the value loss; 0: no value function
+    cliprange_value: float = 0.2  # absolute: rewards should be of order 1
+    gamma: float = 1.0  # generalised advantage estimation; texts are short, nothing is discounted
+    lam: float = 0.95  # generalised advantage estimation: 1 is the whole return, 0 one step
+    whiten_rewards: bool = False  # unit variance of token rewards, over all processes
+    whiten_advantages: bool = True  # mean 0 and unit variance, over all processes
+    # divide scores by the standard deviation of all so far (running) or of the first rollout (reference)
+    score_scaling: str = "none"
     score_clip: float | None = None  # scores stay within +- this, after scaling
     missing_eos_penalty: float | None = None  # subtracted from the score of a completion that did not end
-    missing_eos_score: float | None = None  # instead of that score
-    on_reward_error: str = "stop"  # skip: nothing is learnt from a completion a reward fails on; zero: it pays 0
-    reward_timeout: float | None = None  # seconds one call of a reward function may take
-    max_kl: float | None = None  # nats per episode from the reference: beyond it the run stops
-    max_skipped_steps: int = 4  # optimizer steps in a row whose gradient is not finite: the run stops
+    missing_eos_score: float | None = None  # replaces that score, such as -1 (Huang et al. 2024)
+    # stop the run, skip the completion, or count 0 for the function; a broken one should not go unnoticed
+    on_reward_error: str = "stop"
+    reward_timeout: float | None = None  # seconds one call of a reward function may take; metrics need none
+    # nats per episode from the reference: beyond it the run stops; the checkpoints before it stay
+    max_kl: float | None = None
+    max_skipped_steps: int = 4  # optimizer steps in a row with a loss or gradient that is not finite end the run
 
-    logging_steps: int = 1
-    eval_steps: int | None = None  # None: ten times a run
-    eval_examples: int | None = None  # None: the whole validation split
-    save_steps: int | None = None  # None: with every evaluation
-    save_total_limit: int = 2  # one to fall back on when the newest turns out damaged
-    num_sample_generations: int = 10
-    metric_for_best_model: str = "eval_reward"
-    greater_is_better: bool = True
+    logging_steps: int = 1  # PPO steps between lines of metrics.jsonl
+    # PPO steps between evaluations on held-out prompts; None: ten times a run. Always before the first step
+    eval_steps: int | None = None
+    eval_examples: int | None = None  # held-out prompts; None: the whole validation split
+    save_steps: int | None = None  # PPO steps between checkpoints; None: with every evaluation
+    save_total_limit: int = 2  # checkpoints kept beside the best; a damaged one needs the one before
+    num_sample_generations: int = 10  # samples shown during a run
+    metric_for_best_model: str = "eval_reward"  # which checkpoint is kept as the result
+    greater_is_better: bool = True  # of that metric
+    # end as the best policy, not the last; where no step was better than step 0, that is the SFT model
     load_best_model_at_end: bool = True
-    report_to: tuple[str, ...] = ()
-    run_name: str | None = None
+    report_to: tuple[str, ...] = ()  # trackers, as in TRL
+    run_name: str | None = None  # the name of the run for trackers
 
     def __post_init__(self) -> None:
         _check_ranges(self)

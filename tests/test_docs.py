@@ -1,0 +1,162 @@
+"""README.md and docs/: links lead somewhere, commands are taken, recipes are read, and the README's Python runs."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from accelerate.commands.launch import launch_command_parser
+
+from pipeline.recipe import load_recipe, split_recipe_argument
+from pipeline.run import parse_arguments
+from pipeline.stages.launch import process_count
+from tools import recipe_reference
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+MAX_README_LINES = 160
+MAX_MEDIAN_WORDS = 15
+MODULES = ("pip", "pytest", "venv", "tools.phrasebook", "tools.recipe_reference")
+
+
+def code_blocks(page: Path, kind: str) -> list[str]:
+    """The texts of a page's fenced blocks of a kind; commands have none."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+    return [text for found, text in blocks if found == kind]
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Every command of a page as words, without comments and without variables before it."""
+    lines = "".join(code_blocks(page, "")).replace("\\\n", " ").splitlines()
+    words = [shlex.split(line, comments=True) for line in lines if not re.match(r"(?:  |\w+/$)", line)]
+    return [[word for word in line if not re.match(r"[A-Z_]+=", word)] for line in words if line]
+
+
+COMMANDS = [(page, command) for page in PAGES for command in commands(page)]
+
+
+def check_recipe_arguments(words: list[str]) -> None:
+    """Read the recipe with its overrides, where it is one of the repository's."""
+    path, overrides = split_recipe_argument(words)
+    if str(path).startswith("my_"):
+        assert all("=" in override for override in overrides)
+    else:
+        load_recipe(path, overrides)
+
+
+@pytest.mark.parametrize(
+    ("page", "command"), COMMANDS, ids=lambda value: value.stem if isinstance(value, Path) else value[-1]
+)
+def test_a_command_is_taken(page, command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    program, *words = command
+    if words[0:1] == ["pipeline/run.py"]:
+        arguments, options = parse_arguments(words[1:])
+        check_recipe_arguments(arguments.words)
+        process_count(options)
+    elif command[:2] == ["accelerate", "launch"]:
+        parsed = launch_command_parser().parse_args(words[1:])
+        assert (ROOT / parsed.training_script).is_file()
+        check_recipe_arguments(parsed.training_script_args)
+    elif program == "make":
+        assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.M)
+    elif words[0:2] == ["pipeline/eval.py", "compare"]:
+        assert len(words) == 4
+    elif words[0:1] == ["-m"]:
+        assert words[1] in MODULES
+    elif words[0:1] == ["-c"]:
+        compile(words[1], str(page), "exec")
+    elif program == "python":
+        assert words[0].startswith("tests/") and (ROOT / words[0]).is_file()
+    else:
+        assert program in ("pip", "sbatch") and all(
+            (ROOT / word).is_file() for word in words if word.startswith("docs")
+        )
+
+
+RECIPES = [(page, text) for page in PAGES for text in code_blocks(page, "yaml")]
+
+
+@pytest.mark.parametrize(("page", "text"), RECIPES, ids=[page.stem for page, _ in RECIPES])
+def test_a_recipe_or_a_piece_of_one_is_read(page, text, tmp_path):
+    pieces = {
+        "name": "name: piece\n",
+        "model": "model: {from_scratch: {architecture: llama}}\n",
+        "task": 'task: {name: columns, path: "data/{split}.jsonl", prompt: question, references: answer}\n',
+        "sft": "sft: {}\n",
+    }
+    pieces |= {"ppo": "ppo: {rewards: [bleu]}\n"} if "learned" not in text else {}
+    missing = [piece for key, piece in pieces.items() if not re.search(rf"^{key}:", text, re.M)]
+    (tmp_path / "recipe.yaml").write_text("".join(missing) + text, encoding="utf-8")
+    load_recipe(tmp_path / "recipe.yaml")
+
+
+def anchors(page: Path) -> set[str]:
+    """The ids that a page's headings get."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    titles = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w]+", "-", re.sub(r"[^\w\s-]", "", title.lower())).strip("-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_to_files_and_headings(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if target.startswith("https://"):
+            continue
+        name, _, anchor = target.partition("#")
+        file = page.parent / name if name else page
+        assert file.exists(), target
+        if anchor:
+            assert anchor in anchors(file), target
+
+
+def test_files_that_pages_name_in_backticks_exist():
+    for page in PAGES:
+        for name in re.findall(r"`((?:tests|recipes|accelerate_configs|tools|pipeline)/[\w./-]+)`", page.read_text()):
+            assert (ROOT / name).exists(), f"{page.name}: {name}"
+
+
+def sentences(text: str) -> list[str]:
+    """The prose of a page by sentence: without code, tables, headings and pictures."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+    prose = re.sub(r"^(?:\||#|!\[).*$", "", text, flags=re.M)
+    prose = re.sub(r"^\s*[-*] ", "\n", prose, flags=re.M)
+    paragraphs = [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", prose)]
+    return [sentence for p in paragraphs for sentence in re.split(r"(?<=[.!?])[\s*]+(?=[A-Z`\[])", p) if sentence]
+
+
+def test_the_readme_is_short():
+    text = README.read_text(encoding="utf-8").split("\n## Layout")[0]
+    lengths = sorted(len(sentence.split()) for sentence in sentences(text))
+    assert len(text.splitlines()) <= MAX_README_LINES
+    assert lengths[len(lengths) // 2] <= MAX_MEDIAN_WORDS
+
+
+def test_the_readme_has_the_commands_of_the_contract():
+    shown = [" ".join(command[:3]) for command in commands(README)]
+    for script in ("sft", "reward", "ppo", "eval"):
+        assert f"accelerate launch pipeline/{script}.py" in shown
+    assert {"make quickstart", "make test"} <= set(shown)
+    assert any(command.startswith("python pipeline/run.py") for command in shown)
+
+
+def test_the_python_of_the_readme_runs(base_directory, tmp_path, monkeypatch, fresh_accelerate):
+    (code,) = code_blocks(README, "python")
+    for old, new in (('"runs/my_run/sft"', repr(str(base_directory))), ("total_episodes=512", "total_episodes=128")):
+        assert old in code
+        code = code.replace(old, new)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {"__name__": "readme"})  # the page's own words
+    assert (tmp_path / "runs/from_python/ppo/adapter_model.safetensors").is_file()
+
+
+def test_the_recipe_reference_is_up_to_date():
+    page = recipe_reference.PAGE.read_text(encoding="utf-8")
+    assert recipe_reference.filled(page) == page, "run: python -m tools.recipe_reference"
+
+
+@pytest.mark.parametrize("name", ["ppo", "eval", "model", "columns", "sampled pairs"])
+def test_every_key_has_its_reason(name):
+    comments = recipe_reference.field_comments(recipe_reference.CLASSES[name])
+    assert [key for key, comment in comments.items() if not comment] == []
