@@ -16,7 +16,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from pipeline.models.adapters import adapter_config, check_adapter
-from pipeline.models.kernels.fused_lora import fuse_adapters
 from pipeline.models.sequences import Sequences
 from pipeline.models.states import final_states
 
@@ -79,8 +78,8 @@ class RewardNetwork(nn.Module):
         self.config.num_labels = 1
 
     @classmethod
-    def create(cls, model: PreTrainedModel, lora: LoraConfig, fused: bool) -> "RewardNetwork":
-        """A fresh adapter and head; `fused` layers are faster and have no dropout.
+    def create(cls, model: PreTrainedModel, lora: LoraConfig) -> "RewardNetwork":
+        """Put a fresh adapter and head on a language model.
 
         Raises:
             ValueError: an adapter on weights that the model uses twice.
@@ -88,8 +87,6 @@ class RewardNetwork(nn.Module):
         width = model.get_output_embeddings().weight.shape[1]
         network = get_peft_model(model, adapter_config(model, lora))
         check_adapter(network)
-        if fused:
-            fuse_adapters(network)
         head = nn.Linear(width, 1, bias=False, dtype=torch.float32)  # a bias would cancel out of every pair
         nn.init.normal_(head.weight, std=(width + 1) ** -0.5)
         return cls(network, head)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.models.adapters import adapter_config, check_adapter
-from pipeline.models.kernels.fused_lora import fuse_adapters
 from pipeline.models.kernels.lm_head import token_logprobs
 from pipeline.models.kernels.packing import disable_packing, enable_packing, pack, packed_states
 from pipeline.models.reward_model import apply_head, load_head
@@ -69,7 +68,6 @@ class SharedModel(nn.Module):
             lora = adapter_config(model, lora)
             self.network = get_peft_model(model, lora)
             check_adapter(self.network)
-            fuse_adapters(self.network)
         if value_adapter:
             self.network.add_adapter(VALUE, lora)
             self._train_own_adapters()

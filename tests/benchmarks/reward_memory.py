@@ -74,7 +74,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     if args.side == "prepare":
-        RewardNetwork.create(_model(args), LORA, fused=False).save_pretrained(args.reward)
+        RewardNetwork.create(_model(args), LORA).save_pretrained(args.reward)
         return {}
     before = _peak()
     ids = torch.randint(3, args.vocabulary, (args.batch, args.prompt + args.response)).tolist()

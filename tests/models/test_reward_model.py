@@ -67,7 +67,7 @@ def sequences():
 
 
 def saved(directory: Path, kind: str = "llama", **options) -> RewardNetwork:
-    network = moved(RewardNetwork.create(build(kind), lora(**options), fused=False))
+    network = moved(RewardNetwork.create(build(kind), lora(**options)))
     network.save_pretrained(directory)
     return network.eval()
 
@@ -93,7 +93,7 @@ def test_the_decoders_state_has_read_the_last_token_and_no_padding(kind):
 
 
 def test_eos_is_read_where_there_is_one():
-    network = moved(RewardNetwork.create(build(), lora(), fused=False)).eval()
+    network = moved(RewardNetwork.create(build(), lora())).eval()
     scores = [network.scores(make_sequences([[5, 6]], [ids], 0)) for ids in ([7, 8], [7, 8, 2])]
     assert abs(float(scores[0] - scores[1])) > 1e-4
 

@@ -66,8 +66,7 @@ def held_out_accuracy(trainer) -> float:
 
 
 @pytest.mark.parametrize("settings", [{}, {"optim": "adamw_torch"}, {"bf16": True}, {"gradient_checkpointing": True}])
-def test_it_learns_and_every_step_reaches_the_fused_layers(reward, taught, tmp_path, settings):
-    """torch's fused AdamW, which transformers takes by default, changes weights without counting it."""
+def test_it_learns_and_what_is_saved_scores_the_same(reward, taught, tmp_path, settings):
     trainer = reward(num_train_epochs=6, load_best_model_at_end=False, **settings)
     assert held_out_accuracy(trainer) == 1.0
     trainer.model.save_pretrained(tmp_path / "saved")

@@ -10,7 +10,6 @@ from accelerate.utils import set_seed
 from datasets import Dataset
 from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
-from torch.autograd.graph import increment_version
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import RewardConfig, RewardTrainer
 
@@ -86,12 +85,6 @@ class ResumableRewardTrainer(ResumableTrainer, RewardTrainer):
 
     section = "reward"
 
-    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
-        """TRL's optimizer, whose steps are counted: torch's fused kernels do not, and fused LoRA layers go by it."""
-        optimizer = super().create_optimizer(*args, **kwargs)
-        optimizer.register_step_post_hook(lambda *_: increment_version(self._saved_parameters()))
-        return optimizer
-
     def _saved_parameters(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
 
@@ -129,7 +122,7 @@ def build_reward_trainer(
 ) -> ResumableRewardTrainer:
     """TRL's trainer over the pairs; every log event is also a line of `metrics_file`."""
     set_seed(args.seed)  # before adapter and head are drawn
-    network = RewardNetwork.create(model, lora, fused=args.disable_dropout)
+    network = RewardNetwork.create(model, lora)
     if args.disable_dropout:
         remove_dropout(network)  # TRL's own switch knows torch's dropout modules alone
     datasets = {

@@ -8,7 +8,6 @@ from dataclasses import dataclass, fields
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.autograd.graph import increment_version
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
@@ -55,8 +54,6 @@ class Learner:
             eps=args.adam_epsilon,
             weight_decay=args.weight_decay,
         )
-        # Fused LoRA layers go by the count of a weight's changes, which not all of torch's kernels keep.
-        optimizer.register_step_post_hook(lambda *_: increment_version([*policy, *value]))
         shared.to(accelerator.device)
         self.model, self.optimizer = accelerator.prepare(shared, optimizer)
         self.shared: SharedModel = accelerator.unwrap_model(self.model)
