@@ -141,7 +141,11 @@ def long_literals(root: Path) -> Iterator[str]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Assert):
                 for part in ast.walk(node):
-                    if isinstance(part, ast.Constant) and isinstance(part.value, str) and len(part.value) > LONG_LITERAL:
+                    if (
+                        isinstance(part, ast.Constant)
+                        and isinstance(part.value, str)
+                        and len(part.value) > LONG_LITERAL
+                    ):
                         places.append(path.name)
     yield f"text literals above {LONG_LITERAL} characters in asserts: {len(places)} {dict(Counter(places))}"
 
@@ -166,7 +170,9 @@ def one_ppo_step(root: Path) -> Iterator[str]:
     )
     torch.manual_seed(0)
     size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(words), pad_token_id=0, eos_token_id=1, bos_token_id=1, **size))
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(words), pad_token_id=0, eos_token_id=1, bos_token_id=1, **size)
+    )
     config = inspect.signature(PPOTrainer.__init__).parameters["args"].annotation
     dataset = Dataset.from_list([{"prompt": f"say {word}"} for word in ("red", "blue", "green", "red")])
     seen: Counter[str] = Counter()

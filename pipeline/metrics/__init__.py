@@ -3,6 +3,7 @@
 import importlib
 from typing import Any
 
+from pipeline.metrics.text import language_code
 from pipeline.metrics.types import AdditiveMetric, Metric, Score
 from pipeline.runtime.messages import did_you_mean
 
@@ -19,12 +20,13 @@ _CHOICES = (
 def load_metric(name: str, language: str | None = None, **options: Any) -> Metric:
     """The metric called `name`: one of `METRIC_NAMES`, `evaluate:NAME_OR_PATH`, or `package.module.Thing`.
 
-    `language` is the language of the texts (an ISO 639-1 code), from which built-in metrics choose their tokenizer.
+    `language` is the language of the texts (see `language_code`), by which built-in metrics choose their tokenizer.
     `options` go to the metric. `Thing` is a class or function that gives a `Metric` when called with the options.
 
     Raises:
-        ValueError: an unknown name or option, or something the metric needs is missing; one sentence that says which.
+        ValueError: an unknown name, language or option, or something the metric needs is missing.
     """
+    language_code(language)  # refuses what is no language, for metrics that need none, too
     if name in METRIC_NAMES:
         module = "rouge" if name.startswith("rouge") else name
         return importlib.import_module(f"pipeline.metrics.{module}").load(name, language, **options)

@@ -6,9 +6,9 @@ from sacrebleu.metrics import BLEU
 
 from pipeline.metrics.checks import check_options
 from pipeline.metrics.sacrebleu_metric import SacrebleuMetric, settings
-from pipeline.metrics.text import language_code
+from pipeline.metrics.text import UNSPACED_LANGUAGES, language_code
 
-TOKENIZERS = {"zh": "zh", "ja": "ja-mecab", "ko": "ko-mecab"}
+TOKENIZERS = dict.fromkeys(UNSPACED_LANGUAGES, "char") | {"zh": "zh", "yue": "zh", "ja": "ja-mecab", "ko": "ko-mecab"}
 OPTIONS = {
     "tokenize": (str, type(None)),
     "lowercase": (bool,),
@@ -23,9 +23,9 @@ OPTIONS = {
 def load(name: str, language: str | None = None, **options: Any) -> SacrebleuMetric:
     """BLEU with sacreBLEU's defaults: cased, exponential smoothing, up to 4-grams.
 
-    The tokenizer follows the language (`zh`, `ja-mecab`, `ko-mecab`, else `13a`) unless the option `tokenize` names
-    one. Sample scores are sentence BLEU over the n-gram orders the prediction is long enough for (`effective_order`),
-    since otherwise every text below four words would be worth nothing.
+    The tokenizer follows the language (`zh`, `ja-mecab`, `ko-mecab`, `char` for other languages without spaces, else
+    `13a`) unless the option `tokenize` names one. Sample scores are sentence BLEU over the n-gram orders the
+    prediction is long enough for (`effective_order`): otherwise every text below four words would be worth nothing.
 
     Raises:
         ValueError: an unknown option, tokenizer or smoothing method; a tokenizer whose package is not installed.

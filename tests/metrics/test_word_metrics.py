@@ -1,5 +1,6 @@
 """ROUGE, exact match and token F1: by hand, and against rouge_score on English."""
 
+import math
 import string
 
 import pytest
@@ -8,7 +9,7 @@ from rouge_score.tokenizers import DefaultTokenizer
 
 from pipeline.metrics import load_metric
 from pipeline.metrics.rouge import UnicodeTokenizer
-from pipeline.metrics.text import normalise_answer, words
+from pipeline.metrics.text import language_code, normalise_answer, words
 
 PREDICTION, REFERENCE = "the cat on a mat", "the cat sat on the mat"
 
@@ -46,6 +47,60 @@ def test_words_of_other_scripts():
     assert words("हिन्दी भाषा।") == ["हिन्दी", "भाषा"]
     assert words("Ελλάδα, Україна — 42!") == ["ελλάδα", "україна", "42"]
     assert words("我很好。") == ["我", "很", "好"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("กินข้าว", ["กิ", "น", "ข้", "า", "ว"]),  # Thai: a vowel or tone mark above belongs to its consonant
+        ("ກິນເຂົ້າ", ["ກິ", "ນ", "ເ", "ຂົ້", "າ"]),
+        ("បាយឆា", ["បា", "យ", "ឆា"]),
+        ("မြန်မာ", ["မြ", "န်", "မာ"]),
+        ("abc กิน", ["abc", "กิ", "น"]),
+    ],
+)
+def test_scripts_without_spaces_fall_into_characters(text, expected):
+    assert words(text) == expected
+
+
+@pytest.mark.parametrize("language", ["th", "lo", "km", "my", "zh", "yue"])
+@pytest.mark.parametrize("metric", ["bleu", "ter", "rouge1", "rougeL", "token_f1"])
+def test_a_character_that_is_missing_costs_little_in_a_language_without_spaces(metric, language):
+    """One of 8 characters is missing. As one word, without spaces, the text would score 0."""
+    text = {"th": "กขคงจฉชซ", "lo": "ກຂຄງຈຊຍດ", "km": "កខគឃងចឆជ", "my": "ကခဂဃငစဆဇ"}.get(language, "我喜欢和朋友吃饭")
+    score = load_metric(metric, language).sample_scores([text[:-1]], [[text]])[0]
+    assert score >= 0.8 if metric != "bleu" else score == pytest.approx(math.exp(-1 / 7), abs=1e-6)
+    assert load_metric(metric, language).sample_scores([text], [[text]]) == pytest.approx([1.0])
+
+
+@pytest.mark.parametrize(
+    ("tag", "code"),
+    [
+        ("de", "de"),
+        ("pt-BR", "pt"),
+        ("zh_Hans", "zh"),
+        ("zho_Hans", "zh"),
+        ("cmn", "zh"),
+        ("deu_Latn", "de"),
+        ("arb_Arab", "ar"),
+        ("mya_Mymr", "my"),
+        ("en_XX", "en"),
+        ("Chinese", "zh"),
+        ("german", "de"),
+        ("cn", "zh"),
+        ("jp", "ja"),
+        (None, None),
+    ],
+)
+def test_languages_by_their_codes_and_names(tag, code):
+    assert language_code(tag) == code
+
+
+@pytest.mark.parametrize("tag", ["klingon", "xx", "", "und", "../x", "english please"])
+@pytest.mark.parametrize("metric", ["bleu", "ter", "rouge1", "token_f1", "exact_match"])
+def test_what_is_no_language_is_refused(metric, tag):
+    with pytest.raises(ValueError, match=r"task\.language: .* no language"):
+        load_metric(metric, tag)
 
 
 @pytest.mark.parametrize("use_stemmer", [False, True])
