@@ -436,7 +436,7 @@ REFUSED_BY_NAME = """
     fsdp fsdp_config accelerator_config parallelism_config local_rank ddp_backend use_liger_kernel truncation_mode
     overwrite_output_dir logging_dir trackio_space_id label_names prediction_loss_only eval_accumulation_steps
     include_for_metrics batch_eval_metrics restore_callback_states_from_checkpoint length_column_name use_cache
-    auto_find_batch_size enable_jit_checkpoint
+    auto_find_batch_size enable_jit_checkpoint bf16_full_eval fp16_full_eval save_on_each_node ddp_timeout
 """
 
 
@@ -481,9 +481,11 @@ def test_keys_of_sft_config_that_another_makes_idle():
         "override 'sft.gradient_checkpointing=true': sft.gradient_checkpointing: it would do nothing, "
         "because activation_checkpointing is set too; keep one"
     )
-    load_recipe(
-        write(), ["sft.eval_strategy=steps", "sft.eval_steps=10", "sft.report_to=tensorboard", "sft.run_name=x"]
-    )
+    load_recipe(write(), ["sft.eval_strategy=steps", "sft.eval_steps=10", "sft.report_to=wandb", "sft.run_name=x"])
+    assert "tensorboard" in refusal("sft.report_to=tensorboard", "sft.run_name=x")
+    assert "adamw_torch_fused" in refusal("sft.optim_args=x=1")
+    assert "optim is sgd" in refusal("sft.optim=sgd", "sft.optim_target_modules=all-linear")
+    load_recipe(write(), ["sft.optim=sgd", "sft.optim_args=momentum=0.9"])
 
 
 def test_use_peft_is_resolved_for_each_stage():

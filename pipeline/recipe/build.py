@@ -12,7 +12,14 @@ from trl import SFTConfig
 from pipeline.evaluation.config import EvalConfig, MetricConfig
 from pipeline.models.config import ModelConfig
 from pipeline.recipe.document import Document, KeyPath
-from pipeline.recipe.refused import ACTS_ONLY_WITH, DEPRECATED_VALUES, REFUSED_SFT_KEYS, UPLOADS
+from pipeline.recipe.refused import (
+    ACTS_ONLY_WITH,
+    DEPRECATED_VALUES,
+    LOW_RANK_OPTIMIZERS,
+    OPTIMIZERS_WITHOUT_ARGS,
+    REFUSED_SFT_KEYS,
+    UPLOADS,
+)
 from pipeline.recipe.types import SFTSection
 from pipeline.rewards.config import RewardConfig
 from pipeline.runtime.messages import did_you_mean
@@ -157,11 +164,20 @@ def refuse_conflicts(
             )
     if "num_train_epochs" in arguments and effective["max_steps"] > 0:
         raise document.error((section, "num_train_epochs"), "it would do nothing, because max_steps is set; keep one")
+    optimizer = str(effective["optim"])
+    if "optim_args" in arguments and optimizer in OPTIMIZERS_WITHOUT_ARGS:
+        raise document.error(
+            (section, "optim_args"), f"it would do nothing: {optimizer} reads none; set {section}.optim"
+        )
+    if "optim_target_modules" in arguments and not optimizer.startswith(LOW_RANK_OPTIMIZERS):
+        rule = f"it would do nothing: only the optimizers of GaLore and APOLLO read it, and optim is {optimizer}"
+        raise document.error((section, "optim_target_modules"), rule)
     reported = effective["report_to"] or []
     trackers = {reported} if isinstance(reported, str) else set(reported)
-    if "run_name" in arguments and not trackers - {"none"}:
+    if "run_name" in arguments and not trackers - {"none", "tensorboard"}:
+        tracker = "tensorboard, which has no names of runs" if "tensorboard" in trackers else "none"
         raise document.error(
-            (section, "run_name"), f"it would do nothing, because report_to is none; set {section}.report_to"
+            (section, "run_name"), f"it would do nothing, because report_to is {tracker}; set {section}.report_to"
         )
     if "project" in arguments and not trackers & {"trackio", "all"}:
         raise document.error((section, "project"), "it would do nothing: only report_to: trackio reads it")

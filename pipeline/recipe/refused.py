@@ -8,6 +8,7 @@ _MODEL = "use the keys of the model section"
 _RESTART = "a restart goes on exactly where the stage was interrupted"
 _ALWAYS = "a stage always trains, and eval_strategy says when it evaluates"
 _NO_PREDICTIONS = "it does nothing here: sft evaluates the loss alone, the eval stage scores predictions"
+_IN_TRAINING = "it does nothing here: a stage evaluates while it trains, in the precision of the training"
 _DEPRECATED = "TRL has deprecated it"
 UPLOADS = "Relay never uploads anything"  # also for every key that starts with hub_ or push_to_hub
 
@@ -58,6 +59,10 @@ REFUSED_SFT_KEYS: dict[str, str] = {
     "include_for_metrics": _NO_PREDICTIONS,
     "include_inputs_for_metrics": _NO_PREDICTIONS,
     "batch_eval_metrics": _NO_PREDICTIONS,
+    "bf16_full_eval": _IN_TRAINING,
+    "fp16_full_eval": _IN_TRAINING,
+    "save_on_each_node": "all machines share the run directory, so one process writes a checkpoint",
+    "ddp_timeout": "RELAY_TIMEOUT_MINUTES says how long the processes of every stage wait for each other",
     "restore_callback_states_from_checkpoint": "it does nothing here: no callback of Relay keeps a state",
     "truncation_mode": _DEPRECATED,
     "use_liger_kernel": _DEPRECATED,
@@ -86,6 +91,21 @@ ACTS_ONLY_WITH: dict[str, tuple[str, str | bool]] = {
     "packing_strategy": ("packing", True),
     "label_smoothing_factor": ("loss_type", "nll"),
 }
+# `optim_args` changes nothing for these optimizers; `optim_target_modules` acts only for GaLore and APOLLO.
+OPTIMIZERS_WITHOUT_ARGS = (
+    "adamw_torch",
+    "adamw_torch_fused",
+    "adamw_torch_xla",
+    "adamw_torch_npu_fused",
+    "adamw_bnb_8bit",
+    "adamw_8bit",
+    "paged_adamw_32bit",
+    "paged_adamw_8bit",
+    "adafactor",
+    "lomo",
+    "adalomo",
+)
+LOW_RANK_OPTIMIZERS = ("galore", "apollo")
 
 _JOINS = "it joins texts into one row, and an encoder reads one prompt"
 # Keys of SFT that do nothing, or not what they say, where an encoder reads the prompt.

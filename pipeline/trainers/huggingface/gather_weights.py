@@ -1,4 +1,4 @@
-"""Trained models saved with plain, whole weights, also where DeepSpeed's ZeRO-3 or FSDP shards them."""
+"""Saves trained models with plain weights, gathered where DeepSpeed's ZeRO-3 or FSDP shards them."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from pipeline.models.loading import merged
 
 
 def check_sharding(arguments: TrainingArguments, in_4_bits: bool) -> None:
-    """Refuse, before a model is loaded, what could not be loaded in parts or not be made whole after the training.
+    """Refuse, before a model is loaded, settings with which sharded weights could not be loaded or gathered.
 
     Raises:
         ValueError: naming the setting of accelerate launch, or the key.
@@ -27,15 +27,16 @@ def check_sharding(arguments: TrainingArguments, in_4_bits: bool) -> None:
         )
     if in_4_bits and (zero["stage"] == 3 or parse_flag_from_env("ACCELERATE_USE_FSDP")):
         raise ValueError(
-            "model.load_in_4bit: weights in 4 bits are not sharded; use accelerate_configs/multi_gpu.yaml, or leave "
-            "the key out"
+            "model.load_in_4bit: weights in 4 bits are not sharded; use accelerate_configs/multi_gpu.yaml, or remove "
+            "the key"
         )
 
 
 def whole_weights(trainer: Trainer) -> dict[str, Tensor] | None:
-    """All weights by name, on the main process, of a model that is sharded; None where every process holds it whole.
+    """Gather all weights of a sharded model on the main process, by name; return None if the model is not sharded.
 
-    Every process calls it, when training has ended: models that are loaded afterwards are whole.
+    Call it on every process after the training: with FSDP or ZeRO-3 each holds a shard. Models that are loaded later
+    are not sharded.
     """
     accelerator = trainer.accelerator
     zero3 = accelerator.distributed_type == DistributedType.DEEPSPEED and (

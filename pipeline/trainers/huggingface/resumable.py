@@ -1,4 +1,4 @@
-"""A trainer of transformers or TRL, interrupted at any point and continued to the same bit."""
+"""Exact resume for trainers of transformers and TRL: an interrupted run ends with the same bits."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -31,28 +31,27 @@ LOOP_FILE = "loop_state.pt"
 
 
 class ResumableTrainer(Trainer):
-    """Put before a trainer of TRL: checkpoints are atomic and complete, and no step is made on a gradient that is NaN.
+    """A base class to list before a trainer of TRL: atomic, complete checkpoints, and no step on a gradient of NaN.
 
-    transformers 5.23 writes a checkpoint in place, and leaves out what decides the further log and order of data: the
-    sums since the last log line, TRL's metrics, and the random state an epoch began with, from which
-    `group_by_length` draws its order. `train(resume_from_checkpoint=...)` puts all of it back. `section` is the
-    recipe's name for the settings, which messages name.
+    transformers 5.23 writes a checkpoint in place. It leaves out the sums since the last log line, TRL's metrics, and
+    the random state from which an epoch drew the order of its examples. Here a checkpoint holds all of these, and
+    `train(resume_from_checkpoint=...)` restores them. `section` is the recipe's section that messages name.
     """
 
     section = "sft"
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self._loop: dict | None = None  # this process's part of the checkpoint to go on from
+        self._loop: dict | None = None  # what this process restores from the checkpoint
         self._loss_is_finite, self._epoch_is_ending, self._save_is_due = True, False, False
         self._handled_step = -1
         self.add_callback(_LoopCallback(self))
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
-        """Run the training, or what is left of it.
+        """Train from the start, or from a checkpoint to the end.
 
         Raises:
-            Stopped: a signal ended it, after a checkpoint.
+            Stopped: a signal ended the training, after a checkpoint.
             FloatingPointError: the loss, the gradient or a weight is not finite.
             OSError: the checkpoints do not fit on the disk.
             ValueError: the checkpoint is damaged, or was made by another number of processes.
@@ -62,16 +61,16 @@ class ResumableTrainer(Trainer):
             clear_checkpoints(checkpoints)
         else:
             require_intact(Path(resume_from_checkpoint))
-            parts = load_tensors(Path(resume_from_checkpoint) / LOOP_FILE)["processes"]
-            self._loop = of_this_process(parts, resume_from_checkpoint)
-        # One being written, and the best one, beside those that are kept.
+            processes = load_tensors(Path(resume_from_checkpoint) / LOOP_FILE)["processes"]
+            self._loop = of_this_process(processes, resume_from_checkpoint)
+        # The checkpoints that are kept, the one being written, and the best one.
         count = (self.args.save_total_limit or 1) + 1 + bool(self.args.load_best_model_at_end)
         check_space(checkpoints, self._checkpoint_size(), 1 if self.args.save_strategy == "no" else count)
         with watched(checkpoints):
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _checkpoint_size(self) -> int:
-        """About how many bytes a checkpoint takes, or fewer: weights, and two moments of each for Adam."""
+        """Estimate the bytes of a checkpoint from below: weights, and two moments of each for Adam."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
         saved = self._saved_parameters()
         optimizer = str(self.args.optim.value)
@@ -80,20 +79,20 @@ class ResumableTrainer(Trainer):
         return size + moments * sum(p.numel() * p.element_size() for p in trained)
 
     def _saved_parameters(self) -> list[nn.Parameter]:
-        """The weights in a checkpoint: those that are trained where they are an adapter, else all."""
+        """Return the weights that a checkpoint holds: those of the adapter if there is one, else all."""
         adapter = isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
         return [p for p in self.model.parameters() if p.requires_grad or not adapter]
 
     def restore_loop(self) -> None:
-        """Put back what a training loop keeps outside its state; the loop has just set it to its start."""
+        """Restore what the training loop keeps outside `TrainerState`, after the loop has set it to zero."""
         self._handled_step = self.state.global_step
         if self._loop is None:
             return
-        self.args.eval_on_start = False  # that was at the start
+        self.args.eval_on_start = False  # the interrupted run has done so
         self._tr_loss = self._loop["tr_loss"].to(self.args.device)
         self._total_loss_scalar = self._loop["total_loss"]
         self._globalstep_last_logged = self._loop["logged_step"]
-        self._initial_global_step = 0  # the mean loss is that of the whole run
+        self._initial_global_step = 0  # train_loss is the mean over the whole run
         self._total_train_tokens = self._loop["tokens"]
         for mode, values in self._loop["metrics"].items():
             self._metrics[mode] = defaultdict(list, values)
@@ -119,7 +118,7 @@ class ResumableTrainer(Trainer):
 
     def _run_epoch(self, **kwargs) -> None:
         self._steps_per_epoch = kwargs["num_update_steps_per_epoch"]
-        if self.state.global_step >= self.state.max_steps:  # the checkpoint is that of the last step
+        if self.state.global_step >= self.state.max_steps:  # resumed from the checkpoint of the last step
             self.control.should_training_stop = True
             return
         if self._loop is not None:
@@ -133,27 +132,27 @@ class ResumableTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Called in the first epoch after a restart, when the data that were seen have been passed over."""
+        """Restore the random state in the first epoch after a restart, once the examples already seen are skipped."""
         if self._loop is not None:
             restore_random_state(self._loop["random"])
             self._loop = None
 
     def training_step(self, *args, **kwargs):
-        """One micro-batch, its loss noted when it is not finite."""
+        """Compute one micro-batch, and remember whether its loss is finite."""
         enter(f"step {self.state.global_step + 1} of {self.section}")
         loss = super().training_step(*args, **kwargs)
         self._loss_is_finite &= bool(torch.isfinite(loss))
         return loss
 
     def prediction_step(self, *args, **kwargs):
-        """One batch of an evaluation."""
+        """Evaluate one batch, and tell the watchdog so."""
         enter(f"the evaluation after step {self.state.global_step} of {self.section}")
         return super().prediction_step(*args, **kwargs)
 
     def _get_grad_norm(self, model, grad_norm=None):
-        """The norm that the loop asks for before each optimizer step, which does not happen if it is not finite."""
+        """Return the gradient's norm before each optimizer step; refuse a loss or norm that is not finite."""
         norm = super()._get_grad_norm(model, grad_norm)
-        # A scaler of fp16 meets infinite gradients as a matter of course and steps over them itself.
+        # With fp16 infinite gradients are normal, and the scaler skips those steps itself.
         scaled = self.accelerator.scaler is not None
         gradient_is_finite = scaled or bool(torch.isfinite(torch.as_tensor(norm)))
         if not (self._loss_is_finite and gradient_is_finite):
@@ -165,9 +164,9 @@ class ResumableTrainer(Trainer):
         return norm
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs) -> None:
-        """Called after each step, and once more when an epoch ends: a save at its last step waits for that.
+        """Log, evaluate and save after each step and when an epoch ends; a save at its last step waits for that.
 
-        A restart from such a checkpoint begins the next epoch, so what the end of this one logs must be in it.
+        A restart from that checkpoint begins the next epoch, so it must hold what the end of this epoch logs.
         """
         step = self.state.global_step
         last = step % self._steps_per_epoch == 0 or step >= self.state.max_steps
@@ -186,7 +185,7 @@ class ResumableTrainer(Trainer):
         return Path(self.args.output_dir) / f"checkpoint-{step}"
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Write a checkpoint, all of it or nothing, then remove the oldest."""
+        """Write a checkpoint completely or not at all, then remove the oldest."""
         self._save_is_due = self._epoch_is_ending
         if self._save_is_due:
             return
@@ -199,24 +198,22 @@ class ResumableTrainer(Trainer):
         if best == step:
             self.state.best_model_checkpoint = str(self._checkpoint(step))
         with new_checkpoint(Path(self.args.output_dir), step, self._checkpoint_size()) as folder:
-            self.save_model(str(folder), _internal_call=True)
+            self.save_model(str(folder))
             self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))
             if self.args.should_save:
-                # A pickle of settings, which nobody has to trust.
+                # A pickle: loading it would run code, and nothing here needs it.
                 (folder / "training_args.bin").unlink(missing_ok=True)
                 torch.save({"processes": loops}, folder / LOOP_FILE)
                 self.state.save_to_json(str(folder / "trainer_state.json"))
         keep_newest(Path(self.args.output_dir), self.args.save_total_limit, best)
 
-    def _load_best_model(self) -> None:
-        require_intact(Path(self.state.best_model_checkpoint))
-        super()._load_best_model()
-
     def _finalize_training(self, *args, **kwargs):
-        # What came after the last log is this process's own, and train_loss is the mean over all.
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            require_intact(Path(self.state.best_model_checkpoint))
+        # The losses since the last log line are those of this process; train_loss is the mean over all processes.
         self._tr_loss = self.accelerator.gather(self._tr_loss).mean()
-        # With a limit of 1 the parent deletes the last checkpoint here, before the result is safe.
+        # With a limit of 1 transformers would delete the last checkpoint here, before the result is saved.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         result = super()._finalize_training(*args, **kwargs)
         self.args.save_total_limit = limit
@@ -224,7 +221,7 @@ class ResumableTrainer(Trainer):
 
 
 class _LoopCallback(TrainerCallback):
-    """The point of the loop at which its own state has been set to the start."""
+    """Restores the loop's state where the training loop has just set it to zero."""
 
     def __init__(self, trainer: ResumableTrainer) -> None:
         self.trainer = trainer

@@ -18,7 +18,6 @@ from pipeline.models.sequences import make_sequences
 from pipeline.models.shared import remove_dropout
 from pipeline.models.text import encode_prompts
 from pipeline.rewards.pairs import HELD_OUT, TRAIN, Pair
-from pipeline.trainers.checkpoints import require_intact
 from pipeline.trainers.huggingface.arguments import complete_arguments
 from pipeline.trainers.huggingface.resumable import ResumableTrainer
 from pipeline.trainers.logs import MetricsFileCallback
@@ -34,9 +33,13 @@ DEFAULTS: Mapping[str, Any] = {
 
 
 def reward_arguments(arguments: Mapping[str, Any], output_dir: Path, seed: int) -> RewardConfig:
-    """TRL's `RewardConfig` for the `reward:` section, with defaults that work on the machine at hand, as SFT's do."""
+    """Build TRL's `RewardConfig` from the `reward:` section, with defaults that work on this machine.
+
+    Raises:
+        ValueError: as `complete_arguments`.
+    """
     settings = complete_arguments("reward", DEFAULTS, arguments)
-    # The columns are our collator's, and pairs that are too long have been counted and dropped before.
+    # Relay's collator reads the columns, and pairs that are too long were counted and dropped before.
     return RewardConfig(
         **{**settings, "remove_unused_columns": False, "max_length": None, "prediction_loss_only": True},
         output_dir=str(output_dir / "checkpoints"),
@@ -46,7 +49,7 @@ def reward_arguments(arguments: Mapping[str, Any], output_dir: Path, seed: int) 
 
 
 def pair_dataset(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], encoder_decoder: bool) -> Dataset:
-    """Token ids of each pair: `prompt_ids`, and the two completions under the names by which TRL knows it is done."""
+    """Tokenise each pair into `prompt_ids`, `chosen_ids` and `rejected_ids`; TRL leaves such columns as they are."""
     columns: dict[str, list] = {
         "prompt_ids": encode_prompts(tokenizer, [pair.prompt for pair in pairs], encoder_decoder),
         "chosen_ids": [pair.chosen_ids for pair in pairs],
@@ -63,17 +66,17 @@ def pair_dataset(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], enco
 
 @dataclass(frozen=True)
 class PairCollator:
-    """Rows of `pair_dataset` -> sequences of 2B rows, the chosen ones first, as TRL's loss takes them apart."""
+    """Pads B rows of `pair_dataset` into 2B sequences, the chosen ones first, as TRL's loss expects."""
 
     pad_id: int
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """`prompt_ids, prompt_mask [2B, P]`, `completion_ids, completion_mask [2B, C]`, and `margin [B]` if known."""
+        """Return `prompt_ids, prompt_mask [2B, P]`, `completion_ids, completion_mask [2B, C]` and `margin [B]`."""
         prompts = [row["prompt_ids"] for row in rows] * 2
         completions = [row["chosen_ids"] for row in rows] + [row["rejected_ids"] for row in rows]
         sequences = make_sequences(prompts, completions, self.pad_id)
-        batch = {name: part for name, part in vars(sequences).items() if part is not None}
-        # TRL counts its tokens.
+        batch = {name: tensor for name, tensor in vars(sequences).items() if tensor is not None}
+        # TRL counts the tokens of this mask.
         batch["attention_mask"] = torch.cat([sequences.prompt_mask, sequences.completion_mask], 1).long()
         if "margin" in rows[0]:
             batch["margin"] = torch.tensor([row["margin"] for row in rows])
@@ -81,7 +84,7 @@ class PairCollator:
 
 
 class ResumableRewardTrainer(ResumableTrainer, RewardTrainer):
-    """TRL's trainer that resumes, and whose checkpoints hold the adapter and the head alone."""
+    """TRL's reward trainer with exact resume, whose checkpoints hold only the adapter and the head."""
 
     section = "reward"
 
@@ -99,13 +102,11 @@ class ResumableRewardTrainer(ResumableTrainer, RewardTrainer):
         load_weights(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        best = Path(self.state.best_model_checkpoint)
-        require_intact(best)
-        load_weights(self.accelerator.unwrap_model(self.model), best)
+        load_weights(self.accelerator.unwrap_model(self.model), Path(self.state.best_model_checkpoint))
 
 
 def load_weights(network: RewardNetwork, directory: Path) -> None:
-    """Put a saved adapter and head into a network that has the same adapter."""
+    """Load a saved adapter and head into a network that has the same adapter."""
     weights = load_peft_weights(str(directory), device=str(network.head.weight.device))
     set_peft_model_state_dict(network.network, weights)
     with torch.no_grad():
@@ -120,11 +121,11 @@ def build_reward_trainer(
     lora: LoraConfig,
     metrics_file: Path,
 ) -> ResumableRewardTrainer:
-    """TRL's trainer over the pairs; every log event is also a line of `metrics_file`."""
-    set_seed(args.seed)  # before adapter and head are drawn
+    """Build TRL's trainer over the pairs; every log event is also a line of `metrics_file`."""
+    set_seed(args.seed)  # it draws the adapter and the head
     network = RewardNetwork.create(model, lora)
     if args.disable_dropout:
-        remove_dropout(network)  # TRL's own switch knows torch's dropout modules alone
+        remove_dropout(network)  # TRL's own switch finds torch's dropout modules only
     datasets = {
         split: pair_dataset(tokenizer, [p for p in pairs if p.split == split], model.config.is_encoder_decoder)
         for split in (TRAIN, HELD_OUT)

@@ -1,4 +1,4 @@
-"""Rows of like length in one batch, whatever the number of processes."""
+"""Batches of examples of similar length that do not depend on the number of processes."""
 
 from collections.abc import Iterator
 
@@ -8,16 +8,17 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 
 class GlobalLengthGroupedSampler(LengthGroupedSampler):
-    """The order of `group_by_length`, grouped by the batch of all processes and drawn by the main one for all.
+    """A sampler for `group_by_length` that groups by the batch of all processes and whose order the main one draws.
 
-    transformers 5.23 groups by the batch of one process, so that more processes see other batches; and each process
-    draws by its own random state, so that after an epoch with dropout some rows would be read twice and others never.
+    transformers 5.23 groups by the batch of one process, so the batches depend on the number of processes. There each
+    process also draws its own order: once dropout has moved their random states apart, some examples would be read
+    twice and others never.
     """
 
-    def __init__(self, of_one_process: LengthGroupedSampler) -> None:
-        size = of_one_process.batch_size * PartialState().num_processes
-        super().__init__(size, lengths=of_one_process.lengths, generator=of_one_process.generator)
+    def __init__(self, sampler: LengthGroupedSampler) -> None:
+        size = sampler.batch_size * PartialState().num_processes
+        super().__init__(size, lengths=sampler.lengths, generator=sampler.generator)
 
     def __iter__(self) -> Iterator[int]:
-        order = list(super().__iter__())  # everywhere, so that all random states move on alike
+        order = list(super().__iter__())  # on every process, so that all random states advance equally
         return iter(broadcast_object_list([order])[0])

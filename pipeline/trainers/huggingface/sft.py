@@ -117,7 +117,7 @@ def _prepare(
         encoder_decoder=model.config.is_encoder_decoder,
         num_proc=args.dataset_num_proc,
     )
-    return truncate_examples(examples, None if packs else args.max_length, name)
+    return truncate_examples(examples, None if packs else args.max_length, name, args.dataset_num_proc)
 
 
 def last_checkpoint(args: SFTConfig) -> str | None:

@@ -38,7 +38,7 @@ def sft_dataset(
     return split.map(encode, batched=True, remove_columns=split.column_names, num_proc=num_proc, desc="Tokenizing")
 
 
-def truncate_examples(examples: Dataset, max_length: int | None, split: str) -> Dataset:
+def truncate_examples(examples: Dataset, max_length: int | None, split: str, num_proc: int | None = None) -> Dataset:
     """Truncate `input_ids` and `labels` to `max_length`; drop examples whose prompt alone fills it.
 
     How many are truncated or dropped is printed on the main process.
@@ -71,5 +71,8 @@ def truncate_examples(examples: Dataset, max_length: int | None, split: str) -> 
         examples = examples.select([row for row in range(len(examples)) if row not in drop])
     if not num_cut:
         return examples
-    columns = ("input_ids", "labels")
-    return examples.map(lambda example: {name: example[name][:max_length] for name in columns}, desc="Truncating")
+
+    def truncate(example: dict[str, list[int]]) -> dict[str, list[int]]:
+        return {name: example[name][:max_length] for name in ("input_ids", "labels")}
+
+    return examples.map(truncate, num_proc=num_proc, desc="Truncating")
