@@ -11,28 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from demo_run import OWN, write_demo
 
 from pipeline import run
 from pipeline.recipe import load_recipe
 from pipeline.stages import chain
 from pipeline.stages import launch as process_group
-from pipeline.stages.control import control_run
-from pipeline.stages.directory import STAGES, RunDirectory, set_aside
-from pipeline.stages.fingerprint import setting_differences, stage_fingerprint, stage_state, stage_status
+from pipeline.stages.directory import STAGES, RunDirectory
+from pipeline.stages.fingerprint import stage_state
 from pipeline.stages.launch import default_launch_options, launch, process_count
 from pipeline.stages.lock import run_lock
-from pipeline.stages.plan import missing_input
-from pipeline.stages.stage import begin_stage, finish_stage
-
-OWN = tuple(stage for stage in STAGES if stage != "reward")  # those of a recipe without a reward section
-RECIPE = """\
-name: demo
-model: {from_scratch: {hidden_size: 32, num_attention_heads: 2, vocab_size: 400, max_position_embeddings: 64}}
-task: {name: parallel, source: "{split}.en", target: "{split}.de"}
-sft: {per_device_train_batch_size: 4, num_train_epochs: 2}
-ppo: {rewards: [bleu], response_length: 8, per_device_train_batch_size: 2, total_episodes: 20, num_mini_batches: 2}
-eval: {metrics: [bleu]}
-"""
 
 FAKE_STAGE = """\
 import json, pathlib, sys, time
@@ -57,10 +45,7 @@ def directory(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 0)
     monkeypatch.setattr(process_group, "default_config_file", "none.yaml")
-    Path("recipe.yaml").write_text(RECIPE)
-    for split in ("train", "validation", "test"):
-        for side in ("en", "de"):
-            Path(f"{split}.{side}").write_text("".join(f"{side} {number}\n" for number in range(10)))
+    write_demo()
     return tmp_path
 
 
@@ -424,191 +409,3 @@ def test_a_signal_reaches_the_whole_group_and_its_end_is_awaited(number, code, m
 def test_a_command_ended_by_a_signal_of_its_own():
     assert launch([sys.executable, "-S", "-c", "import os; os.kill(os.getpid(), 9)"]) == 137
     assert launch([sys.executable, "-S", "-c", "raise SystemExit(5)"]) == 5
-
-
-def recipe_with(*overrides):
-    return load_recipe("recipe.yaml", overrides)
-
-
-def complete(recipe, *stages):
-    for stage in stages:
-        begin_stage(RunDirectory.of(recipe), recipe, stage)
-        finish_stage(RunDirectory.of(recipe), recipe, stage)
-
-
-@pytest.mark.parametrize(
-    ("override", "changed"),
-    [
-        ("name=other", []),
-        ("output_dir=elsewhere", []),
-        ("seed=1", ["sft", "ppo", "eval"]),
-        ("model.lora_r=4", ["sft", "ppo", "eval"]),
-        ("model.from_scratch.hidden_size=64", ["sft", "ppo", "eval"]),
-        ("task.max_test_examples=3", ["sft", "ppo", "eval"]),
-        ("sft.learning_rate=1", ["sft", "ppo", "eval"]),
-        ("sft.use_peft=true", ["sft", "ppo", "eval"]),
-        ("ppo.kl_coef=1", ["ppo", "eval"]),
-        ("ppo.rewards=[ter]", ["ppo", "eval"]),
-        ("ppo.rewards=[{name: bleu, lowercase: true}]", ["ppo", "eval"]),
-        ("eval.num_beams=2", ["eval"]),
-        ("eval.metrics=[ter]", ["eval"]),
-    ],
-)
-def test_a_fingerprint_covers_what_a_stage_depends_on(override, changed):
-    before, after = recipe_with(), recipe_with(override)
-    different = [stage for stage in OWN if stage_fingerprint(before, stage) != stage_fingerprint(after, stage)]
-    assert different == changed
-
-
-def test_a_fingerprint_covers_an_external_sft_model():
-    Path("model").mkdir()
-    Path("model/config.json").write_text("{}")
-    recipe = recipe_with("ppo.sft_model_path=model")
-    other_sft = recipe_with("ppo.sft_model_path=model", "sft.learning_rate=1")
-    assert stage_fingerprint(recipe, "ppo") == stage_fingerprint(other_sft, "ppo")
-    before = stage_fingerprint(recipe, "ppo")
-    Path("model/model.safetensors").write_text("weights")
-    assert stage_fingerprint(recipe, "ppo") != before
-    Path("model/stage.json").write_text('{"fingerprint": "1"}')
-    with_record = stage_fingerprint(recipe, "ppo")
-    os.utime("model/model.safetensors", (0, 0))  # a copy with other times is the same model where a record says so
-    assert stage_fingerprint(recipe, "ppo") == with_record
-    Path("model/stage.json").write_text('{"fingerprint": "2"}')
-    assert stage_fingerprint(recipe, "ppo") != with_record
-
-
-def test_a_stage_from_begin_to_end():
-    recipe, other = recipe_with("ppo.max_grad_norm=.inf"), recipe_with("sft.learning_rate=1")
-    run_directory = RunDirectory.of(recipe)
-    complete(recipe, "sft")
-    assert stage_status(run_directory, recipe, "ppo") == "absent"
-    assert begin_stage(run_directory, recipe, "ppo") is None
-    assert stage_status(run_directory, recipe, "ppo") == "partial"
-    assert stage_status(run_directory, other, "ppo") == "changed"
-    assert load_recipe(run_directory.path / "recipe.yaml") == recipe
-    finish_stage(run_directory, recipe, "ppo", reward=0.5, fingerprint="cannot be replaced")
-    assert stage_status(run_directory, recipe, "ppo") == "complete"
-    assert stage_status(run_directory, other, "ppo") == "changed"
-    assert sorted(p.name for p in run_directory.ppo.iterdir()) == ["stage.json", "started.json"]
-
-    record = json.loads((run_directory.ppo / "stage.json").read_text(), parse_constant=pytest.fail)
-    assert record["stage"] == "ppo"
-    assert record["fingerprint"] == stage_fingerprint(recipe, "ppo")
-    assert record["reward"] == 0.5
-    assert 0 <= record["seconds"] < 60
-    assert record["versions"]["torch"] == torch.__version__
-    assert record["settings"]["ppo.rewards.0.name"] == "bleu"
-    assert record["settings"]["ppo.max_grad_norm"] == "inf"
-    assert "name" not in record["settings"]
-    assert record["finished_at"].endswith("+00:00")
-
-
-def test_beginning_again_keeps_what_can_be_resumed_and_sets_the_rest_aside():
-    recipe, other = recipe_with(), recipe_with("seed=1")
-    run_directory = RunDirectory.of(recipe)
-    begin_stage(run_directory, recipe, "sft")
-    (run_directory.sft / "checkpoint").touch()
-    assert begin_stage(run_directory, recipe, "sft") is None
-    assert (run_directory.sft / "checkpoint").exists()
-    assert begin_stage(run_directory, other, "sft") == Path("runs/demo/sft.outdated-1")
-    assert Path("runs/demo/sft.outdated-1/checkpoint").exists()
-    assert sorted(p.name for p in run_directory.sft.iterdir()) == ["started.json"]
-    finish_stage(run_directory, other, "sft")
-    assert begin_stage(run_directory, other, "sft") == Path("runs/demo/sft.outdated-2")
-    assert stage_status(run_directory, other, "sft") == "partial"
-    assert set_aside(run_directory.sft) == Path("runs/demo/sft.outdated-3")
-
-
-def test_data_edited_while_a_stage_runs_does_not_pass_for_what_it_read():
-    recipe = recipe_with()
-    begin_stage(RunDirectory.of(recipe), recipe, "sft")
-    Path("train.en").write_text("edited\n" * 10)
-    finish_stage(RunDirectory.of(recipe), recipe, "sft")
-    assert stage_status(RunDirectory.of(recipe), recipe, "sft") == "changed"
-    assert setting_differences(RunDirectory.of(recipe), recipe, "sft") == ["train.en: its contents changed"]
-
-
-def test_differences_name_each_setting_with_both_values():
-    recipe = recipe_with()
-    complete(recipe, "sft", "ppo", "eval")
-    other = recipe_with("ppo.kl_coef=0.1", "sft.warmup_steps=3", "ppo.rewards=[bleu, {name: ter, weight: -1}]")
-    assert setting_differences(RunDirectory.of(recipe), other, "eval") == [
-        "sft.warmup_steps: (not set) -> 3.0",
-        'ppo.rewards.1.name: (not set) -> "ter"',
-        "ppo.rewards.1.weight: (not set) -> -1.0",
-        "ppo.kl_coef: 0.05 -> 0.1",
-    ]
-    assert setting_differences(RunDirectory.of(other), recipe_with("ppo=null"), "eval")[-1] == (
-        "ppo.run_name: null -> (not set)"
-    )
-    assert setting_differences(RunDirectory.of(recipe), recipe, "eval") == []
-
-
-def control_of(recipe, name: str, reward: str = "constant", **changes) -> Path:
-    """A finished ppo stage that pays `reward` from this recipe's SFT model."""
-    sft = RunDirectory.of(recipe).sft
-    other = load_recipe(
-        "recipe.yaml", [f"name={name}", f"ppo.sft_model_path={sft}", f"ppo.rewards=[{{name: {reward}}}]"]
-    )
-    complete(other, "ppo")
-    return RunDirectory.of(other).path
-
-
-def test_a_constant_reward_run_from_the_same_sft_model_is_the_control():
-    recipe = recipe_with()
-    complete(recipe, "sft", "ppo", "eval")
-    assert control_run(recipe) is None
-    control_of(recipe, "paid", "ter")
-    assert control_run(recipe) is None
-    before = stage_fingerprint(recipe, "eval")
-    assert stage_status(RunDirectory.of(recipe), recipe, "eval") == "complete"
-    path = control_of(recipe, "control")
-    assert control_run(recipe) == path == Path("runs/control")
-    assert stage_fingerprint(recipe, "eval") != before  # the report is to be made again, with the control
-    assert setting_differences(RunDirectory.of(recipe), recipe, "eval") == ["control: not there before"]
-    assert control_run(recipe_with("eval.control=null")) is None
-    assert control_run(recipe_with("eval.systems=[base, sft]")) is None
-    complete(recipe, "sft")  # other weights: what started from the old ones is no control of them
-    (RunDirectory.of(recipe).sft / "stage.json").write_text('{"stage": "sft"}')
-    assert control_run(recipe) is None
-
-
-def test_a_control_that_is_named_has_to_be_one():
-    recipe = recipe_with()
-    complete(recipe, "sft", "ppo")
-
-    def problem(name: str) -> str | None:
-        return missing_input(recipe_with(f"eval.control=runs/{name}"), "eval")
-
-    assert problem("none").startswith("eval: eval.control: 'runs/none' is no run directory with a finished ppo stage")
-    control_of(recipe_with("name=elsewhere"), "control")
-    assert "'runs/control' did not start from the SFT model 'runs/demo/sft' as it is now" in problem("control")
-    path = control_of(recipe, "paid", "ter")  # one that is named may pay what it likes
-    assert problem("paid") is None
-    assert control_run(recipe_with("eval.control=runs/paid")) == path
-    assert missing_input(recipe_with("eval.control=runs/none", "eval.systems=[sft]"), "eval") is None
-
-
-def test_a_record_that_is_not_whole_counts_as_changed():
-    recipe = recipe_with()
-    complete(recipe, "sft")
-    Path("runs/demo/sft/stage.json").write_text('{"stage": "sf')
-    assert stage_status(RunDirectory.of(recipe), recipe, "sft") == "changed"
-    assert setting_differences(RunDirectory.of(recipe), recipe, "sft") == ["its record cannot be read"]
-
-
-def test_missing_input():
-    recipe = recipe_with("seed=2")
-    command = "accelerate launch pipeline/{}.py recipe.yaml seed=2"
-    assert missing_input(recipe, "sft") is None
-    expected = f"ppo: no finished sft stage in runs/demo/sft; run: {command.format('sft')}"
-    assert missing_input(recipe, "ppo") == expected
-    begin_stage(RunDirectory.of(recipe), recipe, "sft")
-    assert missing_input(recipe, "ppo") == expected
-    finish_stage(RunDirectory.of(recipe), recipe, "sft")
-    assert missing_input(recipe, "ppo") is None
-    assert missing_input(recipe, "eval") == (
-        f"eval: no finished ppo stage in runs/demo/ppo; run: {command.format('ppo')}"
-    )
-    assert missing_input(recipe_with("seed=2", "eval.systems=[base, sft]"), "eval") is None
-    assert missing_input(recipe_with("ppo.sft_model_path=model"), "ppo") is None

@@ -1,4 +1,4 @@
-"""The end of a process that cannot go on: its last words, for people and for the launcher, and its exit code."""
+"""The end of a process that cannot go on: its last message, for people and for the launcher, and its exit code."""
 
 import json
 import os
@@ -7,21 +7,22 @@ import time
 EXIT_CODE = 1
 
 
-def record_failure(sentence: str, consequence: bool = False) -> None:
-    """Leave the cause for the launcher, where there is one: torch's elastic agent names a file for it.
+def record_failure(message: str, consequence: bool = False) -> None:
+    """Write the cause of a failure for the launcher, into the file that torch's elastic agent names.
 
-    `consequence`: this process only noticed that another one was gone. `seconds` orders failures of the same second.
+    `consequence` says that this process only noticed that another one was gone. `seconds` orders failures of the same
+    second.
     """
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
         now = time.time()
-        extra = {"py_callstack": sentence, "timestamp": str(int(now)), "seconds": now, "consequence": consequence}
+        extra = {"py_callstack": message, "timestamp": str(int(now)), "seconds": now, "consequence": consequence}
         with open(file, "w", encoding="utf-8") as record:
-            json.dump({"message": {"message": sentence, "extraInfo": extra}}, record)
+            json.dump({"message": {"message": message, "extraInfo": extra}}, record)
 
 
-def give_up(sentence: str) -> None:
-    """End the process at once, from any thread, whatever its main thread is doing."""
-    os.write(2, f"\nerror: {sentence}\n".encode())
-    record_failure(sentence)
+def abort(message: str) -> None:
+    """Print a message and end the process at once, from any thread, whatever its main thread is doing."""
+    os.write(2, f"\nerror: {message}\n".encode())
+    record_failure(message)
     os._exit(EXIT_CODE)

@@ -1,4 +1,4 @@
-"""Ending a training run on a signal: after the step at hand and a checkpoint, all processes together."""
+"""SIGTERM and Ctrl-C end a training run after the current step and a checkpoint, in all processes together."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from accelerate.utils import gather
 _received: list[int] = []
 
 
-class Stopped(Exception):  # not an error: a run that was told to stop did so
+class Stopped(Exception):  # not an error: the run was told to stop
     """Training stopped after a checkpoint because of signal `number`."""
 
     def __init__(self, number: int, step: int) -> None:
@@ -24,9 +24,9 @@ class Stopped(Exception):  # not an error: a run that was told to stop did so
 
 @contextmanager
 def stop_signals() -> Iterator[None]:
-    """Within the block SIGTERM or Ctrl-C makes a trainer save after its step; a second Ctrl-C aborts at once."""
+    """Make SIGTERM or Ctrl-C stop a trainer after its step and a checkpoint; a second Ctrl-C aborts at once."""
     _received.clear()
-    before = {number: signal.signal(number, _ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, _request_stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
@@ -35,18 +35,18 @@ def stop_signals() -> Iterator[None]:
         _received.clear()
 
 
-def _ask(number: int, frame: object) -> None:
+def _request_stop(number: int, frame: object) -> None:
     if number == signal.SIGINT and signal.SIGINT in _received:
         raise KeyboardInterrupt
     _received.append(number)
     if PartialState().is_main_process:
-        # Not print: the signal may have come in the middle of one.
+        # Not print: the signal may have interrupted a print.
         os.write(2, b"\nstopping after this step and a checkpoint; Ctrl-C again stops without one\n")
 
 
 def requested_stop() -> int | None:
-    """The number of the signal that any process received; every process calls it and all get the same."""
-    number, processes = _received[0] if _received else 0, PartialState()
-    if processes.num_processes > 1:
-        number = int(gather(torch.tensor([number], device=processes.device)).max())
+    """Return the number of a signal that any process received, the same on all; every process calls it."""
+    number, state = _received[0] if _received else 0, PartialState()
+    if state.num_processes > 1:
+        number = int(gather(torch.tensor([number], device=state.device)).max())
     return number or None

@@ -1,4 +1,4 @@
-"""How long a piece of the main thread may take: Python code is interrupted, what cannot be ends the process."""
+"""A time limit for a call in the main thread: Python code is interrupted, library code ends the process."""
 
 import faulthandler
 import signal
@@ -6,25 +6,25 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pipeline.runtime.abort import give_up
+from pipeline.runtime.abort import abort
 
 GRACE_SECONDS = 5  # for code that is slow to notice, before it counts as stuck
-# Until a function that carries on is interrupted again: time enough for the exception to leave one that does not.
+# A function that catches the exception is interrupted again after this time; one that does not has ended by then.
 AGAIN_SECONDS = 1.0
 
 
-class TimedOut(BaseException):  # not an Exception: a function that goes on after any of these must not swallow it
+class TimedOut(BaseException):  # not an Exception, so that a function's `except Exception` does not swallow it
     """A call took longer than it may."""
 
 
 @contextmanager
 def time_limit(name: str, seconds: float | None) -> Iterator[None]:
-    """Let a call of the reward `name`, in the main thread, take at most `seconds`; None is any number.
+    """Let a call of the reward `name` in the main thread take at most `seconds`; None sets no limit.
 
-    A signal interrupts Python code and waits of the system (sleeping, sockets, locks), again and again where a
-    function carries on. Library code that does not return to Python cannot be interrupted, so it cannot be skipped
-    either: after twice the time and `GRACE_SECONDS` a second thread ends the process with a sentence, or, where
-    library code lets no other thread run, Python's fault handler ends it and shows the stack, a few seconds later.
+    A signal interrupts Python code and system calls that wait (sleep, sockets, locks), repeatedly if the function
+    catches the exception. Library code that does not return to Python cannot be interrupted. After twice the time and
+    `GRACE_SECONDS` a second thread ends the process with a message. Where library code lets no other thread run,
+    Python's fault handler ends the process a few seconds later and shows the stack.
 
     Raises:
         TimedOut: the block was interrupted.
@@ -42,7 +42,7 @@ def time_limit(name: str, seconds: float | None) -> Iterator[None]:
         f"reward {name!r} did not answer within {seconds:g} s (ppo.reward_timeout) and could not be interrupted, "
         "because it is stuck in library code; the last checkpoint is intact: mend the function, then run again"
     )
-    watch = threading.Timer(limit, give_up, [stuck])
+    watch = threading.Timer(limit, abort, [stuck])
     watch.daemon = True
     handler = signal.signal(signal.SIGALRM, interrupt)
     timer = signal.setitimer(signal.ITIMER_REAL, seconds, max(seconds, AGAIN_SECONDS))
@@ -52,7 +52,7 @@ def time_limit(name: str, seconds: float | None) -> Iterator[None]:
         try:
             yield
         finally:
-            active = False  # interrupted here, the outer block still sets everything back
+            active = False  # if the signal comes here, the outer block still restores the timer and the handler
     finally:
         signal.setitimer(signal.ITIMER_REAL, *timer)
         signal.signal(signal.SIGALRM, handler)

@@ -1,4 +1,4 @@
-"""The versions of libraries that Relay works with; imported first by the scripts, it ends them where one does not fit.
+"""The library versions that Relay works with. Scripts import it first, and it ends them if a version does not fit.
 
 The ranges are those of pyproject.toml, read from the installed package.
 """
@@ -13,9 +13,9 @@ PACKAGE = "trl-relay"
 
 
 def unsupported() -> list[str]:
-    """What is wrong with the installed libraries: `trl 1.2.0 is installed, Relay needs trl>=1.13`, and so on.
+    """List what is wrong with the installed libraries: `trl 1.2.0 is installed, Relay needs trl>=1.13`, and so on.
 
-    Nothing is known where Relay itself is not installed but run from its folder.
+    The list is empty where Relay itself is not installed but run from its folder.
     """
     try:
         needed = [Requirement(line) for line in requires(PACKAGE) or []]
@@ -25,14 +25,14 @@ def unsupported() -> list[str]:
     for requirement in needed:
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
-        known = f"{requirement.name}{requirement.specifier}"
+        range_needed = f"{requirement.name}{requirement.specifier}"
         try:
-            found = version(requirement.name)
+            installed = version(requirement.name)
         except PackageNotFoundError:
-            problems.append(f"{requirement.name} is not installed, Relay needs {known}")
+            problems.append(f"{requirement.name} is not installed, Relay needs {range_needed}")
             continue
-        if not requirement.specifier.contains(found, prereleases=True):
-            problems.append(f"{requirement.name} {found} is installed, Relay needs {known}")
+        if not requirement.specifier.contains(installed, prereleases=True):
+            problems.append(f"{requirement.name} {installed} is installed, Relay needs {range_needed}")
     return problems
 
 

@@ -1,4 +1,4 @@
-"""Notices that a run no longer gets on, says which process is stuck and in what, and ends it."""
+"""A watchdog: it notices that a run hangs, names the process that is stuck and its phase, and ends the run."""
 
 import os
 import threading
@@ -9,15 +9,15 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from pipeline.runtime.abort import give_up
+from pipeline.runtime.abort import abort
 
 VARIABLE, DEFAULT_MINUTES = "RELAY_TIMEOUT_MINUTES", 30.0
 PREFIX = ".phase-"
-REFRESH_SECONDS = 1.0  # a phase that goes on is written down no more often
+REFRESH_SECONDS = 1.0  # the least time between two notes of the same phase
 
 
 def timeout_minutes() -> float:
-    """How long a process may wait for another one, or stay in one phase of a step, in minutes.
+    """Return how many minutes a process may wait for another one, or stay in one phase of a step.
 
     Raises:
         ValueError: the variable is no number above 0.
@@ -33,11 +33,11 @@ def timeout_minutes() -> float:
 
 
 class _Progress:
-    """Where the main thread of this process is, and since when; written down where others are to know."""
+    """The phase that the main thread of this process is in, and since when; in a file for the other processes."""
 
     def __init__(self) -> None:
         self.phase, self.since, self.written = "the start", time.monotonic(), 0.0
-        self.count = 0  # of phases: all processes go through the same ones
+        self.count = 0  # of phases so far; all processes go through the same phases
         self.file: Path | None = None
 
     def enter(self, phase: str) -> None:
@@ -53,29 +53,29 @@ _progress = _Progress()
 
 
 def enter(phase: str) -> None:
-    """The main thread begins something, or gets on with it: `the rewards of PPO step 3`."""
+    """Note that the main thread begins a phase, or makes progress in it: `the rewards of PPO step 3`."""
     _progress.enter(phase)
 
 
 @contextmanager
 def watched(directory: Path) -> Iterator[None]:
-    """Within the block this process ends where none of its calls of `enter` came for `timeout_minutes`.
+    """End this process if the block makes no call of `enter` for `timeout_minutes`.
 
-    Alone it is only watched where the variable is set: there is nobody who waits. Each of several processes leaves its
-    phase in `directory`, so that the one that notices can name the one that came to a stop first.
+    A single process is watched only if RELAY_TIMEOUT_MINUTES is set. Each of several processes writes its phase into
+    `directory`, so that the process that notices the hang can name the process that hung first.
     """
-    processes = PartialState()
-    alone = processes.num_processes == 1
+    state = PartialState()
+    alone = state.num_processes == 1
     if alone and VARIABLE not in os.environ:
         yield
         return
     if not alone:
         directory.mkdir(parents=True, exist_ok=True)
-        _progress.file = directory / f"{PREFIX}{processes.process_index}"
+        _progress.file = directory / f"{PREFIX}{state.process_index}"
         _progress.count = 0
     enter("the first step")
     over = threading.Event()
-    arguments = (over, 60 * timeout_minutes(), directory, processes.process_index, processes.num_processes)
+    arguments = (over, 60 * timeout_minutes(), directory, state.process_index, state.num_processes)
     threading.Thread(target=_watch, args=arguments, daemon=True).start()
     try:
         yield
@@ -86,23 +86,24 @@ def watched(directory: Path) -> Iterator[None]:
         _progress.file = None
 
 
-def _watch(over: threading.Event, seconds: float, directory: Path, own: int, count: int) -> None:
+def _watch(over: threading.Event, seconds: float, directory: Path, rank: int, count: int) -> None:
     while not over.wait(min(1.0, seconds / 10)):
         if time.monotonic() - _progress.since > seconds:
-            give_up(_sentence(seconds, directory, own, count))
+            abort(_sentence(seconds, directory, rank, count))
 
 
-def _sentence(seconds: float, directory: Path, own: int, count: int) -> str:
-    """Who is furthest behind, or came to a stop first, by the notes of all processes that can be seen from here."""
-    found = {own: (_progress.count, time.time() - (time.monotonic() - _progress.since), _progress.phase)}
-    for rank in range(count):
+def _sentence(seconds: float, directory: Path, rank: int, count: int) -> str:
+    """Name the process that has made the fewest phases, or of equal ones the first that hung, by the notes of all."""
+    since = time.time() - (time.monotonic() - _progress.since)
+    notes = {rank: (_progress.count, since, _progress.phase)}
+    for other in range(count):
         with suppress(OSError, ValueError):
-            file = directory / f"{PREFIX}{rank}"
+            file = directory / f"{PREFIX}{other}"
             number, phase = file.read_text(encoding="utf-8").split(" ", 1)
-            found.setdefault(rank, (int(number), file.stat().st_mtime, phase))
-    stuck = min(found, key=lambda rank: found[rank][:2])
-    waits = "" if stuck == own else f", and process {own} waits for it in {found[own][2]}"
+            notes.setdefault(other, (int(number), file.stat().st_mtime, phase))
+    stuck = min(notes, key=lambda other: notes[other][:2])
+    waits = "" if stuck == rank else f", and process {rank} waits for it in {notes[rank][2]}"
     return (
         f"process {stuck} of {count} has not got on for {seconds / 60:g} minutes ({VARIABLE}): it is in "
-        f"{found[stuck][2]}{waits}; the last checkpoint is intact: the same command continues from there"
+        f"{notes[stuck][2]}{waits}; the last checkpoint is intact: the same command continues from there"
     )

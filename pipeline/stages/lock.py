@@ -1,4 +1,4 @@
-"""One run at a time in a run directory."""
+"""A lock that lets one run at a time work in a run directory."""
 
 import fcntl
 import os
@@ -17,10 +17,10 @@ class RunInUseError(Exception):
 
 @contextmanager
 def run_lock(directory: Path) -> Iterator[str | None]:
-    """Hold a run directory for the time of a block; the block gets who held it last, if that one did not let go.
+    """Hold a run directory during a block, which gets the name of the last holder if that one did not release it.
 
-    The system itself gives the lock back when its holder dies, however it dies, so one that is stale is free. Who
-    holds it stands in `.lock`.
+    The operating system releases the lock of a process that dies, so a stale lock is free. The file `.lock` names the
+    holder.
 
     Raises:
         RunInUseError: another process holds it, naming host, process and start.

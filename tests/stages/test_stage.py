@@ -1,0 +1,140 @@
+"""One stage from begin to end: its records, and how it ends."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from demo_run import complete, recipe_with
+from torch.distributed import DistBackendError
+
+from pipeline.recipe import load_recipe
+from pipeline.runtime.signals import Stopped
+from pipeline.stages import stage as stage_module
+from pipeline.stages.directory import RunDirectory, set_aside
+from pipeline.stages.fingerprint import stage_fingerprint, stage_status
+from pipeline.stages.plan import missing_input
+from pipeline.stages.stage import CannotStartError, begin_stage, finish_stage, outcome_of, run_stage
+
+
+def test_a_stage_from_begin_to_end():
+    recipe, other = recipe_with("ppo.max_grad_norm=.inf"), recipe_with("sft.learning_rate=1")
+    run_directory = RunDirectory.of(recipe)
+    complete(recipe, "sft")
+    assert stage_status(run_directory, recipe, "ppo") == "absent"
+    assert begin_stage(run_directory, recipe, "ppo") is None
+    assert stage_status(run_directory, recipe, "ppo") == "partial"
+    assert stage_status(run_directory, other, "ppo") == "changed"
+    assert load_recipe(run_directory.path / "recipe.yaml") == recipe
+    finish_stage(run_directory, recipe, "ppo", reward=0.5, fingerprint="cannot be replaced")
+    assert stage_status(run_directory, recipe, "ppo") == "complete"
+    assert stage_status(run_directory, other, "ppo") == "changed"
+    assert sorted(p.name for p in run_directory.ppo.iterdir()) == ["stage.json", "started.json"]
+
+    record = json.loads((run_directory.ppo / "stage.json").read_text(), parse_constant=pytest.fail)
+    assert record["stage"] == "ppo"
+    assert record["fingerprint"] == stage_fingerprint(recipe, "ppo")
+    assert record["reward"] == 0.5
+    assert 0 <= record["seconds"] < 60
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["settings"]["ppo.rewards.0.name"] == "bleu"
+    assert record["settings"]["ppo.max_grad_norm"] == "inf"
+    assert "name" not in record["settings"]
+    assert record["finished_at"].endswith("+00:00")
+
+
+def test_beginning_again_keeps_what_can_be_resumed_and_sets_the_rest_aside():
+    recipe, other = recipe_with(), recipe_with("seed=1")
+    run_directory = RunDirectory.of(recipe)
+    begin_stage(run_directory, recipe, "sft")
+    (run_directory.sft / "checkpoint").touch()
+    assert begin_stage(run_directory, recipe, "sft") is None
+    assert (run_directory.sft / "checkpoint").exists()
+    assert begin_stage(run_directory, other, "sft") == Path("runs/demo/sft.outdated-1")
+    assert Path("runs/demo/sft.outdated-1/checkpoint").exists()
+    assert sorted(p.name for p in run_directory.sft.iterdir()) == ["started.json"]
+    finish_stage(run_directory, other, "sft")
+    assert begin_stage(run_directory, other, "sft") == Path("runs/demo/sft.outdated-2")
+    assert stage_status(run_directory, other, "sft") == "partial"
+    assert set_aside(run_directory.sft) == Path("runs/demo/sft.outdated-3")
+
+
+def test_missing_input_names_the_stage_and_the_command_that_makes_it():
+    recipe, run = recipe_with("seed=2"), RunDirectory.of(recipe_with())
+    command = "run: accelerate launch pipeline/{}.py recipe.yaml seed=2"
+    assert missing_input(recipe, "sft") is None
+    for _ in ("absent", "partial"):
+        problem = missing_input(recipe, "ppo")
+        assert problem.startswith("ppo: no finished sft stage in runs/demo/sft; ")
+        assert problem.endswith(command.format("sft"))
+        begin_stage(run, recipe, "sft")
+    finish_stage(run, recipe, "sft")
+    assert missing_input(recipe, "ppo") is None
+    assert missing_input(recipe, "eval").endswith(command.format("ppo"))
+    assert missing_input(recipe_with("seed=2", "eval.systems=[base, sft]"), "eval") is None
+    assert missing_input(recipe_with("ppo.sft_model_path=model"), "ppo") is None
+
+
+@pytest.fixture
+def run_empty(fresh_accelerate):
+    """Run a stage whose body makes nothing, or raises an error; return the exit code."""
+
+    def run(stage: str, error: BaseException | None = None, *overrides: str) -> int:
+        def body(recipe, directory) -> dict[str, object]:
+            if error is not None:
+                raise error
+            return {}
+
+        return run_stage(recipe_with(*overrides), stage, body)
+
+    return run
+
+
+def test_a_stage_decides_whether_it_begins(run_empty, capsys):
+    assert run_empty("ppo") == 2 and "no finished sft stage" in capsys.readouterr().err
+    assert run_empty("sft") == 0
+    assert json.loads(Path("runs/demo/sft/stage.json").read_text())["peak_memory_mib"] > 0
+    assert run_empty("sft", AssertionError("it is complete")) == 0 and "already complete" in capsys.readouterr().err
+    assert run_empty("sft", None, "seed=3") == 0
+    said = capsys.readouterr().err
+    assert "seed: 0 -> 3" in said and "sft.outdated-1" in said
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (CannotStartError("no room"), 2, "error: sft: no room"),
+        (ValueError("no such column"), 1, "error: sft: no such column"),
+        (FloatingPointError("nan"), 1, "error: sft: nan"),
+        (KeyboardInterrupt(), 130, "ended by Ctrl-C"),
+        (Stopped(signal.SIGTERM, 3), 143, "checkpoint of step 3"),
+        (torch.OutOfMemoryError("CUDA out of memory."), 1, "lower sft.per_device_train_batch_size"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_each_error_has_an_exit_code_and_a_message(run_empty, capsys, error, code, words):
+    assert run_empty("sft", error) == code
+    said = capsys.readouterr().err
+    assert words in said and "Traceback" not in said
+    assert stage_status(RunDirectory.of(recipe_with()), recipe_with(), "sft") == "partial"
+
+
+def test_an_error_of_relay_itself_keeps_its_traceback(run_empty):
+    with pytest.raises(ZeroDivisionError):
+        run_empty("sft", ZeroDivisionError("1 / 0"))
+
+
+class TwoProcesses:
+    """What is_lost_connection asks."""
+
+    num_processes = 2
+
+
+def test_an_error_that_another_process_caused_is_a_consequence(monkeypatch):
+    lost = [DistBackendError("unhandled system error"), RuntimeError("[gloo] Connection closed by peer [10.0.0.2]")]
+    other = RuntimeError("the option NCCL_DEBUG is set")  # its words alone say nothing
+    assert [outcome_of("ppo", error) for error in lost] == [None, None]  # a single process has nobody to lose
+    monkeypatch.setattr(stage_module, "PartialState", TwoProcesses)
+    assert all(outcome_of("ppo", error).consequence for error in lost)
+    assert outcome_of("ppo", other) is None
