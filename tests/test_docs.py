@@ -156,6 +156,18 @@ def test_the_recipe_reference_is_up_to_date():
     assert recipe_reference.filled(page) == page, "run: python -m tools.recipe_reference"
 
 
+def test_the_site_is_built_without_a_warning(tmp_path, monkeypatch):
+    pytest.importorskip("material", reason="needs the extra docs")
+    pytest.importorskip("mkdocstrings")
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+
+    monkeypatch.chdir(ROOT)
+    build(load_config("mkdocs.yml", strict=True, site_dir=str(tmp_path)))
+    page = (tmp_path / "api.html").read_text(encoding="utf-8")
+    assert "processing_class" in page and 'src="http' not in page
+
+
 @pytest.mark.parametrize("name", ["ppo", "eval", "model", "columns", "sampled pairs"])
 def test_every_key_has_its_reason(name):
     comments = recipe_reference.field_comments(recipe_reference.CLASSES[name])
