@@ -1,12 +1,18 @@
 """A tiny language, and models of a few thousand weights that speak it: built in a second, offline, on the CPU."""
 
+import atexit
 import os
 import platform
+import shutil
+import tempfile
 import threading
 
 # Before any library reads them: the suite never reaches for a network or an accelerator.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+if "HF_DATASETS_CACHE" not in os.environ:  # each run of the suite has its own, which goes with it
+    os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="relay-tests-")
+    atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 # A forked child has none of its parent's threads, and hangs at the first operation that is handed to them.
 os.environ["OMP_NUM_THREADS"] = "1"

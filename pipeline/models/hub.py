@@ -5,16 +5,15 @@ import os
 import pickle
 from dataclasses import replace
 from pathlib import Path
-from threading import Thread
 
-from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from pipeline.models.config import ModelConfig
+from pipeline.runtime.hub import PROBE_SECONDS, ask_hub
 
 ADAPTER_FILE = "adapter_config.json"
 CONFIG_FILES = ("config.json", ADAPTER_FILE)
-PROBE_SECONDS = 4.0
 
 
 class ModelNotFoundError(ValueError):
@@ -37,7 +36,7 @@ def check_model_path(path: str, key: str) -> None:
         raise ModelNotFoundError(f"{key}: no directory {path!r}; give an existing model directory or a Hub id")
     if cached_commit(path) is not None:
         return
-    problem = _hub_problem(path)
+    problem = ask_hub(path, "model").problem
     if problem:
         raise ModelNotFoundError(
             f"{key}: {path!r} is not a local directory and could not be read from the Hugging Face Hub "
@@ -73,26 +72,6 @@ def fetch_commit(path: str, revision: str = "main") -> None:
             return
         except (OSError, ValueError):  # a model that cannot be had is refused by name when it is loaded
             continue
-
-
-def _hub_problem(path: str) -> str | None:
-    """Return why the Hub does not give a model, within PROBE_SECONDS; None if it does."""
-    if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set and it is not in the local cache"
-    answers: list[str | None] = []
-
-    def ask() -> None:
-        try:
-            HfApi().model_info(path, timeout=PROBE_SECONDS)
-            answers.append(None)
-        except Exception as error:  # whatever the network gives rise to
-            answers.append(" ".join(str(error).split()).rstrip(".")[:160])
-
-    # In a thread, because the time limit of a request does not cover the look-up of the host's name.
-    thread = Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(PROBE_SECONDS)
-    return answers[0] if answers else "no answer"
 
 
 def read_config(path: str, revision: str = "main", trust_remote_code: bool = False) -> PretrainedConfig:

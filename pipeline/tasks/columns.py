@@ -1,26 +1,28 @@
 """Any data set by its columns: a Hub id, json, jsonl, csv, tsv or parquet files, or a `save_to_disk` directory."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
 from pathlib import Path
 
-import pyarrow
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 
 from pipeline.tasks.examples import (
+    Reader,
+    check_columns,
+    leave_out,
     placeholders,
     read_chat,
     read_prompt,
     read_references,
-    read_rows,
+    read_row,
     read_text,
-    usable_rows,
 )
-from pipeline.tasks.tables import READERS, Table, check_hub, read_file, read_hub, read_saved
-from pipeline.tasks.types import RESERVED_COLUMNS, SPLITS, Task, TaskError, check_limits, hold_out, make_split
+from pipeline.tasks.tables import SUFFIXES, Table, check_hub, read_file, read_hub, read_saved
+from pipeline.tasks.text_rows import Row
+from pipeline.tasks.types import RESERVED_COLUMNS, SPLITS, Task, TaskError, check_limits, hold_out
 
 # What reward functions get under names of their own beside the columns.
 TAKEN_COLUMNS = (*RESERVED_COLUMNS, "prompts", "completions", "completion_ids")
@@ -110,7 +112,7 @@ class Config:
     def is_local(self) -> bool:
         """Whether `path` is a file or directory, by its form or because it is there."""
         looks_local = self.path.startswith((".", "/", "~")) or self.path.count("/") > 1 or "{split}" in self.path
-        has_suffix = Path(self.path).suffix.lower() in READERS
+        has_suffix = Path(self.path).suffix.lower() in SUFFIXES
         return looks_local or has_suffix or self.data_dir != "." or self.local_path("").exists()
 
 
@@ -156,7 +158,7 @@ def _split_name(config: Config, split: str) -> str:
 
 def _check_saved(directory: Path) -> None:
     if not any((directory / name).is_file() for name in SAVED_MARKERS):
-        suffixes = sorted({p.suffix for p in directory.iterdir() if p.suffix.lower() in READERS})
+        suffixes = sorted({p.suffix for p in directory.iterdir() if p.suffix.lower() in SUFFIXES})
         example = directory / f"{{split}}{suffixes[0] if suffixes else '.jsonl'}"
         raise TaskError(
             f"task.path: the directory {str(directory)!r} was not written by save_to_disk; "
@@ -172,8 +174,8 @@ def _check_file(config: Config, split: str, path: Path) -> None:
         named = near and "{split}" in config.path
         advice = f"name the split in task.{split}" if named else "set task.data_dir to the folder that holds the data"
         raise TaskError(f"task.path: no file {str(path)!r} for the {split} split{there}; {advice}")
-    if path.suffix.lower() not in READERS:
-        raise TaskError(f"task.path: {str(path)!r} is in no known format; its name must end in {', '.join(READERS)}")
+    if path.suffix.lower() not in SUFFIXES:
+        raise TaskError(f"task.path: {str(path)!r} is in no known format; its name must end in {', '.join(SUFFIXES)}")
     if "{split}" not in config.path and _split_name(config, split) != "train":
         raise TaskError(
             f"task.{split}: {config.path!r} is one file, all of it train, found {getattr(config, split)!r}; "
@@ -190,35 +192,26 @@ def load(config: Config) -> Task:
     files(config)
     check_reachable(config)
     tables = read_tables(config)
-    bounds = {split: row_bounds(getattr(config, split), len(tables[split].rows)) for split in SPLITS}
-    _check_disjoint(config, bounds)
+    _check_disjoint(config, {split: row_bounds(getattr(config, split), len(tables[split].rows)) for split in SPLITS})
     splits, broken = {}, [line for table in tables.values() for line in table.broken]
     for split in SPLITS:
-        (start, stop), limit = bounds[split], getattr(config, f"max_{split}_examples")
-        if start >= stop:
-            table = tables[split]
-            raise TaskError(
-                f"task.{split}: {getattr(config, split)!r} is empty: {table.place} has {len(table.rows)} rows"
-            )
-        part = tables[split].part(start, min(stop, start + (limit or stop)))
-        if config.skip_broken_rows:
-            part = usable_rows(part, _readers(config))
-            broken += part.broken
-        splits[split] = _make_split(config, split, part)
+        part = select_part(tables[split], split, getattr(config, split), getattr(config, f"max_{split}_examples"))
+        splits[split], left_out = _make_split(config, part)
+        broken += left_out
     left_out = tuple(dict.fromkeys(broken))  # splits may be parts of one file
     return hold_out(Task(**splits, language=config.language, left_out=left_out), config.ppo_examples)
 
 
 def read_tables(config: Config) -> dict[str, Table]:
-    """The rows of each split's file or data set, which may be more than the split.
+    """Read each split's file or data set, which may hold more than the split.
 
     Raises:
         TaskError: a split that is not there, or a file that cannot be read.
     """
     names = {split: _split_name(config, split) for split in SPLITS}
     if not config.is_local:
-        found = read_hub(config.path, config.subset, config.revision)
-        return {split: _named(found, name, split) for split, name in names.items()}
+        data = read_hub(config.path, config.subset, config.revision)
+        return {split: _named(data, name, split) for split, name in names.items()}
     paths = {split: config.local_path(name) for split, name in names.items()}
     read = {
         path: read_saved(path) if path.is_dir() else {"": read_file(path, config.skip_broken_rows)}
@@ -231,6 +224,18 @@ def read_tables(config: Config) -> dict[str, Table]:
         else _named(read[path], names[split], split)
         for split, path in paths.items()
     }
+
+
+def select_part(table: Table, key: str, expression: str, limit: int | None) -> Table:
+    """Return the rows of `name[from:to]`, at most the first `limit` of them; `key` is the recipe's.
+
+    Raises:
+        TaskError: there are none.
+    """
+    start, stop = row_bounds(expression, len(table.rows))
+    if start >= stop:
+        raise TaskError(f"task.{key}: {expression!r} is empty: {table.place} has {len(table.rows)} rows")
+    return table.select(range(start, min(stop, start + (limit or stop))))
 
 
 def _named(tables: dict[str, Table], name: str, split: str) -> Table:
@@ -266,30 +271,45 @@ def _check_disjoint(config: Config, bounds: dict[str, tuple[int, int]]) -> None:
             )
 
 
-def _make_split(config: Config, split: str, table: Table) -> Dataset:
-    names = _new_names(table.columns)
-    prompts, completions, references = _examples(config, table)
-    rows = [
-        {"prompt": prompt, "completion": completion, "references": texts}
-        | {names[column]: row.get(column) for column in table.columns}
-        for prompt, completion, texts, row in zip(prompts, completions, references, table.rows, strict=True)
-    ]
-    try:
-        return make_split(rows, split, None)
-    except (pyarrow.ArrowException, ValueError, TypeError, OverflowError) as error:
-        column = next((c for c in table.columns if not _fits([row.get(c) for row in table.rows])), table.columns[0])
-        raise TaskError(
-            f"task: the column {column!r} of {table.place} cannot be stored, as when its values are of several types "
-            f"({' '.join(str(error).split())}); mend it, or remove it from the data"
-        ) from error
+def _make_split(config: Config, table: Table) -> tuple[Dataset, tuple[str, ...]]:
+    """Make the examples of a table; the second value describes the rows that were left out."""
+    readers = _readers(config)
+    for key, expression, _ in readers:
+        check_columns(table, key, expression)
+    data = table.dataset
+    names = _new_names(data.column_names)
+    text = Value("string")
+    prompt = text if config.messages is None else List({"role": text, "content": text})
+    features = Features(
+        {"prompt": prompt, "completion": text, "references": List(text), "problem": text}
+        | {names[column]: data.features[column] for column in data.column_names}
+    )
+    examples = data.map(
+        _example,
+        fn_kwargs={"readers": readers, "names": names},
+        remove_columns=data.column_names,
+        features=features,
+        load_from_cache_file=False,  # `datasets` does not notice when the code of a reader changes
+        desc="Reading examples",
+    )
+    table, kept = leave_out(table, examples["problem"][:], config.skip_broken_rows)
+    examples = examples.remove_columns("problem")
+    return examples if len(kept) == len(examples) else examples.select(kept), table.broken
 
 
-def _fits(values: list) -> bool:
-    try:
-        Dataset.from_dict({"column": values})
-    except (pyarrow.ArrowException, ValueError, TypeError, OverflowError):
-        return False
-    return True
+def _example(row: Row, readers: Sequence[Reader], names: Mapping[str, str]) -> Row:
+    """Return the prompt, completion and references of a row, and its columns under their new names."""
+    values, problem = read_row(readers, row)
+    example = dict.fromkeys(("prompt", "completion", "references")) | {"problem": problem}
+    if problem is None:
+        example |= zip((key for key, _, _ in readers), values, strict=True)
+        if "messages" in example:
+            *example["prompt"], answer = example.pop("messages")
+            example["completion"] = answer["content"]
+        if example["completion"] is None:
+            example["completion"] = example["references"][0]
+        example["references"] = example["references"] or [example["completion"]]
+    return example | {new: row[column] for column, new in names.items()}
 
 
 def _new_names(columns: Sequence[str]) -> dict[str, str]:
@@ -302,25 +322,12 @@ def _new_names(columns: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def _readers(config: Config) -> list[tuple[str, str, Callable]]:
-    """Key, expression and reader of everything that makes an example."""
-    readers: list[tuple[str, str, Callable]] = []
+def _readers(config: Config) -> list[Reader]:
+    """Return a reader of everything that makes an example."""
+    readers: list[Reader] = []
     if config.references is not None:
         readers.append(("references", config.references, read_references))
     if config.messages is not None:
         return [*readers, ("messages", config.messages, partial(read_chat, system=config.system))]
     readers.append(("prompt", config.prompt, read_prompt))
     return readers if config.completion is None else [*readers, ("completion", config.completion, read_text)]
-
-
-def _examples(config: Config, table: Table) -> tuple[list, list[str], list[list[str]]]:
-    """Prompts, completions and references of all rows."""
-    values = {key: read_rows(table, key, expression, read) for key, expression, read in _readers(config)}
-    references = values.get("references")
-    if "messages" in values:
-        chats = values["messages"]
-        prompts, completions = [chat[:-1] for chat in chats], [chat[-1]["content"] for chat in chats]
-    else:
-        prompts = values["prompt"]
-        completions = values.get("completion") or [texts[0] for texts in references]
-    return prompts, completions, references or [[completion] for completion in completions]

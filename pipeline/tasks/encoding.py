@@ -29,6 +29,21 @@ def decode_text(path: Path, key: str) -> str:
         raise _error(path, key, data, start, "not UTF-8", advice) from error
 
 
+def check_text(path: Path, key: str) -> None:
+    """Refuse a file that `decode_text` would refuse, without holding it in memory.
+
+    Raises:
+        TaskError: as `decode_text`.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            if not any("\0" in line for line in file):
+                return
+    except UnicodeError:
+        pass
+    decode_text(path, key)
+
+
 def _error(path: Path, key: str, data: bytes, start: int, what: str, advice: str) -> TaskError:
     line = data.count(b"\n", 0, start) + 1
     return TaskError(f"{key}: {path}:{line}: {what} (byte {start}); {advice}")

@@ -3,15 +3,15 @@
 import re
 from collections.abc import Callable, Sequence
 from string import Formatter
-from typing import Any, TypeVar
+from typing import Any
 
 from pipeline.runtime.messages import did_you_mean
 from pipeline.tasks.tables import Table
+from pipeline.tasks.text_rows import Row
 from pipeline.tasks.types import TaskError, check_widths
 
-HALF = re.compile("[\ud800-\udfff]")
-T = TypeVar("T")
 Message = dict[str, str]
+Reader = tuple[str, str, Callable[[str, Row], Any]]  # key of the recipe, column or template, what reads it from a row
 
 
 class Unusable(ValueError):
@@ -41,60 +41,48 @@ def _column_of(field: str) -> str:
     return re.split(r"[.\[]", field, maxsplit=1)[0]
 
 
-def usable_rows(table: Table, readers: Sequence[tuple[str, str, Callable[[str, dict[str, Any]], object]]]) -> Table:
-    """The table without the rows that one of the readers (as the arguments of `read_rows`) cannot use.
-
-    Raises:
-        TaskError: a column that no row has, or no row that can be used.
-    """
-    reasons: dict[int, str] = {}
-    for key, expression, read in readers:
-        check_columns(table, key, expression)
-        for index, row in enumerate(table.rows):
-            try:
-                read(expression, row)
-            except Unusable as reason:
-                reasons.setdefault(index, f"task.{key}: {reason}")
-    if len(reasons) == len(table.rows):
-        raise TaskError(f"{reasons[0]}, in {table.where(range(len(table.rows)))}, so every row is broken")
-    return table.without(dict(sorted(reasons.items())))
-
-
 def check_columns(table: Table, key: str, expression: str) -> None:
-    """Refuse an expression with a column that no row has.
+    """Refuse an expression with a column that the data does not have.
 
     Raises:
         TaskError: naming it, and those that there are.
     """
+    columns = table.dataset.column_names
     for column in list(map(_column_of, placeholders(expression, key))) or [expression]:
-        if column not in table.columns:
-            hint = did_you_mean(column, table.columns) or ";"
-            raise TaskError(
-                f"task.{key}: no column {column!r} in {table.place}{hint} there are: {', '.join(table.columns)}"
-            )
+        if column not in columns:
+            hint = did_you_mean(column, columns) or ";"
+            raise TaskError(f"task.{key}: no column {column!r} in {table.place}{hint} there are: {', '.join(columns)}")
 
 
-def read_rows(table: Table, key: str, expression: str, read: Callable[[str, dict[str, Any]], T]) -> list[T]:
-    """`read(expression, row)` of every row; `key` is the recipe's name for the expression.
-
-    Raises:
-        TaskError: a column that no row has, or rows whose values cannot be used: why, and where the first three are.
-    """
-    check_columns(table, key, expression)
-    values: list[T] = []
-    failures: dict[str, list[int]] = {}
-    for index, row in enumerate(table.rows):
+def read_row(readers: Sequence[Reader], row: Row) -> tuple[list[Any], str | None]:
+    """Return what each reader makes of a row, and None; or why the row gives no example."""
+    values = []
+    for key, expression, read in readers:
         try:
             values.append(read(expression, row))
         except Unusable as reason:
-            failures.setdefault(str(reason), []).append(index)
-    if failures:
-        reason, indices = next(iter(failures.items()))
-        raise TaskError(f"task.{key}: {reason}, in {table.where(indices)}")
-    return values
+            return [], f"task.{key}: {reason}"
+    return values, None
 
 
-def read_text(expression: str, row: dict[str, Any]) -> str:
+def leave_out(table: Table, problems: Sequence[str | None], skip: bool) -> tuple[Table, list[int]]:
+    """Return the table without the rows that have a problem, and the indices that are left.
+
+    Raises:
+        TaskError: every row has one, or `skip` is False and some have: why, and where the first three are.
+    """
+    reasons = {index: problem for index, problem in enumerate(problems) if problem is not None}
+    if not reasons:
+        return table, list(range(len(problems)))
+    if not skip:
+        reason = next(iter(reasons.values()))
+        raise TaskError(f"{reason}, in {table.where([index for index in reasons if reasons[index] == reason])}")
+    if len(reasons) == len(problems):
+        raise TaskError(f"{reasons[0]}, in {table.where(list(reasons))}, so every row is broken")
+    return table.without(reasons), [index for index in range(len(problems)) if index not in reasons]
+
+
+def read_text(expression: str, row: Row) -> str:
     """The text in the column `expression`, or the template filled with texts and numbers of the row.
 
     Raises:
@@ -109,14 +97,12 @@ def read_text(expression: str, row: dict[str, Any]) -> str:
     for name in names:
         _text_or_number(_field(name, row), f"{{{name}}}")
     try:
-        return _whole(expression.format(**row), f"the template {expression!r}")
-    except Unusable:
-        raise
+        return expression.format(**row)
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise Unusable(f"the template {expression!r} cannot be filled ({error})") from error
 
 
-def read_prompt(expression: str, row: dict[str, Any]) -> str:
+def read_prompt(expression: str, row: Row) -> str:
     """As `read_text`, and more than white space: no position could predict the first token after nothing."""
     text = read_text(expression, row)
     if not text.strip():
@@ -124,7 +110,7 @@ def read_prompt(expression: str, row: dict[str, Any]) -> str:
     return text
 
 
-def read_references(expression: str, row: dict[str, Any]) -> list[str]:
+def read_references(expression: str, row: Row) -> list[str]:
     """The texts of a column or of one `{field}`, which holds a text or a list of them; or the filled template alone.
 
     Raises:
@@ -142,7 +128,7 @@ def read_references(expression: str, row: dict[str, Any]) -> list[str]:
     return [_text(item, f"the list in {name}") for item in value]
 
 
-def read_chat(column: str, row: dict[str, Any], system: str | None) -> list[Message]:
+def read_chat(column: str, row: Row, system: str | None) -> list[Message]:
     """The messages up to the last one of the assistant, `system` in front of those that have no system message.
 
     Raises:
@@ -171,7 +157,7 @@ def _message(message: object, column: str) -> Message:
     return {key: _text(message[key], f"the {key} of a message") for key in ("role", "content")}
 
 
-def _field(name: str, row: dict[str, Any]) -> Any:
+def _field(name: str, row: Row) -> Any:
     outer = re.fullmatch(r"(.+)(?:\[[^\[]*\]|\.[^.\[]*)", name)
     if outer and isinstance(_field(outer[1], row), str):
         raise Unusable(f"{{{name}}} reaches into a text")  # {answer[0]} would be its first letter
@@ -184,13 +170,7 @@ def _field(name: str, row: dict[str, Any]) -> Any:
 def _text(value: object, name: str) -> str:
     if not isinstance(value, str):
         raise Unusable(f"{name} {_is(value)}, expected a text")
-    return _whole(value, name)
-
-
-def _whole(text: str, name: str) -> str:
-    if not text.isascii() and HALF.search(text):
-        raise Unusable(f"{name} holds half of a character (a lone surrogate such as \\ud83d), which no file can hold")
-    return text
+    return value
 
 
 def _text_or_number(value: object, name: str) -> None:

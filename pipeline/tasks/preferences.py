@@ -1,14 +1,23 @@
 """Preference data by its columns: a prompt, the better and the worse of two answers, and by how much."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipeline.tasks import columns
-from pipeline.tasks.examples import Message, Unusable, read_prompt, read_rows, read_text, usable_rows
-from pipeline.tasks.tables import Table
+from pipeline.tasks.examples import (
+    Message,
+    Reader,
+    Unusable,
+    check_columns,
+    leave_out,
+    read_prompt,
+    read_row,
+    read_text,
+)
+from pipeline.tasks.text_rows import Row
 from pipeline.tasks.types import TaskError, check_limits
 
 PARTS = ("train", "validation")
@@ -126,28 +135,23 @@ def load(config: Config) -> Preferences:
 def _load(config: Config) -> Preferences:
     tables = columns.read_tables(config.as_columns)
     broken = [line for part in PARTS for line in tables[part].broken]
-    pairs = {}
+    readers, pairs = _readers(config), {}
     for part in PARTS:
-        table = tables[part]
-        start, stop = columns.row_bounds(getattr(config, part), len(table.rows))
-        limit = getattr(config, f"max_{part}_pairs")
-        if start >= stop:
-            raise TaskError(
-                f"task.{part}: {getattr(config, part)!r} is empty: {table.place} has {len(table.rows)} rows"
-            )
-        table = table.part(start, min(stop, start + (limit or stop)))
-        if config.skip_broken_rows:
-            table = usable_rows(table, _readers(config))
-            broken += table.broken
-        pairs[part] = _pairs(config, table)
+        table = columns.select_part(tables[part], part, getattr(config, part), getattr(config, f"max_{part}_pairs"))
+        for key, expression, _ in readers:
+            check_columns(table, key, expression)
+        rows = [read_row(readers, row) for row in table.dataset]
+        table, kept = leave_out(table, [problem for _, problem in rows], config.skip_broken_rows)
+        pairs[part] = [Preference(*rows[index][0]) for index in kept]
+        broken += table.broken
     left_out = (line.replace("task.", "reward.pairs.") for line in dict.fromkeys(broken))
     return Preferences(**pairs, left_out=tuple(left_out))
 
 
-def _readers(config: Config) -> list[tuple[str, str, Callable]]:
-    """Key, expression and reader of everything that makes a pair: prompt, chosen, rejected, margin."""
-    readers: list[tuple[str, str, Callable]] = [
-        ("chosen", config.chosen, lambda name, row: _shared_prompt(config, row))
+def _readers(config: Config) -> list[Reader]:
+    """Return a reader of everything that makes a pair: prompt, chosen, rejected, margin."""
+    readers: list[Reader] = [
+        ("chosen", config.chosen, partial(_shared_prompt, rejected=config.rejected))
         if config.prompt is None
         else ("prompt", config.prompt, _prompt),
         ("chosen", config.chosen, _answer),
@@ -156,19 +160,14 @@ def _readers(config: Config) -> list[tuple[str, str, Callable]]:
     return readers if config.margin is None else [*readers, ("margin", config.margin, _margin)]
 
 
-def _pairs(config: Config, table: Table) -> list[Preference]:
-    values = [read_rows(table, *reader) for reader in _readers(config)]
-    return [Preference(*row) for row in zip(*values, strict=True)]
-
-
-def _prompt(name: str, row: dict[str, Any]) -> str | list[Message]:
+def _prompt(name: str, row: Row) -> str | list[Message]:
     value = row.get(name)
     if isinstance(value, list):
         return [_message(message, name) for message in value]
     return read_prompt(name, row)
 
 
-def _answer(name: str, row: dict[str, Any]) -> str:
+def _answer(name: str, row: Row) -> str:
     value = row.get(name)
     if not isinstance(value, list):
         return read_text(name, row)
@@ -177,11 +176,11 @@ def _answer(name: str, row: dict[str, Any]) -> str:
     return value[-1]["content"]
 
 
-def _shared_prompt(config: Config, row: dict[str, Any]) -> list[Message]:
-    chats = [row.get(name) for name in (config.chosen, config.rejected)]
+def _shared_prompt(chosen: str, row: Row, rejected: str) -> list[Message]:
+    chats = [row.get(name) for name in (chosen, rejected)]
     if not all(isinstance(chat, list) and len(chat) > 1 for chat in chats):
         raise Unusable("without a prompt column, chosen and rejected must be chats of two messages or more")
-    starts = [[_message(message, config.chosen) for message in chat[:-1]] for chat in chats]
+    starts = [[_message(message, chosen) for message in chat[:-1]] for chat in chats]
     if starts[0] != starts[1]:
         raise Unusable("chosen and rejected differ before their last message, so they answer different prompts")
     return starts[0]
@@ -193,7 +192,7 @@ def _message(message: object, column: str) -> Message:
     return {"role": message["role"], "content": message["content"]}
 
 
-def _margin(name: str, row: dict[str, Any]) -> float:
+def _margin(name: str, row: Row) -> float:
     value = row.get(name)
     try:
         number = float("nan") if isinstance(value, bool) or value is None else float(value)

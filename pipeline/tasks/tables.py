@@ -1,230 +1,164 @@
-"""Rows of json, jsonl, csv, tsv and parquet files, of directories saved by `save_to_disk`, and of Hub data sets."""
+"""Read files, directories written by `save_to_disk` and data sets of the Hub with the library `datasets`."""
 
-import csv
-import io
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import datasets
-import pyarrow.parquet
+import pyarrow
 from datasets import Dataset, DatasetDict
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import constants
 
-from pipeline.tasks.encoding import decode_text
+from pipeline.runtime.hub import HubAnswer, ask_hub
+from pipeline.tasks.encoding import check_text
+from pipeline.tasks.text_rows import DELIMITERS, Row, first_line, has_lines, read_text_rows
 from pipeline.tasks.types import TaskError
 
-PROBE_SECONDS = 4.0
-_A_LIST = "expected a list of objects, one for each example"
-MAX_CSV_FIELD = 2**31 - 1  # the csv module stops at 131,072 characters, less than a long document
+SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows and what messages call them: `numbers` are lines of a text file (from 1), else rows (from 0).
+    """A data set, and what messages call its rows.
 
+    `rows` are the numbers of its rows in the data (from 0); `file` is the text file whose lines messages name instead.
     `broken` says of each row that was left out where it was and why.
     """
 
     place: str
-    rows: list[dict[str, Any]] | Dataset
-    columns: list[str]
-    numbers: Sequence[int]
-    unit: str = "row"
+    dataset: Dataset
+    rows: Sequence[int]
+    file: Path | None = None
     broken: tuple[str, ...] = ()
 
-    def part(self, start: int, stop: int) -> "Table":
-        """The rows from `start` up to `stop`, as dictionaries in memory."""
-        if isinstance(self.rows, Dataset):
-            rows = self.rows.select(range(start, stop)).to_list()
-        else:
-            rows = self.rows[start:stop]
-        return replace(self, rows=rows, numbers=self.numbers[start:stop], broken=())
+    def select(self, indices: Sequence[int]) -> "Table":
+        """Return the table of these rows alone."""
+        return replace(self, dataset=self.dataset.select(indices), rows=[self.rows[i] for i in indices], broken=())
 
     def without(self, reasons: Mapping[int, str]) -> "Table":
-        """The table without the rows at these indices, which are broken for these reasons."""
-        kept = [index for index in range(len(self.rows)) if index not in reasons]
-        return replace(
-            self,
-            rows=[self.rows[index] for index in kept],
-            numbers=[self.numbers[index] for index in kept],
-            broken=(*self.broken, *(f"{self.where([index])}: {reason}" for index, reason in reasons.items())),
-        )
+        """Return the table without the rows at these indices, which are broken for these reasons."""
+        kept = self.select([index for index in range(len(self.rows)) if index not in reasons])
+        places = self.numbers(list(reasons))
+        lines = (f"{self._name([place])}: {reason}" for place, reason in zip(places, reasons.values(), strict=True))
+        return replace(kept, broken=(*self.broken, *lines))
+
+    def numbers(self, indices: Sequence[int]) -> list[int]:
+        """Return the line or row number of each of these rows."""
+        if self.file is None:
+            return [self.rows[index] for index in indices]
+        lines = [number for number, _ in read_text_rows(self.file, broken=[])]
+        return [lines[self.rows[index]] for index in indices]
 
     def where(self, indices: Sequence[int]) -> str:
-        """`line 3 of 'a.csv'`, or the first three of several rows: `lines 3, 5, 8 and 40 more of 'a.csv'`."""
-        first = ", ".join(str(self.numbers[index]) for index in indices[:3])
-        more = f" and {len(indices) - 3} more" if len(indices) > 3 else ""
-        unit = self.unit if len(indices) == 1 else f"{self.unit}s"
-        return f"{unit} {first}{more} of {self.place}{'' if self.unit == 'line' else ' (the first is row 0)'}"
+        """Return `line 3 of 'a.csv'`, or the first three of several rows: `lines 3, 5, 8 and 40 more of 'a.csv'`."""
+        return self._name(self.numbers(indices))
+
+    def _name(self, numbers: Sequence[int]) -> str:
+        first = ", ".join(map(str, numbers[:3]))
+        more = f" and {len(numbers) - 3} more" if len(numbers) > 3 else ""
+        unit = ("row" if self.file is None else "line") + "s" * (len(numbers) > 1)
+        return f"{unit} {first}{more} of {self.place}{' (the first is row 0)' if self.file is None else ''}"
 
 
 def read_file(path: Path, skip_broken: bool = False) -> Table:
-    """The rows of a file in the format its suffix names.
+    """Read a file in the format that its suffix names.
 
     Text files are UTF-8, with or without a byte-order mark; CSV values are texts, JSON values keep their types. With
-    `skip_broken`, rows that cannot be parsed are left out and listed in the table.
+    `skip_broken`, rows that cannot be parsed are left out and described in the table.
 
     Raises:
-        TaskError: the file is empty or cannot be read; for a text the message has the place as `file:line:column`.
+        TaskError: the file is empty or cannot be read; for a text file the message has the place as
+            `file:line:column`.
     """
     if path.stat().st_size == 0:
         raise TaskError(f"task.path: the file {str(path)!r} is empty")
-    broken: list[str] | None = [] if skip_broken else None
-    table = READERS[path.suffix.lower()](path, broken)
-    if not table.rows:
-        why = f" that is not broken: {broken[0]}" if broken else "s"
-        raise TaskError(f"task.path: the file {str(path)!r} has no row{why}")
-    return replace(table, broken=tuple(broken or ()))
+    broken: list[str] = []
+    dataset = None if skip_broken and path.suffix.lower() != ".parquet" else _read_with_datasets(path)
+    if dataset is None:
+        rows = [row for _, row in read_text_rows(path, broken if skip_broken else None)]
+        if not rows:
+            why = f" that is not broken: {broken[0]}" if broken else "s"
+            raise TaskError(f"task.path: the file {str(path)!r} has no row{why}")
+        dataset = _in_memory(path, rows)
+    lines = path if path.suffix.lower() != ".parquet" and has_lines(path) else None
+    return Table(repr(str(path)), dataset, range(len(dataset)), lines, tuple(broken))
 
 
-class _BrokenRowError(ValueError):
-    """One row that cannot be parsed: where, and why."""
+def _read_with_datasets(path: Path) -> Dataset | None:
+    """Read a file into the cache of `datasets`, from where it is mapped into memory.
 
-
-def _leave_out(error: _BrokenRowError, broken: list[str] | None) -> None:
-    """Note a broken row in `broken`.
+    Return None where `datasets` cannot read a text file, or would change what is in it.
 
     Raises:
-        TaskError: there is no such list, so broken rows are errors.
+        TaskError: a parquet file that cannot be read.
     """
-    if broken is None:
-        raise TaskError(f"task.path: {error}") from error
-    broken.append(str(error))
-
-
-def _read_text(path: Path) -> str:
-    return decode_text(path, "task.path")
-
-
-def _read_json_lines(path: Path, broken: list[str] | None, text: str | None = None) -> Table:
-    rows, numbers = [], []
-    # Not splitlines(): it also breaks at U+2028 and its kin, which JSON allows inside a text.
-    for number, line in enumerate((_read_text(path) if text is None else text).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = _parse_json(path, line, first_line=number)
-            if not isinstance(row, dict):
-                raise _BrokenRowError(f"{path}:{number}: expected an object {{...}}, found {_json_kind(row)}")
-        except _BrokenRowError as error:
-            _leave_out(error, broken)
-            continue
-        rows.append(row)
-        numbers.append(number)
-    return Table(repr(str(path)), rows, _columns(rows), numbers, "line")
-
-
-def _read_json(path: Path, broken: list[str] | None) -> Table:
-    """One list of objects, or JSON lines under the suffix .json."""
-    text = _read_text(path)
+    suffix = path.suffix.lower()
     try:
-        if isinstance(_parse_json(path, text.strip().split("\n", 1)[0]), dict):
-            return _read_json_lines(path, broken, text)
-    except _BrokenRowError:
-        pass  # a list over several lines, or broken: the next lines say where
+        with _quiet():
+            if suffix in DELIMITERS:
+                return _read_csv(path)
+            if suffix != ".parquet":
+                check_text(path, "task.path")  # the JSON reader takes any bytes
+            if suffix == ".json" and not (has_lines(path) or first_line(path).startswith("[")):
+                return None  # one object
+            kind = "parquet" if suffix == ".parquet" else "json"
+            dataset = datasets.load_dataset(kind, data_files=str(path), split="train")
+    except Exception as error:  # `datasets` and pyarrow raise errors of many kinds
+        if suffix == ".parquet":
+            raise TaskError(f"task.path: {str(path)!r} cannot be read as parquet ({_one_line(error)})") from error
+        return None
+    if suffix == ".parquet" and not len(dataset):
+        raise TaskError(f"task.path: the file {str(path)!r} has no rows")
+    return dataset if suffix == ".parquet" or (len(dataset) and not _has_dates(dataset)) else None
+
+
+def _read_csv(path: Path) -> Dataset:
+    """Read a file with Python's csv module: that of `datasets` fills short rows and renames columns without a word."""
+    state = path.stat()
+    key = (state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+    return Dataset.from_generator(_csv_rows, gen_kwargs={"path": path, "state": key})
+
+
+def _csv_rows(path: Path, state: tuple[int, ...]) -> Iterator[Row]:
+    """Yield the rows of a file; `state` makes `datasets` read a changed file again."""
+    for _, row in read_text_rows(path):
+        yield row
+
+
+def _has_dates(dataset: Dataset) -> bool:
+    """Return whether a column holds dates: JSON has none, but the reader makes them from texts that look like one."""
+    return any(word in str(dataset.features) for word in ("timestamp", "date32", "date64", "time32", "time64"))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep `datasets` from reporting a file that it cannot read: Relay says where the file is broken."""
+    logger = logging.getLogger("datasets")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
     try:
-        rows = _parse_json(path, text)
-    except _BrokenRowError as error:
-        raise TaskError(f"task.path: {error}") from error
-    if not isinstance(rows, list):
-        raise TaskError(f"task.path: {str(path)!r}: {_A_LIST}, found {_json_kind(rows)}")
-    good = [index for index, row in enumerate(rows) if isinstance(row, dict)]
-    for index, row in enumerate(rows):
-        if not isinstance(row, dict):
-            place = f"{str(path)!r}: {_A_LIST}, found a list with {_json_kind(row)} (item {index}, the first is 0)"
-            _leave_out(_BrokenRowError(place), broken)
-    rows = [rows[index] for index in good]
-    return Table(repr(str(path)), rows, _columns(rows), good)
+        yield
+    finally:
+        logger.setLevel(level)
 
 
-def _parse_json(path: Path, text: str, first_line: int = 1) -> Any:
-    """
-    Raises:
-        _BrokenRowError: it is no JSON.
-    """
+def _in_memory(path: Path, rows: list[Row]) -> Dataset:
+    columns = dict.fromkeys(column for row in rows for column in row)
+    complete = [{column: row.get(column) for column in columns} for row in rows]
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line, column = first_line + error.lineno - 1, error.colno
-        snippet = text[max(0, error.pos - 30) : error.pos + 30].strip()
-        raise _BrokenRowError(f"{path}:{line}:{column}: not valid JSON ({error.msg}) near {snippet!r}") from error
-    except RecursionError as error:
-        raise _BrokenRowError(f"{path}:{first_line}: lists or objects in one another too deep to be read") from error
-    except ValueError as error:  # a number of thousands of digits
-        raise _BrokenRowError(f"{path}:{first_line}: not valid JSON ({error})") from error
-
-
-def _json_kind(value: object) -> str:
-    kinds = {dict: "one object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
-    return kinds.get(type(value), "a number")
-
-
-def _read_csv(path: Path, broken: list[str] | None, delimiter: str) -> Table:
-    text = _read_text(path)
-    csv.field_size_limit(MAX_CSV_FIELD)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    rows, numbers, header, start = [], [], [], 1
-    try:
-        for fields in reader:
-            if not header:
-                header = _checked_header(path, fields)
-            elif fields and len(fields) != len(header):
-                _leave_out(
-                    _BrokenRowError(
-                        f"{path}:{start}: found {len(fields)} fields, and the first line names "
-                        f"{len(header)} columns ({', '.join(header)})"
-                    ),
-                    broken,
-                )
-            elif fields:
-                rows.append(dict(zip(header, fields, strict=True)))
-                numbers.append(start)
-            start = reader.line_num + 1  # a quoted field may run over several lines
-    except csv.Error as error:  # of what follows, nobody knows where a row begins
+        return Dataset.from_list(complete, on_mixed_types="use_json")
+    except (pyarrow.ArrowException, ValueError, TypeError, OverflowError) as error:
         raise TaskError(
-            f"task.path: {path}:{start}: not a valid row ({error}); a field that starts with a quote ends with one, "
-            "and quotes inside it are doubled"
+            f"task.path: a column of {str(path)!r} cannot be stored, as when its values are of several types "
+            f"({_one_line(error)}); mend it, or remove it from the data"
         ) from error
-    return Table(repr(str(path)), rows, header, numbers, "line")
-
-
-def _checked_header(path: Path, names: list[str]) -> list[str]:
-    twice = [name for index, name in enumerate(names) if name in names[:index]]
-    if twice:
-        raise TaskError(f"task.path: {path}:1: the first line names the column {twice[0]!r} twice; rename one")
-    return names
-
-
-def _read_parquet(path: Path, broken: list[str] | None) -> Table:
-    """A parquet file is whole or not at all: no row of it is broken by itself."""
-    try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except Exception as error:  # whatever a damaged file gives rise to
-        raise TaskError(f"task.path: {str(path)!r} cannot be read as parquet ({_one_line(error)})") from error
-    return Table(repr(str(path)), rows, _columns(rows), range(len(rows)))
-
-
-def _columns(rows: Iterable[dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(column for row in rows for column in row))
-
-
-READERS: dict[str, Callable[[Path, list[str] | None], Table]] = {
-    ".json": _read_json,
-    ".jsonl": _read_json_lines,
-    ".csv": partial(_read_csv, delimiter=","),
-    ".tsv": partial(_read_csv, delimiter="\t"),
-    ".parquet": _read_parquet,
-}
 
 
 def read_saved(directory: Path) -> dict[str, Table]:
-    """The splits of a directory written by `save_to_disk`; one without splits is called train.
+    """Read the splits of a directory written by `save_to_disk`; one without splits is called train.
 
     Raises:
         TaskError: the directory holds something else.
@@ -240,92 +174,70 @@ def check_hub(name: str, subset: str | None, revision: str | None) -> None:
     """Refuse a data set that can neither be asked for on the Hub nor found in the cache, in seconds.
 
     Raises:
-        TaskError: as `hub_reachable`, or the Hub does not answer and there is no cached copy.
+        TaskError: the Hub does not have it, does not answer, or is not to be asked and there is no cached copy.
     """
-    if not hub_reachable(name, revision):
-        _from_hub(datasets.load_dataset_builder, name, subset, revision)
+    if not _ask(name, revision).answered:
+        _load(datasets.load_dataset_builder, name, subset, revision)
 
 
 def read_hub(name: str, subset: str | None, revision: str | None) -> dict[str, Table]:
-    """The splits of a data set on the Hub, or of its cached copy where the Hub cannot be reached; no code of it runs.
+    """Read the splits of a data set on the Hub, or with HF_HUB_OFFLINE of its cached copy; no code of it runs.
 
     Raises:
-        TaskError: it cannot be had, the subset is unknown, or the cached copy is not the `revision` asked for.
+        TaskError: as `check_hub`; the subset is unknown, or the cached copy is not the `revision` asked for.
     """
-    found = _from_hub(datasets.load_dataset, name, subset, revision)
-    if revision is not None and not hub_reachable(name, revision):
-        _check_cached_revision(name, revision, found)
-    return _tables(found, name)
+    answer = _ask(name, revision)
+    splits = _load(datasets.load_dataset, name, subset, revision)
+    if revision is not None and not answer.answered:
+        _check_cached_revision(name, revision, splits)
+    return _tables(splits, name)
 
 
-def _from_hub(load: Callable[..., Any], name: str, subset: str | None, revision: str | None) -> Any:
-    reachable, before = hub_reachable(name, revision), datasets.config.HF_HUB_OFFLINE
-    # Left to itself the library retries each request for half a minute before it looks into its cache.
-    datasets.config.HF_HUB_OFFLINE = before or not reachable
+def _ask(name: str, revision: str | None) -> HubAnswer:
+    answer = ask_hub(name, "dataset", revision)
+    if answer.answered and answer.problem:
+        raise TaskError(
+            f"task.path: {name!r} is neither a file or directory here nor a data set on the Hugging Face Hub that can "
+            f"be read ({answer.problem}); for local data give a file such as data/{{split}}.jsonl"
+        )
+    if not answer.answered and not constants.HF_HUB_OFFLINE:
+        raise TaskError(
+            f"task.path: {name!r} is not here, and the Hugging Face Hub does not answer ({answer.problem}); give a "
+            "local file such as data/{split}.jsonl, or set HF_HUB_OFFLINE=1 to use a cached copy"
+        )
+    return answer
+
+
+def _load(load: Callable[..., Any], name: str, subset: str | None, revision: str | None) -> Any:
     try:
         return load(name, subset, revision=revision)
-    except Exception as error:  # whatever the many kinds of data files give rise to
+    except Exception as error:  # as above
         key = "subset" if "BuilderConfig" in str(error) or "Config name" in str(error) else "path"
         problem = f"cannot be loaded from the Hugging Face Hub ({_one_line(error)})"
-        if not reachable:
-            problem = "is not here, the Hugging Face Hub does not answer, and no copy of it is cached"
+        if constants.HF_HUB_OFFLINE:
+            problem = f"is not here, HF_HUB_OFFLINE is set, and no copy of it is cached ({_one_line(error)})"
         raise TaskError(
             f"task.{key}: {name!r} {problem}; give a local file such as data/{{split}}.jsonl, "
             "or go online to download it once"
         ) from error
-    finally:
-        datasets.config.HF_HUB_OFFLINE = before
 
 
-def _check_cached_revision(name: str, revision: str, found: DatasetDict) -> None:
-    """Offline the library takes any copy it has."""
-    urls = [url for split in found.values() for url in split.info.download_checksums or {}]
+def _check_cached_revision(name: str, revision: str, splits: DatasetDict) -> None:
+    """Refuse a cached copy of another revision: offline the library takes any copy that it has."""
+    urls = [url for split in splits.values() for url in split.info.download_checksums or {}]
     if not urls or not all(f"@{revision}" in url for url in urls):
         raise TaskError(
-            f"task.revision: the cached copy of {name!r} is not known to be {revision!r}, and the Hugging Face Hub "
-            "does not answer; go online, or remove the key to use the copy as it is"
+            f"task.revision: the cached copy of {name!r} is not known to be {revision!r}, and HF_HUB_OFFLINE is set; "
+            "go online, or remove the key to use the copy as it is"
         )
 
 
-@lru_cache
-def hub_reachable(name: str, revision: str | None) -> bool:
-    """Whether the Hub answers, within PROBE_SECONDS; False also where the environment forbids to ask.
-
-    Raises:
-        TaskError: it answers that there is no such data set or revision, or that it needs a login.
-    """
-    if datasets.config.HF_HUB_OFFLINE:
-        return False
-    answers: list[Exception | None] = []
-
-    def ask() -> None:
-        try:
-            HfApi().dataset_info(name, revision=revision, timeout=PROBE_SECONDS)
-            answers.append(None)
-        except Exception as error:
-            answers.append(error)
-
-    # In a thread, because the time limit of a request does not cover the look-up of the host's name.
-    thread = Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(PROBE_SECONDS)
-    answer = answers[0] if answers else TimeoutError()
-    refused = isinstance(answer, HfHubHTTPError) and answer.response.status_code in (400, 401, 403, 404)
-    if refused or isinstance(answer, ValueError):  # a ValueError: not even the form of a name
-        raise TaskError(
-            f"task.path: {name!r} is neither a file or directory here nor a data set on the Hugging Face Hub that can "
-            f"be read ({_one_line(answer)}); for local data give a file such as data/{{split}}.jsonl"
-        ) from answer
-    return answer is None
-
-
-def _tables(splits: dict[str, Dataset], name: str) -> dict[str, Table]:
+def _tables(splits: Mapping[str, Dataset], name: str) -> dict[str, Table]:
     return {
-        split: Table(f"split {split!r} of {name!r}", rows, list(rows.column_names), range(len(rows)))
-        for split, rows in splits.items()
+        split: Table(f"split {split!r} of {name!r}", dataset, range(len(dataset))) for split, dataset in splits.items()
     }
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
     return (text if len(text) <= 200 else f"{text[:197]}...").rstrip(".")

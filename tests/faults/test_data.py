@@ -140,11 +140,10 @@ def test_empty_data_is_named(tmp_path, capfd, task, files, overrides, message):
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"german": "x"}, "task.prompt: {english} is missing"),
+        ({"german": "x"}, "task.prompt: {english} is null or missing"),
         ({"english": None, "german": "x"}, "task.prompt: {english} is null or missing, expected a text or a number"),
         ({"english": "x", "german": 5}, "task.completion: the column 'german' holds a number, not a text"),
         ({"english": "x", "german": ["y"]}, "task.completion: the column 'german' holds a list, expected a text"),
-        ({"english": "x", "german": "\ud83d"}, "task.completion: the column 'german' holds half of a character"),
     ],
 )
 def test_null_and_wrong_types_name_the_first_three_lines(tmp_path, capfd, bad, message):
@@ -152,6 +151,17 @@ def test_null_and_wrong_types_name_the_first_three_lines(tmp_path, capfd, bad, m
     assert (
         f"{message}" in (said := refused(capfd, tmp_path)) and "in lines 2, 4, 5 and 1 more of '/train.jsonl'" in said
     )
+
+
+def test_half_of_a_character_is_named(tmp_path, capfd):
+    bad = {"english": "x", "german": "\ud83d"}
+    write_rows(tmp_path, [ROWS[0], bad, ROWS[1]])
+    assert "task.path: /train.jsonl:2: half of a character" in refused(capfd, tmp_path)
+    write_rows(tmp_path)
+    (tmp_path / "a.json").write_text(json.dumps([*ROWS, bad]))
+    data = {"path": str(tmp_path / "a.json"), "prompt": "english", "completion": "german", "skip_broken_rows": True}
+    task = load_task("columns", columns.Config(**data, train="train[:2]", validation="train[2:3]", test="train[3:]"))
+    assert len(task.left_out) == 1 and "(item 4, the first is 0): half of a character" in task.left_out[0]
 
 
 def test_a_missing_column_is_named_with_those_that_are_there(tmp_path, capfd):

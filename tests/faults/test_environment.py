@@ -12,9 +12,12 @@ import pytest
 from accelerate import Accelerator, tracking
 from tiny_run import MAINS, PARALLEL, only_error, outcome, write_parallel, write_recipe
 
-from pipeline.models import hub as reading
+from pipeline.metrics import load_metric
+from pipeline.models.hub import ModelNotFoundError, check_model_path
+from pipeline.runtime import hub
 from pipeline.runtime import versions as supported
-from pipeline.tasks import tables
+from pipeline.tasks import TaskError
+from pipeline.tasks.tables import check_hub
 from pipeline.trainers import trackers
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -60,18 +63,16 @@ def test_a_hub_that_never_answers_is_given_up_in_under_five_seconds(monkeypatch)
         def __getattr__(self, name):
             return lambda *arguments, **options: time.sleep(60)
 
-    monkeypatch.setattr(reading.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(reading, "HfApi", Silent)
-    monkeypatch.setattr(tables.datasets.config, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(tables, "HfApi", Silent)
-    assert max(reading.PROBE_SECONDS, tables.PROBE_SECONDS) < 5
-    for module in (reading, tables):
-        monkeypatch.setattr(module, "PROBE_SECONDS", 0.1)
-    with pytest.raises(
-        reading.ModelNotFoundError, match=r"^model\.model_name_or_path: .*\(no answer\); give the path of"
-    ):
-        reading.check_model_path("nobody/no-model", "model.model_name_or_path")
-    assert tables.hub_reachable("nobody/no-data-set", None) is False
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "HfApi", Silent)
+    assert hub.PROBE_SECONDS < 5
+    monkeypatch.setattr(hub, "PROBE_SECONDS", 0.1)
+    with pytest.raises(ModelNotFoundError, match=r"^model\.model_name_or_path: .*\(no answer\); give the path of"):
+        check_model_path("nobody/no-model", "model.model_name_or_path")
+    with pytest.raises(TaskError, match=r"^task\.path: 'nobody/no-data' .*\(no answer\); give a local file"):
+        check_hub("nobody/no-data", None, None)
+    with pytest.raises(ValueError, match=r"'evaluate:nobody/metric' .*no answer"):
+        load_metric("evaluate:nobody/metric", trust_remote_code=True)
 
 
 # 35: the output directory

@@ -57,7 +57,7 @@ def test_a_part_of_one_file_and_a_limit(tmp_path):
         ),
         ({"margin": None}, {"margin": "margin"}, "the margin is not a finite number \\(None\\)"),
         ({"margin": "x"}, {"margin": "margin"}, "the margin is not a finite number"),
-        ({"margin": 10**400}, {"margin": "margin"}, "the margin is not a finite number \\(1000"),
+        ({"margin": 10**400}, {"margin": "margin"}, "the margin is not a finite number"),
         ({"chosen": None}, {}, "the column 'chosen' is null or missing"),
         ({}, {"chosen": "chose"}, "reward.pairs.chosen: no column 'chose' in .*; did you mean 'chosen'\\?"),
         ({"chosen": [USER]}, {}, "'chosen' does not end with a message of the role assistant"),
