@@ -284,7 +284,8 @@ def _make_split(config: Config, table: Table) -> tuple[Dataset, tuple[str, ...]]
         {"prompt": prompt, "completion": text, "references": List(text), "problem": text}
         | {names[column]: data.features[column] for column in data.column_names}
     )
-    examples = data.map(
+    read = partial(
+        data.map,
         _example,
         fn_kwargs={"readers": readers, "names": names},
         remove_columns=data.column_names,
@@ -292,6 +293,10 @@ def _make_split(config: Config, table: Table) -> tuple[Dataset, tuple[str, ...]]
         load_from_cache_file=False,  # `datasets` does not notice when the code of a reader changes
         desc="Reading examples",
     )
+    try:
+        examples = read()
+    except OSError:  # a folder that cannot be written, or a full disk
+        examples = read(keep_in_memory=True)
     table, kept = leave_out(table, examples["problem"][:], config.skip_broken_rows)
     examples = examples.remove_columns("problem")
     return examples if len(kept) == len(examples) else examples.select(kept), table.broken
