@@ -10,6 +10,7 @@ _ALWAYS = "a stage always trains, and eval_strategy says when it evaluates"
 _NO_PREDICTIONS = "it does nothing here: sft evaluates the loss alone, the eval stage scores predictions"
 _IN_TRAINING = "it does nothing here: a stage evaluates while it trains, in the precision of the training"
 _DEPRECATED = "TRL has deprecated it"
+_NO_LABELS = "it does nothing here: the loss compares two scores, and there are no labelled tokens"
 UPLOADS = "Relay never uploads anything"  # also for every key that starts with hub_ or push_to_hub
 
 REFUSED_SFT_KEYS: dict[str, str] = {
@@ -80,6 +81,10 @@ REFUSED_REWARD_KEYS: dict[str, str] = REFUSED_SFT_KEYS | {
     "dataset_num_proc": _TEXT,
     "max_length": "pairs longer than the model's context are dropped and counted",
     "pad_to_multiple_of": "Relay's own collator pads to the longest text",
+    "label_smoothing_factor": _NO_LABELS,
+    "average_tokens_across_devices": _NO_LABELS,
+    "include_num_input_tokens_seen": "it does nothing here: num_tokens is always logged",
+    "neftune_noise_alpha": "a reward model has an adapter and a head, and no embeddings of its own to add noise to",
 }
 DEPRECATED_VALUES: dict[str, str] = {"loss_type": "chunked_nll"}
 

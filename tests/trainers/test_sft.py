@@ -5,10 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import load_dataset
 from peft import PeftModel
 from trl import SFTTrainer
 
-from pipeline.models.loading import load_model, lora_config
+from pipeline.models.loading import load_model, load_tokenizer, lora_config
 from pipeline.models.text import encode_completions, encode_prompts
 from pipeline.trainers.huggingface.completion_head import CompletionHeadSFTTrainer
 from pipeline.trainers.huggingface.gather_weights import check_sharding
@@ -65,6 +66,20 @@ def test_labels_are_the_completion_alone(tokenizer, examples):
         assert row["length"] == len(prompt) + len(answer)
     whole = sft_dataset(tokenizer, examples, completion_only_loss=False)
     assert whole["labels"] == whole["input_ids"] == rows["input_ids"]
+
+
+def test_tokenised_examples_are_kept_in_a_cache(tokenizer, base_directory, model_config, examples, tmp_path):
+    examples.to_json(tmp_path / "rows.jsonl")
+
+    def cache_files(tokenizer, **settings) -> list[str]:
+        rows = load_dataset("json", data_files=str(tmp_path / "rows.jsonl"), cache_dir=str(tmp_path), split="train")
+        return [file["filename"] for file in sft_dataset(tokenizer, rows, **settings).cache_files]
+
+    first = cache_files(tokenizer)
+    assert first and first == cache_files(tokenizer) == cache_files(load_tokenizer(base_directory, model_config))
+    assert first != cache_files(tokenizer, completion_only_loss=False)
+    tokenizer.add_tokens(["north"])
+    assert first != cache_files(tokenizer)
 
 
 def test_the_seed_alone_draws_the_adapter(make_trainer):

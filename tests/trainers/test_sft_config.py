@@ -1,8 +1,8 @@
-"""Every key of the `sft:` section: that it changes the run, from the recipe to the weights, the log or the files."""
+"""Every TRL key of `sft:` and `reward:`: that it changes the run, from the recipe to weights, log or files."""
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,17 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
+from test_reward import make_pairs
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, ProgressCallback
-from trl import SFTConfig, SFTTrainer
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
+from trl import RewardConfig, SFTConfig
 
-from pipeline.models.loading import load_model, load_tokenizer
+from pipeline.models.loading import load_model, load_tokenizer, lora_config
 from pipeline.recipe import load_recipe
-from pipeline.recipe.refused import REFUSED_SFT_KEYS
+from pipeline.recipe.refused import REFUSED_REWARD_KEYS, REFUSED_SFT_KEYS
+from pipeline.rewards.pairs import HELD_OUT, TRAIN
+from pipeline.trainers.huggingface.resumable import ResumableTrainer
+from pipeline.trainers.huggingface.reward import build_reward_trainer, reward_arguments
 from pipeline.trainers.huggingface.sft import build_sft_trainer, sft_arguments
 
 # The runs of this file, unless a test says otherwise: four steps over 16 examples, full weights, 4 in a batch.
@@ -32,16 +36,17 @@ SETTINGS = {
 RECIPE = """name: demo
 model: {from_scratch: {hidden_size: 32, num_attention_heads: 2, vocab_size: 320, max_position_embeddings: 64}}
 task: {name: parallel, source: "{split}.en", target: "{split}.de"}
-ppo: null
 eval: {max_new_tokens: 8}
 """
+SECTIONS = {"sft": "ppo: null\nsft: ", "reward": "ppo: {rewards: [learned], response_length: 8}\nreward: "}
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What a run leaves."""
 
-    trainer: SFTTrainer
+    model: PreTrainedModel
+    trainer: ResumableTrainer
     weights: dict[str, torch.Tensor]
     distance: float  # how far the weights have moved
     log: list[dict[str, float]]
@@ -223,6 +228,7 @@ CHANGES: dict[str, Change] = {
     "ddp_broadcast_buffers": ddp("broadcast_buffers", False),
     "ddp_static_graph": ddp("static_graph", True),
 }
+REWARD_KEYS = {f.name for f in dataclasses.fields(RewardConfig)} - REFUSED_REWARD_KEYS.keys()
 # Keys that have a test of their own below.
 TESTED_APART = {"router_aux_loss_coef", "dataset_num_proc"}
 # Keys that need what a test on one CPU does not have: the value that has to reach TRL's arguments, and the reason.
@@ -239,10 +245,25 @@ ACTS_ELSEWHERE: dict[str, tuple[Any, str]] = {
     "run_name": ("mine", "a tracker such as wandb or mlflow"),
     "project": ("mine", "trackio"),
 }
+# What `reward:` has in common with `sft:`, and what is its own.
+REWARD_CHANGES: dict[str, Change] = {
+    **{key: change for key, change in CHANGES.items() if key in REWARD_KEYS},
+    "metric_for_best_model": Change(
+        "eval_accuracy", lambda b, a: a.trainer.state.best_metric == max(a.logged("eval_accuracy"))
+    ),
+    "center_rewards_coefficient": Change(1.0, lambda b, a: a.logged("loss")[0] > b.logged("loss")[0]),
+    "disable_dropout": Change(False),
+    # transformers looks for unused parameters by itself where the model is not one of its own.
+    "ddp_find_unused_parameters": ddp("find_unused_parameters", False),
+}
 
 
 def norm(weights: dict[str, torch.Tensor]) -> float:
     return float(sum(tensor.square().sum() for tensor in weights.values()) ** 0.5)
+
+
+def trainable_weights(trainer: ResumableTrainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
 def rows(outcome: Outcome) -> list[list[int]]:
@@ -258,46 +279,52 @@ def callbacks(outcome: Outcome) -> set[type]:
 
 
 def is_reentrant(outcome: Outcome) -> bool:
-    return outcome.trainer.model.model.layers[0]._gradient_checkpointing_func.keywords["use_reentrant"]
+    return outcome.model.model.layers[0]._gradient_checkpointing_func.keywords["use_reentrant"]
 
 
 def num_hooks(outcome: Outcome) -> int:
     return sum(len(module._forward_hooks) for module in outcome.trainer.model.modules())
 
 
-def accepted_keys() -> set[str]:
-    names = {f.name for f in dataclasses.fields(SFTConfig)}
-    return {name for name in names - REFUSED_SFT_KEYS.keys() if not name.startswith("hub_")}
+def accepted_keys(config_class: type, refused: dict[str, str]) -> set[str]:
+    return {
+        f.name for f in dataclasses.fields(config_class) if f.name not in refused and not f.name.startswith("hub_")
+    }
 
 
-def recipe_arguments(directory: Path, settings: dict[str, Any]) -> dict[str, Any]:
+def recipe_arguments(directory: Path, settings: dict[str, Any], section: str = "sft") -> dict[str, Any]:
     """The arguments that a recipe with these settings hands on; None leaves a key of `SETTINGS` out."""
-    section = {key: value for key, value in {**SETTINGS, **settings}.items() if value is not None}
+    values = {key: value for key, value in {**SETTINGS, **settings}.items() if value is not None}
+    if section == "reward":
+        values["pairs"] = {"path": "pairs.jsonl"}
     directory.mkdir(parents=True, exist_ok=True)
-    file = directory / "recipe.yaml"
-    file.write_text(f"{RECIPE}sft: {json.dumps(section)}\n")
-    return dict(load_recipe(file).sft.arguments)
+    (directory / "recipe.yaml").write_text(f"{RECIPE}{SECTIONS[section]}{json.dumps(values)}\n")
+    recipe = load_recipe(directory / "recipe.yaml")
+    return dict(recipe.sft.arguments if section == "sft" else recipe.reward.arguments)
 
 
 @pytest.fixture
-def run(base_directory, model_config, examples, tmp_path, fresh_accelerate) -> Callable[..., Outcome]:
+def run(base_directory, model_config, examples, tmp_path, fresh_accelerate) -> Iterator[Callable[..., Outcome]]:
     """Each call reads a recipe with some settings, trains the tiny model as it says, and returns what it leaves."""
 
-    def train(name: str, settings: dict[str, Any], trains: bool = True) -> Outcome:
-        directory = tmp_path / name
+    def build(section: str, directory: Path, model: PreTrainedModel, settings: dict[str, Any]) -> ResumableTrainer:
+        tokenizer, metrics = load_tokenizer(base_directory, model_config), directory / "metrics.jsonl"
+        arguments = recipe_arguments(directory, settings, section)
+        train, validation = examples.select(range(16)), examples.select(range(16, 24))
+        if section == "sft":
+            args = sft_arguments(arguments, directory, seed=0)
+            return build_sft_trainer(model, args, tokenizer, train, validation, None, metrics)
+        args = reward_arguments(arguments, directory, seed=0)
+        pairs = [*make_pairs(tokenizer, train, TRAIN), *make_pairs(tokenizer, validation, HELD_OUT)]
+        adapter = lora_config(dataclasses.replace(model_config, lora_dropout=0.5))
+        return build_reward_trainer(model, args, tokenizer, pairs, adapter, metrics)
+
+    def train(name: str, settings: dict[str, Any], trains: bool = True, section: str = "sft") -> Outcome:
+        directory, calls = tmp_path / name, []
         model = load_model(base_directory, model_config)
-        start = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
-        calls: list[int] = []
         model.model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
-        trainer = build_sft_trainer(
-            model,
-            sft_arguments(recipe_arguments(directory, settings), directory, seed=0),
-            load_tokenizer(base_directory, model_config),
-            examples.select(range(16)),
-            examples.select(range(16, 24)),
-            None,
-            directory / "metrics.jsonl",
-        )
+        trainer = build(section, directory, model, settings)
+        start = trainable_weights(trainer)
         verbosity, deterministic = transformers.logging.get_verbosity(), torch.are_deterministic_algorithms_enabled()
         # What is shared by all trainers of a process is read before the next one changes it.
         plugin, precision = trainer.accelerator.state.dynamo_plugin, trainer.accelerator.mixed_precision
@@ -305,9 +332,10 @@ def run(base_directory, model_config, examples, tmp_path, fresh_accelerate) -> C
         num_eval_batches = len(trainer.get_eval_dataloader()) if evaluates else 0
         if trains:
             trainer.train()
-        weights = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+        weights = trainable_weights(trainer)
         log = (directory / "metrics.jsonl").read_text().splitlines() if trains else []
         return Outcome(
+            model=model,
             trainer=trainer,
             weights=weights,
             distance=norm({name: weights[name] - start[name] for name in start}),
@@ -340,22 +368,34 @@ def outcomes() -> dict[str, Outcome]:
 
 def test_every_accepted_key_is_in_a_table():
     tables = [CHANGES.keys(), TESTED_APART, ACTS_ELSEWHERE.keys()]
-    assert accepted_keys() == set().union(*tables)
+    assert accepted_keys(SFTConfig, REFUSED_SFT_KEYS) == set().union(*tables)
     assert sum(map(len, tables)) == len(set().union(*tables))
+    known = REWARD_CHANGES.keys() | ACTS_ELSEWHERE.keys() - REFUSED_REWARD_KEYS.keys()
+    assert accepted_keys(RewardConfig, REFUSED_REWARD_KEYS) == known
+
+
+def check(run, outcomes: dict[str, Outcome], section: str, key: str, change: Change) -> None:
+    before = json.dumps([section, change.needs, change.trains])
+    if before not in outcomes:
+        outcomes[before] = run("before", change.needs, change.trains, section)
+    assert not change.shows(outcomes[before], outcomes[before])
+    assert change.shows(outcomes[before], run("after", {**change.needs, key: change.value}, change.trains, section))
 
 
 @pytest.mark.parametrize("key", CHANGES)
-def test_every_key_changes_the_run(run, outcomes, key):
-    change = CHANGES[key]
-    before = json.dumps([change.needs, change.trains])
-    if before not in outcomes:
-        outcomes[before] = run("before", change.needs, change.trains)
-    assert not change.shows(outcomes[before], outcomes[before])
-    assert change.shows(outcomes[before], run("after", {**change.needs, key: change.value}, change.trains))
+def test_every_key_of_sft_changes_the_run(run, outcomes, key):
+    check(run, outcomes, "sft", key, CHANGES[key])
 
 
-def test_two_runs_without_a_change_are_equal(run):
-    first, second = run("first", {}), run("second", {})
+@pytest.mark.slow
+@pytest.mark.parametrize("key", REWARD_CHANGES)
+def test_every_key_of_reward_changes_the_run(run, outcomes, key):
+    check(run, outcomes, "reward", key, REWARD_CHANGES[key])
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_two_runs_without_a_change_are_equal(run, section):
+    first, second = run("first", {}, section=section), run("second", {}, section=section)
     assert (
         not weights_differ(first, second) and first.log == second.log and first.files == second.files
     )  # or a difference of weights would show nothing
@@ -401,6 +441,7 @@ def test_the_number_of_processes_that_prepare_the_data_reaches_each_of_their_ste
     assert len(counts) >= 4 and set(counts) == {2}
 
 
+@pytest.mark.slow
 def test_a_compiled_model_learns_the_same(run):
     plain, compiled = run("plain", {}), run("compiled", {"torch_compile_backend": "eager"})
     assert type(compiled.trainer.model_wrapped).__name__ == "OptimizedModule"

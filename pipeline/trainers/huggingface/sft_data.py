@@ -35,7 +35,8 @@ def sft_dataset(
             "length": lengths,
         }
 
-    return split.map(encode, batched=True, remove_columns=split.column_names, num_proc=num_proc, desc="Tokenizing")
+    with PartialState().local_main_process_first():  # the other processes read its cache
+        return split.map(encode, batched=True, remove_columns=split.column_names, num_proc=num_proc, desc="Tokenizing")
 
 
 def truncate_examples(examples: Dataset, max_length: int | None, split: str, num_proc: int | None = None) -> Dataset:
