@@ -4,6 +4,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.runtime.messages import printable, redact
+
 KeyPath = tuple[str | int, ...]
 
 MAX_MESSAGE = 1000
@@ -12,14 +14,15 @@ MAX_MESSAGE = 1000
 class RecipeError(ValueError):
     """A recipe that cannot be run; the message is one sentence with the place, the key, what was found and a fix.
 
-    It is on one line and of a readable length, whatever stands in the recipe.
+    The message is one printable line of a readable length without secrets, whatever stands in the recipe.
     """
 
     def __init__(self, message: str) -> None:
-        middle = f" [... {len(message):,} characters ...] "
-        short = len(message) <= MAX_MESSAGE
-        message = message if short else message[: MAX_MESSAGE // 2] + middle + message[-MAX_MESSAGE // 4 :]
-        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
+        message = redact(message)
+        if len(message) > MAX_MESSAGE:
+            middle = f" [... {len(message):,} characters ...] "
+            message = message[: MAX_MESSAGE // 2] + middle + message[-MAX_MESSAGE // 4 :]
+        super().__init__(printable(message))
 
 
 @dataclass
@@ -32,19 +35,19 @@ class Document:
     places: dict[KeyPath, str] = field(default_factory=dict)
 
     def place(self, path: KeyPath) -> str:
-        """Where `path` was written, or the innermost section around it that was; the file if none was."""
+        """Return where `path` was written, or the innermost section around it that was; the file if none was."""
         while path and path not in self.places:
             path = path[:-1]
         return self.places.get(path, self.file)
 
     def error(self, path: KeyPath, message: str) -> RecipeError:
-        """The error that says `message` about `path`."""
+        """Make the error that says `message` about `path`."""
         return RecipeError(": ".join([self.place(path), *([dotted(path)] if path else []), message]))
 
     def restate(self, error: Exception, path: KeyPath = ()) -> RecipeError:
-        """An error of a config class, whose message starts with the key's dotted path, with its place in front.
+        """Put the place in front of an error of a config class, whose message starts with the key's dotted path.
 
-        `path` is the section being built: it locates messages that name less than that.
+        `path` is the section being built; it locates messages that name less than the section.
         """
         named = re.match(r"[A-Za-z_]\w*(\.\w+)*(?=: )", str(error))
         key = split_path(named[0]) if named else ()
@@ -53,17 +56,17 @@ class Document:
         return RecipeError(f"{self._places_of(path if path[: len(key)] == key else key)}: {error}")
 
     def _places_of(self, path: KeyPath) -> str:
-        """The place of a section and of the overrides inside it, any of which may be what is wrong with it."""
+        """Return the place of a section and of the overrides inside it, any of which may be wrong."""
         places = [self.place(path), *(place for p, place in self.places.items() if p[: len(path)] == path)]
         overrides = dict.fromkeys(p for p in places[1:] if p.startswith("override ") and p != places[0])
         return " with ".join([places[0], *overrides])
 
 
 def dotted(path: KeyPath) -> str:
-    """`("ppo", "rewards", 0)` as `ppo.rewards.0`."""
+    """Write `("ppo", "rewards", 0)` as `ppo.rewards.0`."""
     return ".".join(map(str, path))
 
 
 def split_path(text: str) -> KeyPath:
-    """`ppo.rewards.0` as `("ppo", "rewards", 0)`."""
+    """Read `ppo.rewards.0` as `("ppo", "rewards", 0)`."""
     return tuple(int(part) if re.fullmatch("[0-9]{1,9}", part) else part for part in text.split("."))

@@ -8,10 +8,10 @@ from typing import Any
 
 from pipeline.evaluation.config import EvalConfig, MetricConfig
 from pipeline.models.config import ModelConfig
-from pipeline.recipe.build import TOP_LEVEL, as_mapping, build_section, build_sft_section, check_keys, convert
-from pipeline.recipe.document import Document, RecipeError
+from pipeline.recipe.build import TOP_LEVEL, as_mapping, build_section, check_keys, convert, shown
+from pipeline.recipe.document import Document, KeyPath, RecipeError
 from pipeline.recipe.reader import read_document
-from pipeline.recipe.reward_section import build_reward_section, reward_values
+from pipeline.recipe.trl_sections import build_reward_section, build_sft_section, reward_values
 from pipeline.recipe.types import Recipe, TaskSection
 from pipeline.rewards.config import RewardConfig
 from pipeline.runtime.messages import did_you_mean
@@ -34,8 +34,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         if values.get(section) is None:
             raise document.error((section,), "missing: this key is needed")
     scalars = {
-        key: convert(values[key], annotation, (key,), document)
-        for key, annotation in (("name", str), ("seed", int), ("output_dir", str))
+        key: convert(values[key], kind, (key,), document)
+        for key, kind in (("name", str), ("seed", int), ("output_dir", str))
         if key in values
     }
     model = build_section(ModelConfig, values["model"], ("model",), document)
@@ -91,13 +91,15 @@ def _build_ppo(values: object, model: ModelConfig, document: Document) -> PPOCon
     """The `ppo:` section, or None where there is none; its adapter follows `model.use_peft` unless it says else."""
     if values is None:
         return None
-    keys = as_mapping(values, ("ppo",), document)
-    return build_section(PPOConfig, {"use_peft": model.use_peft, **keys}, ("ppo",), document)
+    keys = {"use_peft": model.use_peft, **as_mapping(values, ("ppo",), document)}
+    keys = _with_options(keys, "rewards", RewardConfig, ("ppo",), document)
+    return build_section(PPOConfig, keys, ("ppo",), document)
 
 
 def _build_eval(values: object, ppo: PPOConfig | None, document: Document) -> EvalConfig:
     """The `eval:` section; without a ppo section there is no ppo system to evaluate."""
-    config = build_section(EvalConfig, values, ("eval",), document)
+    keys = _with_options(as_mapping(values, ("eval",), document), "metrics", MetricConfig, ("eval",), document)
+    config = build_section(EvalConfig, keys, ("eval",), document)
     if ppo is None and "ppo" in config.systems:
         if ("eval", "systems") in document.places:
             raise document.error(("eval", "systems"), "'ppo' cannot be evaluated: the recipe has no ppo section")
@@ -110,6 +112,34 @@ def _build_eval(values: object, ppo: PPOConfig | None, document: Document) -> Ev
     if config.stop_strings is None:
         config = dataclasses.replace(config, stop_strings=ppo.stop_strings if ppo is not None else ())
     return config
+
+
+def _with_options(
+    section: Mapping[str, Any], key: str, cls: type, path: KeyPath, document: Document
+) -> dict[str, Any]:
+    """Write each reward or metric in the list `section[key]` as a mapping of the fields of `cls`.
+
+    It may be a name, or a mapping with a name whose further keys are its options.
+    """
+    if not isinstance(section.get(key), list):
+        return dict(section)
+    items = [_named(item, cls, (*path, key, index), document) for index, item in enumerate(section[key])]
+    return {**section, key: items}
+
+
+def _named(item: object, cls: type, path: KeyPath, document: Document) -> dict[str, Any]:
+    if isinstance(item, str):
+        return {"name": item}
+    if not isinstance(item, dict):
+        raise document.error(path, f"expected a name or a mapping with a name, found {shown(item)}")
+    known = [f.name for f in dataclasses.fields(cls)]
+    options = {key: value for key, value in item.items() if key not in known}
+    for key in options:
+        if hint := did_you_mean(key, [name for name in known if name != "options" and name not in item]):
+            rule = f"unknown key{hint} (an option of that name goes into options: {{{key}: ...}})"
+            raise document.error((*path, key), rule)
+    options |= as_mapping(item.get("options"), (*path, "options"), document)
+    return {**{key: value for key, value in item.items() if key in known}, "options": options}
 
 
 def recipe_values(recipe: Recipe) -> dict[str, Any]:

@@ -1,49 +1,27 @@
-"""Recipe text and overrides -> plain mappings that remember where every value was written."""
+"""Recipe text and overrides -> plain values that remember where each was written: YAML 1.2, composed by ruamel."""
 
-import copy
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError
-from ruamel.yaml.events import (
-    AliasEvent,
-    DocumentStartEvent,
-    Event,
-    MappingEndEvent,
-    MappingStartEvent,
-    NodeEvent,
-    ScalarEvent,
-    SequenceEndEvent,
-    SequenceStartEvent,
-)
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from ruamel.yaml.reader import ReaderError
 
 from pipeline.recipe.document import Document, KeyPath, RecipeError, dotted, split_path
-from pipeline.recipe.secrets import secret_in
-from pipeline.runtime.messages import did_you_mean
+from pipeline.runtime.messages import did_you_mean, environment_secrets
 
-MAX_DEPTH = 20
-MAX_BYTES, MAX_VALUES = 2**20, 10_000  # of a file; of a recipe with its aliases written out
+MAX_BYTES = 2**20
+# Of a recipe with its aliases written out: aliases of aliases make billions of values of a few lines.
+MAX_DEPTH, MAX_VALUES = 20, 10_000
 MAX_NUMBER = 2**63 - 1
-_SECRET = (
-    "a recipe is saved with its run, so keep tokens, keys and passwords out of it; what needs one reads it from "
-    "the environment, such as HF_TOKEN"
-)
-# What YAML allows in no text, and what it allows in a quoted one by an escape.
-_FORBIDDEN = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-_SURROGATE = re.compile("[\ud800-\udfff]")
-
-# The core schema of YAML 1.2 (https://yaml.org/spec/1.2.2/#103-core-schema): `no` and `1_000` are text, `1e-5` is not.
-_NULL = ("", "~", "null", "Null", "NULL")
-_BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
-_DECIMAL = re.compile(r"[-+]?[0-9]+")
-_PREFIXED = re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+")
-_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
-_INFINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+# What ruamel calls the values that it recognises without a tag; the last three are text in YAML 1.2.
+KINDS = ("map", "seq", "str", "null", "bool", "int", "float", "timestamp", "value", "merge")
+BASES = {"0x": 16, "0o": 8, "0b": 2}
 
 
 def read_document(path: str | Path, overrides: Sequence[str] = ()) -> Document:
@@ -56,9 +34,6 @@ def read_document(path: str | Path, overrides: Sequence[str] = ()) -> Document:
     document.data = _parse(_read_text(Path(path)), document) or {}
     if not isinstance(document.data, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of sections such as model: and task:, found a list or value")
-    if found := secret_in(document.data):
-        path = tuple(key for key in found[0] if key != "")
-        raise document.error(path, f"{found[1]}: {_SECRET}")
     for override in overrides:
         _apply(override, document)
     return document
@@ -67,182 +42,119 @@ def read_document(path: str | Path, overrides: Sequence[str] = ()) -> Document:
 def _read_text(path: Path) -> str:
     try:
         with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)  # not all of it: the path may be that of a device
-        text = data.decode("utf-8-sig")
+            content = file.read(MAX_BYTES + 1)  # not all of it: the path may be that of a device
+        text = content.decode("utf-8-sig")
     except FileNotFoundError:
         hint = did_you_mean(str(path), map(str, sorted(path.parent.glob("*.yaml"))))
         raise RecipeError(f"{path}: no such recipe file{hint}") from None
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
+        line = content.count(b"\n", 0, error.start) + 1
         raise RecipeError(
             f"{path}:{line}: not UTF-8 (byte {error.start}); convert it, for example with iconv -f latin1 -t utf-8"
         ) from error
     except (OSError, ValueError) as error:  # a ValueError: a NUL in the path
         raise RecipeError(f"{path}: the recipe cannot be read ({error})") from error
-    if len(data) > MAX_BYTES:
+    if len(content) > MAX_BYTES:
         raise RecipeError(f"{path}: larger than {MAX_BYTES:,} bytes, which no recipe is; give a recipe file")
-    if found := _FORBIDDEN.search(text):
-        line, column = text.count("\n", 0, found.start()) + 1, found.start() - text.rfind("\n", 0, found.start())
-        raise RecipeError(
-            f"{path}:{line}:{column}: the control character U+{ord(found[0]):04X}, which YAML does not allow; remove "
-            'it, or write it by an escape such as "\\e" in a quoted text'
-        )
     return text
 
 
-def _parse(text: str, document: Document, label: str | None = None, base: KeyPath = ()) -> Any:
-    """The value of one YAML document; places are written for everything in it, `label` or else file and line."""
+def _parse(text: str, document: Document, override: str | None = None, path: KeyPath = ()) -> Any:
+    """Return the value of a YAML document, and note for everything in it the override, or the file and line."""
+    line = None
     try:
-        events = YAML(typ="safe", pure=True).parse(text)
-        return _Reader(events, document, label, base).read_document()
-    except MarkedYAMLError as error:
-        line = (error.problem_mark or error.context_mark).line + 1
-        place = label or f"{document.file}:{line}"
-        raise RecipeError(f"{place}: not valid YAML: {error.problem}") from error
+        if directive := re.search("^%YAML", text, re.MULTILINE):
+            line = text.count("\n", 0, directive.start()) + 1
+            raise ValueError("recipes are YAML 1.2; remove the %YAML line")
+        node = YAML(typ="rt").compose(text)
+        return None if node is None else _Converter(document, override).value(node, path)
     except RecipeError:
         raise
-    except Exception as error:  # YAMLError, and what the library lets through, as of an escape beyond Unicode
-        problem = " ".join(str(error).split()) or type(error).__name__
-        raise RecipeError(f"{label or document.file}: not valid YAML: {problem}") from error
+    except MarkedYAMLError as error:
+        line = (error.problem_mark or error.context_mark).line + 1
+        problem = ", ".join(filter(None, (error.context, error.problem)))
+    except ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        problem = f'the control character U+{error.character:04X}; write an escape for it, as "\\e" in a quoted text'
+    except RecursionError:
+        problem = f"nested more than {MAX_DEPTH} levels deep"
+    except Exception as error:  # ruamel lets errors of Python through, as of an escape beyond Unicode
+        problem = str(error)
+    place = override or (f"{document.file}:{line}" if line else document.file)
+    raise RecipeError(f"{place}: not valid YAML: {problem}")
 
 
 @dataclass
-class _Reader:
-    """Turns YAML events into plain values, so that a place is known for each and no tag can build an object."""
+class _Converter:
+    """Turns ruamel's nodes into plain values and notes where each was written; no tag can build an object."""
 
-    events: Iterator[Event]
     document: Document
-    label: str | None
-    base: KeyPath
-    anchors: dict[str, "_Anchor"] = field(default_factory=dict)
+    override: str | None
+    secrets: list[str] = field(default_factory=environment_secrets)
     count: int = 0  # of values so far, those behind aliases included
 
-    def read_document(self) -> Any:
-        value, documents = None, 0
-        for event in self.events:
-            if isinstance(event, DocumentStartEvent):
-                documents += 1
-                if documents > 1:
-                    raise RecipeError(f"{self._place(event)}: a recipe is one YAML document, found a second one")
-                if event.version not in (None, (1, 2)):
-                    raise RecipeError(f"{self._place(event)}: recipes are YAML 1.2; remove the %YAML line")
-            elif isinstance(event, NodeEvent):
-                value = self._value(event, self.base)
-        return value
-
-    def _place(self, event: Event) -> str:
-        return self.label or f"{self.document.file}:{event.start_mark.line + 1}"
-
-    def _value(self, event: NodeEvent, path: KeyPath) -> Any:
-        if path:  # what is wrong with a recipe as a whole is in the file, not on its first line
-            self.document.places[path] = self._place(event)
-        if isinstance(event, AliasEvent):
-            if event.anchor not in self.anchors:
-                raise self.document.error(path, f"the alias *{event.anchor} stands before or inside its anchor")
-            anchor = self.anchors[event.anchor]
-            self._count(anchor.size, len(path) + anchor.depth, path)
-            return copy.deepcopy(anchor.value)  # an override of one must not change the other
-        if event.tag is not None:
-            raise self.document.error(path, f"tags are not allowed in a recipe, found {_short_tag(event.tag)}")
-        before = self.count
-        self._count(1, len(path), path)
-        if isinstance(event, MappingStartEvent):
-            value = self._mapping(path)
-        elif isinstance(event, SequenceStartEvent):
-            value = self._sequence(path)
-        else:
-            value = self._scalar(event, path)
-        if event.anchor is not None:
-            self.anchors[event.anchor] = _Anchor(value, self.count - before, _depth(value))
-        return value
-
-    def _count(self, values: int, depth: int, path: KeyPath) -> None:
-        """Refuse what is too deep or too large: aliases of aliases make billions of values of a few lines."""
-        self.count += values
-        if depth > MAX_DEPTH:
+    def value(self, node: Node, path: KeyPath) -> Any:
+        """Return the plain value of a node; each alias of it gets a value of its own, which overrides may change."""
+        if path:
+            self.document.places.setdefault(path, self._place(node))
+        kind = str(node.tag).removeprefix("tag:yaml.org,2002:")
+        if node.ctag.handle is not None or kind not in KINDS:
+            tag = str(node.tag).replace("tag:yaml.org,2002:", "!!")
+            raise self.document.error(path, f"tags are not allowed in a recipe, found {tag}")
+        self.count += 1
+        if len(path) > MAX_DEPTH:
             raise self.document.error(path[:3], f"nested more than {MAX_DEPTH} levels deep")
         if self.count > MAX_VALUES:
             raise self.document.error(path[:3], f"more than {MAX_VALUES:,} values, those behind aliases counted")
+        if isinstance(node, MappingNode):
+            return self._mapping(node, path)
+        if isinstance(node, SequenceNode):
+            return [self.value(item, (*path, index)) for index, item in enumerate(node.value)]
+        return self._scalar(kind, node.value, path)
 
-    def _scalar(self, event: ScalarEvent, path: KeyPath) -> Any:
-        if found := _SURROGATE.search(event.value):
-            raise self.document.error(path, f"{found[0]!a} is half of a character, which no file can hold")
-        try:
-            return resolve_scalar(event.value) if event.style is None else event.value
-        except ValueError as error:
-            raise self.document.error(path, str(error)) from error
-
-    def _mapping(self, path: KeyPath) -> dict[str, Any]:
+    def _mapping(self, node: MappingNode, path: KeyPath) -> dict[str, Any]:
         values: dict[str, Any] = {}
-        while not isinstance(event := next(self.events), MappingEndEvent):
-            if not isinstance(event, ScalarEvent) or event.tag is not None:
-                raise RecipeError(f"{self._place(event)}: {dotted(path) or 'recipe'}: a key must be plain text")
-            where = f"{self._place(event)}: {dotted(path) or 'recipe'}"
-            if event.style is None and not _is_text(event.value):
-                raise RecipeError(f"{where}: a key must be text, found {event.value or 'none'}")
-            if event.style is None and event.value == "<<":
-                raise RecipeError(f"{where}: merge keys (<<) are no part of YAML 1.2; write out what they would add")
-            key = (*path, event.value)
-            if event.value in values:
-                raise RecipeError(
-                    f"{self._place(event)}: {dotted(key)}: duplicate key, first written at {self.document.places[key]}"
-                )
-            place = self._place(event)
-            values[event.value] = self._value(next(self.events), key)
-            self.document.places[key] = place
+        for key_node, value_node in node.value:
+            place, key = self._place(key_node), key_node.value
+            if not isinstance(key_node, ScalarNode) or not str(key_node.tag).endswith(":str"):
+                shown = (key or "none") if isinstance(key_node, ScalarNode) else "a list or mapping"
+                raise RecipeError(f"{place}: {dotted(path) or 'recipe'}: a key must be text, found {shown}")
+            if key in values:
+                first = self.document.places[(*path, key)]
+                raise RecipeError(f"{place}: {dotted((*path, key))}: duplicate key, first written at {first}")
+            self.document.places[(*path, key)] = place
+            values[self._scalar("str", key, (*path, key))] = self.value(value_node, (*path, key))
         return values
 
-    def _sequence(self, path: KeyPath) -> list[Any]:
-        values: list[Any] = []
-        while not isinstance(event := next(self.events), SequenceEndEvent):
-            values.append(self._value(event, (*path, len(values))))
-        return values
-
-
-@dataclass(frozen=True)
-class _Anchor:
-    """A value that aliases stand for, how many values it is, and how many levels deep."""
-
-    value: Any
-    size: int
-    depth: int
-
-
-def _depth(value: Any) -> int:
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return 1 + max(map(_depth, items), default=0) if isinstance(value, dict | list) else 0
-
-
-def _is_text(scalar: str) -> bool:
-    try:
-        return isinstance(resolve_scalar(scalar), str)
-    except ValueError:
-        return False
-
-
-def resolve_scalar(text: str) -> Any:
-    """The value of a plain (unquoted) scalar in YAML 1.2's core schema.
-
-    Raises:
-        ValueError: a whole number beyond 64 bits.
-    """
-    if text in _NULL:
-        return None
-    if text in _BOOL:
-        return _BOOL[text]
-    if _DECIMAL.fullmatch(text) or _PREFIXED.fullmatch(text):
-        # Before it is converted: Python refuses decimal numbers of thousands of digits in words of its own.
-        number = int(text, 0 if text[1:2] in ("o", "x") else 10) if len(text) <= 40 else math.inf
-        if abs(number) > MAX_NUMBER:
-            raise ValueError(f"whole numbers are at most {MAX_NUMBER} here, found one of {len(text)} digits")
+    def _scalar(self, kind: str, text: str, path: KeyPath) -> Any:
+        if any(secret in text for secret in self.secrets):
+            raise self.document.error(
+                path,
+                "it holds a secret of the environment, and a recipe is saved with its run; what needs a secret reads "
+                "it from the environment",
+            )
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise self.document.error(path, f"{text!a} has half of a character, which no file can hold")
+        if kind == "null":
+            return None
+        if kind == "bool":
+            return text.lower() == "true"
+        if kind not in ("int", "float") or "_" in text:  # 1_000 is text in YAML 1.2
+            return text
+        sign, digits = ("-" if text.startswith("-") else "", text.lstrip("+-").lower())
+        if kind == "float":
+            number = float(sign + digits.replace(".inf", "inf").replace(".nan", "nan"))
+        else:  # Python converts no decimal number of thousands of digits
+            number = int(sign + digits, BASES.get(digits[:2], 10)) if len(digits) <= 64 else math.inf
+            if abs(number) > MAX_NUMBER:
+                problem = f"whole numbers are at most {MAX_NUMBER} here, found one of {len(digits)} digits"
+                raise self.document.error(path, problem)
+        if math.isnan(number):
+            raise self.document.error(path, "expected a number, found nan")
         return number
-    if _FLOAT.fullmatch(text):
-        return float(text)
-    return float(text.replace(".", "")) if _INFINITE.fullmatch(text) else text
 
-
-def _short_tag(tag: object) -> str:
-    return str(tag).replace("tag:yaml.org,2002:", "!!")
+    def _place(self, node: Node) -> str:
+        return self.override or f"{self.document.file}:{node.start_mark.line + 1}"
 
 
 def _apply(override: str, document: Document) -> None:
@@ -253,40 +165,26 @@ def _apply(override: str, document: Document) -> None:
     """
     label = f"override {override!r}"
     name, equals, text = override.partition("=")
-    if found := secret_in({name: text}):  # before any message repeats it
-        raise RecipeError(f"override {name.strip()!r}: {found[1]}: {_SECRET}")
     if not equals or not all(name.strip().split(".")):
         raise RecipeError(f"{label}: write an override as section.key=value, such as ppo.kl_coef=0.1")
-    path = split_path(name.strip())
-    container: Any = document.data
-    for depth, key in enumerate(path[:-1]):
-        if isinstance(container, dict) and container.get(str(key)) is None:
-            container[str(key)] = {}
+    path, container = split_path(name.strip()), document.data
+    for depth, key in enumerate(path):
+        outer = dotted(path[:depth])
+        if isinstance(container, list):
+            if not isinstance(key, int) or key >= len(container):
+                items = ", ".join(f"{outer}.{index}" for index in range(min(len(container), 3))) or "none"
+                raise RecipeError(f"{label}: {outer} is a list of {len(container)}, so its items are {items}")
+        elif isinstance(container, dict):
+            key = str(key)
+        else:
+            example = f"{outer}={{name: ...}}"
+            raise RecipeError(f"{label}: {outer} is {container!r}, which has no keys; set it as a whole: {example}")
+        if depth == len(path) - 1:
+            break
+        if isinstance(container, dict) and container.get(key) is None:
+            container[key] = {}
             document.places[path[: depth + 1]] = label
-        container = _child(container, path[: depth + 1], label)
-    _child(container, path, label, must_exist=False)
-    for place in [p for p in document.places if p[: len(path)] == path]:
-        del document.places[place]
-    value = _parse(text, document, label, path)
-    if found := secret_in({name: value}):
-        raise RecipeError(f"override {name.strip()!r}: {found[1]}: {_SECRET}")
+        container = container[key]
+    document.places = {place: where for place, where in document.places.items() if place[: len(path)] != path}
+    container[key] = _parse(text, document, label, path)
     document.places[path] = label
-    container[path[-1] if isinstance(container, list) else str(path[-1])] = value
-
-
-def _child(container: Any, path: KeyPath, label: str, must_exist: bool = True) -> Any:
-    """What `path`, whose parent is `container`, leads to."""
-    key = path[-1]
-    if isinstance(container, dict):
-        return container[str(key)] if must_exist else None
-    if not isinstance(container, list):
-        raise RecipeError(
-            f"{label}: {dotted(path[:-1])} is {container!r}, which has no keys; set it as a whole, "
-            f"such as {dotted(path[:-1])}={{name: ...}}"
-        )
-    if not isinstance(key, int) or key >= len(container):
-        raise RecipeError(
-            f"{label}: {dotted(path[:-1])} is a list of {len(container)}, so its items are "
-            f"{', '.join(dotted((*path[:-1], i)) for i in range(min(len(container), 3))) or 'none'}"
-        )
-    return container[key]

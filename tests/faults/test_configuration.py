@@ -1,6 +1,7 @@
 """Recipes that cannot be meant, through the loader, the chain and a stage: one sentence, exit code 2, nothing left."""
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -13,36 +14,38 @@ LAUGHS = "x: &a [lol, lol, lol, lol, lol, lol, lol, lol, lol, lol]\n" + "".join(
     f"x{n}: &{b} [{', '.join(['*' + a] * 10)}]\n" for n, (a, b) in enumerate(zip("abcdefgh", "bcdefghi", strict=True))
 )
 CHAIN = "x: &x0 [1]\n" + "".join(f"x{n}: &x{n} [*x{n - 1}]\n" for n in range(1, 40))
-# What takes the place of the line `seed: 0`, and what is said of it.
+# What takes the place of the line `seed: 0`, and words of the message.
 TEXTS = {
-    "unknown key": ("sede: 3", "recipe.yaml:2: sede: unknown key; did you mean 'seed'?"),
-    "duplicate key": ("seed: 1\nseed: 2", "recipe.yaml:3: seed: duplicate key, first written at recipe.yaml:2"),
+    "unknown key": ("sede: 3", ["recipe.yaml:2: sede: unknown key", "'seed'"]),
+    "duplicate key": ("seed: 1\nseed: 2", ["recipe.yaml:3: seed: duplicate key", "recipe.yaml:2"]),
     "python object": (
         "seed: !!python/object/apply:os.system ['touch owned']",
-        "recipe.yaml:2: seed: tags are not allowed in a recipe, found !!python/object/apply:os.system",
+        ["recipe.yaml:2: seed: tags are not allowed", "!!python/object/apply:os.system"],
     ),
-    "tag of one's own": ("seed: !run 3", "recipe.yaml:2: seed: tags are not allowed in a recipe, found !run"),
-    "tag in full": ("seed: !<tag:yaml.org,2002:python/name:os.system> x", "seed: tags are not allowed in a recipe"),
-    "word for a number": ("seed: no", "recipe.yaml:2: seed: expected a whole number, found 'no'"),
-    "billion laughs": (LAUGHS, "recipe.yaml:5: x2.7: more than 10,000 values, those behind aliases counted"),
-    "aliases in a row": (CHAIN, "x19.0: nested more than 20 levels deep"),
-    "alias of itself": ("x: &x [*x]", "recipe.yaml:2: x.0: the alias *x stands before or inside its anchor"),
-    "deep nesting": (f"x: {'[' * 100_000}", "recipe.yaml:2: x.0.0: nested more than 20 levels deep"),
-    "deep mappings": (f"x: {'{a: ' * 3000}", "recipe.yaml:2: x.a.a: nested more than 20 levels deep"),
-    "huge number": (f"seed: {'9' * 5000}", "at most 9223372036854775807 here, found one of 5000 digits"),
-    "huge hexadecimal number": (f"seed: 0x{'f' * 5000}", "whole numbers are at most 9223372036854775807 here"),
-    "number beyond 64 bits": ("seed: 18446744073709551616", "whole numbers are at most 9223372036854775807 here"),
-    "control character": ("seed: \x1b[31m", "recipe.yaml:2:7: the control character U+001B, which YAML does not"),
-    "NUL": ("seed: \0", "recipe.yaml:2:7: the control character U+0000"),
-    "escape in a key": ('"a\\e[31m\\nb": 1', "recipe.yaml:2: a\\x1b[31m\\nb: unknown key"),
-    "half a character": ('output_dir: "\\ud800"', "recipe.yaml:2: output_dir: '\\ud800' is half of a character"),
-    "escape beyond Unicode": ('output_dir: "\\UFFFFFFFF"', "recipe.yaml: not valid YAML: "),
-    "merge key": ("<<: {seed: 1}", "recipe.yaml:2: recipe: merge keys (<<) are no part of YAML 1.2; write out what"),
-    "tab": ("\tseed: 1", "recipe.yaml:2: not valid YAML: "),
-    "second document": ("---\nname: other", "recipe.yaml:2: a recipe is one YAML document, found a second one"),
-    "version of YAML": ("...\n%YAML 1.1\n---\nname: other", "one YAML document, found a second one"),
-    "key that is a list": ("? [a, b]\n: c", "recipe.yaml:2: recipe: a key must be plain text"),
-    "value that is very long": (f"seed: {'x' * 100_000}", "recipe.yaml:2: seed: expected a whole number, found 'xxx"),
+    "tag of one's own": ("seed: !run 3", ["recipe.yaml:2: seed: tags are not allowed", "!run"]),
+    "tag of YAML": ("seed: !!int 3", ["recipe.yaml:2: seed: tags are not allowed", "!!int"]),
+    "tag in full": ("seed: !<tag:yaml.org,2002:python/name:os.system> x", ["seed: tags are not allowed"]),
+    "word for a number": ("seed: no", ["recipe.yaml:2: seed: expected a whole number, found 'no'"]),
+    "billion laughs": (LAUGHS, ["recipe.yaml:3: x2.7.8: more than 10,000 values"]),
+    "aliases in a row": (CHAIN, ["recipe.yaml:19: x19.0.0: ", "more than 20 levels deep"]),
+    "alias of itself": ("x: &x [*x]", ["recipe.yaml:2: x.0.0: ", "more than 20 levels deep"]),
+    "alias of nothing": ("seed: *x", ["recipe.yaml:2: ", "alias 'x'"]),
+    "deep nesting": (f"x: {'[' * 3000}", ["recipe.yaml: ", "more than 20 levels deep"]),
+    "deep mappings": (f"x: {'{a: ' * 25}1{'}' * 25}", ["recipe.yaml:2: x.a.a: ", "more than 20 levels deep"]),
+    "huge number": (f"seed: {'9' * 5000}", ["recipe.yaml:2: seed: ", "found one of 5000 digits"]),
+    "huge hexadecimal number": (f"seed: 0x{'f' * 5000}", ["recipe.yaml:2: seed: ", "whole numbers are at most"]),
+    "number beyond 64 bits": ("seed: 18446744073709551616", ["recipe.yaml:2: seed: ", "at most 9223372036854775807"]),
+    "control character": ("seed: \x1b[31m", ["recipe.yaml:2: ", "control character U+001B"]),
+    "NUL": ("seed: \0", ["recipe.yaml:2: ", "control character U+0000"]),
+    "escape in a key": ('"a\\e[31m\\nb": 1', ["recipe.yaml:2: a\\x1b[31m\\nb: unknown key"]),
+    "half a character": ('output_dir: "\\ud800"', ["recipe.yaml:2: output_dir: '\\ud800'", "half of a character"]),
+    "escape beyond Unicode": ('output_dir: "\\UFFFFFFFF"', ["recipe.yaml: not valid YAML: "]),
+    "merge key": ("<<: {seed: 1}", ["recipe.yaml:2: recipe: a key must be text, found <<"]),
+    "tab": ("\tseed: 1", ["recipe.yaml:2: not valid YAML: "]),
+    "second document": ("---\nname: other", ["recipe.yaml:2: not valid YAML: ", "another document"]),
+    "version of YAML": ("...\n%YAML 1.1\n---\nname: other", ["recipe.yaml:3: ", "YAML 1.2; remove the %YAML line"]),
+    "key that is a list": ("? [a, b]\n: c", ["recipe.yaml:2: recipe: a key must be text"]),
+    "value that is very long": (f"seed: {'x' * 100_000}", ["recipe.yaml:2: seed: ", "found 'xxx"]),
 }  # fmt: skip
 
 
@@ -63,16 +66,16 @@ def replace_seed(text: str) -> None:
 
 @pytest.mark.parametrize("case", TEXTS)
 def test_text_that_is_refused(capfd, case):
-    text, message = TEXTS[case]
+    text, words = TEXTS[case]
     replace_seed(text)
     for program in ("run.py", "sft.py"):
         assert outcome(MAINS[program], "recipe.yaml") == 2
-        said = capfd.readouterr()
-        assert said.out == "" and said.err.startswith("error: ") and message in said.err
-        assert said.err.count("\n") == 1 and len(said.err) < 1200 and "\x1b" not in said.err
-    with pytest.raises(RecipeError) as raised:
+        printed = capfd.readouterr()
+        assert printed.out == "" and printed.err.startswith("error: ")
+        assert [word for word in words if word not in printed.err] == [], printed.err
+        assert printed.err.count("\n") == 1 and len(printed.err) < 1200 and "\x1b" not in printed.err
+    with pytest.raises(RecipeError, match=re.escape(words[0])):
         load_recipe("recipe.yaml")
-    assert message in str(raised.value)
     assert not Path("runs").exists() and not Path("owned").exists()
 
 
@@ -90,7 +93,7 @@ def test_numbers_and_words_are_those_of_yaml_1_2(capfd):
         (b"\xff\xfen\0a\0m\0e\0", "recipe.yaml:1: not UTF-8 (byte 0); convert it"),
         (b"x" * (2**20 + 1), "recipe.yaml: larger than 1,048,576 bytes, which no recipe is"),
         (b"", "recipe.yaml: name: missing: this key is needed"),
-        (b"PK\x03\x04", "recipe.yaml:1:3: the control character U+0003"),
+        (b"PK\x03\x04", "recipe.yaml:1: not valid YAML: the control character U+0003"),
     ],
 )
 def test_files_that_are_no_recipe(capfd, content, message):
@@ -135,6 +138,6 @@ def test_values_that_lead_elsewhere(capfd, override, message):
     before = sorted(Path().rglob("*"))
     for program in ("run.py", "sft.py"):
         assert outcome(MAINS[program], "recipe.yaml", override) == 2
-        said = capfd.readouterr().err
-        assert said.startswith("error: ") and message in said and said.count("\n") == 1, said
+        printed = capfd.readouterr().err
+        assert printed.startswith("error: ") and message in printed and printed.count("\n") == 1, printed
     assert [p for p in sorted(Path().rglob("*")) if "__pycache__" not in str(p)] == before

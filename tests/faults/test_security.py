@@ -19,8 +19,7 @@ from pipeline.models.config import ModelConfig
 from pipeline.models.hub import read_config
 from pipeline.models.loading import load_model, load_policy, load_tokenizer
 from pipeline.models.text import encode_prompts
-from pipeline.recipe.secrets import secret_in
-from pipeline.runtime.messages import one_line, redact
+from pipeline.runtime.messages import SECRET_NAMES, one_line, redact
 from pipeline.tasks import columns, load_task
 from pipeline.trainers.checkpoints import list_checkpoints
 
@@ -329,63 +328,45 @@ def test_secrets_of_the_environment_are_in_no_file_and_no_message(recipe, capfd,
         assert secret not in said and secret not in error and secret.encode() not in written
 
 
+SECRET = SECRETS["AWS_SECRET_ACCESS_KEY"]
+
+
 @pytest.mark.parametrize(
-    "override",
+    ("key", "value"),
     [
-        "ppo.rewards=[{name: leaking.reward, api_key: AbcDefGhi}]",
-        "ppo.rewards=[{name: leaking.reward, options: {openai_api_key: AbcDefGhi}}]",
-        "ppo.rewards=[{name: leaking.reward, url: 'https://user:AbcDefGhi@host/x'}]",
-        "ppo.rewards=[{name: leaking.reward, url: 'https://host/x?access_token=AbcDefGhi'}]",
-        "ppo.run_name=hf_AbcDefGhi0123456789",
-        "ppo.run_name=sk-proj-AbcDefGhi0123456789",
-        "ppo.run_name=ghp_AbcDefGhi0123456789",
-        "sft.hub_token=AbcDefGhi",
-        "sft.hub_token=[AbcDefGhi",
-        "model.token=AbcDefGhi01234567",
-        "task.prompt='{source} wJalrXUtnFEMI/K7MDENG AbcDefGhi'",
-        "hf_AbcDefGhi0123456789=1",
-        "ppo={rewards: [bleu], password: AbcDefGhi}",
+        ("task.prompt", f"'{{english}} {SECRET}'"),
+        ("ppo.rewards", f"[{{name: leaking.reward, options: {{key: {SECRET}}}}}]"),
+        ("sft.hub_token", SECRET),
+        ("sft.hub_token", f"[{SECRET}"),
+        (f"ppo.{SECRET}", "1"),
     ],
 )
 @pytest.mark.parametrize("place", ["override", "file"])
-def test_secrets_in_a_recipe_are_refused_without_repeating_them(recipe, capfd, tmp_path, monkeypatch, override, place):
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRETS["AWS_SECRET_ACCESS_KEY"])
-    arguments = [recipe, override]
+def test_secrets_of_the_environment_are_refused_in_a_recipe(recipe, capfd, tmp_path, monkeypatch, key, value, place):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    arguments = [recipe, f"{key}={value}"]
     if place == "file":
-        key, _, value = override.partition("=")
-        if value.startswith("[A"):
-            return  # no YAML in a file
-        *sections, last = key.split(".")
+        section, _, last = key.partition(".")
         text = Path(recipe).read_text()
-        line = next((n for n in text.splitlines() if sections and n.startswith(f"{sections[0]}:")), None)
-        new = f"{sections[0]}: {{{last}: {value}}}" if sections else f"{last}: {value}"
-        lines = [n for n in text.splitlines() if n != line and not (key == "ppo" and n.startswith(("ppo:", "  ")))]
-        if sections and sections[0] == "ppo":
-            lines = [n for n in lines if not n.startswith("  ")]
-        Path(recipe).write_text("\n".join([*lines, new]))
+        Path(recipe).write_text(text.replace(f"{section}:", f"{section}: {{{last}: {value}}}\nremoved:"))
         arguments = [recipe]
     for program in ("run.py", "sft.py"):
         assert outcome(MAINS[program], *arguments) == 2
-        said = "".join(capfd.readouterr())
-        assert "AbcDefGhi" not in said and "wJalr" not in said
-        assert "keep tokens, keys and passwords out of it" in said and said.count("\n") == 1
+        printed = "".join(capfd.readouterr())
+        assert SECRET not in printed and printed.startswith("error: ") and printed.count("\n") == 1
     assert not (tmp_path / "runs").exists()
 
 
-def test_ordinary_words_are_no_secrets():
-    plain = {
-        "eos_token": "</s>", "pad_token": "<pad>", "token": "red", "max_new_tokens": 5, "model_revision": "a" * 40,
-        "path": "https://host/data.jsonl", "prompt": "The password is {password}: {token}", "api_key": "$MY_API_KEY",
-        "key": "f1", "name": "sk-learn", "include_num_input_tokens_seen": "non_padding", "secret_file": "/run/x/y",
-    }  # fmt: skip
-    assert secret_in(plain) is None
+def test_secrets_are_known_by_the_names_of_their_variables():
+    secret = ["HF_TOKEN", "WANDB_API_KEY", "MY_SECRET", "PGPASSWORD", "AWS_ACCESS_KEY_ID", "db_passwd", "KEY"]
+    plain = ["HF_TOKEN_PATH", "TOKENIZERS_PARALLELISM", "KEYBOARD", "MONKEY", "HOME", "PASSWORD_FILE"]
+    assert [name for name in secret if not SECRET_NAMES.search(name)] == []
+    assert [name for name in plain if SECRET_NAMES.search(name)] == []
 
 
 def test_what_is_printed_is_one_line_without_secrets_and_control_characters(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", SECRETS["HF_TOKEN"])
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "parallel words")
-    text = (
-        f"a\n\x1b[31m {SECRETS['HF_TOKEN']} \u202egpj.exe https://u:p@h?token=12345678 ghp_{'a1' * 10} parallel words"
-    )
-    assert one_line(text) == "a \\x1b[31m *** \\u202egpj.exe https://***@h?token=*** *** parallel words"
+    text = f"a\n\x1b[31m {SECRETS['HF_TOKEN']} \u202egpj.exe https://u:p@h parallel words"
+    assert one_line(text) == "a \\x1b[31m *** \\u202egpj.exe https://***@h parallel words"
     assert redact("https://host/path?x=1 and a:b@c") == "https://host/path?x=1 and a:b@c"
