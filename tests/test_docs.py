@@ -2,12 +2,14 @@
 
 import re
 import shlex
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
+from trl import RewardConfig, SFTConfig
 
-from pipeline.recipe import load_recipe, split_recipe_argument
+from pipeline.recipe import RewardSection, SFTSection, load_recipe, split_recipe_argument
 from pipeline.run import parse_arguments
 from pipeline.stages.launch import process_count
 from tools import recipe_reference
@@ -115,6 +117,22 @@ def test_files_that_pages_name_in_backticks_exist():
     for page in PAGES:
         for name in re.findall(r"`((?:tests|recipes|accelerate_configs|tools|pipeline)/[\w./-]+)`", page.read_text()):
             assert (ROOT / name).exists(), f"{page.name}: {name}"
+
+
+def section_keys() -> dict[str, set[str]]:
+    """The keys of each section of a recipe."""
+    names = {section: [section] for section in ("model", "ppo", "eval")} | {"task": ["columns", "parallel"]}
+    classes = {section: [recipe_reference.CLASSES[name] for name in kinds] for section, kinds in names.items()}
+    classes |= {"sft": [SFTConfig, SFTSection], "reward": [RewardConfig, RewardSection]}
+    return {section: {f.name for cls in kinds for f in fields(cls)} for section, kinds in classes.items()}
+
+
+def test_keys_that_pages_name_exist():
+    known = section_keys()
+    known["task"].add("name")
+    for page in PAGES:
+        for section, key in re.findall(r"[`' ](model|task|sft|reward|ppo|eval)\.(\w+)\b(?!\.)", page.read_text()):
+            assert key in known[section] | {"py", "jsonl"}, f"{page.name}: {section}.{key}"
 
 
 def sentences(text: str) -> list[str]:
