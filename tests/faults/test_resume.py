@@ -314,9 +314,7 @@ def test_sft_weights_that_are_not_finite_are_not_saved(sft, tmp_path):
 @pytest.mark.parametrize("kind", ["sft", "ppo"])
 def test_a_disk_without_room_is_refused_before_the_first_step(sft, ppo, tmp_path, monkeypatch, kind):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 999, 999))
-    with pytest.raises(
-        OSError, match=r"no room for the checkpoints in .*run/checkpoints: 4 of about [\d,]+ bytes need"
-    ):
+    with pytest.raises(OSError, match=r"no room .*run/checkpoints: 4 of about [\d,]+ bytes"):
         {"sft": sft, "ppo": ppo}[kind]("run")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 

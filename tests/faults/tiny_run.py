@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from pathlib import Path
 
 from pipeline import eval as eval_stage
@@ -59,6 +60,32 @@ def write_parallel(folder: Path) -> None:
     for split in ("train", "validation", "test"):
         for side, column in (("en", "english"), ("de", "german")):
             (folder / f"{split}.{side}").write_text("".join(f"{row[column]}\n" for row in ROWS), encoding="utf-8")
+
+
+LETTERS = (("a", "x"), ("b", "y"), ("c", "z"), ("a b", "x y"), ("b c", "y z"), ("c a", "z x"))
+LETTERS_RECIPE = {
+    "name": "tiny",
+    "model": {
+        "from_scratch": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 270},
+    },
+    "task": {"name": "parallel", "source": "{split}.en", "target": "{split}.de"},
+    "sft": {"num_train_epochs": 1, "per_device_train_batch_size": 3, "gradient_checkpointing": False},
+    "ppo": {"rewards": ["bleu"], "per_device_train_batch_size": 2, "response_length": 4},
+    "eval": {"metrics": ["bleu"], "n_bootstrap": 20, "samples_per_prompt": 0, "num_inspected": 0},
+}
+
+
+def tiny_recipe(folder: Path, pairs: Sequence[tuple[str, str]] = LETTERS, **sections: dict[str, object]) -> Path:
+    """Write a recipe over pairs of short texts, whose data and runs are in `folder`; `sections` adds keys to some."""
+    for split in ("train", "validation", "test"):
+        for side, texts in zip(("en", "de"), zip(*pairs, strict=True), strict=True):
+            (folder / f"{split}.{side}").write_text("\n".join(texts) + "\n", encoding="utf-8")
+    recipe = deepcopy(LETTERS_RECIPE) | {"output_dir": str(folder / "runs")}
+    for section, keys in ({"task": {"data_dir": str(folder)}} | sections).items():
+        recipe[section] = recipe.get(section, {}) | keys
+    path = folder / "tiny.yaml"
+    path.write_text(json.dumps(recipe, indent=2), encoding="utf-8")  # JSON is YAML
+    return path
 
 
 def write_recipe(folder: Path, task: str = COLUMNS, text: str = RECIPE, model: str = MODEL) -> str:
