@@ -20,6 +20,7 @@ import forks
 import pytest
 import safetensors.torch
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForSequenceClassification
 from two_processes import run_in_two
@@ -28,7 +29,6 @@ from pipeline import eval as eval_stage
 from pipeline import ppo as ppo_stage
 from pipeline import reward as reward_stage
 from pipeline import sft as sft_stage
-from pipeline.runtime import distributed as shares
 
 WEIGHTS = 1e-3  # the largest difference of a weight
 FIGURES = {"rel": 5e-3, "abs": 5e-4}
@@ -144,7 +144,7 @@ class Chains:
         run, rank = self.run_of(2), int(os.environ["RANK"])
         found = writes_of(run, lambda: self.stages(2))
         (self.root / f"writes-{rank}.json").write_text(json.dumps(found))
-        shares.PartialState().wait_for_everyone()
+        PartialState().wait_for_everyone()
         before = state_of(run)
         self.stages(2)
         assert state_of(run) == before
@@ -218,14 +218,12 @@ def test_pairs_predictions_and_reports_are_those_of_one_process(chains):
 
 def test_two_processes_leave_the_files_of_one_each_written_once(chains):
     one, two = (set(state_of(chains.run_of(world))) for world in (1, 2))
-    assert one == two and not any("parts" in file or ".mark" in file for file in two)
+    assert one == two and not any(".mark" in file for file in two)
     for stage in STAGES:
         assert json.loads((chains.run_of(2) / stage / "stage.json").read_text())["processes"] == 2
     main, other = (json.loads((chains.root / f"writes-{rank}.json").read_text()) for rank in (0, 1))
-    by_all = [path for _, path in other if "/parts/" not in path and "/.phase-1" not in path]
-    assert by_all == []
-    assert {Path(path).name for _, path in other} >= {"predictions.1.jsonl", "answers.1.jsonl", "chosen.1.jsonl"}
-    once = [path for how, path in main if how == "write" and "/parts/" not in path and "/.phase-0" not in path]
+    assert [path for _, path in other if "/.phase-1" not in path] == []
+    once = [path for how, path in main if how == "write" and "/.phase-0" not in path and ".mark" not in path]
     once = [path for path in once if not path.startswith("recipe.yaml.")]  # every stage writes it, whole
     assert {"sft/model.safetensors", "ppo/adapter_model.safetensors", "eval/report.json"} <= set(once)
     assert sorted(once) == sorted(set(once))
@@ -241,20 +239,16 @@ def report_bytes(directory: Path) -> dict[str, bytes]:
 
 
 def test_the_evaluation_of_a_run_is_the_same_to_the_byte(chains):
-    """Samples, beams, best of n and a learned reward included; what a killed evaluation left does not matter."""
+    """Samples, beams, best of n and a learned reward included."""
     directory = chains.run_of(1) / "eval"
     expected = report_bytes(directory)
     shutil.rmtree(directory)
-    for name in ("sft/predictions.0.jsonl", "sft/predictions.1.jsonl", "sft/samples.7.jsonl"):
-        (directory / "parts" / name).parent.mkdir(parents=True, exist_ok=True)
-        (directory / "parts" / name).write_text('[0, {"half a li')
     run_in_two(lambda: chains.stages(1, "eval"), chains.root)
     assert json.loads((directory / "stage.json").read_text())["processes"] == 2
     assert report_bytes(directory) == expected
-    assert not (directory / "parts").exists()
 
 
-def test_two_processes_judge_a_classifier_as_one_does(chains, tokenizer):
+def test_two_processes_score_by_a_classifier_as_one_does(chains, tokenizer):
     """Its pairs are sampled and its scores made by every process."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}

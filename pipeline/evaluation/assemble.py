@@ -1,17 +1,23 @@
-"""From the systems' answers to the report: rewards and metrics of every text, figures, comparisons, words."""
+"""Assemble the report from what the systems wrote and its scores: figures, comparisons, findings, warnings."""
 
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from accelerate import PartialState
 from datasets import Dataset
 
+from pipeline.evaluation.curves import Panel, read_cost, read_panels
+from pipeline.evaluation.decodings import BestOfN, DecodingScores, expected_best
 from pipeline.evaluation.gains import Gains, find_gains
-from pipeline.evaluation.pages.render import Sample
+from pipeline.evaluation.inspection import Inspection, inspect_systems
 from pipeline.evaluation.predictions import save_predictions
 from pipeline.evaluation.report import (
     REWARD,
     EvaluationReport,
     Outputs,
+    ReportExample,
     Resampling,
     StageCost,
     TestSet,
@@ -19,52 +25,105 @@ from pipeline.evaluation.report import (
     compared_pairs,
     score_system,
 )
-from pipeline.evaluation.sampling import BestOfN, DecodingScores, expected_best
-from pipeline.evaluation.scoring import Judged, JudgedAnswers, Judges
+from pipeline.evaluation.scoring import ScoredPrediction, ScoredSystem, Scoring, compute_system_metrics
+from pipeline.evaluation.systems import Source
 from pipeline.evaluation.text_statistics import text_statistics
 from pipeline.evaluation.verdict import find_warnings, findings, verdict
+from pipeline.models.text import plain_text
+from pipeline.runtime.memory import peak_memory_mib
 
 
-def outputs_of(answers: Mapping[str, JudgedAnswers], rows: Dataset, directory: Path) -> dict[str, Outputs]:
-    """Every system's completions with their rewards and sentence scores, which also go to predictions/*.jsonl."""
+@dataclass(frozen=True)
+class Details:
+    """What the pages show besides the report's figures: examples, curves of the training, a few inspected examples.
+
+    `num_samples` of the examples go into report.md, `num_listed` into report.html.
+    """
+
+    examples: list[ReportExample]
+    panels: list[Panel] = field(default_factory=list)
+    inspections: list[Inspection] = field(default_factory=list)
+    num_samples: int = 5
+    num_listed: int = 500
+
+
+def build_report(
+    systems: Mapping[str, ScoredSystem],
+    sources: Sequence[Source],
+    rows: Dataset,
+    scoring: Scoring,
+    settings: Mapping[str, object],
+    run: Path,
+    began: float,
+) -> tuple[EvaluationReport, Details]:
+    """Build the report on the test `rows`, and write the predictions, in the directory of a run.
+
+    `systems` have their rewards; `began` is when the stage began, by `time.monotonic`. Only the main process calls
+    this.
+    """
+    test = TestSet([plain_text(prompt) for prompt in rows["prompt"]], list(rows["references"]))
+    systems = compute_system_metrics(systems, test.references, scoring.metrics)
+    outputs = save_outputs(systems, rows, run / "eval")
+    report = assemble_report(systems, outputs, test, scoring, settings, read_cost(run, ("sft", "reward", "ppo")))
+    details = Details(
+        examples=all_examples(test, outputs, scoring.metrics[0].name),
+        panels=read_panels(run),
+        inspections=inspect_systems(sources, rows, outputs, report.gains, scoring.settings.num_inspected),
+        num_samples=scoring.settings.num_samples,
+        num_listed=scoring.settings.num_listed,
+    )
+    report.cost.append(evaluation_cost(began, outputs))
+    return report, details
+
+
+def evaluation_cost(began: float, outputs: Mapping[str, Outputs]) -> StageCost:
+    """Measure what this stage took until its report is written; tokens are those of the completions."""
+    seconds = round(time.monotonic() - began, 3)
+    tokens = sum(len(p.completion_ids) for output in outputs.values() for p in output.predictions)
+    processes = PartialState().num_processes
+    return StageCost("eval", seconds, processes, None, None, tokens, tokens / seconds, peak_memory_mib())
+
+
+def save_outputs(systems: Mapping[str, ScoredSystem], rows: Dataset, directory: Path) -> dict[str, Outputs]:
+    """Write every system's completions and their scores to predictions/*.jsonl, and return them by system."""
     outputs = {}
-    for name, found in answers.items():
-        judged = found.predictions
-        parts = {part: [j.rewards[part] for j in judged] for part in judged[0].rewards}
-        sentences = {metric: [j.metrics[metric] for j in judged] for metric in judged[0].metrics}
-        outputs[name] = Outputs([j.text for j in judged], rewards_of(judged), parts, sentences)
+    for name, system in systems.items():
+        scored = system.predictions
+        parts = {part: [s.rewards[part] for s in scored] for part in scored[0].rewards}
+        sentences = {metric: [s.metrics[metric] for s in scored] for metric in scored[0].metrics}
+        outputs[name] = Outputs([s.text for s in scored], reward_scores(scored), parts, sentences)
         save_predictions(
             directory / prediction_file(name), outputs[name].predictions, rows, parts, outputs[name].scores, sentences
         )
     return outputs
 
 
-def rewards_of(judged: Sequence[Judged]) -> list[float]:
-    """The weighted reward of each text; nothing without rewards."""
-    return [j.score for j in judged if j.score is not None]
+def reward_scores(scored: Sequence[ScoredPrediction]) -> list[float]:
+    """Return the weighted reward of each text; an empty list without rewards."""
+    return [s.score for s in scored if s.score is not None]
 
 
 def prediction_file(system: str) -> str:
-    """Where a system's predictions are, from the report's directory."""
+    """Return where a system's predictions are, relative to the report's directory."""
     return f"predictions/{system}.jsonl"
 
 
 def assemble_report(
-    answers: Mapping[str, JudgedAnswers],
+    systems: Mapping[str, ScoredSystem],
     outputs: Mapping[str, Outputs],
     test: TestSet,
-    judges: Judges,
+    scoring: Scoring,
     settings: Mapping[str, object],
     cost: Sequence[StageCost],
 ) -> EvaluationReport:
-    """All figures and words; `settings` are what the report says of the run."""
-    metrics, first = judges.metrics, judges.metrics[0].name
-    resampling = Resampling(judges.settings.n_bootstrap, judges.settings.confidence, judges.seed)
-    systems = {
+    """Compute all figures and the words about them; `settings` are what the report says of the run."""
+    metrics, first = scoring.metrics, scoring.metrics[0].name
+    resampling = Resampling(scoring.settings.n_bootstrap, scoring.settings.confidence, scoring.seed)
+    figures = {
         name: score_system(
-            outputs[name], test, metrics, resampling, prediction_file(name), answers[name].same_weights_as_sft
+            outputs[name], test, metrics, resampling, prediction_file(name), systems[name].same_weights_as_sft
         )
-        for name in answers
+        for name in systems
     }
     comparisons = [
         comparison
@@ -72,17 +131,18 @@ def assemble_report(
         for comparison in compare_systems(a, b, outputs, test, metrics, resampling)
     ]
     references = text_statistics(test.first_references, test.first_references, test.prompts)
-    predictions = {name: found.predictions for name, found in outputs.items()}
-    best_of = best_of_samples(answers, outputs, test, judges)
+    predictions = {name: output.predictions for name, output in outputs.items()}
+    best_of = best_of_samples(systems, outputs, scoring)
+    rewards = [reward.name for reward in scoring.rewards]
     return EvaluationReport(
-        systems=systems,
+        systems=figures,
         comparisons=comparisons,
         verdict=verdict(comparisons, first),
-        findings=findings(comparisons, systems, best_of, first),
-        warnings=find_warnings(predictions, comparisons, systems, references, judges.rewards),
+        findings=findings(comparisons, figures, best_of, first),
+        warnings=find_warnings(predictions, comparisons, figures, references, rewards),
         settings=dict(settings),
         references=references,
-        decodings=decoding_scores(answers, test, judges),
+        decodings=decoding_scores(systems, test, scoring),
         best_of=best_of,
         gains=gains_of_ppo(first, outputs, test),
         cost=list(cost),
@@ -90,7 +150,7 @@ def assemble_report(
 
 
 def gains_of_ppo(metric: str, outputs: Mapping[str, Outputs], test: TestSet) -> Gains | None:
-    """PPO's gains on SFT by the first metric, where both were evaluated."""
+    """Find PPO's gains on SFT by the sentence scores of `metric`; None where one of them was not evaluated."""
     if "sft" not in outputs or "ppo" not in outputs:
         return None
     sft, ppo = outputs["sft"], outputs["ppo"]
@@ -98,56 +158,57 @@ def gains_of_ppo(metric: str, outputs: Mapping[str, Outputs], test: TestSet) -> 
     return find_gains("sft", "ppo", metric, *scores, (sft.texts, ppo.texts), test.first_references)
 
 
-def all_samples(test: TestSet, outputs: Mapping[str, Outputs], metric: str) -> list[Sample]:
-    """Every test example with every system's answer."""
+def all_examples(test: TestSet, outputs: Mapping[str, Outputs], metric: str) -> list[ReportExample]:
+    """List every test example with every system's completion."""
     gains = [0.0] * len(test.prompts)
     if "sft" in outputs and "ppo" in outputs:
         pairs = zip(outputs["sft"].metric_scores[metric], outputs["ppo"].metric_scores[metric], strict=True)
         gains = [after - before for before, after in pairs]
-    texts = {name: found.texts for name, found in outputs.items()}
+    texts = {name: output.texts for name, output in outputs.items()}
     return [
-        Sample(row, prompt, reference, {name: found[row] for name, found in texts.items()}, gains[row])
+        ReportExample(row, prompt, reference, {name: column[row] for name, column in texts.items()}, gains[row])
         for row, (prompt, reference) in enumerate(zip(test.prompts, test.first_references, strict=True))
     ]
 
 
-def decoding_scores(answers: Mapping[str, JudgedAnswers], test: TestSet, judges: Judges) -> list[DecodingScores]:
-    """Every system under the report's decoding and under each other number of beams; nothing without others."""
-    found = []
-    for name in answers if judges.settings.beam_sizes else ():
-        for beams, texts in {judges.settings.num_beams: answers[name].predictions, **answers[name].beams}.items():
-            scores = rewards_of(texts)
-            completions = [judged.text.completion for judged in texts]
-            plain = [m.corpus_score(completions, test.references, n_bootstrap=0) for m in judges.metrics]
-            values = {m.name: score.value for m, score in zip(judges.metrics, plain, strict=True)}
-            length = sum(len(judged.text.completion_ids) for judged in texts) / len(texts)
-            mean = sum(scores) / len(scores) if scores else None
-            found.append(DecodingScores(name, decoding_name(beams), values, mean, length))
-    return found
+def decoding_scores(systems: Mapping[str, ScoredSystem], test: TestSet, scoring: Scoring) -> list[DecodingScores]:
+    """Score every system under the report's decoding and under each of `beam_sizes`; an empty list without these."""
+    rows = []
+    for name in systems if scoring.settings.beam_sizes else ():
+        decoded = {scoring.settings.num_beams: systems[name].predictions, **systems[name].beams}
+        for beams, scored in decoded.items():
+            rewards = reward_scores(scored)
+            completions = [s.text.completion for s in scored]
+            plain = [m.corpus_score(completions, test.references, n_bootstrap=0) for m in scoring.metrics]
+            values = {m.name: score.value for m, score in zip(scoring.metrics, plain, strict=True)}
+            length = sum(len(s.text.completion_ids) for s in scored) / len(scored)
+            mean = sum(rewards) / len(rewards) if rewards else None
+            rows.append(DecodingScores(name, decoding_name(beams), values, mean, length))
+    return rows
 
 
 def decoding_name(num_beams: int) -> str:
-    """Greedy, or how many beams."""
+    """Name a decoding in words: greedy, or how many beams."""
     return "greedy" if num_beams == 1 else f"beam search, {num_beams} beams"
 
 
 def best_of_samples(
-    answers: Mapping[str, JudgedAnswers], outputs: Mapping[str, Outputs], test: TestSet, judges: Judges
+    systems: Mapping[str, ScoredSystem], outputs: Mapping[str, Outputs], scoring: Scoring
 ) -> dict[str, BestOfN]:
-    """The expected best of n samples of every system that drew some, by the reward and by the first metric."""
-    found, copies, metric = {}, judges.settings.samples_per_prompt, judges.metrics[0]
-    for name, answered in answers.items():
-        texts = answered.samples
-        if not texts:
+    """Estimate the best of n samples of every system that drew some, by the reward and by the first metric."""
+    best_of, copies, metric = {}, scoring.settings.samples_per_prompt, scoring.metrics[0].name
+    for name, system in systems.items():
+        if not system.samples:
             continue
-        rewards = rewards_of(texts)
+        rewards = reward_scores(system.samples)
         scores = {REWARD: rewards} if rewards else {}
-        scores[metric.name] = [judged.metrics[metric.name] for judged in texts]
-        own, prompts = {REWARD: outputs[name].scores, **outputs[name].metric_scores}, len(texts) // copies
+        scores[metric] = [s.metrics[metric] for s in system.samples]
+        prompts = len(system.samples) // copies
         curves = {
             key: expected_best([values[i : i + copies] for i in range(0, len(values), copies)])
             for key, values in scores.items()
         }
-        decoded = {key: sum(own[key][:prompts]) / prompts for key in scores}
-        found[name] = BestOfN(prompts, judges.settings.sample_temperature, curves, decoded)
-    return found
+        decoded = {REWARD: outputs[name].scores, **outputs[name].metric_scores}
+        means = {key: sum(decoded[key][:prompts]) / prompts for key in scores}
+        best_of[name] = BestOfN(prompts, scoring.settings.sample_temperature, curves, means)
+    return best_of

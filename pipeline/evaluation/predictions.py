@@ -1,4 +1,4 @@
-"""What each system writes for the test prompts, and how likely it finds the references."""
+"""What a system writes for the test prompts, and how likely it finds that and the references."""
 
 import json
 import math
@@ -20,7 +20,7 @@ from pipeline.models.text import decode, encode_completions, encode_prompts
 
 @dataclass(frozen=True)
 class Prediction:
-    """One test example answered by one system; `completion_ids` end with EOS if `finished`.
+    """One system's completion of one test prompt; `completion_ids` end with EOS if `finished`.
 
     `reference_nats` is the summed cross-entropy of the first reference, over `reference_tokens` tokens (EOS included);
     `entropy` and `kl_to_sft` the sums over the completion's positions of the system's entropy and of
@@ -46,16 +46,14 @@ def predict(
     batch_size: int,
     sft: PreTrainedModel | None = None,
 ) -> list[Prediction]:
-    """Answer the prompts of `rows[indices]`. With `sft`, each system's own outputs are also compared with SFT's.
+    """Complete the prompts of `rows[indices]`, and compute how likely the model finds completions and references.
 
-    Of a reference counts as much as the model can read behind its prompt.
+    With `sft`, the KL to the SFT model is computed as well. References are truncated to the model's context length.
     """
-    if not indices:
-        return []
-    part = rows.select(indices)
-    prompts = encode_prompts(tokenizer, part["prompt"], model.config.is_encoder_decoder)
+    chosen = rows.select(indices)
+    prompts = encode_prompts(tokenizer, chosen["prompt"], model.config.is_encoder_decoder)
     completions = generate(model, tokenizer, prompts, decoding, batch_size)
-    targets = encode_completions(tokenizer, part["prompt"], [references[0] for references in part["references"]])
+    targets = encode_completions(tokenizer, chosen["prompt"], [references[0] for references in chosen["references"]])
     targets, _ = truncate_prompts(prompts, targets, model.config)
     pad, device = tokenizer.pad_token_id, model.device
     chunks = length_sorted_chunks(torch.tensor([len(prompt) for prompt in prompts]), batch_size)
@@ -78,23 +76,19 @@ def predict(
     ]
 
 
-def share_of_rows(lengths: Sequence[int], batch_size: int, rank: int, world: int) -> list[int]:
-    """The rows process `rank` of `world` answers: every `world`-th batch of the rows in order of length.
-
-    Batches are then the same for any number of processes, and with them every rounding.
-    """
-    chunks = length_sorted_chunks(torch.tensor(lengths), batch_size)
-    return [row for chunk in chunks[rank::world] for row in chunk.tolist()]
+def length_sorted_blocks(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Split the rows into batches of prompts alike in length, the same for any number of processes."""
+    return [chunk.tolist() for chunk in length_sorted_chunks(torch.tensor(lengths), batch_size)]
 
 
 @torch.no_grad()
 def reference_nats(model: PreTrainedModel, sequences: Sequences, chunks: Sequence[Tensor]) -> list[float]:
-    """Per row, the sum over completion tokens of -log p(token), in nats; `chunks` are the batches, row indices."""
+    """Sum -log p(token), in nats, over the completion tokens of each row; `chunks` are the batches, row numbers."""
     sums = torch.zeros(len(sequences), dtype=torch.float64)
     for index in chunks:
-        part = sequences.rows(index)
-        logprobs = log_softmax(model, part).gather(-1, part.completion_ids.unsqueeze(-1)).squeeze(-1)
-        sums[index] = -(logprobs * part.completion_mask).double().sum(1).cpu()
+        batch = sequences.rows(index)
+        logprobs = log_softmax(model, batch).gather(-1, batch.completion_ids.unsqueeze(-1)).squeeze(-1)
+        sums[index] = -(logprobs * batch.completion_mask).double().sum(1).cpu()
     return sums.tolist()
 
 
@@ -102,21 +96,21 @@ def reference_nats(model: PreTrainedModel, sequences: Sequences, chunks: Sequenc
 def _entropy_and_divergence(
     model: PreTrainedModel, sequences: Sequences, chunks: Sequence[Tensor], sft: PreTrainedModel | None
 ) -> tuple[list[float], list[float]]:
-    """Per row, sums over completion positions: the model's entropy, and KL(model || sft), in nats (0 without sft)."""
+    """Sum the entropy and KL(model || sft), in nats (0 without `sft`), over the completion positions of each row."""
     sums = torch.zeros(2, len(sequences), dtype=torch.float64)
     for index in chunks:
-        part = sequences.rows(index)
-        logprobs = log_softmax(model, part)
-        probabilities, mask = logprobs.exp(), part.completion_mask
+        batch = sequences.rows(index)
+        logprobs = log_softmax(model, batch)
+        probabilities, mask = logprobs.exp(), batch.completion_mask
         sums[0, index] = -((probabilities * logprobs).sum(-1) * mask).double().sum(1).cpu()
         if sft is not None and sft is not model:
-            kl = (probabilities * (logprobs - log_softmax(sft, part))).sum(-1)
+            kl = (probabilities * (logprobs - log_softmax(sft, batch))).sum(-1)
             sums[1, index] = (kl * mask).double().sum(1).cpu()
     return sums[0].tolist(), sums[1].tolist()
 
 
 def log_softmax(model: PreTrainedModel, sequences: Sequences) -> Tensor:
-    """Log-probabilities [B, C, V] of the next token before each completion token."""
+    """Compute the log-probabilities [B, C, V] of every token of the vocabulary at each completion position."""
     width = sequences.completion_ids.shape[1]
     if model.config.is_encoder_decoder:
         ids, mask = sequences.encoder_inputs()
@@ -138,7 +132,7 @@ def log_softmax(model: PreTrainedModel, sequences: Sequences) -> Tensor:
 
 
 def cross_entropy(predictions: Sequence[Prediction]) -> tuple[float, float]:
-    """Mean cross-entropy of the references in nats per token, and its exponential, the perplexity."""
+    """Compute the mean cross-entropy of the references, in nats per token, and its exponential, the perplexity."""
     tokens = sum(prediction.reference_tokens for prediction in predictions)
     value = sum(prediction.reference_nats for prediction in predictions) / tokens
     return value, math.exp(value)
@@ -152,8 +146,10 @@ def save_predictions(
     score: Sequence[float],
     metrics: Mapping[str, Sequence[float]],
 ) -> None:
-    """One JSON line per test example: prompt, references, completion, figures, rewards (null where none applies) and
-    the sentence score by metric."""
+    """Write a JSON line for each test example: prompt, references, completion, figures, rewards, sentence scores.
+
+    A reward that does not apply is null.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         for i, prediction in enumerate(predictions):

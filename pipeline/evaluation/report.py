@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pipeline.evaluation.config import CONTROL
+from pipeline.evaluation.decodings import BestOfN, DecodingScores
 from pipeline.evaluation.gains import Gains
 from pipeline.evaluation.predictions import Prediction, cross_entropy
-from pipeline.evaluation.sampling import BestOfN, DecodingScores
 from pipeline.evaluation.significance import (
     holm,
     paired_bootstrap,
@@ -133,6 +133,17 @@ class StageCost:
     tokens: int | None
     tokens_per_second: float | None
     peak_memory_mib: float | None
+
+
+@dataclass(frozen=True)
+class ReportExample:
+    """One test example as the pages show it: its number, prompt, first reference, every system's text, PPO's gain."""
+
+    index: int
+    prompt: str
+    reference: str
+    texts: dict[str, str]
+    gain: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ FEW_PAIRS, LENGTH_BIAS, CALIBRATION_ERROR = 100, 0.5, 0.1
 
 
 @dataclass(frozen=True)
-class JudgedPair:
+class ScoredPair:
     """A held-out pair with its raw scores, and what trivial rules look at: lengths in characters, and by rule name
     the value of either text (the larger one wins)."""
 
@@ -28,7 +28,7 @@ class JudgedPair:
 
 
 @dataclass(frozen=True)
-class JudgedText:
+class ScoredText:
     """A held-out text: the number of its prompt, its raw score, its length in tokens, sentence scores by metric."""
 
     prompt: int
@@ -106,14 +106,14 @@ def wins(pairs: Sequence[tuple[float, float]]) -> list[float]:
     return [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in pairs]
 
 
-def accuracy(pairs: Sequence[JudgedPair], name: str = "reward model") -> Share:
+def accuracy(pairs: Sequence[ScoredPair], name: str = "reward model") -> Share:
     """How often the chosen text scores higher."""
     return share(name, wins([(p.chosen_score, p.rejected_score) for p in pairs]))
 
 
-def trivial_rules(pairs: Sequence[JudgedPair]) -> list[Share]:
+def trivial_rules(pairs: Sequence[ScoredPair]) -> list[Share]:
     """What rules without any learning get right on the same pairs."""
-    rules: dict[str, Callable[[JudgedPair], tuple[float, float]]] = {
+    rules: dict[str, Callable[[ScoredPair], tuple[float, float]]] = {
         "the shorter text wins": lambda p: (-p.chosen_length, -p.rejected_length),
         "the longer text wins": lambda p: (p.chosen_length, p.rejected_length),
     }
@@ -142,7 +142,7 @@ def consensus(pairs: Sequence[tuple[int, str, str]], metric: Metric) -> list[dic
     return [{name: (means[prompt, chosen], means[prompt, rejected])} for prompt, chosen, rejected in pairs]
 
 
-def reliability_table(pairs: Sequence[JudgedPair]) -> tuple[list[Reliability], float]:
+def reliability_table(pairs: Sequence[ScoredPair]) -> tuple[list[Reliability], float]:
     """Predicted against observed frequency of the preferred text being the chosen one; the expected calibration error.
 
     The prediction is that of the loss, Bradley and Terry's sigmoid of the difference of raw scores.
@@ -160,7 +160,7 @@ def reliability_table(pairs: Sequence[JudgedPair]) -> tuple[list[Reliability], f
     return table, float(error)
 
 
-def correlations(texts: Sequence[JudgedText]) -> list[Correlation]:
+def correlations(texts: Sequence[ScoredText]) -> list[Correlation]:
     """The score against each metric, and against the length in tokens."""
     found = []
     for name in dict.fromkeys(name for text in texts for name in text.metrics):
@@ -169,7 +169,7 @@ def correlations(texts: Sequence[JudgedText]) -> list[Correlation]:
     return [*found, _correlation("length, tokens", texts, [float(text.length) for text in texts])]
 
 
-def _correlation(name: str, texts: Sequence[JudgedText], values: Sequence[float]) -> Correlation:
+def _correlation(name: str, texts: Sequence[ScoredText], values: Sequence[float]) -> Correlation:
     scores, values = np.array([text.score for text in texts]), np.array(values)
     prompts = [text.prompt for text in texts]
     return Correlation(
@@ -201,10 +201,10 @@ def _centred(values: np.ndarray, prompts: Sequence[int]) -> np.ndarray:
     return values - means[place]
 
 
-def judge_reward(
-    held_out: Sequence[JudgedPair],
-    training: Sequence[JudgedPair],
-    texts: Sequence[JudgedText],
+def evaluate_reward_model(
+    held_out: Sequence[ScoredPair],
+    training: Sequence[ScoredPair],
+    texts: Sequence[ScoredText],
     calibration: tuple[float, float],
     min_accuracy: float,
     pairs: dict[str, object],

@@ -32,7 +32,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Gain:
+class RunComparison:
     """PPO against SFT in one run by one measure; `improved` is None without evidence (p of 0.05 or more)."""
 
     run: str
@@ -64,7 +64,7 @@ class SeedSummary:
 
 
 @dataclass(frozen=True)
-class Duel:
+class PairwiseComparison:
     """A run's last system against the first run's on the same test set, by the metric that decides."""
 
     a: str
@@ -85,9 +85,9 @@ class RunsReport:
     verdict: str
     findings: list[str]
     warnings: list[str]
-    gains: list[Gain]
+    gains: list[RunComparison]
     seeds: list[SeedSummary]
-    duels: list[Duel]
+    duels: list[PairwiseComparison]
 
 
 def load_run(path: Path) -> Run:
@@ -110,13 +110,13 @@ def load_run(path: Path) -> Run:
 
 def compare_runs(runs: Sequence[Run]) -> RunsReport:
     """What changed between runs; they need not have the same systems or settings."""
-    gains = [gain for run in runs for gain in run_gains(run)]
+    gains = [gain for run in runs for gain in compare_to_sft(run)]
     seeds = summarise_seeds(gains) if differ_in_seed_alone(runs) else []
-    duels = [duel for other in runs[1:] if (duel := duel_of(runs[0], other)) is not None]
+    duels = [duel for other in runs[1:] if (duel := compare_pair(runs[0], other)) is not None]
     findings = [f"{run.name}: {run.report['verdict']}" for run in runs]
     return RunsReport(
         runs=[run.name for run in runs],
-        verdict=seeds_verdict(seeds[0]) if seeds else duels_verdict(duels),
+        verdict=seeds_verdict(seeds[0]) if seeds else pairwise_verdict(duels),
         findings=findings,
         warnings=disagreements(seeds) + [f"{run.name}: {text}" for run in runs for text in run.report["warnings"]],
         gains=gains,
@@ -125,7 +125,7 @@ def compare_runs(runs: Sequence[Run]) -> RunsReport:
     )
 
 
-def run_gains(run: Run) -> list[Gain]:
+def compare_to_sft(run: Run) -> list[RunComparison]:
     """PPO against SFT in one run, a line for each measure."""
     found = []
     for c in run.report["comparisons"]:
@@ -134,7 +134,7 @@ def run_gains(run: Run) -> list[Gain]:
         better = (c["delta"] > 0) if c.get("higher_is_better", True) else (c["delta"] < 0)
         improved = better if c["p_value"] < SIGNIFICANT else None
         seed = run.report["settings"].get("seed")
-        found.append(Gain(run.name, seed, c["metric"], c["delta"], c["p_value"], better, improved))
+        found.append(RunComparison(run.name, seed, c["metric"], c["delta"], c["p_value"], better, improved))
     return found
 
 
@@ -145,7 +145,7 @@ def differ_in_seed_alone(runs: Sequence[Run]) -> bool:
     return len(runs) > 1 and len(set(seeds)) == len(seeds) and all(settings == rest[0] for settings in rest)
 
 
-def summarise_seeds(gains: Sequence[Gain]) -> list[SeedSummary]:
+def summarise_seeds(gains: Sequence[RunComparison]) -> list[SeedSummary]:
     """A summary for each measure, in the order of the report."""
     found = []
     for metric in dict.fromkeys(gain.metric for gain in gains):
@@ -191,7 +191,7 @@ def disagreements(seeds: Sequence[SeedSummary]) -> list[str]:
     ]
 
 
-def duel_of(first: Run, other: Run) -> Duel | None:
+def compare_pair(first: Run, other: Run) -> PairwiseComparison | None:
     """The paired test between two runs; None where they do not share a test set, a system or the deciding metric."""
     system = next((s for s in ("ppo", "sft") if s in first.report["systems"] and s in other.report["systems"]), None)
     configs = [run.report["settings"].get("metrics") for run in (first, other)]
@@ -205,7 +205,9 @@ def duel_of(first: Run, other: Run) -> Duel | None:
     metric = load_metric(config["name"], language, **config["options"])
     texts = ([row["completion"] for row in rows] for rows in (rows_a, rows_b))
     result = paired_bootstrap(metric, *texts, [row["references"] for row in rows_a])
-    return Duel(first.name, other.name, system, metric.name, result.delta, result.low, result.high, result.p_value)
+    return PairwiseComparison(
+        first.name, other.name, system, metric.name, result.delta, result.low, result.high, result.p_value
+    )
 
 
 def read_predictions(run: Run, system: str) -> list[dict]:
@@ -216,7 +218,7 @@ def read_predictions(run: Run, system: str) -> list[dict]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def duels_verdict(duels: Sequence[Duel]) -> str:
+def pairwise_verdict(duels: Sequence[PairwiseComparison]) -> str:
     """One sentence about each run against the first."""
     if not duels:
         return "The runs share no test set, system and metric, so they are shown side by side without a test."

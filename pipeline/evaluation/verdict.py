@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 
 from pipeline.evaluation.config import CONTROL
+from pipeline.evaluation.decodings import BestOfN
 from pipeline.evaluation.predictions import Prediction
 from pipeline.evaluation.report import REWARD, System, SystemComparison
-from pipeline.evaluation.sampling import BestOfN
 from pipeline.evaluation.text_statistics import TextStatistics
 
 SIGNIFICANT = 0.05

@@ -4,10 +4,10 @@ import importlib
 from typing import Any
 
 from pipeline.metrics.text import language_code
-from pipeline.metrics.types import AdditiveMetric, Metric, Score
+from pipeline.metrics.types import Metric, Score
 from pipeline.runtime.messages import did_you_mean
 
-__all__ = ["METRIC_NAMES", "AdditiveMetric", "Metric", "Score", "load_metric"]
+__all__ = ["METRIC_NAMES", "Metric", "Score", "load_metric"]
 
 METRIC_NAMES = ("bleu", "chrf", "ter", "rouge1", "rouge2", "rougeL", "exact_match", "token_f1")
 

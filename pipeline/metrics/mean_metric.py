@@ -31,11 +31,11 @@ class MeanMetric:
         return self.resample_statistics(self.statistics(predictions, references), indices)
 
     def statistics(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
-        """The sample scores, [N, 1]; see `AdditiveMetric`."""
+        """Compute the sample scores, [N, 1]."""
         return np.array(self.sample_scores(predictions, references), dtype=np.float64).reshape(-1, 1)
 
     def resample_statistics(self, statistics: np.ndarray, indices: np.ndarray) -> np.ndarray:
-        """The score [R] of each row of `indices` [R, N]; see `AdditiveMetric`."""
+        """Compute the score [R] of each row of `indices` [R, N] from the `statistics` [N, 1]."""
         return 100 * resampled_means(statistics[:, 0], indices)
 
     def corpus_score(

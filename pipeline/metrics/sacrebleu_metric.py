@@ -47,13 +47,13 @@ class SacrebleuMetric:
         return self.resample_statistics(self.statistics(predictions, references), indices)
 
     def statistics(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
-        """Counts of matches, n-grams, words or edits, [N, K]; see `AdditiveMetric`."""
+        """Count matches, n-grams, words or edits of each example, [N, K]: what the corpus score is a function of."""
         check_examples(predictions, references)
         found = self.corpus._extract_corpus_statistics(list(predictions), _streams(references))
         return np.array(found, dtype=np.float64)
 
     def resample_statistics(self, statistics: np.ndarray, indices: np.ndarray) -> np.ndarray:
-        """The corpus score [R] of each row of `indices` [R, N]; see `AdditiveMetric`."""
+        """Compute the corpus score [R] of each row of `indices` [R, N] from the `statistics` [N, K]."""
         totals = resampled_sums(statistics, indices)
         return np.array([self.corpus._compute_score_from_stats(total).score for total in totals.tolist()])
 

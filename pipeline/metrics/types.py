@@ -64,16 +64,3 @@ class Metric(Protocol):
     ) -> Score:
         """The score over all examples, with a bootstrap interval that covers `confidence`."""
         ...
-
-
-@runtime_checkable
-class AdditiveMetric(Metric, Protocol):
-    """A metric whose corpus score is a function of sums over the examples, so that these can be made anywhere."""
-
-    def statistics(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
-        """What is summed, [N, K] in float64: what an example adds to the corpus."""
-        ...
-
-    def resample_statistics(self, statistics: np.ndarray, indices: np.ndarray) -> np.ndarray:
-        """As `resampled_scores`, [R], from the `statistics` [N, K] of the examples."""
-        ...

@@ -19,8 +19,8 @@ from pipeline.runtime.memory import in_smaller_batches
 CALIBRATION_ROWS = 256
 OPTIONS = {"batch_size": int, "template": str}
 
-# Sequences on the judge's device -> raw scores [B].
-Judge = Callable[[Sequences], Tensor]
+# Sequences on the network's device -> raw scores [B].
+SequenceScorer = Callable[[Sequences], Tensor]
 
 
 class AdapterReward:
@@ -34,12 +34,12 @@ class AdapterReward:
         self, tokenizer: PreTrainedTokenizerBase, record: RewardRecord, directory: Path, batch_size: int = 128
     ) -> None:
         self.tokenizer, self.record, self.directory, self.batch_size = tokenizer, record, directory, batch_size
-        self._judge: Judge | None = None
+        self._scorer: SequenceScorer | None = None
         self._device, self._encoder_decoder = torch.device("cpu"), False
 
-    def attach(self, judge: Judge, model: PreTrainedModel) -> None:
-        """Score by `judge`, a network over `model`, on its device."""
-        self._judge, self._device = judge, model.device
+    def attach(self, scorer: SequenceScorer, model: PreTrainedModel) -> None:
+        """Score by `scorer`, a network over `model`, on its device."""
+        self._scorer, self._device = scorer, model.device
         self._encoder_decoder = model.config.is_encoder_decoder
 
     def __call__(
@@ -59,9 +59,9 @@ class AdapterReward:
         return [scores[key] for key in keys]
 
     @property
-    def _scoring(self) -> tuple[Judge, torch.device, int]:
-        assert self._judge is not None, "attach() comes first"
-        return self._judge, self._device, self.batch_size
+    def _scoring(self) -> tuple[SequenceScorer, torch.device, int]:
+        assert self._scorer is not None, "attach() comes first"
+        return self._scorer, self._device, self.batch_size
 
     def _tokens(self, prompts: list, completions: list, completion_ids: list[list[int]]) -> list[list[int]]:
         texts, size = [text_of(completion) for completion in completions], len(self.tokenizer)
@@ -76,7 +76,7 @@ def score_token_ids(
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
     tokenizer: PreTrainedTokenizerBase,
-    judge: Judge,
+    scorer: SequenceScorer,
     device: torch.device,
     batch_size: int,
 ) -> Tensor:
@@ -93,7 +93,7 @@ def score_token_ids(
             sequences = make_sequences(
                 [prompts[r] for r in rows], [completions[r] for r in rows], tokenizer.pad_token_id, device
             )
-            scores[index] = judge(sequences).float().cpu()
+            scores[index] = scorer(sequences).float().cpu()
         return scores
 
     return in_smaller_batches(attempt, batch_size)[0]

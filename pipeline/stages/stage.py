@@ -19,7 +19,7 @@ from torch.distributed import DistError
 from pipeline.models.hub import fetch_commit
 from pipeline.recipe import Recipe
 from pipeline.runtime.abort import record_failure
-from pipeline.runtime.distributed import on_main, unseen
+from pipeline.runtime.distributed import on_main, shared_directory_problem
 from pipeline.runtime.libraries import limit_kernel_cache, quiet_libraries
 from pipeline.runtime.memory import is_out_of_memory, peak_memory_mib
 from pipeline.runtime.messages import one_line, say
@@ -109,7 +109,7 @@ def prepare_process(run: RunDirectory) -> None:
     PartialState(cpu=not torch.accelerator.is_available(), timeout=patience)
     quiet_libraries()
     limit_kernel_cache()
-    if problem := unseen(run.path):
+    if problem := shared_directory_problem(run.path):
         raise CannotStartError(problem)
 
 

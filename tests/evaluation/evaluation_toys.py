@@ -6,11 +6,12 @@ from zlib import crc32
 
 from pipeline.evaluation.assemble import assemble_report
 from pipeline.evaluation.config import EvalConfig
+from pipeline.evaluation.decodings import DecodedText
 from pipeline.evaluation.predictions import Prediction
 from pipeline.evaluation.report import EvaluationReport, Outputs, TestSet
-from pipeline.evaluation.sampling import Text
-from pipeline.evaluation.scoring import JudgedAnswers, Judges, Rewarded, judge
+from pipeline.evaluation.scoring import ScoredPrediction, ScoredSystem, Scoring, compute_sentence_scores
 from pipeline.metrics import Metric, load_metric
+from pipeline.rewards import Handling, Reward
 
 BLEU = load_metric("bleu")
 TER = load_metric("ter")
@@ -50,20 +51,23 @@ def make_report(
 ) -> tuple[EvaluationReport, dict[str, Outputs]]:
     """A report over systems that wrote the given texts; `changes` are figures of a system's predictions."""
     config = EvalConfig(n_bootstrap=200, samples_per_prompt=2)
-    judges = Judges(metrics, lambda texts: Rewarded(), rewards, config, 0)
-    scores = scores if scores is not None else {name: [0.5] * len(found) for name, found in texts.items()}
+    scoring = Scoring(metrics, [Reward(name, lambda **_: []) for name in rewards], Handling(), config, 0)
+    scores = scores if scores is not None else {name: [0.5] * len(completions) for name, completions in texts.items()}
     changes, samples = changes or {}, samples or {}
-    answers, outputs = {}, {}
-    for name, found in texts.items():
+    systems, outputs = {}, {}
+    for name, completions in texts.items():
         items = [
             # Eight tokens whatever the text, the same for the same text.
             prediction(text, **{"index": i, "completion_ids": [crc32(text.encode())] * 8, **changes.get(name, {})})
-            for i, text in enumerate(found)
+            for i, text in enumerate(completions)
         ]
-        drawn = [Text(i // 2, text, [1, 2]) for i, text in enumerate(samples.get(name, []))]
-        sampled = judge(drawn, REFERENCES, judges, 2, metrics[:1])
-        answers[name] = JudgedAnswers(judge(items, REFERENCES, judges, 5), {}, sampled, name in same_weights)
+        drawn = [ScoredPrediction(DecodedText(i // 2, text, [1, 2])) for i, text in enumerate(samples.get(name, []))]
+        systems[name] = ScoredSystem(
+            compute_sentence_scores([ScoredPrediction(item) for item in items], REFERENCES, metrics),
+            samples=compute_sentence_scores(drawn, REFERENCES, metrics[:1]),
+            same_weights_as_sft=name in same_weights,
+        )
         parts = {"mine": scores[name]} if name in scores else {}
-        sentences = {m.name: m.sample_scores(found, REFERENCES) for m in metrics}
+        sentences = {m.name: m.sample_scores(completions, REFERENCES) for m in metrics}
         outputs[name] = Outputs(items, scores.get(name, []), parts, sentences)
-    return assemble_report(answers, outputs, TEST, judges, settings, []), outputs
+    return assemble_report(systems, outputs, TEST, scoring, settings, []), outputs

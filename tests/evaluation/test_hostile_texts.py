@@ -17,7 +17,8 @@ from pipeline.evaluation.pages.page import markdown_page, print_table, visible, 
 from pipeline.evaluation.pages.render import write_report
 from pipeline.evaluation.pages.reward_pages import print_reward_report, write_reward_report
 from pipeline.evaluation.pages.tables import Table
-from pipeline.evaluation.reward_quality import JudgedPair, JudgedText, judge_reward
+from pipeline.evaluation.reward_quality import ScoredPair, ScoredText, evaluate_reward_model
+from pipeline.rewards.pairs import HELD_OUT, Pair
 
 HOSTILE = (
     "<script>alert(1)</script>",
@@ -86,8 +87,8 @@ def hostile_report():
 def test_the_report_shows_hostile_texts_as_texts(tmp_path):
     report, outputs = hostile_report()
     details = make_details(outputs)
-    samples = [replace(s, prompt=ALL, reference=ALL, texts={**s.texts, "sft": ALL}) for s in details.samples]
-    write_report(report, replace(details, samples=samples), tmp_path)
+    examples = [replace(s, prompt=ALL, reference=ALL, texts={**s.texts, "sft": ALL}) for s in details.examples]
+    write_report(report, replace(details, examples=examples), tmp_path)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     found = harmless(page, marked=12 * 3 + 3)
     clean, plain_outputs = make_report({"sft": ["a text"] * 12, "ppo": GOOD})
@@ -102,10 +103,11 @@ def test_the_report_shows_hostile_texts_as_texts(tmp_path):
 
 
 def test_the_page_of_a_reward_model_and_of_a_comparison(tmp_path, monkeypatch):
-    pairs = [JudgedPair(1.0, 0.0, 3, 4, {ALL: (1.0, 0.0)}), JudgedPair(0.0, 1.0, 3, 4, {ALL: (1.0, 0.0)})]
-    texts = [JudgedText(row, float(row), 3, {ALL: float(row)}) for row in range(4)]
-    report = judge_reward(pairs, pairs, texts, (0.0, 1.0), 0.5, {ALL: ALL}, {"name": ALL, ALL: ALL})
-    write_reward_report(report, pairs, [[ALL] * 5], tmp_path, f"Reward model of {ALL}")
+    pairs = [ScoredPair(1.0, 0.0, 3, 4, {ALL: (1.0, 0.0)}), ScoredPair(0.0, 1.0, 3, 4, {ALL: (1.0, 0.0)})]
+    texts = [ScoredText(row, float(row), 3, {ALL: float(row)}) for row in range(4)]
+    report = evaluate_reward_model(pairs, pairs, texts, (0.0, 1.0), 0.5, {ALL: ALL}, {"name": ALL, ALL: ALL})
+    shown = [Pair(HELD_OUT, 0, ALL, ALL, ALL, [1], [2], None, "data")] * 2
+    write_reward_report(report, shown, pairs, tmp_path, f"Reward model of {ALL}")
     harmless((tmp_path / "report" / "report.html").read_text(encoding="utf-8"), marked=8)
     print_reward_report(report, Console(file=StringIO(), width=200))  # brackets are no markup
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from pipeline.evaluation.gains import find_gains
 from pipeline.evaluation.inspection import (
@@ -11,7 +10,6 @@ from pipeline.evaluation.inspection import (
     compare_passage,
     inspect_examples,
     token_texts,
-    token_values,
 )
 from pipeline.models.text import encode_prompts
 
@@ -54,35 +52,11 @@ def test_attention_is_that_of_the_position_that_writes_the_token(models, pair, t
     assert (len(found.weights), len(found.prompt)) == (len(completion), len(prompt))
 
 
-def test_values_come_from_the_head_beside_the_policy(models, pair, tmp_path):
-    prompt, completion = pair
-    head, file = torch.nn.Linear(32, 1), tmp_path / "value_head.safetensors"
-    assert token_values(models[1], 0, file, prompt, completion) is None
-    save_file(head.state_dict(), file)
-    states = models[1].base_model(input_ids=torch.tensor([prompt + completion])).last_hidden_state[0]
-    expected = head(states[len(prompt) - 1 : -1]).squeeze(-1)
-    assert token_values(models[1], 0, file, prompt, completion).tolist() == pytest.approx(expected.tolist(), abs=1e-5)
-    save_file(torch.nn.Linear(7, 1).state_dict(), file)
-    assert token_values(models[1], 0, file, prompt, completion) is None
-
-
-def test_an_inspection_has_all_of_it(models, pair, tokenizer, examples, tmp_path):
-    save_file(torch.nn.Linear(32, 1).state_dict(), tmp_path / "head.safetensors")
-    written = ([pair[1]], [pair[1]])
-    given = []
-
-    def advantages(index, values, ppo, sft):
-        given.append((index, values.shape, ppo.shape, sft.shape))
-        return [0.5] * len(values)
-
-    (found,) = inspect_examples(
-        models, tokenizer, examples, [(0, "why")], written, tmp_path / "head.safetensors", advantages
-    )
-    count = len(pair[1])
-    assert given == [(0, (count,), (1, count), (1, count))]
+def test_an_inspection_has_all_of_it(models, pair, tokenizer, examples):
+    (found,) = inspect_examples(models, tokenizer, examples, [(0, "why")], ([pair[1]], [pair[1]]))
     assert [p.title for p in found.passages] == ["reference", "SFT's completion", "PPO's completion"]
-    assert found.credit.advantages == [0.5] * count and found.attention is not None
-    assert found.prompt == examples[0]["prompt"]
+    assert len(found.passages[2].tokens) == len(found.attention.weights) == len(pair[1])
+    assert found.prompt == examples[0]["prompt"] and found.reason == "why"
 
 
 def test_examples_are_chosen_in_turn_and_none_twice():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from evaluation_toys import prediction
 
-from pipeline.evaluation.predictions import cross_entropy, predict, save_predictions, share_of_rows
+from pipeline.evaluation.predictions import cross_entropy, length_sorted_blocks, predict, save_predictions
 from pipeline.models.generation import Decoding
 from pipeline.models.loading import load_model
 from pipeline.models.text import encode_completions, encode_prompts
@@ -107,19 +107,14 @@ def test_entropy_is_the_sum_over_positions(answer, changed, examples, tokenizer)
         assert found.entropy == pytest.approx(-float((p.exp() * p).sum()), rel=1e-4)
 
 
-def test_processes_share_whole_batches_and_answer_alike(examples, changed, sft, tokenizer):
-    """Two processes' batches are those of one, so the figures are the same bit for bit."""
+def test_blocks_give_what_one_call_gives(examples, changed, sft, tokenizer):
+    """Batches are the same whoever computes them, so the figures are the same bit for bit."""
     rows = examples.select(range(11))
-    lengths = [len(ids) for ids in encode_prompts(tokenizer, rows["prompt"])]
-
-    def answers(world: int) -> list:
-        shares = [share_of_rows(lengths, 2, rank, world) for rank in range(world)]
-        assert sorted(row for share in shares for row in share) == list(range(11))
-        found = [p for share in shares for p in predict(changed, tokenizer, rows, share, Decoding(6), 2, sft)]
-        return sorted(found, key=lambda p: p.index)
-
-    assert answers(1) == answers(2) == answers(3)
-    assert answers(8) == answers(1)  # two of the eight have nothing to do
+    blocks = length_sorted_blocks([len(ids) for ids in encode_prompts(tokenizer, rows["prompt"])], 2)
+    order = [row for block in blocks for row in block]
+    assert sorted(order) == list(range(11))
+    apart = [p for block in blocks for p in predict(changed, tokenizer, rows, block, Decoding(6), 2, sft)]
+    assert apart == predict(changed, tokenizer, rows, order, Decoding(6), 2, sft)
 
 
 def test_predictions_file(answer, sft, examples, tmp_path):

@@ -6,16 +6,16 @@ import pytest
 from evaluation_toys import BAD, BLEU, GOOD, MIXED, TER, TEST, make_report
 from rich.console import Console
 
-from pipeline.evaluation.assemble import all_samples
+from pipeline.evaluation.assemble import Details, all_examples
 from pipeline.evaluation.curves import Curve, Panel
-from pipeline.evaluation.inspection import Attention, Credit, Inspection, Passage, Token
-from pipeline.evaluation.pages.render import Details, print_report, to_markdown, write_report
+from pipeline.evaluation.inspection import Attention, Inspection, Passage, Token
+from pipeline.evaluation.pages.render import print_report, to_markdown, write_report
 
 AWKWARD = 'a | b\nc <script>alert("x")</script> \\ d\r\n\n| --- | </style></svg> $x_1$'
 
 
 def make_details(outputs, **changes) -> Details:
-    samples = all_samples(TEST, outputs, "bleu")
+    examples = all_examples(TEST, outputs, "bleu")
     token = Token(AWKWARD, -1.0, -0.5)
     inspection = Inspection(
         0,
@@ -23,10 +23,9 @@ def make_details(outputs, **changes) -> Details:
         AWKWARD,
         [Passage("reference", [token])],
         Attention([AWKWARD, "b"], ["c"], [[0.25, 0.5]]),
-        Credit([AWKWARD, "b"], [0.1, 0.2], [0.0, -0.1]),
     )
     panels = [Panel("ppo", "reward", [Curve("objective/scores", [1.0, 2.0], [0.1, 0.2])])]
-    return Details(**{"samples": samples, "panels": panels, "inspections": [inspection], **changes})
+    return Details(**{"examples": examples, "panels": panels, "inspections": [inspection], **changes})
 
 
 def test_markdown_escapes_what_models_write():
@@ -84,7 +83,6 @@ def test_html_escapes_what_models_write_and_asks_for_nothing(tmp_path):
     for word in ("src=", "@import", "url(http", 'href="http', "<link", "<iframe"):
         assert word not in found.replace('xmlns:xlink="http', "")
     assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == [
-        "credit-0.svg",
         "curves-ppo.svg",
         "gains.svg",
         "scores.svg",

@@ -6,8 +6,8 @@ import math
 import pytest
 from evaluation_toys import BAD, BLEU, GOOD, MIXED, REFERENCES, TER, TEST, make_report, prediction
 
-from pipeline.evaluation.assemble import all_samples
-from pipeline.evaluation.pages.render import Details, write_report
+from pipeline.evaluation.assemble import Details, all_examples
+from pipeline.evaluation.pages.render import write_report
 from pipeline.evaluation.report import Outputs, Resampling, TestSet, compared_pairs, score_system
 from pipeline.evaluation.significance import paired_bootstrap, paired_effect, paired_randomisation
 
@@ -32,7 +32,7 @@ def test_figures_of_a_system():
 
 def test_report_json_keeps_its_contract(tmp_path):
     report, outputs = make_report({"base": BAD, "sft": MIXED, "ppo": GOOD}, metrics=(BLEU, TER), seed=3)
-    write_report(report, Details(all_samples(TEST, outputs, "bleu")), tmp_path / "new" / "eval")
+    write_report(report, Details(all_examples(TEST, outputs, "bleu")), tmp_path / "new" / "eval")
     text = (tmp_path / "new" / "eval" / "report.json").read_text(encoding="utf-8")
     found = json.loads(text, parse_constant=pytest.fail)
     assert {"systems", "comparisons", "settings"} <= found.keys()

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from pipeline.evaluation.reward_quality import (
-    JudgedPair,
-    JudgedText,
+    ScoredPair,
+    ScoredText,
     consensus,
     correlations,
-    judge_reward,
+    evaluate_reward_model,
     reliability_table,
     share,
     trivial_rules,
@@ -20,8 +20,8 @@ from pipeline.metrics import load_metric
 P = math.log(3)  # a difference of scores that predicts 75 %
 
 
-def pair(chosen: float, rejected: float, lengths=(3, 5), **others) -> JudgedPair:
-    return JudgedPair(chosen, rejected, *lengths, others)
+def pair(chosen: float, rejected: float, lengths=(3, 5), **others) -> ScoredPair:
+    return ScoredPair(chosen, rejected, *lengths, others)
 
 
 def test_a_share_has_wilsons_interval():
@@ -52,7 +52,7 @@ def test_reliability_compares_the_prediction_with_what_happened():
 def test_correlations_overall_and_within_prompts():
     # Across prompts the score follows the metric; within each it runs against it.
     values = [(0, 0.0, 1.0), (0, 1.0, 0.0), (1, 10.0, 11.0), (1, 11.0, 10.0)]
-    texts = [JudgedText(prompt, score, 4, {"bleu": metric}) for prompt, score, metric in values]
+    texts = [ScoredText(prompt, score, 4, {"bleu": metric}) for prompt, score, metric in values]
     bleu, length = correlations(texts)
     a, b = np.array([v[1] for v in values]), np.array([v[2] for v in values])
     assert bleu.pearson == pytest.approx(np.corrcoef(a, b)[0, 1]) and bleu.pearson > 0.9
@@ -72,8 +72,8 @@ def test_consensus_scores_a_text_by_the_others_of_its_prompt():
 
 
 def report(pairs, texts=(), **keys):
-    texts = texts or [JudgedText(0, 0.0, 1, {}), JudgedText(0, 1.0, 2, {})]
-    return judge_reward(pairs, [], texts, (0.0, 1.0), keys.get("min_accuracy", 0.55), {}, {})
+    texts = texts or [ScoredText(0, 0.0, 1, {}), ScoredText(0, 1.0, 2, {})]
+    return evaluate_reward_model(pairs, [], texts, (0.0, 1.0), keys.get("min_accuracy", 0.55), {}, {})
 
 
 def test_the_verdict_names_the_best_rule_and_a_refusal():
@@ -88,7 +88,7 @@ def test_the_verdict_names_the_best_rule_and_a_refusal():
 
 
 def test_warnings_of_length_and_of_a_metric_that_it_runs_against():
-    texts = [JudgedText(n % 3, float(n), 10 - n, {"bleu": -float(n)}) for n in range(9)]
+    texts = [ScoredText(n % 3, float(n), 10 - n, {"bleu": -float(n)}) for n in range(9)]
     warnings = " ".join(report([pair(1, 0)] * 150, texts).warnings)
     assert "length bias: it prefers shorter completions of a prompt (r = -1.00)" in warnings
     assert "within a prompt its scores run against bleu (r = -1.00)" in warnings

@@ -5,8 +5,8 @@ import json
 import pytest
 from evaluation_toys import BAD, GOOD, MIXED, TEST, make_report
 
-from pipeline.evaluation.assemble import all_samples
-from pipeline.evaluation.pages.render import Details, write_report
+from pipeline.evaluation.assemble import Details, all_examples
+from pipeline.evaluation.pages.render import write_report
 from pipeline.evaluation.pages.runs_pages import compare_command, comparison_tables
 from pipeline.evaluation.runs import SeedSummary, compare_runs, load_run, seeds_verdict
 
@@ -21,7 +21,7 @@ def evaluated(tmp_path):
         report, outputs = make_report({"sft": MIXED, "ppo": ppo}, seed=seed)
         report.settings.update(metrics=METRICS, language=None)
         directory = tmp_path / name / "eval"
-        write_report(report, Details(all_samples(TEST, outputs, "bleu")), directory)
+        write_report(report, Details(all_examples(TEST, outputs, "bleu")), directory)
         (directory / "predictions").mkdir()
         for system, found in outputs.items():
             rows = zip(TEST.prompts, TEST.references, found.texts, strict=True)

@@ -4,7 +4,7 @@ import ctypes
 import math
 import re
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import forks
 import pytest
@@ -12,11 +12,13 @@ import torch
 from ppo_toys import colours, read_metrics, training_steps, weights
 from two_processes import run_in_two
 
-from pipeline.eval import say_failures, score_rows
 from pipeline.evaluation.config import EvalConfig
-from pipeline.evaluation.scoring import JudgedAnswers, Judges, judge
+from pipeline.evaluation.decodings import DecodedText
+from pipeline.evaluation.scoring import ScoredSystem, Scoring, compute_text_rewards
 from pipeline.rewards import Handling, Reward, RewardConfig, RewardError, compute_rewards
+from pipeline.rewards.rows import count_failures
 from pipeline.runtime import time_limit as limits
+from pipeline.stages.eval_inputs import report_handling
 from pipeline.trainers.ppo.config import PPOConfig
 
 PROMPTS = [f"prompt {n}" for n in range(8)]
@@ -377,36 +379,18 @@ def test_processes_agree_on_failures_of_one_of_them(make_trainer, examples, tmp_
     assert [line["objective/reward_errors"] for line in lines] == [4.0, 0.0]
 
 
-@dataclass(frozen=True)
-class Text:
-    """What the report knows of one completion."""
-
-    index: int
-    completion: str
-    completion_ids: tuple[int, ...] = (5,)
-
-
 @pytest.mark.parametrize("on_error", ["stop", "skip", "zero"])
-def test_the_report_follows_the_policy_and_has_a_score_for_every_text(examples, on_error, capfd, fresh_accelerate):
-    texts = [Text(index, "red one") for index in range(4)]
+def test_the_report_follows_the_policy_and_has_a_score_for_every_text(examples, on_error, fresh_accelerate):
+    texts = [DecodedText(index, "red one", [5]) for index in range(4)]
     rewards = [Reward("colours", sometimes([examples["tag"][2]]))]
-    settings = PPOConfig((RewardConfig("constant"),), on_reward_error=on_error)
+    handling = report_handling(PPOConfig((RewardConfig("constant"),), on_reward_error=on_error))
+    scoring = Scoring((), rewards, handling, EvalConfig(), 0)
     if on_error == "stop":
-        with pytest.raises(RewardError, match="no connection for completion 2"):
-            score_rows(rewards, examples, texts, settings)
+        with pytest.raises(RewardError, match="no connection for completion 0"):
+            compute_text_rewards(texts, examples, scoring, 2)
         return
-    said = score_rows(rewards, examples, texts, settings)
-    assert said.scores == [0.5, 0.5, 0.0, 0.5]
-    judges = Judges((), lambda part: score_rows(rewards, examples, part, settings), ("colours",), EvalConfig(), 0)
-    judged = judge(texts, examples["references"], judges, block=2)
-    assert [j.score for j in judged] == said.scores and [j.failure is None for j in judged] == [
-        True,
-        True,
-        False,
-        True,
-    ]
-    say_failures({"sft": JudgedAnswers(judged)}, settings)
-    assert (
-        "eval: 1 score counted as 0 (ppo.on_reward_error): reward 'colours' raised ValueError"
-        in capfd.readouterr().err
-    )
+    scored = compute_text_rewards(texts, examples, scoring, 2)
+    assert [s.score for s in scored] == [0.5, 0.5, 0.0, 0.5] and [s.text for s in scored] == texts
+    (failure,) = ScoredSystem(scored).failures
+    assert "colours" in failure and "ValueError" in failure
+    assert count_failures([failure], handling.on_error).startswith("1 score counted as 0 (ppo.on_reward_error)")

@@ -13,7 +13,7 @@ from pipeline.rewards.pairs import (
     SWAPPED,
     TRAIN,
     Pair,
-    Text,
+    RankedText,
     check_pairs,
     prompt_pairs,
     read_lines,
@@ -22,8 +22,8 @@ from pipeline.rewards.pairs import (
 )
 from pipeline.rewards.pairs.settings import SampledPairs
 
-SAMPLES = [Text("b", [2], 0.5), Text("a", [1], 0.9), Text("c", [3], 0.2), Text("a", [1], 0.9)]
-REFERENCE = [Text("r", [9], 1.0)]
+SAMPLES = [RankedText("b", [2], 0.5), RankedText("a", [1], 0.9), RankedText("c", [3], 0.2), RankedText("a", [1], 0.9)]
+REFERENCE = [RankedText("r", [9], 1.0)]
 
 
 def pair(prompt="p", chosen="good", rejected="bad", split=TRAIN, margin: float | None = 0.5, ids=(1, 2)) -> Pair:
@@ -50,7 +50,7 @@ def test_references_against_samples_in_the_order_of_sampling():
     one = SampledPairs(origins=("references",))
     assert found(one) == [("r", "b", 0.5)]
     # A sample that is the reference teaches nothing.
-    assert found(one, [Text("r", [9], 1.0), *SAMPLES]) == [("r", "b", 0.5)]
+    assert found(one, [RankedText("r", [9], 1.0), *SAMPLES]) == [("r", "b", 0.5)]
     both = SampledPairs(origins=("sft", "references"), pairs_per_prompt=2)
     assert found(both) == [("a", "c", 0.7), ("a", "b", 0.4), ("r", "b", 0.5), ("r", "a", 0.1)]
 

@@ -10,14 +10,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from pipeline.evaluation.curves import Panel
-from pipeline.evaluation.inspection import Credit
 from pipeline.evaluation.report import EvaluationReport
-from pipeline.evaluation.reward_quality import JudgedPair, Reliability
+from pipeline.evaluation.reward_quality import Reliability, ScoredPair
 
 INK = "#808080"  # stands out from white and from black
 COLOURS = ("#3b82f6", "#f59e0b", "#10b981", "#a855f7", "#ef4444", "#06b6d4")
 WIDTH, HEIGHT = 3.0, 2.0  # of a panel, in inches
-LABEL = 14  # characters of a token
 STYLE = {
     "axes.edgecolor": INK,
     "axes.facecolor": "none",
@@ -103,19 +101,6 @@ def gain_plot(a: str, b: str, metric: str, gains: Sequence[float]) -> str:
         return _svg(figure, "gains")
 
 
-def credit_plot(credit: Credit, name: str) -> str:
-    """The critic's value before each token, and the token's advantage."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(max(3.0, 0.32 * len(credit.tokens) + 0.8), 2.4), layout="constrained")
-        axis = figure.subplots()
-        places = range(len(credit.tokens))
-        axis.bar(places, credit.advantages, color=COLOURS[1], alpha=0.6, label="advantage")
-        axis.plot(places, credit.values, marker=".", color=COLOURS[0], label="value")
-        axis.set_xticks(places, [" ".join(token.split())[:LABEL] for token in credit.tokens], rotation=60, ha="right")
-        axis.legend(fontsize=7)
-        return _svg(figure, name)
-
-
 def reliability_plot(table: Sequence[Reliability]) -> str:
     """A reward model's predicted against observed frequency; on the dashed line both are the same."""
     with matplotlib.rc_context(STYLE):
@@ -126,7 +111,7 @@ def reliability_plot(table: Sequence[Reliability]) -> str:
         return _svg(figure, "reliability")
 
 
-def pair_score_plot(pairs: Sequence[JudgedPair], shift: float, scale: float) -> str:
+def pair_score_plot(pairs: Sequence[ScoredPair], shift: float, scale: float) -> str:
     """How a reward model's scores of chosen and rejected held-out texts are spread."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _grid(1, columns=1)

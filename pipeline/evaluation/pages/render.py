@@ -1,14 +1,12 @@
 """Write the report: report.json for machines, report.md for a pull request, report.html, plots, the terminal."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from markupsafe import Markup
 from rich.console import Console
 
-from pipeline.evaluation.curves import Panel
-from pipeline.evaluation.inspection import Inspection
+from pipeline.evaluation.assemble import Details
 from pipeline.evaluation.pages import plots, tables
 from pipeline.evaluation.pages.page import (
     environment,
@@ -20,7 +18,7 @@ from pipeline.evaluation.pages.page import (
     write_json,
     write_page,
 )
-from pipeline.evaluation.report import EvaluationReport
+from pipeline.evaluation.report import EvaluationReport, ReportExample
 
 SECTIONS = (
     ("scores", "Scores"),
@@ -33,31 +31,6 @@ SECTIONS = (
     ("samples", "Samples"),
     ("settings", "Settings"),
 )
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One test example: its number, prompt, first reference, every system's text, and PPO's gain on SFT."""
-
-    index: int
-    prompt: str
-    reference: str
-    texts: dict[str, str]
-    gain: float = 0.0
-
-
-@dataclass(frozen=True)
-class Details:
-    """What the report shows beside its figures: every test example, and what was found about a few and in training.
-
-    `num_samples` of the examples go into report.md, `num_listed` into report.html.
-    """
-
-    samples: list[Sample]
-    panels: list[Panel] = field(default_factory=list)
-    inspections: list[Inspection] = field(default_factory=list)
-    num_samples: int = 5
-    num_listed: int = 500
 
 
 def write_report(report: EvaluationReport, details: Details, directory: Path) -> None:
@@ -79,12 +52,8 @@ def draw_plots(report: EvaluationReport, details: Details) -> dict[str, str]:
     if report.best_of:
         found["best-of-n"] = plots.best_of_plot(report)
     if report.gains is not None and report.gains.typical:
-        gains = [sample.gain for sample in details.samples]
+        gains = [sample.gain for sample in details.examples]
         found["gains"] = plots.gain_plot(report.gains.a, report.gains.b, report.gains.metric, gains)
-    for inspection in details.inspections:
-        if inspection.credit is not None:
-            name = f"credit-{inspection.index}"
-            found[name] = plots.credit_plot(inspection.credit, name)
     return found
 
 
@@ -98,13 +67,13 @@ def to_markdown(report: EvaluationReport, details: Details) -> str:
         tables.best_of_table(report),
         *tables.bucket_tables(report),
         tables.cost_table(report),
-        sample_table(report, evenly(details.samples, details.num_samples)),
+        sample_table(report, evenly(details.examples, details.num_samples)),
         tables.settings_table(report),
     ]
     return markdown_page("Evaluation", report, shown)
 
 
-def sample_table(report: EvaluationReport, samples: Sequence[Sample]) -> tables.Table:
+def sample_table(report: EvaluationReport, samples: Sequence[ReportExample]) -> tables.Table:
     """A few examples with every system's text."""
     rows = [[s.prompt, s.reference, *(s.texts[name] for name in report.systems)] for s in samples]
     return tables.Table("Samples", ["prompt", "reference", *report.systems], rows)
@@ -136,10 +105,9 @@ def to_html(report: EvaluationReport, details: Details, drawn: Mapping[str, str]
                 "gains": svg.get("gains"),
                 "curves": {n.removeprefix("curves-"): plot for n, plot in svg.items() if n.startswith("curves-")},
             },
-            credits={i.index: svg[f"credit-{i.index}"] for i in details.inspections if i.credit is not None},
             inspections=details.inspections,
-            samples=details.samples,
-            listed=evenly(details.samples, details.num_listed),
+            samples=details.examples,
+            listed=evenly(details.examples, details.num_listed),
             **page_parts(f"Evaluation of {report.settings.get('name', 'a run')}"),
         )
     )
@@ -160,7 +128,7 @@ def _sections(report: EvaluationReport, details: Details) -> list[tuple[str, str
     return [(anchor, name) for anchor, name in SECTIONS if there.get(anchor, True)]
 
 
-def evenly(items: Sequence[Sample], count: int) -> list[Sample]:
+def evenly(items: Sequence[ReportExample], count: int) -> list[ReportExample]:
     """`count` items at even distances, or all if there are fewer."""
     count = min(count, len(items))
     return [items[len(items) * number // count] for number in range(count)]

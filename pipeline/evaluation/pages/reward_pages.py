@@ -18,21 +18,25 @@ from pipeline.evaluation.pages.page import (
     write_page,
 )
 from pipeline.evaluation.pages.tables import MISSING, Table
-from pipeline.evaluation.reward_quality import JudgedPair, RewardReport
+from pipeline.evaluation.reward_quality import RewardReport, ScoredPair
+from pipeline.models.text import plain_text
+from pipeline.rewards.pairs import Pair
+
+SHOWN_PAIRS = 20
 
 
 def write_reward_report(
-    report: RewardReport, pairs: Sequence[JudgedPair], shown: Sequence[Sequence[str]], stage: Path, title: str
+    report: RewardReport, pairs: Sequence[Pair], scored: Sequence[ScoredPair], stage: Path, title: str
 ) -> None:
-    """The report in `<stage>/report`; `shown` are pairs as rows of prompt, chosen, rejected and the two scores."""
+    """Write the report to `<stage>/report`; `pairs` are held out, `scored` has their raw scores."""
     directory = stage / "report"
     (directory / "plots").mkdir(parents=True, exist_ok=True)
-    tables = reward_tables(report, shown)
+    tables = reward_tables(report, pairs, scored)
     write_json(report, directory / "report.json")
     (directory / "report.md").write_text(markdown_page(title, report, tables), encoding="utf-8")
     drawn = {
         "reliability": plots.reliability_plot(report.reliability),
-        "scores": plots.pair_score_plot(pairs, report.shift, report.scale),
+        "scores": plots.pair_score_plot(scored, report.shift, report.scale),
     }
     panels = [panel for panel in read_panels(stage.parent) if panel.stage == "reward"]
     if panels:
@@ -54,17 +58,25 @@ def print_reward_report(report: RewardReport, console: Console) -> None:
     print_line(report.verdict, console, "bold")
 
 
-def reward_tables(report: RewardReport, shown: Sequence[Sequence[str]]) -> list[Table]:
-    """Everything about the model, accuracy first."""
-    header = ["prompt", "chosen", "rejected", "score of chosen", "score of rejected"]
+def reward_tables(report: RewardReport, pairs: Sequence[Pair], scored: Sequence[ScoredPair]) -> list[Table]:
+    """Make the tables of everything about the model, accuracy first."""
     return [
         accuracy_table(report),
         reliability(report),
         correlation_table(report),
         Table("Pairs", ["", "pairs"], [[key, str(value)] for key, value in _flat(report.pairs)]),
-        Table("Held-out pairs", header, [list(row) for row in shown]),
+        pair_table(report, pairs, scored),
         Table("Settings", ["", ""], [[key, str(value)] for key, value in _flat(report.settings)]),
     ]
+
+
+def pair_table(report: RewardReport, pairs: Sequence[Pair], scored: Sequence[ScoredPair]) -> Table:
+    """Make the table of the first held-out pairs with their calibrated scores."""
+    rows = []
+    for pair, scores in zip(pairs[:SHOWN_PAIRS], scored[:SHOWN_PAIRS], strict=True):
+        calibrated = [(raw - report.shift) / report.scale for raw in (scores.chosen_score, scores.rejected_score)]
+        rows.append([plain_text(pair.prompt), pair.chosen, pair.rejected, *(f"{score:+.2f}" for score in calibrated)])
+    return Table("Held-out pairs", ["prompt", "chosen", "rejected", "score of chosen", "score of rejected"], rows)
 
 
 def accuracy_table(report: RewardReport) -> Table:

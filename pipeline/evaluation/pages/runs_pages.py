@@ -67,7 +67,7 @@ def comparison_tables(runs: Sequence[Run], report: RunsReport) -> list[Table]:
     return [
         seeds_table(report),
         gains_table(report),
-        duels_table(report),
+        pairwise_table(report),
         scores_table(runs),
         differences_table(runs),
         costs_table(runs),
@@ -103,7 +103,7 @@ def gains_table(report: RunsReport) -> Table:
     return Table("PPO - SFT of each run", ["run", *metrics], rows)
 
 
-def duels_table(report: RunsReport) -> Table:
+def pairwise_table(report: RunsReport) -> Table:
     """Every run against the first."""
     rows = [
         [f"{d.b} - {d.a}", d.system, d.metric, f"{d.delta:+.3f}", f"[{d.low:+.3f}, {d.high:+.3f}]", f"{d.p_value:.3f}"]

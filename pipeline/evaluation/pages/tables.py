@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from pipeline.evaluation.decodings import BestOfN
 from pipeline.evaluation.gains import Bucket
 from pipeline.evaluation.report import EvaluationReport, System
-from pipeline.evaluation.sampling import BestOfN
 
 MISSING = "-"
 

@@ -43,7 +43,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Text:
+class RankedText:
     """One text with the token ids it is scored by, and its value by the ranking metric."""
 
     text: str
@@ -60,7 +60,7 @@ class PairCounts:
     dropped: dict[str, int]
 
     def sentences(self) -> list[str]:
-        """What was kept and what was dropped, a line each."""
+        """Say what was kept and what was dropped, in lines."""
         kept = f"pairs: {self.kept.get(TRAIN, 0)} for training and {self.kept.get(HELD_OUT, 0)} held out"
         return [f"{kept}, of {self.found}", *(f"dropped {count}: {why}" for why, count in self.dropped.items())]
 
@@ -70,12 +70,12 @@ def prompt_pairs(
     prompt: str | list,
     split: str,
     row: int,
-    samples: Sequence[Text],
-    references: Sequence[Text],
+    samples: Sequence[RankedText],
+    references: Sequence[RankedText],
 ) -> list[Pair]:
-    """The pairs of one prompt, before anything is checked; equal samples count once."""
+    """Make the pairs of one prompt, unchecked; equal samples count once."""
 
-    def pair(better: Text, worse: Text, origin: str) -> Pair:
+    def pair(better: RankedText, worse: RankedText, origin: str) -> Pair:
         margin = max(0.0, better.value - worse.value)
         return Pair(split, row, prompt, better.text, worse.text, better.ids, worse.ids, margin, origin)
 
@@ -83,11 +83,11 @@ def prompt_pairs(
     pairs: list[Pair] = []
     if "sft" in settings.origins:
         ranked = sorted(distinct, key=lambda sample: -sample.value)  # stable: ties stay in the order of sampling
-        found = [pair(better, worse, "sft") for better, worse in combinations(ranked, 2)]
-        pairs += sorted(found, key=lambda p: -p.margin)[: settings.pairs_per_prompt]
+        candidates = [pair(better, worse, "sft") for better, worse in combinations(ranked, 2)]
+        pairs += sorted(candidates, key=lambda p: -p.margin)[: settings.pairs_per_prompt]
     if "references" in settings.origins:
-        known = {reference.text for reference in references}
-        others = [sample for sample in distinct if sample.text not in known]
+        reference_texts = {reference.text for reference in references}
+        others = [sample for sample in distinct if sample.text not in reference_texts]
         pairs += [pair(references[0], sample, "references") for sample in others[: settings.pairs_per_prompt]]
     return pairs
 
@@ -95,14 +95,14 @@ def prompt_pairs(
 def check_pairs(
     pairs: Sequence[Pair], fits: Callable[[Pair], bool], min_margin: float
 ) -> tuple[list[Pair], PairCounts]:
-    """The pairs that can be learnt from, and why the others cannot.
+    """Keep the pairs that can be learnt from, and count why the others cannot.
 
-    `fits` says whether the model can read a pair's texts. Two orders of one pair contradict each other, so both go.
+    `fits` tells whether the model's context holds a pair. Two orders of one pair contradict each other: both go.
 
     Raises:
         ValueError: nothing is left to train on, or to hold out.
     """
-    known = {_key(pair.prompt) for pair in pairs if pair.split == HELD_OUT}
+    held_out = {_key(pair.prompt) for pair in pairs if pair.split == HELD_OUT}
     orders = {(_key(pair.prompt), pair.chosen, pair.rejected) for pair in pairs}
     seen: set[tuple[str, str, str]] = set()
     dropped: Counter[str] = Counter()
@@ -115,7 +115,7 @@ def check_pairs(
             NARROW: pair.margin is not None and pair.margin < min_margin,
             LONG: not fits(pair),
             SWAPPED: (key[0], pair.rejected, pair.chosen) in orders,
-            KNOWN: pair.split == TRAIN and key[0] in known,
+            KNOWN: pair.split == TRAIN and key[0] in held_out,
             REPEATED: key in seen,
         }
         why = next((reason for reason, holds in reasons.items() if holds), None)
@@ -137,17 +137,17 @@ def _key(prompt: str | list) -> str:
 
 
 def write_lines(items: Iterable[object], file: Path) -> None:
-    """Dataclasses as JSON lines."""
+    """Write dataclasses as JSON lines."""
     file.write_text("".join(json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in items), encoding="utf-8")
 
 
 def read_lines(kind: type[T], file: Path) -> list[T]:
-    """The dataclasses of a file that `write_lines` wrote."""
+    """Read the dataclasses of a file that `write_lines` wrote."""
     return [kind(**json.loads(line)) for line in file.read_text(encoding="utf-8").split("\n") if line]
 
 
 def scaled_margins(pairs: Sequence[Pair], weight: float) -> list[Pair]:
-    """Margins divided by their mean over the training pairs and multiplied by `weight`; None where any has none.
+    """Scale margins so that their mean over the training pairs is `weight`; None for all if any pair has none.
 
     A metric's margins are below 1 and human ones may be 20: the loss asks for a difference of scores of `weight` on
     average.

@@ -1,27 +1,29 @@
-"""Pairs from the SFT model's own samples: seeded by block of prompts, the same for any number of processes."""
+"""Collect pairs: from samples of the SFT model, drawn and ranked by every process, or from preference data."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.metrics import Metric
 from pipeline.models.generation import Decoding, generate
+from pipeline.models.loading import position_limit
 from pipeline.models.prompt_lengths import check_prompt_lengths
-from pipeline.models.text import decode, encode_completions, encode_prompts
-from pipeline.rewards.pairs import Pair, Text, prompt_pairs
+from pipeline.models.text import decode, encode_completions, encode_prompts, plain_text
+from pipeline.rewards.pairs import Pair, RankedText, prompt_pairs
 from pipeline.rewards.pairs.settings import SampledPairs
-from pipeline.runtime.distributed import Parts
+from pipeline.runtime.distributed import gather_rows
 from pipeline.runtime.seeds import derive_seed
 
-BLOCK = 256  # prompts that are answered under one seed
+BLOCK = 256  # prompts whose samples are drawn under one seed
+DECODER_PREFIX = 2  # tokens a decoder starts from: start token and language code
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One distinct answer to the prompt in `row` of a split, its token ids, and the ranking metric's value of it."""
+class RankedSample:
+    """One distinct sample for the prompt in `row` of a split, its token ids, and its value by the ranking metric."""
 
     split: str
     row: int
@@ -38,56 +40,55 @@ def sample_pairs(
     settings: SampledPairs,
     metric: Metric,
     seed: int,
-    parts: Parts,
-) -> tuple[list[Pair], list[Sample]]:
-    """Pairs and samples of every prompt of `rows`, on the main process; every process answers and ranks its blocks."""
-    blocks = []
-    for start in parts.own(range(0, len(rows), BLOCK)):
-        block = rows.select(range(start, min(len(rows), start + BLOCK)))
+) -> tuple[list[Pair], list[RankedSample]]:
+    """Sample completions of every prompt of `rows` and pair them; all pairs and samples, on every process.
+
+    Every process draws and ranks the samples of its blocks of prompts. Each block has a seed of its own, so the
+    samples are the same for any number of processes.
+    """
+
+    def collect(block: Sequence[int]) -> list[tuple[list[Pair], list[RankedSample]]]:
         with torch.random.fork_rng():
-            torch.manual_seed(derive_seed(seed, f"sampled pairs of {split}", start))
-            pairs, samples = _block_pairs(model, tokenizer, block, start, split, settings, metric)
-        blocks.append((start, {"pairs": [asdict(p) for p in pairs], "samples": [asdict(s) for s in samples]}))
-    parts.write(split, blocks)
-    parts.wait()
-    found = parts.read(split) if parts.is_read_here else []
-    return [Pair(**p) for block in found for p in block["pairs"]], [
-        Sample(**s) for block in found for s in block["samples"]
-    ]
+            torch.manual_seed(derive_seed(seed, f"sampled pairs of {split}", block[0]))
+            drawn = _draw_samples(model, tokenizer, rows.select(block), settings, metric)
+        return _pair_samples(tokenizer, rows, block, drawn, split, settings, metric)
+
+    blocks = [range(start, min(start + BLOCK, len(rows))) for start in range(0, len(rows), BLOCK)]
+    by_prompt = gather_rows(blocks, collect)
+    return [pair for pairs, _ in by_prompt for pair in pairs], [s for _, samples in by_prompt for s in samples]
 
 
-def _block_pairs(
-    model: PreTrainedModel,
+def _pair_samples(
     tokenizer: PreTrainedTokenizerBase,
-    block: Dataset,
-    start: int,
+    rows: Dataset,
+    block: Sequence[int],
+    drawn: Sequence[Sequence[RankedText]],
     split: str,
     settings: SampledPairs,
     metric: Metric,
-) -> tuple[list[Pair], list[Sample]]:
-    answers = _answers(model, tokenizer, block, settings, metric)
-    references = [texts[0] for texts in block["references"]]
-    ideal = metric.sample_scores(references, list(block["references"]))
-    ids = encode_completions(tokenizer, block["prompt"], references)
-    pairs: list[Pair] = []
-    samples: list[Sample] = []
-    for number, prompt in enumerate(block["prompt"]):
-        known = [Text(references[number], ids[number], ideal[number])]
-        row = start + number
-        pairs += prompt_pairs(settings, prompt, split, row, answers[number], known)
-        distinct = {answer.text: answer for answer in answers[number]}.values()
-        samples += [Sample(split, row, answer.text, answer.ids, answer.value) for answer in distinct]
-    return pairs, samples
+) -> list[tuple[list[Pair], list[RankedSample]]]:
+    """Pair the `drawn` samples of each prompt of `rows[block]` with each other and with its first reference."""
+    chosen = rows.select(block)
+    references = [texts[0] for texts in chosen["references"]]
+    values = metric.sample_scores(references, list(chosen["references"]))
+    ids = encode_completions(tokenizer, chosen["prompt"], references)
+    by_prompt = []
+    for number, (row, prompt) in enumerate(zip(block, chosen["prompt"], strict=True)):
+        reference = RankedText(references[number], ids[number], values[number])
+        pairs = prompt_pairs(settings, prompt, split, row, drawn[number], [reference])
+        distinct = {sample.text: sample for sample in drawn[number]}.values()
+        by_prompt.append((pairs, [RankedSample(split, row, s.text, s.ids, s.value) for s in distinct]))
+    return by_prompt
 
 
-def _answers(
+def _draw_samples(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    block: Dataset,
+    rows: Dataset,
     settings: SampledPairs,
     metric: Metric,
-) -> list[list[Text]]:
-    """`settings.samples` answers to each prompt."""
+) -> list[list[RankedText]]:
+    """Draw `settings.samples` completions of each prompt and compute their values by the ranking metric."""
     decoding = Decoding(
         settings.max_new_tokens,
         settings.temperature,
@@ -95,21 +96,20 @@ def _answers(
         min_new_tokens=settings.min_new_tokens,
         stop_strings=settings.stop_strings,
     )
-    prompts = encode_prompts(tokenizer, block["prompt"], model.config.is_encoder_decoder)
+    prompts = encode_prompts(tokenizer, rows["prompt"], model.config.is_encoder_decoder)
     check_prompt_lengths(
         prompts, settings.max_new_tokens, model.config, "reward.pairs.max_new_tokens", "a block of rows"
     )
-    copies = [ids for ids in prompts for _ in range(settings.samples)]
-    written = generate(model, tokenizer, copies, decoding, settings.batch_size)
-    texts = decode(tokenizer, written)
-    references = [reference for reference in block["references"] for _ in range(settings.samples)]
-    values = metric.sample_scores(texts, references)
-    every = [Text(*parts) for parts in zip(texts, written, values, strict=True)]
-    return [every[start : start + settings.samples] for start in range(0, len(every), settings.samples)]
+    count = settings.samples
+    ids = generate(model, tokenizer, [p for p in prompts for _ in range(count)], decoding, settings.batch_size)
+    texts = decode(tokenizer, ids)
+    values = metric.sample_scores(texts, [references for references in rows["references"] for _ in range(count)])
+    samples = [RankedText(*sample) for sample in zip(texts, ids, values, strict=True)]
+    return [samples[start : start + count] for start in range(0, len(samples), count)]
 
 
 def data_pairs(tokenizer: PreTrainedTokenizerBase, split: str, preferences: Sequence) -> list[Pair]:
-    """Preference data as pairs, tokenised as the policy's completions are."""
+    """Make pairs of preference data, tokenised as the policy's completions are."""
     prompts = [preference.prompt for preference in preferences]
     sides = [
         encode_completions(tokenizer, prompts, [getattr(preference, side) for preference in preferences])
@@ -121,3 +121,21 @@ def data_pairs(tokenizer: PreTrainedTokenizerBase, split: str, preferences: Sequ
         Pair(split, row, p.prompt, p.chosen, p.rejected, chosen, rejected, p.margin, "data")
         for row, p, chosen, rejected in zip(rows, preferences, *sides, strict=True)
     ]
+
+
+def context_check(
+    config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]
+) -> Callable[[Pair], bool]:
+    """Return a function that tells whether the model's context holds the prompt and the longer text of a pair."""
+    limit = position_limit(config)
+    prompts = {plain_text(pair.prompt): pair.prompt for pair in pairs}
+    encoded = encode_prompts(tokenizer, list(prompts.values()), config.is_encoder_decoder)
+    lengths = dict(zip(prompts, map(len, encoded), strict=True))
+
+    def fits(pair: Pair) -> bool:
+        prompt, text = lengths[plain_text(pair.prompt)], max(len(pair.chosen_ids), len(pair.rejected_ids))
+        # Encoder and decoder have positions of their own.
+        needed = max(prompt, text + DECODER_PREFIX) if config.is_encoder_decoder else prompt + text
+        return limit is None or needed <= limit
+
+    return fits

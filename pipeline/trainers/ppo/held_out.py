@@ -1,19 +1,18 @@
-"""PPO's held-out figures: greedy answers that every process writes and scores for its share of the prompts."""
+"""PPO's held-out figures: every process completes and scores its share of the prompts, greedily."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from statistics import fmean
 
 import torch
 
 from pipeline.models.sequences import length_sorted_chunks
-from pipeline.runtime.distributed import on_main, part_files
+from pipeline.runtime.distributed import gather_rows, on_main
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A greedy completion of one held-out prompt: its row, text, score, rewards by name, tokens, and if it ended."""
+class HeldOutCompletion:
+    """A greedy completion of the held-out prompt in `row`; `length` is in tokens, `rewards` are by name."""
 
     row: int
     text: str
@@ -26,34 +25,31 @@ class Answer:
 def held_out_figures(
     lengths: Sequence[int],
     batch_size: int,
-    answer: Callable[[list[int]], list[Answer]],
+    complete: Callable[[list[int]], list[HeldOutCompletion]],
     metrics: Callable[[list[str]], dict[str, float]] | None,
-    directory: Path,
 ) -> dict[str, float]:
-    """The figures of the prompts with these lengths, on every process; `metrics` of all texts, in order, by name.
+    """Compute the figures of held-out prompts with these lengths, on every process.
 
-    `answer` gets rows that are alike in length, the same ones together for any number of processes. What a process
-    wrote reaches the main one in `directory`.
+    `complete` gets rows that are alike in length, the same ones together for any number of processes; `metrics` gets
+    all texts in order of the rows, on the main process.
     """
     blocks = [sorted(block.tolist()) for block in length_sorted_chunks(torch.tensor(lengths), batch_size)]
-    with part_files(directory) as parts:
-        lines = parts.shared_out("answers", blocks, lambda rows: [asdict(found) for found in answer(rows)])
+    completions = gather_rows(blocks, complete)
 
-        def figures() -> dict[str, float]:
-            answers = [Answer(**line) for line in lines]
-            named = metrics([found.text for found in answers]) if metrics else {}
-            return summarise_answers(answers) | {f"eval_{name}": value for name, value in named.items()}
+    def figures() -> dict[str, float]:
+        values = metrics([completion.text for completion in completions]) if metrics else {}
+        return mean_figures(completions) | {f"eval_{name}": value for name, value in values.items()}
 
-        return on_main(figures)
+    return on_main(figures)
 
 
-def summarise_answers(answers: Sequence[Answer]) -> dict[str, float]:
-    """Means over the held-out prompts; a reward counts where it applies, and a score where there is one."""
-    scores = [answer.score for answer in answers if answer.score == answer.score]
+def mean_figures(completions: Sequence[HeldOutCompletion]) -> dict[str, float]:
+    """Average over the held-out completions; a reward is averaged where it applies, a score where there is one."""
+    scores = [completion.score for completion in completions if completion.score == completion.score]
     values = {"eval_reward": fmean(scores) if scores else float("nan")}
-    for name in answers[0].rewards:
-        present = [answer.rewards[name] for answer in answers if answer.rewards[name] == answer.rewards[name]]
-        values[f"eval_reward/{name}"] = fmean(present) if present else float("nan")
-    values["eval_length"] = fmean(answer.length for answer in answers)
-    values["eval_finished"] = fmean(answer.finished for answer in answers)
+    for name in completions[0].rewards:
+        applicable = [c.rewards[name] for c in completions if c.rewards[name] == c.rewards[name]]
+        values[f"eval_reward/{name}"] = fmean(applicable) if applicable else float("nan")
+    values["eval_length"] = fmean(completion.length for completion in completions)
+    values["eval_finished"] = fmean(completion.finished for completion in completions)
     return values

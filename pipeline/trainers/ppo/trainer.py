@@ -39,7 +39,7 @@ from pipeline.trainers.ppo.checkpoint import (
 )
 from pipeline.trainers.ppo.checks import check_kl, check_model_and_data, check_start, first_rows
 from pipeline.trainers.ppo.config import PPOConfig
-from pipeline.trainers.ppo.held_out import Answer, held_out_figures
+from pipeline.trainers.ppo.held_out import HeldOutCompletion, held_out_figures
 from pipeline.trainers.ppo.learner import Learner
 from pipeline.trainers.ppo.objective import adapted_kl_coef
 from pipeline.trainers.ppo.rollout import (
@@ -356,17 +356,17 @@ class PPOTrainer:
         compute, lengths = self.compute_metrics, [len(ids) for ids in self._eval_prompt_ids]
         metrics = None if compute is None else lambda texts: compute(texts, self.eval_dataset)
         size = self.args.local_rollout_forward_batch_size
-        return held_out_figures(lengths, size, self._held_out_answers, metrics, self.output_dir / "parts")
+        return held_out_figures(lengths, size, self._held_out_completions, metrics)
 
-    def _held_out_answers(self, rows: list[int]) -> list[Answer]:
+    def _held_out_completions(self, rows: list[int]) -> list[HeldOutCompletion]:
         with self.accelerator.autocast():
             completions = self._generate([self._eval_prompt_ids[r] for r in rows], greedy(self.args))
         texts = decode(self.tokenizer, completions)
         said = self.score(self.eval_dataset.select(rows), texts, completions)
         ended = finished(self.shared.language_model, self.tokenizer, completions, greedy(self.args))
         parts = [{name: float(values[i]) for name, values in said.parts.items()} for i in range(len(rows))]
-        answers = zip(rows, texts, said.total.tolist(), parts, map(len, completions), ended, strict=True)
-        return [Answer(*answer) for answer in answers]
+        figures = zip(rows, texts, said.total.tolist(), parts, map(len, completions), ended, strict=True)
+        return [HeldOutCompletion(*values) for values in figures]
 
     def _log_and_compare(self, values: dict[str, float]) -> None:
         name = self.args.metric_for_best_model

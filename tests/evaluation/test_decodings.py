@@ -1,11 +1,14 @@
 """Best of n by hand and by counting, and samples that do not depend on the processes."""
 
+import os
 from itertools import combinations
 from statistics import fmean
 
 import pytest
+from accelerate import PartialState
+from two_processes import run_in_two
 
-from pipeline.evaluation.sampling import decode_rows, draw_samples, expected_best
+from pipeline.evaluation.decodings import draw_samples, expected_best
 from pipeline.models.generation import Decoding
 
 
@@ -22,20 +25,19 @@ def test_expected_best_is_the_mean_over_all_draws():
         assert curve[k - 1] == pytest.approx(fmean(map(max, combinations(scores, k))))
 
 
-def test_samples_are_the_same_for_any_number_of_processes(taught, tokenizer, examples):
+def test_samples_are_the_same_for_any_number_of_processes(taught, tokenizer, examples, tmp_path, fresh_accelerate):
     model, rows, decoding = taught().eval(), examples.select(range(7)), Decoding(5, temperature=1.0)
 
-    def draw(world: int, seed: int = 0) -> list:
-        found = [
-            t for rank in range(world) for t in draw_samples(model, tokenizer, rows, 3, decoding, 6, seed, rank, world)
-        ]
-        return sorted(found, key=lambda text: text.index)
+    def draw(seed: int = 0) -> list:
+        return draw_samples(model, tokenizer, rows, 3, decoding, 6, seed)
 
-    assert [text.index for text in draw(1)] == [i for i in range(7) for _ in range(3)]
-    assert draw(1) == draw(2) == draw(5)
-    assert draw(1) != draw(1, seed=1)
-    assert len({text.completion for text in draw(1)}) > 3
+    def body() -> None:
+        PartialState(cpu=True)
+        (tmp_path / os.environ["RANK"]).write_text(repr(draw()))
 
-
-def test_no_rows_give_no_texts(taught, tokenizer, examples):
-    assert decode_rows(taught().eval(), tokenizer, examples, [], Decoding(5), 4) == []
+    run_in_two(body, tmp_path)
+    one = draw()
+    assert [text.index for text in one] == [i for i in range(7) for _ in range(3)]
+    assert (tmp_path / "0").read_text() == (tmp_path / "1").read_text() == repr(one)
+    assert one == draw() != draw(seed=1)
+    assert len({text.completion for text in one}) > 3

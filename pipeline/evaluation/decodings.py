@@ -1,4 +1,4 @@
-"""What other decodings would have bought: beams of other widths, and the best of n samples."""
+"""Other decodings than the report's own: other numbers of beams, and the best of n samples."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,11 +10,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.models.generation import Decoding, generate
 from pipeline.models.text import decode, encode_prompts
+from pipeline.runtime.distributed import gather_rows
 from pipeline.runtime.seeds import derive_seed
 
 
 @dataclass(frozen=True)
-class Text:
+class DecodedText:
     """A completion of test row `index`, without its figures."""
 
     index: int
@@ -48,7 +49,7 @@ class BestOfN:
 
 
 def expected_best(scores: Sequence[Sequence[float]]) -> list[float]:
-    """The expected best of k of the n scores of a prompt, for k = 1 ... n, averaged over the prompts; `scores` [N, n].
+    """Estimate the best of k of the n scores of a prompt, for k = 1 ... n, averaged over the prompts; `scores` [N, n].
 
     Drawn without replacement, the i-th smallest of n is the largest of k with probability C(i - 1, k - 1) / C(n, k):
     an unbiased estimate from every sample, as pass@k is (Chen et al. 2021, arXiv:2107.03374).
@@ -69,13 +70,11 @@ def decode_rows(
     indices: Sequence[int],
     decoding: Decoding,
     batch_size: int,
-) -> list[Text]:
-    """Completions of `rows[indices]` under another decoding than the report's."""
-    if not indices:
-        return []
+) -> list[DecodedText]:
+    """Complete the prompts of `rows[indices]`; an index may stand there several times."""
     prompts = encode_prompts(tokenizer, rows.select(indices)["prompt"], model.config.is_encoder_decoder)
     ids = generate(model, tokenizer, prompts, decoding, batch_size)
-    return [Text(*text) for text in zip(indices, decode(tokenizer, ids), ids, strict=True)]
+    return [DecodedText(*text) for text in zip(indices, decode(tokenizer, ids), ids, strict=True)]
 
 
 def draw_samples(
@@ -86,18 +85,21 @@ def draw_samples(
     decoding: Decoding,
     batch_size: int,
     seed: int,
-    rank: int = 0,
-    world: int = 1,
-) -> list[Text]:
-    """`copies` samples of each row, in order, of every `world`-th group of rows.
+) -> list[DecodedText]:
+    """Draw `copies` samples for each row, every process those of its groups of rows; all samples in order of the rows.
 
     Each group has a seed of its own, so the samples are the same for any number of processes.
     """
-    size, found = max(1, batch_size // copies), []
-    starts = range(0, len(rows), size)
-    for number in range(rank, len(starts), world):
-        indices = [i for i in range(starts[number], min(starts[number] + size, len(rows))) for _ in range(copies)]
+    samples, size = range(len(rows) * copies), sample_block_size(batch_size, copies)
+
+    def draw(block: Sequence[int]) -> list[DecodedText]:
         with torch.random.fork_rng():
-            torch.manual_seed(derive_seed(seed, "evaluation samples", number))
-            found += decode_rows(model, tokenizer, rows, indices, decoding, batch_size)
-    return found
+            torch.manual_seed(derive_seed(seed, "evaluation samples", block[0] // size))
+            return decode_rows(model, tokenizer, rows, [number // copies for number in block], decoding, batch_size)
+
+    return gather_rows([samples[start : start + size] for start in range(0, len(samples), size)], draw)
+
+
+def sample_block_size(batch_size: int, copies: int) -> int:
+    """Count the samples that are drawn under one seed: all of a prompt, of as many prompts as fit into a batch."""
+    return max(1, batch_size // copies) * copies

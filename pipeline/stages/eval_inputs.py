@@ -1,0 +1,88 @@
+"""What the eval stage makes of a recipe: the systems, how their texts are scored, and the settings it reports."""
+
+from accelerate import PartialState
+
+from pipeline.evaluation.assemble import decoding_name
+from pipeline.evaluation.config import CONTROL
+from pipeline.evaluation.scoring import Scoring
+from pipeline.evaluation.systems import Source
+from pipeline.metrics import load_metric
+from pipeline.models.loading import load_model, load_tokenizer, plain_model_directory
+from pipeline.models.reward_model import RewardNetwork, check_base
+from pipeline.recipe import Recipe
+from pipeline.rewards import Handling, RewardFunction, build_rewards
+from pipeline.rewards.learned import AdapterReward
+from pipeline.stages.control import control_run
+from pipeline.stages.directory import RunDirectory, versions
+from pipeline.stages.inputs import base_model_path, learned_reward, sft_model_path
+from pipeline.tasks import Task
+from pipeline.trainers.ppo.config import PPOConfig
+
+
+def sft_source(recipe: Recipe, run: RunDirectory) -> Source:
+    """Return where the SFT model is, which all systems are compared with."""
+    return Source("sft", sft_model_path(recipe, run), recipe.model)
+
+
+def system_sources(recipe: Recipe, run: RunDirectory, task: Task) -> list[Source]:
+    """Return where each system is, in the report's order; a control run stands last."""
+    sft, config = sft_source(recipe, run), recipe.model
+    stages = {"sft": sft, "ppo": Source("ppo", run.ppo, config, sft.path)}
+    sources = []
+    for system in recipe.eval.systems:
+        if system == "base":
+            sources.append(Source("base", base_model_path(recipe, run, task), config))
+        else:
+            sources.append(stages[system] if isinstance(system, str) else Source(system.name, system.path, config))
+    control = control_run(recipe)
+    return sources if control is None else [*sources, Source(CONTROL, control / "ppo", config, sft.path)]
+
+
+def report_scoring(recipe: Recipe, run: RunDirectory, task: Task) -> Scoring:
+    """Load the metrics and the rewards, a learned one included."""
+    rewards, handling = [], Handling()
+    if recipe.ppo is not None:
+        rewards = build_rewards(recipe.ppo.rewards, task.language, _attached_reward(recipe, run, task))
+        handling = report_handling(recipe.ppo)
+    metrics = [load_metric(metric.name, task.language, **metric.options) for metric in recipe.eval.metrics]
+    return Scoring(metrics, rewards, handling, recipe.eval, recipe.seed)
+
+
+def report_handling(ppo: PPOConfig) -> Handling:
+    """Return what a failing reward costs in the report, where every text has a score: 0 where PPO would skip it."""
+    return Handling("stop" if ppo.on_reward_error == "stop" else "zero", ppo.reward_timeout)
+
+
+def _attached_reward(recipe: Recipe, run: RunDirectory, task: Task) -> RewardFunction | None:
+    """Load the learned reward, with a network of its own; None if the recipe has none."""
+    if recipe.ppo.learned_reward is None:
+        return None
+    base = plain_model_directory(sft_model_path(recipe, run), recipe.model, run.eval / "base")
+    tokenizer = load_tokenizer(base, recipe.model)
+    reward = learned_reward(recipe, run, task, tokenizer)
+    if isinstance(reward, AdapterReward):
+        model = load_model(base, recipe.model, frozen=True)
+        check_base(reward.record, model, tokenizer, base)
+        network = RewardNetwork.load(model, reward.directory).to(PartialState().device).eval()
+        reward.attach(network.scores, network.language_model)
+    return reward
+
+
+def report_settings(recipe: Recipe, task: Task) -> dict[str, object]:
+    """Return the settings that the figures depend on."""
+    control = control_run(recipe)
+    return {
+        "name": recipe.name,
+        "seed": recipe.seed,
+        "test_examples": len(task.test),
+        **({"rows_left_out": len(task.left_out)} if task.left_out else {}),
+        "decoding": decoding_name(recipe.eval.num_beams),
+        "max_new_tokens": recipe.eval.max_new_tokens,
+        "n_bootstrap": recipe.eval.n_bootstrap,
+        "confidence": recipe.eval.confidence,
+        "metrics": [{"name": m.name, "options": dict(m.options)} for m in recipe.eval.metrics],
+        "language": task.language,
+        "rewards": [f"{r.name} x {r.weight:g}" for r in recipe.ppo.rewards] if recipe.ppo else [],
+        "control": None if control is None else control.name,
+        "versions": versions(),
+    }
