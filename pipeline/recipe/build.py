@@ -102,7 +102,7 @@ def convert(value: object, annotation: Any, path: KeyPath, document: Document) -
 
 
 def _restate(error: ValidationError, value: object, path: KeyPath, document: Document) -> RecipeError:
-    """Say the problem that lies deepest in the value: a union reports one for each of its members."""
+    """Make the message of the problem that lies deepest in the value: a union has one for each of its members."""
     problems: dict[KeyPath, list[Any]] = {}
     for problem in error.errors(include_url=False):
         problems.setdefault(_key_path(problem, value), []).append(problem)
@@ -119,15 +119,11 @@ def _restate(error: ValidationError, value: object, path: KeyPath, document: Doc
 
 def _key_path(problem: Mapping[str, Any], value: object) -> KeyPath:
     """Return the keys and indices in the location of a problem, which also names members of unions."""
-    path: list[str | int] = []
-    *steps, last = problem["loc"] or (None,)
-    for step in (*steps, last):
+    path: KeyPath = ()
+    for step in problem["loc"]:
         if (isinstance(value, dict) and step in value) or (isinstance(value, list) and isinstance(step, int)):
-            value = value[step]
-            path.append(step)
-        elif step is last and problem["type"] == "missing":
-            path.append(step)
-    return tuple(path)
+            path, value = (*path, step), value[step]
+    return (*path, problem["loc"][-1]) if problem["type"] == "missing" else path
 
 
 def _expected(problem: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What a run of several hours would otherwise fail on late: files, models, names and sizes that do not go together."""
+"""Find before a run starts what would stop it hours later: missing files and models, sizes that cannot work."""
 
 import dataclasses
 import os
@@ -27,19 +27,9 @@ from pipeline.tasks import columns, preferences, task_module
 from pipeline.tasks.counts import count_examples
 from pipeline.trainers import trackers
 
-# Keys of paths, wherever in a recipe.
-PATH_KEYS = (
-    "output_dir",
-    "data_dir",
-    "path",
-    "source",
-    "target",
-    "control",
-    "model_name_or_path",
-    "sft_model_path",
-    "reward_model_path",
-    "model",
-)
+# Keys whose values are paths, wherever in a recipe.
+PATH_KEYS = {"output_dir", "data_dir", "path", "source", "target", "control", "model"}
+PATH_KEYS |= {"model_name_or_path", "sft_model_path", "reward_model_path"}
 
 
 def load_checked_recipe(path: str | Path, overrides: Sequence[str], num_processes: int) -> Recipe:
@@ -56,7 +46,7 @@ def load_checked_recipe(path: str | Path, overrides: Sequence[str], num_processe
 
 
 def check_recipe(recipe: Recipe, num_processes: int = 1) -> None:
-    """Look at everything a run of several hours would otherwise fail on late; no model is loaded.
+    """Check files, models, metrics, rewards and sizes, so that a run does not fail hours later; no model is loaded.
 
     Raises:
         RecipeError: a model, file, metric or reward that is not there, sizes that cannot work, an option without
@@ -77,8 +67,8 @@ def _check_homes(value: object, document: Document, path: KeyPath = ()) -> None:
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             _check_homes(item, document, (*path, key))
         return
-    named = isinstance(value, str) and path[-1] in PATH_KEYS and value.startswith("~")
-    if named and os.path.expanduser(value).startswith("~"):
+    is_path = isinstance(value, str) and path[-1] in PATH_KEYS
+    if is_path and value.startswith("~") and os.path.expanduser(value).startswith("~"):
         raise document.error(path, f"there is no home directory for the ~ of {value!r}; write the path out")
 
 
@@ -105,13 +95,13 @@ def _check_all(recipe: Recipe, num_processes: int, document: Document) -> None:
 
 
 def _check_reward_model(recipe: Recipe, document: Document) -> None:
-    """The learned reward is there or will be made, and is one."""
+    """Check that the learned reward is a reward model that exists, or one that this recipe's reward stage makes."""
     if recipe.reward is not None:
         if isinstance(recipe.reward.pairs, preferences.Config):
             preferences.files(recipe.reward.pairs)
             preferences.check_reachable(recipe.reward.pairs)
         else:
-            _check_ranking(recipe)
+            _check_pairs_metric(recipe)
         if recipe.reward.model is not None:
             check_model_path(recipe.reward.model, "reward.model")
             check_classifier(recipe.reward.model, recipe.model, "reward.model")
@@ -133,17 +123,17 @@ def _check_reward_model(recipe: Recipe, document: Document) -> None:
         check_accuracy(record, recipe.min_accuracy, path)
     else:
         check_options(learned.options, False)
-        _check_place(path)
+        _check_classifier_path(path)
 
 
-def _check_ranking(recipe: Recipe) -> None:
+def _check_pairs_metric(recipe: Recipe) -> None:
     try:
         load_metric(recipe.reward.pairs.metric, recipe.language)
     except ValueError as error:
         raise ValueError(f"reward.pairs.metric: {error}") from error
 
 
-def _check_place(path: str) -> None:
+def _check_classifier_path(path: str) -> None:
     if Path(path).expanduser().is_dir() and not (Path(path).expanduser() / "config.json").is_file():
         raise ValueError(
             f"ppo.reward_model_path: {path!r} holds neither a finished reward model ({RECORD_FILE}) nor a classifier "
@@ -154,6 +144,7 @@ def _check_place(path: str) -> None:
 
 
 def _check_idle_options(recipe: Recipe, document: Document) -> None:
+    """Refuse options that would change nothing."""
     if recipe.model.load_in_4bit and recipe.ppo is not None and not recipe.ppo.use_peft:
         rule = "PPO trains all weights (ppo.use_peft: false), which needs them whole; train an adapter, or remove it"
         raise document.error(("model", "load_in_4bit"), rule)
@@ -185,7 +176,7 @@ def _check_family(recipe: Recipe, document: Document) -> None:
 
 
 def _check_lengths(recipe: Recipe, document: Document) -> None:
-    """What is cut, and what is generated behind a prompt of one token, fits into the model's positions."""
+    """Refuse lengths beyond the model's positions; a generated text follows a prompt of at least one token."""
     scratch = recipe.model.from_scratch
     if scratch is None:
         config = load_config(recipe.model.model_name_or_path, recipe.model)
@@ -207,7 +198,7 @@ def _check_lengths(recipe: Recipe, document: Document) -> None:
 
 
 def _generated_lengths(recipe: Recipe) -> dict[KeyPath, int]:
-    """The most tokens each stage writes behind a prompt."""
+    """Return the most tokens that each stage generates after a prompt."""
     lengths: dict[KeyPath, int] = {}
     if recipe.reward is not None and not isinstance(recipe.reward.pairs, preferences.Config):
         lengths[("reward", "pairs", "max_new_tokens")] = recipe.reward.pairs.max_new_tokens
@@ -217,15 +208,14 @@ def _generated_lengths(recipe: Recipe) -> dict[KeyPath, int]:
 
 
 def _check_batches(recipe: Recipe, num_processes: int, document: Document) -> None:
+    """Refuse batches of no example, and a PPO batch of more prompts than there are."""
     for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if recipe.sft.arguments.get(key, 1) < 1:
             raise document.error(("sft", key), f"must be at least 1, found {recipe.sft.arguments[key]}")
     counts, held_out = count_examples(recipe.task.config), recipe.task.config.ppo_examples
     if counts.sft is not None and counts.sft < 1:
-        total = counts.sft + held_out
-        raise document.error(
-            ("task", "ppo_examples"), f"must be below the {total} training examples, found {held_out}"
-        )
+        rule = f"must be below the {counts.sft + held_out} training examples, found {held_out}"
+        raise document.error(("task", "ppo_examples"), rule)
     if recipe.ppo is None or counts.ppo is None:
         return
     copies = recipe.ppo.num_generations
@@ -242,23 +232,20 @@ def _check_batches(recipe: Recipe, num_processes: int, document: Document) -> No
 
 
 def _check_best_metric(recipe: Recipe, document: Document) -> None:
-    chosen = {"sft": recipe.sft.arguments.get("metric_for_best_model")}
-    if recipe.ppo is not None:
-        chosen["ppo"] = recipe.ppo.metric_for_best_model
-    for section, name in chosen.items():
+    """Refuse a metric of the best checkpoint that no evaluation logs."""
+    names = {"sft": recipe.sft.arguments.get("metric_for_best_model")}
+    names["ppo"] = recipe.ppo.metric_for_best_model if recipe.ppo else None
+    for section, name in names.items():
         if name is not None and not name.startswith("eval_"):
-            raise document.error(
-                (section, "metric_for_best_model"),
-                f"must be a logged evaluation metric, which starts with eval_, found {name!r}; "
-                f"did you mean 'eval_{name}'?",
-            )
+            rule = f"must be a logged evaluation metric, which starts with eval_, found {name!r}"
+            raise document.error((section, "metric_for_best_model"), f"{rule}; did you mean 'eval_{name}'?")
 
 
 def _check_trackers(recipe: Recipe, document: Document) -> None:
-    """Whether a tracker exists at all; one that is not installed is only warned of."""
-    chosen = {"sft": recipe.sft.arguments.get("report_to"), "ppo": recipe.ppo.report_to if recipe.ppo else None}
-    chosen["reward"] = recipe.reward.arguments.get("report_to") if recipe.reward else None
-    for section, names in chosen.items():
+    """Refuse a tracker that does not exist; the stage only warns of one that is not installed."""
+    report_to = {"sft": recipe.sft.arguments.get("report_to"), "ppo": recipe.ppo.report_to if recipe.ppo else None}
+    report_to["reward"] = recipe.reward.arguments.get("report_to") if recipe.reward else None
+    for section, names in report_to.items():
         known = trackers.OF_PPO if section == "ppo" else ("all", "none", *trackers.OF_TRAINERS)
         for name in [names] if isinstance(names, str) else names or ():
             if name not in known:
@@ -267,6 +254,7 @@ def _check_trackers(recipe: Recipe, document: Document) -> None:
 
 
 def _check_metrics_and_rewards(recipe: Recipe, document: Document) -> None:
+    """Load the metrics and build the rewards; any function stands for a learned reward, whose model a stage loads."""
     for index, metric in enumerate(recipe.eval.metrics):
         try:
             load_metric(metric.name, recipe.language, **metric.options)
@@ -274,14 +262,13 @@ def _check_metrics_and_rewards(recipe: Recipe, document: Document) -> None:
             raise document.restate(error, ("eval", "metrics", index)) from error
     rewards = recipe.ppo.rewards if recipe.ppo is not None else ()
     try:
-        # In the place of a learned reward any function will do: the stage that uses it loads the model.
         build_rewards(rewards, recipe.language, constant_reward())
     except (ValueError, TypeError) as error:
         raise document.restate(error, _refused_reward(rewards, recipe.language)) from error
 
 
 def _refused_reward(rewards: Sequence[RewardConfig], language: str | None) -> KeyPath:
-    """The key path of the reward that cannot be built, or of all of them where each can be built alone."""
+    """Return the key path of the reward that cannot be built, or of all of them where each can be built alone."""
     for index, reward in enumerate(rewards):
         try:
             build_rewards([reward], language, constant_reward())
@@ -291,15 +278,14 @@ def _refused_reward(rewards: Sequence[RewardConfig], language: str | None) -> Ke
 
 
 def _check_writable(recipe: Recipe, document: Document) -> None:
-    """Write and remove a file where the run and its stages are or will be; no directory is left behind."""
+    """Write and remove a file where the run and its stages are or will be; no directory is made."""
     target = Path(recipe.output_dir).expanduser() / recipe.name
     existing = next(p for p in (target, *target.absolute().parents) if p.exists())
     stages = [p for p in existing.iterdir() if p.is_dir()] if existing == target and target.is_dir() else []
-    for place in (existing, *stages):
+    for folder in (existing, *stages):
         try:
-            with tempfile.TemporaryFile(dir=place) as file:
+            with tempfile.TemporaryFile(dir=folder) as file:
                 file.write(b"relay")
         except OSError as error:
-            raise document.error(
-                ("output_dir",), f"cannot write to {str(place)!r} ({error.strerror}); choose another directory"
-            ) from error
+            rule = f"cannot write to {str(folder)!r} ({error.strerror}); choose another directory"
+            raise document.error(("output_dir",), rule) from error

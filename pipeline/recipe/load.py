@@ -11,7 +11,7 @@ from pipeline.models.config import ModelConfig
 from pipeline.recipe.build import TOP_LEVEL, as_mapping, build_section, check_keys, convert, shown
 from pipeline.recipe.document import Document, KeyPath, RecipeError
 from pipeline.recipe.reader import read_document
-from pipeline.recipe.trl_sections import build_reward_section, build_sft_section, reward_values
+from pipeline.recipe.trl_sections import build_reward_section, build_sft_section, fill_lengths, reward_values
 from pipeline.recipe.types import Recipe, TaskSection
 from pipeline.rewards.config import RewardConfig
 from pipeline.runtime.messages import did_you_mean
@@ -20,9 +20,9 @@ from pipeline.trainers.ppo.config import PPOConfig
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of a YAML file with `section.key=value` overrides laid over it.
+    """Load the recipe of a YAML file with `section.key=value` overrides laid over it.
 
-    Only the text is judged here; `check_recipe` then looks at files, models, metrics and rewards.
+    Only the text is checked here; `check_recipe` then looks at files, models, metrics and rewards.
 
     Raises:
         RecipeError: one sentence with the place, the key, what was found and, where there is one, the key meant.
@@ -88,7 +88,7 @@ def _recipe_dir(document: Document) -> str:
 
 
 def _build_ppo(values: object, model: ModelConfig, document: Document) -> PPOConfig | None:
-    """The `ppo:` section, or None where there is none; its adapter follows `model.use_peft` unless it says else."""
+    """Make the `ppo:` section, or None without one; `use_peft` is that of the model section unless it says else."""
     if values is None:
         return None
     keys = {"use_peft": model.use_peft, **as_mapping(values, ("ppo",), document)}
@@ -97,21 +97,14 @@ def _build_ppo(values: object, model: ModelConfig, document: Document) -> PPOCon
 
 
 def _build_eval(values: object, ppo: PPOConfig | None, document: Document) -> EvalConfig:
-    """The `eval:` section; without a ppo section there is no ppo system to evaluate."""
+    """Make the `eval:` section; without a ppo section there is no ppo system to evaluate."""
     keys = _with_options(as_mapping(values, ("eval",), document), "metrics", MetricConfig, ("eval",), document)
     config = build_section(EvalConfig, keys, ("eval",), document)
     if ppo is None and "ppo" in config.systems:
         if ("eval", "systems") in document.places:
             raise document.error(("eval", "systems"), "'ppo' cannot be evaluated: the recipe has no ppo section")
         config = dataclasses.replace(config, systems=tuple(s for s in config.systems if s != "ppo"))
-    if config.max_new_tokens is None:
-        length = PPOConfig.response_length if ppo is None else ppo.response_length
-        config = dataclasses.replace(config, max_new_tokens=length)
-    if config.min_new_tokens is None:
-        config = dataclasses.replace(config, min_new_tokens=ppo.min_new_tokens if ppo is not None else 0)
-    if config.stop_strings is None:
-        config = dataclasses.replace(config, stop_strings=ppo.stop_strings if ppo is not None else ())
-    return config
+    return fill_lengths(config, ppo)
 
 
 def _with_options(
@@ -143,7 +136,7 @@ def _named(item: object, cls: type, path: KeyPath, document: Document) -> dict[s
 
 
 def recipe_values(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain nested values: what `load_recipe` reads an equal recipe from."""
+    """Write a recipe as plain nested values, from which `load_recipe` makes an equal recipe."""
     return {
         "name": recipe.name,
         "seed": recipe.seed,
@@ -163,5 +156,5 @@ def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {key: _plain(v) for key, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -5,10 +5,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import Field, fields
 from enum import EnumMeta
 from types import NoneType
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from trl import RewardConfig, SFTConfig
 
+from pipeline.evaluation.config import EvalConfig
 from pipeline.models.config import ModelConfig
 from pipeline.recipe.build import as_mapping, build_section, check_keys, convert, shown
 from pipeline.recipe.document import Document
@@ -27,6 +28,7 @@ from pipeline.tasks import preferences
 from pipeline.trainers.huggingface import reward, sft
 from pipeline.trainers.ppo.config import PPOConfig
 
+Lengths = TypeVar("Lengths", SampledPairs, EvalConfig)
 OWN_REWARD_KEYS = ("pairs", "model", "min_accuracy", "margin_weight")
 
 
@@ -82,13 +84,18 @@ def _build_pairs(values: object, ppo: PPOConfig | None, document: Document) -> P
     origins = keys.pop("from", None)
     if origins is not None:
         keys["origins"] = [origins] if isinstance(origins, str) else origins
-    config = build_section(SampledPairs, keys, path, document)
-    resolved = {
+    return fill_lengths(build_section(SampledPairs, keys, path, document), ppo)
+
+
+def fill_lengths(config: Lengths, ppo: PPOConfig | None) -> Lengths:
+    """Take from PPO, or from its defaults, where completions end as far as a section does not say it."""
+    lengths = {
         "max_new_tokens": PPOConfig.response_length if ppo is None else ppo.response_length,
-        "min_new_tokens": 0 if ppo is None else ppo.min_new_tokens,
-        "stop_strings": () if ppo is None else ppo.stop_strings,
+        "min_new_tokens": PPOConfig.min_new_tokens if ppo is None else ppo.min_new_tokens,
+        "stop_strings": PPOConfig.stop_strings if ppo is None else ppo.stop_strings,
     }
-    return dataclasses.replace(config, **{key: v for key, v in resolved.items() if getattr(config, key) is None})
+    missing = [key for key in lengths if getattr(config, key) is None]
+    return dataclasses.replace(config, **{key: lengths[key] for key in missing})
 
 
 def reward_values(section: RewardSection) -> dict[str, Any]:
