@@ -16,7 +16,8 @@ from pipeline.stages.directory import RunDirectory
 from pipeline.stages.inputs import base_model_path, check_prompts, left_out_record, load_recipe_task
 from pipeline.stages.stage import run_stage
 from pipeline.trainers.huggingface.gather_weights import check_sharding, save_plain_model
-from pipeline.trainers.huggingface.sft import build_sft_trainer, last_checkpoint, sft_arguments
+from pipeline.trainers.huggingface.resumable import last_checkpoint
+from pipeline.trainers.huggingface.sft import build_sft_trainer, sft_arguments
 
 
 def main(argv: Sequence[str]) -> int:

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from pipeline.models.loading import lora_config
 from pipeline.runtime.signals import Stopped, requested_stop, stop_signals
 from pipeline.trainers.checkpoints import list_checkpoints, newest_checkpoint
-from pipeline.trainers.huggingface.sft import build_sft_trainer, last_checkpoint, sft_arguments
+from pipeline.trainers.huggingface.resumable import last_checkpoint
+from pipeline.trainers.huggingface.sft import build_sft_trainer, sft_arguments
 from pipeline.trainers.logs import keep_lines
 
 SFT = {

@@ -70,8 +70,8 @@ def test_the_private_names_are_those_of_the_installed_versions():
         for trainer in TRAINERS:
             method = getattr(trainer, name, None)
             assert method is not None, f"{VERSIONS}: {trainer.__name__}.{name} is gone"
-            found = " ".join(list(inspect.signature(method).parameters)[1:])
-            assert found == expected, f"{VERSIONS}: {method.__qualname__} takes ({found}), not ({expected})"
+            parameters = " ".join(list(inspect.signature(method).parameters)[1:])
+            assert parameters == expected, f"{VERSIONS}: {method.__qualname__} takes ({parameters}), not ({expected})"
     for name, places in ATTRIBUTES.items():
         for trainer, method in places:
             is_set = re.search(rf"self\.{name} = ", inspect.getsource(getattr(trainer, method)))
@@ -82,7 +82,7 @@ def test_the_private_names_are_those_of_the_installed_versions():
 
 
 def test_the_package_uses_and_names_these_alone():
-    """Which also shows that no name of Relay's own hides one of a library."""
+    """Otherwise a name of Relay could also hide one of a library."""
     used = names_in_the_package() & private_names_of_the_libraries()
     assert used == METHODS.keys() | ATTRIBUTES.keys()
     assert set(re.findall(r"`(_\w+)`", huggingface.__doc__)) == used

@@ -15,8 +15,8 @@ from pipeline.models.text import encode_completions
 from pipeline.rewards.pairs import HELD_OUT, TRAIN, Pair
 from pipeline.runtime.signals import Stopped
 from pipeline.trainers.checkpoints import list_checkpoints
+from pipeline.trainers.huggingface.resumable import last_checkpoint
 from pipeline.trainers.huggingface.reward import PairCollator, build_reward_trainer, pair_dataset, reward_arguments
-from pipeline.trainers.huggingface.sft import last_checkpoint
 
 SETTINGS = {
     "per_device_train_batch_size": 4,

@@ -99,9 +99,9 @@ def test_the_loss_is_the_models_own(make_sft, t5_tokenizer, kind):
         expected.backward()
         gradients = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
         trainer.model.zero_grad()
-        found = trainer.compute_loss(trainer.model, dict(batch))
-        found.backward()
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        loss = trainer.compute_loss(trainer.model, dict(batch))
+        loss.backward()
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
         for name, gradient in gradients.items():
             torch.testing.assert_close(trainer.model.get_parameter(name).grad, gradient, rtol=1e-3, atol=1e-6)
         assert any(gradient.any() for gradient in gradients.values())

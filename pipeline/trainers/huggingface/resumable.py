@@ -1,15 +1,17 @@
 """Exact resume for trainers of transformers and TRL: an interrupted run ends with the same bits."""
 
+import sys
 from collections import defaultdict
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from pipeline.runtime.seeds import of_this_process, random_state, restore_random_state
@@ -21,6 +23,7 @@ from pipeline.trainers.checkpoints import (
     keep_newest,
     load_tensors,
     new_checkpoint,
+    newest_checkpoint,
     require_finite,
     require_intact,
     tensors_alone,
@@ -228,3 +231,16 @@ class _LoopCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.trainer.restore_loop()
+
+
+def last_checkpoint(args: TrainingArguments) -> str | None:
+    """Find the newest intact checkpoint of an interrupted run; damaged ones are named on stderr.
+
+    Raises:
+        ValueError: files are missing from a checkpoint, or all checkpoints are damaged.
+    """
+    checkpoint, notes = newest_checkpoint(Path(args.output_dir))
+    if PartialState().is_main_process:
+        for note in [*notes, *([f"continuing from {checkpoint}"] if checkpoint else [])]:
+            print(note, file=sys.stderr)
+    return str(checkpoint) if checkpoint else None

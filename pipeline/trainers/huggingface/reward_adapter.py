@@ -14,8 +14,8 @@ from pipeline.rewards.learned import score_token_ids
 from pipeline.rewards.pairs import Pair
 from pipeline.rewards.raw_scores import UncalibratedReward
 from pipeline.runtime.signals import stop_signals
+from pipeline.trainers.huggingface.resumable import last_checkpoint
 from pipeline.trainers.huggingface.reward import build_reward_trainer, reward_arguments
-from pipeline.trainers.huggingface.sft import last_checkpoint
 
 
 def train_reward_adapter(

@@ -1,12 +1,10 @@
 """Supervised fine-tuning: Relay's data and defaults for TRL's `SFTTrainer`."""
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import set_seed
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
@@ -16,7 +14,6 @@ from trl import SFTConfig
 from pipeline.models.adapters import adapter_config, check_adapter
 from pipeline.models.decoder_start import decoder_prefix
 from pipeline.models.loading import position_limit
-from pipeline.trainers.checkpoints import newest_checkpoint
 from pipeline.trainers.huggingface.arguments import complete_arguments
 from pipeline.trainers.huggingface.completion_head import CompletionHeadSFTTrainer, ResumableSFTTrainer
 from pipeline.trainers.huggingface.encoder_decoder import EncoderDecoderCollator, EncoderDecoderSFTTrainer
@@ -64,14 +61,8 @@ def build_sft_trainer(
     Raises:
         ValueError: `sft.max_length` leaves no example, or the adapter does not fit the model.
     """
-    limit = position_limit(model.config)
-    if limit is not None and (args.max_length is None or args.max_length > limit):
-        args.max_length = limit  # TRL's default ignores the model's own limit
-    packs_validation = args.packing if args.eval_packing is None else args.eval_packing
-    train_examples = _prepare(tokenizer, train, args, model, args.packing, "train")
-    validation_examples = None
-    if args.eval_strategy != "no":
-        validation_examples = _prepare(tokenizer, validation, args, model, packs_validation, "validation")
+    args.max_length = _max_length(model, args)
+    train_examples, validation_examples = _prepare_splits(model, args, tokenizer, train, validation)
     if args.padding_free and not args.packing:
         args.max_length = None  # the examples are cut, and TRL refuses to cut them without padding
     if peft_config is not None:
@@ -106,28 +97,33 @@ def trainer_class(model: PreTrainedModel, args: SFTConfig) -> type[ResumableSFTT
     return CompletionHeadSFTTrainer
 
 
-def _prepare(
-    tokenizer: PreTrainedTokenizerBase, split: Dataset, args: SFTConfig, model: PreTrainedModel, packs: bool, name: str
-) -> Dataset:
-    """Tokenise a split and cut its examples, unless they are packed: packing splits what is too long."""
-    examples = sft_dataset(
-        tokenizer,
-        split,
-        completion_only_loss=args.completion_only_loss is not False,
-        encoder_decoder=model.config.is_encoder_decoder,
-        num_proc=args.dataset_num_proc,
-    )
-    return truncate_examples(examples, None if packs else args.max_length, name, args.dataset_num_proc)
+def _max_length(model: PreTrainedModel, args: SFTConfig) -> int | None:
+    """Return `sft.max_length`, at most what the model can read: TRL's default ignores that."""
+    lengths = [length for length in (args.max_length, position_limit(model.config)) if length is not None]
+    return min(lengths, default=None)
 
 
-def last_checkpoint(args: SFTConfig) -> str | None:
-    """Find the newest intact checkpoint of an interrupted run; damaged ones are named on stderr.
+def _prepare_splits(
+    model: PreTrainedModel,
+    args: SFTConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Dataset,
+    validation: Dataset,
+) -> tuple[Dataset, Dataset | None]:
+    """Tokenise the splits and cut their examples, but not those that are packed: packing splits what is too long."""
 
-    Raises:
-        ValueError: files are missing from a checkpoint, or all checkpoints are damaged.
-    """
-    checkpoint, notes = newest_checkpoint(Path(args.output_dir))
-    if PartialState().is_main_process:
-        for note in [*notes, *([f"continuing from {checkpoint}"] if checkpoint else [])]:
-            print(note, file=sys.stderr)
-    return str(checkpoint) if checkpoint else None
+    def prepare(split: Dataset, packs: bool, name: str) -> Dataset:
+        examples = sft_dataset(
+            tokenizer,
+            split,
+            completion_only_loss=args.completion_only_loss is not False,
+            encoder_decoder=model.config.is_encoder_decoder,
+            num_proc=args.dataset_num_proc,
+        )
+        return truncate_examples(examples, None if packs else args.max_length, name, args.dataset_num_proc)
+
+    train_examples = prepare(train, args.packing, "train")
+    if args.eval_strategy == "no":
+        return train_examples, None
+    packs_validation = args.packing if args.eval_packing is None else args.eval_packing
+    return train_examples, prepare(validation, packs_validation, "validation")
