@@ -99,7 +99,7 @@ def compute_text_rewards(
             [text.completion_ids for text in chosen],
             scoring.handling,
         )
-        scores, parts = outputs.total.tolist(), {name: values.tolist() for name, values in outputs.parts.items()}
+        scores, parts = outputs.weighted_sum.tolist(), {name: values.tolist() for name, values in outputs.by_name.items()}
         return [
             ScoredPrediction(
                 text,

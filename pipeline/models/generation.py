@@ -33,6 +33,20 @@ class Decoding:
     stop_strings: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Completions:
+    """Completions of a batch of prompts: token `ids`, the same as `texts`, and which `finished [B]` by themselves."""
+
+    ids: list[list[int]]
+    texts: list[str]
+    finished: Tensor
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each completion."""
+        return [len(ids) for ids in self.ids]
+
+
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token that ends a completion: those of the model's generation config, and the tokenizer's."""
     declared = model.generation_config.eos_token_id

@@ -1,4 +1,4 @@
-"""What PPO is paid for: metrics by name, a constant, or any function with TRL's GRPO reward signature; weights."""
+"""What PPO is rewarded for: metrics by name, a constant, or any function with TRL's GRPO reward signature; weights."""
 
 import importlib
 import inspect
@@ -24,6 +24,7 @@ __all__ = [
     "RewardError",
     "RewardFunction",
     "RewardOutputs",
+    "as_rewards",
     "build_rewards",
     "check_rewards",
     "combine",
@@ -37,9 +38,9 @@ LEARNED = "learned"
 class RewardFunction(Protocol):
     """TRL's GRPO reward signature: one number for each completion, or None where the function does not apply.
 
-    A list with one number for each of the completion's tokens pays those tokens; its sum is the score. `prompts` and
-    `completions` are texts (for chat data, message lists); `completion_ids` their token ids; every
-    column of the data set arrives by name, aligned, `references` among them.
+    A list with one number for each of the completion's tokens rewards those tokens; its sum is the value. `prompts`
+    and `completions` are texts (for chat data, message lists); `completion_ids` their token ids; every column of the
+    data set arrives by name, aligned, `references` among them.
     """
 
     def __call__(self, prompts: list, completions: list, **columns: list) -> list[float | list[float] | None]:
@@ -54,6 +55,20 @@ class Reward:
     name: str
     function: RewardFunction
     weight: float = 1.0
+
+
+def as_rewards(functions: Reward | Callable | Sequence[Reward | Callable]) -> list[Reward]:
+    """Turn functions into rewards with different names.
+
+    Raises:
+        ValueError: a name twice.
+    """
+    functions = functions if isinstance(functions, Sequence) else [functions]
+    rewards = [f if isinstance(f, Reward) else Reward(getattr(f, "__name__", type(f).__name__), f) for f in functions]
+    names = [reward.name for reward in rewards]
+    if len(set(names)) != len(names):  # they are logged by name
+        raise ValueError(f"reward_funcs: each needs a name of its own, not {', '.join(names)}; use Reward(name, ...)")
+    return rewards
 
 
 def build_rewards(
@@ -116,29 +131,29 @@ def _make(factory: Callable[..., RewardFunction], config: RewardConfig) -> Rewar
 
 @dataclass(frozen=True)
 class RewardOutputs:
-    """What the rewards said of a batch of completions.
+    """What the reward functions returned for a batch of completions.
 
-    `total [B]` is the weighted sum, NaN for a completion that is to be skipped; `parts` has each reward's values [B]
-    by name, NaN where a function returned None or failed; `token_parts` has, for a reward that paid single tokens, a
-    list of numbers for each completion (None: not paid); `failures` says by completion what went wrong.
+    `weighted_sum [B]` is NaN for a completion that is to be skipped; `by_name` has each reward's values [B], NaN where
+    a function returned None or failed; `by_token` has, by the name of a reward that returned a number for each token,
+    those lists (None for a completion that got a single number); `failures` says by completion what went wrong.
     """
 
-    total: Tensor
-    parts: dict[str, Tensor]
-    token_parts: dict[str, list[list[float] | None]]
+    weighted_sum: Tensor
+    by_name: dict[str, Tensor]
+    by_token: dict[str, list[list[float] | None]]
     failures: Mapping[int, str] = field(default_factory=dict)
 
-    def by_token(self, rewards: Sequence["Reward"], lengths: Sequence[int]) -> Tensor:
-        """Where the total is paid, [B, longest]: at the tokens a function named, else at the last; rows sum to it."""
+    def token_scores(self, rewards: Sequence["Reward"], lengths: Sequence[int]) -> Tensor:
+        """Spread the weighted sum over tokens, [B, longest]: at the tokens that a function names, else at the last."""
         spread = torch.zeros(len(lengths), max(lengths))
         last = torch.tensor(lengths) - 1
         for reward in rewards:
-            lists = self.token_parts.get(reward.name, [None] * len(lengths))
+            lists = self.by_token.get(reward.name, [None] * len(lengths))
             for row, numbers in enumerate(lists):
                 if numbers is not None:
                     spread[row, : len(numbers)] += reward.weight * torch.tensor(numbers)
             whole = torch.tensor([numbers is None for numbers in lists])
-            values = self.parts[reward.name].nan_to_num(0.0) * whole
+            values = self.by_name[reward.name].nan_to_num(0.0) * whole
             spread[torch.arange(len(lengths)), last] += reward.weight * values
         return spread
 
@@ -153,7 +168,7 @@ def compute_rewards(
     columns: dict[str, list],
     handling: Handling = AS_THEY_ARE,
 ) -> RewardOutputs:
-    """Every reward's values and their weighted sum.
+    """Call every reward function, and weigh and add what they return.
 
     A completion on which a function fails ends the run, has no score, or gets 0 from that function: `handling` says.
 
@@ -161,22 +176,22 @@ def compute_rewards(
         RewardError: a function failed and `handling` is to stop; its result is not, for each completion, one number,
             None, or a list of one number for each of its tokens; or a completion that no reward applies to.
     """
-    parts, token_parts, failures = {}, {}, {}
+    by_name, by_token, failures = {}, {}, {}
     for reward in rewards:
         result, failed = call_reward(reward.name, reward.function, prompts, completions, columns, handling)
         if any(is_per_token(value) for value in result):
             lists = token_values(reward.name, result, completions, columns["completion_ids"], failed, handling)
-            token_parts[reward.name] = lists
+            by_token[reward.name] = lists
             result = [
                 value if tokens is None else math.fsum(tokens) for value, tokens in zip(result, lists, strict=True)
             ]
         values = finite_values(reward.name, result, completions, failed, handling)
-        parts[reward.name] = torch.tensor(values, dtype=torch.float32)
+        by_name[reward.name] = torch.tensor(values, dtype=torch.float32)
         failures = failed | failures
-    total = combine(rewards, parts, failures)
+    weighted_sum = combine(rewards, by_name, failures)
     if handling.on_error == "skip":
-        total[list(failures)] = math.nan
-    return RewardOutputs(total, parts, token_parts, failures)
+        weighted_sum[list(failures)] = math.nan
+    return RewardOutputs(weighted_sum, by_name, by_token, failures)
 
 
 def as_completions(prompts: Sequence, texts: Sequence[str]) -> list:
@@ -187,13 +202,13 @@ def as_completions(prompts: Sequence, texts: Sequence[str]) -> list:
     ]
 
 
-def combine(rewards: Sequence[Reward], scores: dict[str, Tensor], failures: Collection[int] = ()) -> Tensor:
-    """The weighted sum [B] of the rewards that apply to each completion; one of `failures` may have none.
+def combine(rewards: Sequence[Reward], by_name: dict[str, Tensor], failures: Collection[int] = ()) -> Tensor:
+    """Weigh and add the values of the rewards, [B], that apply to each completion; one of `failures` may have none.
 
     Raises:
         RewardError: a completion that no reward applies to.
     """
-    values = torch.stack([scores[reward.name] for reward in rewards])
+    values = torch.stack([by_name[reward.name] for reward in rewards])
     weights = torch.tensor([reward.weight for reward in rewards]).unsqueeze(1)
     nothing = [row for row in values.isnan().all(0).nonzero().flatten().tolist() if row not in failures]
     if nothing:
@@ -201,15 +216,15 @@ def combine(rewards: Sequence[Reward], scores: dict[str, Tensor], failures: Coll
     return (values.nan_to_num(0.0) * weights).sum(0)
 
 
-def check_rewards(rewards: Sequence[Reward], rows: dict[str, list], timeout: float | None = None) -> None:
-    """Score the own completions of a few `rows`, so that a broken reward stops the run before any training.
+def check_rewards(rewards: Sequence[Reward], examples: dict[str, list], timeout: float | None = None) -> None:
+    """Score the completions of a few `examples` of the data, so that a broken reward stops the run before it trains.
 
     Whatever is done about failures later, a function that fails here would fail throughout.
 
     Raises:
         RewardError: as `compute_rewards`.
     """
-    columns = {name: values for name, values in rows.items() if name not in ("prompt", "completion")}
-    columns["completion_ids"] = [[0]] * len(rows["prompt"])
-    completions = as_completions(rows["prompt"], rows["completion"])
-    compute_rewards(rewards, rows["prompt"], completions, columns, Handling("stop", timeout))
+    columns = {name: values for name, values in examples.items() if name not in ("prompt", "completion")}
+    columns["completion_ids"] = [[0]] * len(examples["prompt"])
+    completions = as_completions(examples["prompt"], examples["completion"])
+    compute_rewards(rewards, examples["prompt"], completions, columns, Handling("stop", timeout))

@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """What PPO is paid for: a metric by name, `constant`, or the dotted path of a function; `options` go to it."""
+    """What PPO is rewarded for: a metric by name, `constant`, or the dotted path of a function; `options` go to it."""
 
     name: str  # a metric, learned, constant, or the dotted path of a function
     weight: float = 1.0  # in the sum

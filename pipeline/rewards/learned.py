@@ -1,4 +1,4 @@
-"""The learned reward of a reward stage: found, checked, and scored from token ids on the base that PPO shares."""
+"""The learned reward of a reward stage: loaded, checked, and computed from token ids on the base that PPO shares."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +12,7 @@ from pipeline.models.config import ModelConfig
 from pipeline.models.reward_model import RECORD_FILE, RewardRecord, load_record
 from pipeline.models.sequences import Sequences, length_sorted_chunks, make_sequences
 from pipeline.models.text import decode, encode_completions, encode_prompts
+from pipeline.rewards import Reward
 from pipeline.rewards.classifier import ClassifierReward
 from pipeline.rewards.metric import text_of
 from pipeline.runtime.memory import in_smaller_batches
@@ -34,13 +35,12 @@ class AdapterReward:
         self, tokenizer: PreTrainedTokenizerBase, record: RewardRecord, directory: Path, batch_size: int = 128
     ) -> None:
         self.tokenizer, self.record, self.directory, self.batch_size = tokenizer, record, directory, batch_size
-        self._scorer: SequenceScorer | None = None
-        self._device, self._encoder_decoder = torch.device("cpu"), False
+        self._score_sequences: SequenceScorer | None = None
+        self._model: PreTrainedModel | None = None
 
-    def attach(self, scorer: SequenceScorer, model: PreTrainedModel) -> None:
-        """Score by `scorer`, a network over `model`, on its device."""
-        self._scorer, self._device = scorer, model.device
-        self._encoder_decoder = model.config.is_encoder_decoder
+    def attach(self, score_sequences: SequenceScorer, model: PreTrainedModel) -> None:
+        """Score by `score_sequences`, a network over `model`, on the device that the model is on by then."""
+        self._score_sequences, self._model = score_sequences, model
 
     def __call__(
         self, prompts: list, completions: list, *, completion_ids: list[list[int]], **columns: list
@@ -50,18 +50,21 @@ class AdapterReward:
         Raises:
             ValueError: a score is not finite.
         """
+        assert self._score_sequences is not None and self._model is not None, "attach() comes first"
         ids = self._tokens(prompts, completions, completion_ids)
-        read = encode_prompts(self.tokenizer, prompts, self._encoder_decoder)
-        keys = list(zip(map(tuple, read), map(tuple, ids), strict=True))
+        prompt_ids = encode_prompts(self.tokenizer, prompts, self._model.config.is_encoder_decoder)
+        keys = list(zip(map(tuple, prompt_ids), map(tuple, ids), strict=True))
         distinct = list(dict.fromkeys(keys))
-        raw = score_token_ids([k[0] for k in distinct], [k[1] for k in distinct], self.tokenizer, *self._scoring)
+        raw = score_token_ids(
+            [prompt for prompt, _ in distinct],
+            [completion for _, completion in distinct],
+            self.tokenizer,
+            self._score_sequences,
+            self._model.device,
+            self.batch_size,
+        )
         scores = dict(zip(distinct, ((raw - self.record.shift) / self.record.scale).tolist(), strict=True))
         return [scores[key] for key in keys]
-
-    @property
-    def _scoring(self) -> tuple[SequenceScorer, torch.device, int]:
-        assert self._scorer is not None, "attach() comes first"
-        return self._scorer, self._device, self.batch_size
 
     def _tokens(self, prompts: list, completions: list, completion_ids: list[list[int]]) -> list[list[int]]:
         texts, size = [text_of(completion) for completion in completions], len(self.tokenizer)
@@ -72,11 +75,16 @@ class AdapterReward:
         return [ids if ok and spelt == text.strip() else new for ids, ok, spelt, text, new in rows]
 
 
+def adapter_rewards(rewards: Sequence[Reward]) -> list[AdapterReward]:
+    """The functions among `rewards` that are reward adapters on the shared model."""
+    return [reward.function for reward in rewards if isinstance(reward.function, AdapterReward)]
+
+
 def score_token_ids(
-    prompts: Sequence[Sequence[int]],
-    completions: Sequence[Sequence[int]],
+    prompt_ids: Sequence[Sequence[int]],
+    completion_ids: Sequence[Sequence[int]],
     tokenizer: PreTrainedTokenizerBase,
-    scorer: SequenceScorer,
+    score_sequences: SequenceScorer,
     device: torch.device,
     batch_size: int,
 ) -> Tensor:
@@ -84,16 +92,16 @@ def score_token_ids(
 
     `batch_size` at a time, or fewer where memory runs out.
     """
-    lengths = torch.tensor([len(p) + len(c) for p, c in zip(prompts, completions, strict=True)])
+    lengths = torch.tensor([len(p) + len(c) for p, c in zip(prompt_ids, completion_ids, strict=True)])
 
     def attempt(size: int) -> Tensor:
-        scores = torch.zeros(len(prompts))
+        scores = torch.zeros(len(prompt_ids))
         for index in length_sorted_chunks(lengths, size):
             rows = index.tolist()
             sequences = make_sequences(
-                [prompts[r] for r in rows], [completions[r] for r in rows], tokenizer.pad_token_id, device
+                [prompt_ids[r] for r in rows], [completion_ids[r] for r in rows], tokenizer.pad_token_id, device
             )
-            scores[index] = scorer(sequences).float().cpu()
+            scores[index] = score_sequences(sequences).float().cpu()
         return scores
 
     return in_smaller_batches(attempt, batch_size)[0]
@@ -121,17 +129,17 @@ def calibration(scores: Tensor, references: Tensor) -> tuple[float, float]:
     return float(references.double().mean()), spread
 
 
-def check_accuracy(record: RewardRecord, min_accuracy: float, place: object) -> None:
-    """Refuse to pay PPO with a reward model that does not tell better from worse.
+def check_accuracy(record: RewardRecord, min_accuracy: float, path: object) -> None:
+    """Refuse a reward model that does not tell better from worse.
 
     Raises:
         ValueError: naming the accuracy and how to go on all the same.
     """
     if record.accuracy is not None and record.accuracy < min_accuracy:
         raise ValueError(
-            f"reward.min_accuracy: the reward model in {str(place)!r} prefers the better text in "
+            f"reward.min_accuracy: the reward model in {str(path)!r} prefers the better text in "
             f"{record.accuracy:.1%} of {record.held_out_pairs} held-out pairs, below {min_accuracy:.1%}: see "
-            f"{place}/report; train a better one, or set reward.min_accuracy lower to use it all the same"
+            f"{path}/report; train a better one, or set reward.min_accuracy lower to use it all the same"
         )
 
 
@@ -182,6 +190,6 @@ def load_learned_reward(
 
 
 def reward_on_references(reward: ClassifierReward, prompts: list, references: list[str]) -> ClassifierReward:
-    """Shift and scale a classifier that no reward stage has judged by what it says of references."""
+    """Shift and scale a classifier that no reward stage has calibrated by its scores of references."""
     scores = reward.raw_scores(prompts, references)
     return reward.calibrate(*calibration(scores, scores))

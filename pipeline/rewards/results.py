@@ -1,4 +1,4 @@
-"""What reward functions may return, what is said of anything else, and what is done about a completion's failure."""
+"""What reward functions may return, the errors for anything else, and what is done about a completion's failure."""
 
 import math
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ class RewardError(ValueError):
 class Handling:
     """What happens when a reward function fails on a completion: `ppo.on_reward_error` and `ppo.reward_timeout`.
 
-    `on_error`: `stop` ends the run, `skip` leaves the completion without a score, `zero` lets that function pay it 0.
+    `on_error`: `stop` ends the run, `skip` leaves the completion without a score, `zero` counts 0 for that function.
     `timeout`: seconds that one call may take; None is any number.
     """
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from pipeline.runtime.files import write_atomically
-from pipeline.trainers.trackers import end_trackers, send
+from pipeline.trainers.trackers import end_trackers, send, start_trackers
 
 
 class TrainingLog:
@@ -21,9 +21,26 @@ class TrainingLog:
     metrics.jsonl holds nothing that differs between two runs of the same seed; the bar shows the speed.
     """
 
-    def __init__(self, accelerator: Accelerator, file: Path | None, total_steps: int, step: int = 0) -> None:
-        self.accelerator = accelerator
-        self.file = file if accelerator.is_main_process else None
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        directory: Path,
+        total_steps: int,
+        step: int = 0,
+        logging_steps: int = 1,
+        num_samples: int = 0,
+        project: str | None = None,
+    ) -> None:
+        """Go on at `step` in the files of `directory`; `project` starts the trackers.
+
+        Every `logging_steps` are a log event, and `num_samples` samples are shown in the whole run.
+        """
+        self.accelerator, self.total_steps, self.logging_steps = accelerator, total_steps, logging_steps
+        self.sample_every = max(1, total_steps // num_samples) if num_samples else None
+        self.file = directory / "metrics.jsonl" if accelerator.is_main_process else None
+        self._warned = False
+        if project:
+            start_trackers(accelerator, project)
         self.bar = tqdm(
             total=total_steps,
             initial=step,
@@ -47,8 +64,28 @@ class TrainingLog:
             self.timing.write(step)
         send(self.accelerator, values, step)
 
-    def advance(self, values: Mapping[str, float]) -> None:
-        """One PPO step is done."""
+    def end_step(self, step: int, episodes: int, values: Mapping[str, float], sample: str) -> None:
+        """Record PPO step `step` where that is due, move the bar, and show `sample` where one is due."""
+        if step % self.logging_steps == 0 or step == self.total_steps:
+            self.write(step, {"episode": episodes, **values})
+        self._advance(values)
+        share = values["objective/frac_reward_zero_std"]
+        if share > 0.5 and not self._warned:
+            self._warned = True
+            self.say(
+                f"step {step}: no learning signal in {share:.0%} of the prompts: every completion of theirs got the "
+                "same score"
+            )
+        if self.sample_every and step % self.sample_every == 0:
+            self.say(f"step {step}: {sample}")
+
+    def end_evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """Record an evaluation and show its figures."""
+        self.write(step, values)
+        figures = ", ".join(f"{name.removeprefix('eval_')} {value:.3f}" for name, value in values.items())
+        self.say(f"step {step}: held-out {figures}")
+
+    def _advance(self, values: Mapping[str, float]) -> None:
         self.bar.set_postfix_str(
             f"reward {values['objective/scores']:.3f}, KL {values['objective/kl']:.3f}, "
             f"length {values['objective/length']:.1f}",
@@ -56,10 +93,11 @@ class TrainingLog:
         )
         self.bar.update()
 
-    def say(self, text: str) -> None:
-        """A line above the bar."""
+    def say(self, *lines: str) -> None:
+        """Write lines above the bar."""
         if self.accelerator.is_main_process:
-            self.bar.write(text, file=sys.stderr)
+            for line in lines:
+                self.bar.write(line, file=sys.stderr)
 
     def close(self) -> None:
         """End the bar and the trackers."""
@@ -75,7 +113,7 @@ class TimingLog:
         self.began = time.monotonic()
 
     def start(self, step: int) -> None:
-        """Begin at `step`, forgetting what an interrupted run wrote behind it."""
+        """Begin at `step`, forgetting what an interrupted run wrote after it."""
         keep_lines(self.file, step)
         self.began = time.monotonic()
 
@@ -129,10 +167,10 @@ def json_line(step: int, values: Mapping[str, object]) -> str:
     return json.dumps({"step": step, **finite}) + "\n"
 
 
-def sample_line(step: int, prompt: object, completion: str, score: float) -> str:
+def sample_line(prompt: object, completion: str, score: float) -> str:
     """One sampled episode on a line."""
     text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    return f"step {step}: {_short(text)} -> {_short(completion)} (score {score:.3f})"
+    return f"{_short(text)} -> {_short(completion)} (score {score:.3f})"
 
 
 def _short(text: str, width: int = 70) -> str:

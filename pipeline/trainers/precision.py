@@ -15,6 +15,16 @@ def native_bf16() -> bool:
     return wide and bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
+def mixed_precision(section: str, bf16: bool | None) -> str:
+    """Choose what passes are computed in, as accelerate calls it; None is bf16 where the machine is fast at it.
+
+    Raises:
+        ValueError: bf16 is asked for and the machine has none.
+    """
+    check_precision(section, bf16=bf16)
+    return "bf16" if bf16 or (bf16 is None and native_bf16()) else "no"
+
+
 def check_precision(section: str, fp16: bool | None = None, bf16: bool | None = None) -> None:
     """Refuse a precision that this machine does not have, and warn of bf16 on a CPU without instructions for it.
 

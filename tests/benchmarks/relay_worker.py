@@ -74,7 +74,7 @@ def _settings(spec: dict) -> PPOConfig:
 
 def _watch(trainer: PPOTrainer, phases: Phases, lengths: list[float], forced: bool) -> None:
     """Mark the phases; with `forced` no completion ends before the limit, as in TRL without a stop token."""
-    generate = trainer._generate
+    generate = trainer.writer.generate
 
     def generated(prompts: list, decoding):
         if forced:
@@ -83,7 +83,7 @@ def _watch(trainer: PPOTrainer, phases: Phases, lengths: list[float], forced: bo
         lengths.append(sum(map(len, completions)) / len(completions))
         return completions
 
-    trainer._generate = phases.around(generated, "generate", "generate")
+    trainer.writer.generate = phases.around(generated, "generate", "generate")
     trainer.compute_advantages = phases.around(trainer.compute_advantages, "score", "score")
     trainer.update = phases.around(trainer.update, "score", "update")
 

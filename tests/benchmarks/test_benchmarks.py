@@ -39,8 +39,8 @@ def test_the_memory_of_four_models_on_one_base(capsys):
     base = 300 * 32 + 4 * 32 * 32 + 3 * 32 * 128 + 3 * 32
     assert found["four"]["parameters"] - found["full"]["parameters"] == 16 * (4 * 64 + 3 * 160)  # the policy's adapter
     assert found["full"]["parameters"] == 4 * base and found["full"]["trained"] == 2 * base
-    # On one base: policy's and reward's adapters, and the value head.
-    assert found["shared"]["parameters"] == base + 2 * 16 * (4 * 64 + 3 * 160) + 33
+    # On one base: adapters of policy and reward, the value head and the reward head.
+    assert found["shared"]["parameters"] == base + 2 * 16 * (4 * 64 + 3 * 160) + 33 + 32
     assert "shared / four" in capsys.readouterr().out
 
 

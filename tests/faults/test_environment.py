@@ -154,7 +154,7 @@ def test_a_tracker_that_fails_in_the_middle_is_left_out_and_the_others_get_every
         start(accelerator, project)
         accelerator.trackers.insert(0, Offline("run"))
 
-    monkeypatch.setattr("pipeline.trainers.ppo.trainer.start_trackers", one_more)
+    monkeypatch.setattr("pipeline.trainers.logs.start_trackers", one_more)
     assert outcome(MAINS["sft.py"], recipe) == 0
     assert outcome(MAINS["ppo.py"], recipe, "ppo.report_to=[tensorboard]", "ppo.total_episodes=16") == 0
     said = capfd.readouterr().err

@@ -71,12 +71,12 @@ def test_the_completions_at_fault_are_found_and_the_others_keep_their_scores(bad
     assert scores.failures[bad[0]] == (
         f"reward 'mine' raised ValueError: no connection for completion {bad[0]} ('text {bad[0]}')"
     )
-    for row, total in enumerate(scores.total.tolist()):
+    for row, total in enumerate(scores.weighted_sum.tolist()):
         if row not in bad:
             assert total == 2.0 * row + 1.0
         else:
             assert math.isnan(total) if on_error == "skip" else total == 1.0
-    assert scores.parts["mine"].isnan().nonzero().flatten().tolist() == list(bad)
+    assert scores.by_name["mine"].isnan().nonzero().flatten().tolist() == list(bad)
 
 
 def test_a_function_that_fails_on_all_together_only():
@@ -86,7 +86,7 @@ def test_a_function_that_fails_on_all_together_only():
         return length(completions)
 
     scores = ask(at_most_four, "skip")
-    assert not scores.failures and not scores.total.isnan().any()
+    assert not scores.failures and not scores.weighted_sum.isnan().any()
     with pytest.raises(RewardError, match="raised MemoryError: too many for 8 completions together, but for none of"):
         ask(at_most_four)
 
@@ -103,8 +103,8 @@ def test_nan_and_infinity_follow_the_same_policy(bad, by_token):
     for on_error, total in (("skip", math.nan), ("zero", 0.0)):
         scores = ask(function, on_error)
         assert list(scores.failures) == [3] and re.match(expected, scores.failures[3])
-        assert [str(value) for value in scores.total.tolist()] == ["3.0"] * 3 + [str(total)] + ["3.0"] * 4
-        spread = scores.by_token([Reward("mine", function, 2.0)], [2] * 8)
+        assert [str(value) for value in scores.weighted_sum.tolist()] == ["3.0"] * 3 + [str(total)] + ["3.0"] * 4
+        spread = scores.token_scores([Reward("mine", function, 2.0)], [2] * 8)
         assert spread.isfinite().all() and spread[3].tolist() == [0.0, 0.0]
 
 
@@ -181,11 +181,11 @@ def test_the_completion_that_makes_it_hang_is_found():
     scores = ask(sleeping_on(5), "skip", timeout=0.1)
     assert list(scores.failures) == [5] and "did not answer within 0.1 s" in scores.failures[5]
     scores = ask(busy, "skip", timeout=0.01)  # all of them: not each is waited for
-    assert sorted(scores.failures) == list(range(8)) and scores.total.isnan().all()
+    assert sorted(scores.failures) == list(range(8)) and scores.weighted_sum.isnan().all()
 
 
 def test_a_function_that_is_in_time_is_left_alone():
-    assert ask(length, timeout=30).total.tolist() == ask(length).total.tolist()
+    assert ask(length, timeout=30).weighted_sum.tolist() == ask(length).weighted_sum.tolist()
 
 
 @pytest.mark.parametrize(

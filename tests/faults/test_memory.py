@@ -24,9 +24,9 @@ def limit_rows(trainer, rows, training=True, rollouts=True):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
         return outputs
 
-    def scored(sequences):
+    def scored(*ids):
         scoring.append(True)
-        result = score(sequences)
+        result = score(*ids)
         scoring.clear()
         return result
 

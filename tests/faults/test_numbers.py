@@ -8,14 +8,11 @@ import pytest
 import torch
 from ppo_toys import read_metrics, training_steps, weights
 
-from pipeline.rewards.config import RewardConfig
 from pipeline.trainers.checkpoints import list_checkpoints, newest_checkpoint
 from pipeline.trainers.huggingface.reward import reward_arguments
 from pipeline.trainers.huggingface.sft import sft_arguments
 from pipeline.trainers.ppo.checkpoint import load_checkpoint
-from pipeline.trainers.ppo.config import PPOConfig
-from pipeline.trainers.ppo.settings import uses_bf16
-from pipeline.trainers.precision import native_bf16
+from pipeline.trainers.precision import mixed_precision, native_bf16
 
 
 def first_experience(trainer):
@@ -166,14 +163,14 @@ def test_texts_of_one_token_are_finite(make_trainer, taught_t5, t5_tokenizer, ki
     model = {"model": taught_t5(), "processing_class": t5_tokenizer} if family == "t5" else {}
     settings = {"whiten_rewards": True, "missing_eos_penalty": 1.0, "num_mini_batches": 2}
     trainer = make_trainer(response_length=1 if kind == "one token" else 4, **settings, **model)
-    end, generate = trainer.tokenizer.eos_token_id, trainer._generate
+    end, generate = trainer.tokenizer.eos_token_id, trainer.writer.generate
     if kind != "one token":
 
         def ending(prompts, decoding):
             found = generate(prompts, decoding)
             return [[end] if kind == "all at once" or row % 2 else ids for row, ids in enumerate(found)]
 
-        trainer._generate = ending
+        trainer.writer.generate = ending
     trainer.train()
     assert all(tensor.isfinite().all() for tensor in weights(trainer).values())
     lines = read_metrics(trainer.output_dir)
@@ -197,8 +194,8 @@ def test_a_cpu_uses_bf16_by_itself_where_it_has_instructions(capability, found, 
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: found)
     assert native_bf16() is native
     assert sft_arguments({}, tmp_path, 0).bf16 is reward_arguments({}, tmp_path, 0).bf16 is native
-    assert uses_bf16(PPOConfig((RewardConfig("constant"),))) is native
-    assert not uses_bf16(PPOConfig((RewardConfig("constant"),), bf16=False))
+    assert mixed_precision("ppo", None) == ("bf16" if native else "no")
+    assert mixed_precision("ppo", False) == "no"
 
 
 @pytest.mark.parametrize("arguments", [sft_arguments, reward_arguments], ids=["sft", "reward"])

@@ -31,12 +31,12 @@ def adapter(tokenizer, taught, tmp_path):
     """A reward whose network gives each completion the sum of its token ids; and what it was shown."""
     shown = []
 
-    def judge(sequences):
+    def sum_of_ids(sequences):
         shown.append(sequences)
         return (sequences.completion_ids * sequences.completion_mask).sum(1)
 
     reward = AdapterReward(tokenizer, RECORD, tmp_path)
-    reward.attach(judge, taught())
+    reward.attach(sum_of_ids, taught())
     return reward, shown
 
 

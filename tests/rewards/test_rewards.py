@@ -31,7 +31,7 @@ CHAT = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
 
 def score(function, prompts=PROMPTS, completions=COMPLETIONS, **columns):
     """The values of one reward function."""
-    return compute_rewards([Reward("mine", function)], prompts, completions, {**COLUMNS, **columns}).parts["mine"]
+    return compute_rewards([Reward("mine", function)], prompts, completions, {**COLUMNS, **columns}).by_name["mine"]
 
 
 def refusal(result):
@@ -56,8 +56,8 @@ def test_a_metric_is_a_reward_by_its_name(name):
     assert expected[0] == pytest.approx(1) and max(expected) <= 1
     for prompts in (PROMPTS, CHAT):  # for chat prompts a completion is a message
         scores = compute_rewards(rewards, prompts, as_completions(prompts, COMPLETIONS), COLUMNS)
-        assert scores.parts[name].tolist() == pytest.approx(expected)
-        assert scores.total.tolist() == pytest.approx([value / 2 for value in expected])
+        assert scores.by_name[name].tolist() == pytest.approx(expected)
+        assert scores.weighted_sum.tolist() == pytest.approx([value / 2 for value in expected])
 
 
 def test_a_metric_takes_language_and_options():
@@ -70,7 +70,7 @@ def test_a_metric_takes_language_and_options():
 
 def test_the_score_is_the_weighted_sum():
     rewards = [Reward("a", lambda **_: [1.0, 2.0], 0.5), Reward("b", lambda **_: [10, -10], 2.0)]
-    scores = compute_rewards(rewards, PROMPTS, COMPLETIONS, COLUMNS).parts
+    scores = compute_rewards(rewards, PROMPTS, COMPLETIONS, COLUMNS).by_name
     assert list(scores) == ["a", "b"] and scores["a"].dtype == torch.float32
     assert combine(rewards, scores).tolist() == [20.5, -19.0]
     assert combine([Reward("a", rewards[0].function, -1.0)], scores).tolist() == [-1.0, -2.0]
@@ -78,7 +78,7 @@ def test_the_score_is_the_weighted_sum():
 
 def test_none_means_that_a_reward_does_not_apply():
     rewards = [Reward("a", lambda **_: [None, 2.0], 0.5), Reward("b", lambda **_: (1.0, None))]
-    scores = compute_rewards(rewards, PROMPTS, COMPLETIONS, COLUMNS).parts
+    scores = compute_rewards(rewards, PROMPTS, COMPLETIONS, COLUMNS).by_name
     assert scores["a"].isnan().tolist() == [True, False]
     assert combine(rewards, scores).tolist() == [1.0, 1.0]
     with pytest.raises(RewardError, match=r"^no reward applies to completion 0: every function returned None$"):
@@ -95,7 +95,7 @@ def test_a_function_is_called_as_trl_calls_it(module):
 
     module.my_reward = my_reward
     rewards = build_rewards([RewardConfig("my_rewards.my_reward")])
-    scores = compute_rewards(rewards, PROMPTS, COMPLETIONS, COLUMNS).parts
+    scores = compute_rewards(rewards, PROMPTS, COMPLETIONS, COLUMNS).by_name
     assert scores["my_rewards.my_reward"].tolist() == [3.0, 2.0]
     ids, references, source = COLUMNS["completion_ids"], COLUMNS["references"], COLUMNS["source"]
     assert calls == [(PROMPTS, COMPLETIONS, ids, references, {"source": source})]
@@ -195,10 +195,10 @@ def test_a_reward_may_pay_single_tokens():
     tokens = Reward("tokens", lambda **_: [[0.5, 0.0, -1.0], None], weight=2.0)
     whole = Reward("whole", lambda **_: [0.25, 1.0])
     scores = compute_rewards([tokens, whole], PROMPTS, COMPLETIONS, COLUMNS)
-    assert scores.parts["tokens"][0] == -0.5 and scores.parts["tokens"].isnan().tolist() == [False, True]
-    assert scores.total.tolist() == [-0.75, 1.0]
+    assert scores.by_name["tokens"][0] == -0.5 and scores.by_name["tokens"].isnan().tolist() == [False, True]
+    assert scores.weighted_sum.tolist() == [-0.75, 1.0]
     # 2 * [0.5, 0, -1] and 0.25 at the last of three tokens; 1.0 at the last of two
-    assert scores.by_token([tokens, whole], [3, 2]).tolist() == [[1.0, 0.0, -1.75], [0.0, 1.0, 0.0]]
+    assert scores.token_scores([tokens, whole], [3, 2]).tolist() == [[1.0, 0.0, -1.75], [0.0, 1.0, 0.0]]
 
 
 def test_a_function_that_raises():

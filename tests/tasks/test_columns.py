@@ -173,7 +173,7 @@ def test_every_other_column_reaches_the_rewards(tmp_path):
     values = {name: rows[name][:] for name in rows.column_names if name not in ("prompt", "completion")}
     values["completion_ids"] = [[1], [2]]
     scores = compute_rewards([Reward("r", reward)], rows["prompt"][:], ["a", "b"], values)
-    assert scores.total.tolist() == [0, 1]
+    assert scores.weighted_sum.tolist() == [0, 1]
 
 
 def test_a_mapped_column_of_a_taken_name_is_no_clash(tmp_path):

@@ -6,18 +6,17 @@ import pytest
 import torch
 from torch import Tensor, tensor
 
-from pipeline.trainers.ppo.objective import (
-    Clipping,
-    adapted_kl_coef,
+from pipeline.models.shared import PolicyOutputs
+from pipeline.trainers.ppo.advantages import (
+    adapt_kl_coef,
     compute_gae,
-    kl_penalty,
-    masked_moments,
-    ppo_loss,
     spread_scores,
     subtract_group_baseline,
-    token_rewards,
     whiten,
 )
+from pipeline.trainers.ppo.objective import Clipping, LossTerms, kl_penalty, ppo_loss
+from pipeline.trainers.ppo.rollout import Experience
+from pipeline.trainers.ppo.scores import masked_moments
 
 JUNK = 7.25  # what stands behind the end of an episode, and must never count
 ALL = torch.ones(6, dtype=torch.bool)
@@ -47,13 +46,6 @@ def test_kl_estimators_agree_on_average():
 def test_scores_stand_at_the_last_real_token():
     mask = tensor([[True, True, False], [True, False, False], [True, True, True]])
     close(spread_scores(tensor([1.0, 2.0, 3.0]), mask), [[0, 1, 0], [2, 0, 0], [0, 0, 3]])
-
-
-def test_token_rewards():
-    mask = tensor([[True, True, False]])
-    kl = tensor([[2.0, -1.0, JUNK]])
-    # 0 - 0.1 * 2 = -0.2;  3 - 0.1 * -1 = 3.1;  nothing behind the end
-    close(token_rewards(spread_scores(tensor([3.0]), mask), kl, mask, 0.1), [[-0.2, 3.1, 0.0]])
 
 
 GAMMA, LAM = 0.9, 0.8
@@ -143,11 +135,36 @@ def test_whiten_is_finite_for_one_token_and_for_equal_values():
 CLIPPING = Clipping(low=0.2, high=0.2, value=0.2)
 
 
+NAMES = [
+    "logprobs",
+    "values",
+    "entropies",
+    "old_logprobs",
+    "ref_logprobs",
+    "old_values",
+    "advantages",
+    "returns",
+    "mask",
+]
+
+
+def loss_of(*, clipping: Clipping = CLIPPING, **tensors: Tensor) -> LossTerms:
+    """The loss of tensors [B, C] by name: those of the policy now, and those before with `old_` in front."""
+    outputs = PolicyOutputs(*(tensors[name] for name in ("logprobs", "entropies", "values")))
+    experience = Experience(
+        sequences=None,
+        logprobs=tensors["old_logprobs"],
+        values=tensors["old_values"],
+        **{name: tensors[name] for name in ("ref_logprobs", "advantages", "returns", "mask")},
+    )
+    return ppo_loss(outputs, experience, clipping)
+
+
 def one_token_loss(ratio: float, advantage: float, value=0.0, old_value=0.0, returns=0.0, clipping=CLIPPING):
     """The loss terms of a single token, and the gradient of the policy's with respect to its log-probability."""
     logprob = tensor([[math.log(ratio) - 1.0]], requires_grad=True)
     ones = torch.ones(1, 1)
-    terms = ppo_loss(
+    terms = loss_of(
         logprobs=logprob,
         values=value * ones,
         entropies=ones,
@@ -156,7 +173,7 @@ def one_token_loss(ratio: float, advantage: float, value=0.0, old_value=0.0, ret
         old_values=old_value * ones,
         advantages=advantage * ones,
         returns=returns * ones,
-        mask=ones.bool(),
+        mask=torch.ones(1, 1, dtype=torch.bool),
         clipping=clipping,
     )
     terms.policy.backward()
@@ -200,33 +217,32 @@ def test_value_loss_by_hand(value, old_value, returns, loss, clipped):
     assert terms.value_clipped.item() == float(clipped)
 
 
-def random_batch(rows: int, width: int) -> list[Tensor]:
-    """The arguments of ppo_loss in its order, and a mask with rows of every length."""
+def random_batch(rows: int, width: int) -> dict[str, Tensor]:
+    """The arguments of `loss_of`, and a mask with rows of every length."""
     generator = torch.Generator().manual_seed(1)
-    parts = [torch.randn(rows, width, generator=generator) for _ in range(8)]
-    parts[3] = parts[0] + 0.3 * parts[3]
-    return [*parts, torch.arange(width) < (torch.arange(rows) % width + 1).unsqueeze(1)]
+    batch = {name: torch.randn(rows, width, generator=generator) for name in NAMES[:-1]}
+    batch["old_logprobs"] = batch["logprobs"] + 0.3 * batch["old_logprobs"]
+    return {**batch, "mask": torch.arange(width) < (torch.arange(rows) % width + 1).unsqueeze(1)}
 
 
 def test_loss_sums_over_tokens_whatever_the_padding_and_the_split():
     batch = random_batch(6, 4)
-    whole = ppo_loss(*batch, CLIPPING)
-    wide = [torch.nn.functional.pad(part, (0, 3), value=JUNK) for part in batch[:-1]]
-    padded = ppo_loss(*wide, torch.nn.functional.pad(batch[-1], (0, 3), value=False), CLIPPING)
-    first, second = (ppo_loss(*[part[rows] for part in batch], CLIPPING) for rows in (slice(0, 2), slice(2, 6)))
+    whole, pad = loss_of(**batch), torch.nn.functional.pad
+    padded = loss_of(**{name: pad(t, (0, 3), value=False if name == "mask" else JUNK) for name, t in batch.items()})
+    first, second = (loss_of(**{name: t[rows] for name, t in batch.items()}) for rows in (slice(0, 2), slice(2, 6)))
     for name in vars(whole):
         expected = getattr(whole, name)
         torch.testing.assert_close(getattr(padded, name), expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(getattr(first, name) + getattr(second, name), expected, rtol=1e-5, atol=1e-5)
-    assert 0 < whole.policy_clipped < batch[-1].sum()
-    assert 0 < whole.value_clipped < batch[-1].sum()
+    assert 0 < whole.policy_clipped < batch["mask"].sum()
+    assert 0 < whole.value_clipped < batch["mask"].sum()
 
 
 def test_loss_is_finite_on_one_token_and_on_a_ratio_that_exploded():
-    one = [part[:1, :1] for part in random_batch(1, 1)]
+    one = random_batch(1, 1)
     for logprob in (0.0, 500.0, -500.0):
         logprobs = torch.full((1, 1), logprob, requires_grad=True)
-        terms = ppo_loss(logprobs, *one[1:], CLIPPING)
+        terms = loss_of(**{**one, "logprobs": logprobs})
         (terms.policy + terms.value + terms.reference_kl).backward()
         assert all(torch.isfinite(value) for value in vars(terms).values())
         assert torch.isfinite(logprobs.grad).all()
@@ -260,8 +276,16 @@ def test_entropy_and_kl_to_the_reference_are_sums_over_real_tokens():
     logprobs = tensor([[-1.0, -2.0, JUNK]], requires_grad=True)
     reference, zeros = tensor([[-2.0, -1.5, -JUNK]]), torch.zeros(1, 3)
     mask = tensor([[True, True, False]])
-    terms = ppo_loss(
-        logprobs, zeros, tensor([[0.5, 0.25, JUNK]]), logprobs.detach(), reference, zeros, zeros, zeros, mask, CLIPPING
+    terms = loss_of(
+        logprobs=logprobs,
+        values=zeros,
+        entropies=tensor([[0.5, 0.25, JUNK]]),
+        old_logprobs=logprobs.detach(),
+        ref_logprobs=reference,
+        old_values=zeros,
+        advantages=zeros,
+        returns=zeros,
+        mask=mask,
     )
     assert terms.entropy.item() == 0.75
     # k3, as above: 0.367879 + 0.148721;  d k3 / d logprob = 1 - e^(ref - logprob): 1 - e^-1, 1 - e^0.5
@@ -272,8 +296,8 @@ def test_entropy_and_kl_to_the_reference_are_sums_over_real_tokens():
 
 def test_the_kl_coefficient_follows_its_target():
     # error (9 - 6) / 6 = 0.5, clipped to 0.2; 0.05 * (1 + 0.2 * 256 / 10000)
-    assert adapted_kl_coef(0.05, 9.0, 6.0, 256, 10_000) == pytest.approx(0.050256)
+    assert adapt_kl_coef(0.05, 9.0, 6.0, 256, 10_000) == pytest.approx(0.050256)
     # error -0.1: 0.05 * (1 - 0.1 * 256 / 10000)
-    assert adapted_kl_coef(0.05, 5.4, 6.0, 256, 10_000) == pytest.approx(0.049872)
-    assert adapted_kl_coef(0.05, 0.0, 6.0, 256, 10_000) == pytest.approx(0.05 * (1 - 0.2 * 0.0256))
-    assert adapted_kl_coef(0.05, 6.0, 6.0, 256, 10_000) == 0.05
+    assert adapt_kl_coef(0.05, 5.4, 6.0, 256, 10_000) == pytest.approx(0.049872)
+    assert adapt_kl_coef(0.05, 0.0, 6.0, 256, 10_000) == pytest.approx(0.05 * (1 - 0.2 * 0.0256))
+    assert adapt_kl_coef(0.05, 6.0, 6.0, 256, 10_000) == 0.05

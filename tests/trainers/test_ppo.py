@@ -455,7 +455,7 @@ def test_a_broken_reward_stops_before_training(make_trainer, result, message):
 
 
 def test_two_rewards_of_one_name_are_refused(make_trainer):
-    with pytest.raises(ValueError, match="each needs a name of its own, found <lambda>, <lambda>"):
+    with pytest.raises(ValueError, match="each needs a name of its own, not <lambda>"):
         make_trainer(reward=[lambda prompts, **c: [1.0] * len(prompts), lambda prompts, **c: [0.0] * len(prompts)])
 
 

@@ -204,5 +204,5 @@ def test_a_reward_for_single_tokens_reaches_those_tokens(make_trainer, tokenizer
         paid = rollout.token_scores[row][mask]
         torch.testing.assert_close(experience.advantages[row][mask], paid.flip(0).cumsum(0).flip(0))
     shaped = make_trainer("shaped", reward=each, reward_shaping="prefix")
-    with pytest.raises(RewardError, match=r"'each' pays single tokens itself, which ppo\.reward_shaping: prefix"):
+    with pytest.raises(RewardError, match=r"'each' scores single tokens itself, which ppo\.reward_shaping: prefix"):
         rollout_of(shaped)

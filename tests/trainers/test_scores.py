@@ -1,4 +1,4 @@
-"""What PPO is paid, against numbers worked out by hand."""
+"""Scores after scaling, clipping and the EOS rule, against numbers worked out by hand."""
 
 import pytest
 import torch
@@ -7,27 +7,32 @@ from torch import tensor
 from pipeline.trainers.ppo.scores import (
     RunningMoments,
     apply_missing_eos_penalty,
-    moments_from_sums,
-    prompts_with_equal_scores,
-    score_sums,
+    masked_moments,
     transform_scores,
 )
+from pipeline.trainers.ppo.statistics import prompts_with_equal_scores
+
+moments = RunningMoments.from_sums
+
+
+def sums(values):
+    return masked_moments(values, torch.ones_like(values, dtype=torch.bool))
 
 
 def test_moments_of_several_batches_are_those_of_all_numbers():
     first, second = tensor([1.0, 2.0, 6.0]), tensor([10.0, -4.0])
-    seen = RunningMoments().merged(moments_from_sums(score_sums(first))).merged(moments_from_sums(score_sums(second)))
+    seen = RunningMoments().merged(moments(sums(first))).merged(moments(sums(second)))
     assert (seen.count, seen.mean) == (5, pytest.approx(3.0))
     # deviations from 3: -2, -1, 3, 7, -7; squares 4 + 1 + 9 + 49 + 49 = 112
     assert seen.squares == pytest.approx(112.0)
     assert seen.deviation == pytest.approx((112 / 5) ** 0.5)
-    together = moments_from_sums(score_sums(first) + score_sums(second))  # as processes add them up
+    together = moments(sums(first) + sums(second))  # as processes add them up
     assert together.squares == pytest.approx(112.0) and together.mean == pytest.approx(3.0)
 
 
 def test_scores_without_spread_are_divided_by_1():
     assert RunningMoments().deviation == 1.0
-    assert moments_from_sums(score_sums(tensor([0.7, 0.7, 0.7]))).deviation == 1.0
+    assert moments(sums(tensor([0.7, 0.7, 0.7]))).deviation == 1.0
 
 
 def test_scaling_and_clipping_keep_the_tokens_adding_up():

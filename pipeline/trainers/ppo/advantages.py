@@ -1,40 +1,130 @@
-"""From a rollout to what each of its tokens is worth: KL, groups, advantages, whitening over all processes."""
+"""From a rollout to what each of its tokens is worth: KL, group baseline, GAE, whitening over all processes.
 
+Shapes: `B` episodes, `C` completion tokens. `mask [B, C]` is True on real tokens.
+Sources: Schulman et al. 2016 for GAE (arXiv:1506.02438); Ziegler et al. 2019 for the KL penalty in the reward
+(arXiv:1909.08593).
+"""
+
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from pipeline.trainers.ppo.config import PPOConfig
-from pipeline.trainers.ppo.objective import (
-    compute_gae,
-    kl_penalty,
-    masked_moments,
-    spread_scores,
-    subtract_group_baseline,
-    token_rewards,
-    whiten,
-)
+from pipeline.trainers.ppo.objective import kl_penalty
 from pipeline.trainers.ppo.rollout import Experience, Rollout
+from pipeline.trainers.ppo.scores import masked_moments
 
 
-def credit(rollout: Rollout, args: PPOConfig, kl_coef: float, accelerator: Accelerator) -> tuple[Experience, Tensor]:
-    """What is learnt from, and what each token pays for its KL, [B, C]. Episodes without a score are worth nothing."""
+def estimate_advantages(
+    rollout: Rollout, kl_coef: float, args: PPOConfig, accelerator: Accelerator
+) -> tuple[Experience, Tensor]:
+    """Turn scores and KL into the advantage and the return of each token. Episodes without a score are worth nothing.
 
-    def total(values: Tensor) -> Tensor:
-        return accelerator.reduce(masked_moments(values, mask), reduction="sum")
+    Args:
+        rollout: The episodes of this process.
+        kl_coef: What one nat of KL costs, in the rewards or in the loss, as `args.kl_placement` says.
+        args: The estimator of KL, `group_baseline`, `gamma`, `lam` and the two `whiten_...` are read.
+        accelerator: Sums the moments for whitening over processes.
 
-    mask, token_scores = rollout.mask, rollout.token_scores
-    kl = kl_penalty(rollout.logprobs, rollout.ref_logprobs, args.kl_estimator)
+    Returns:
+        The experience, and what each token's reward loses for its KL, [B, C].
+    """
+
+    def whiten_globally(values: Tensor, shift_mean: bool) -> Tensor:
+        moments = accelerator.reduce(masked_moments(values, mask), reduction="sum")
+        return whiten(values, mask, moments, shift_mean)
+
+    mask, token_scores, in_rewards = rollout.mask, rollout.token_scores, args.kl_placement == "reward"
+    kl_penalties = kl_penalty(rollout.logprobs, rollout.ref_logprobs, args.kl_estimator)
+    kl_penalties = (kl_coef if in_rewards else 0.0) * kl_penalties
     if args.group_baseline:
         centred = subtract_group_baseline(rollout.scores, rollout.scored, args.num_generations)
         token_scores = token_scores + spread_scores(centred - rollout.scores, rollout.sequences.completion_mask)
-    paid = kl_coef if args.kl_placement == "reward" else 0.0
-    rewards = token_rewards(token_scores, kl, mask, paid)
+    rewards = (token_scores - kl_penalties) * mask
     if args.whiten_rewards:
-        rewards = whiten(rewards, mask, total(rewards), shift_mean=False)
+        rewards = whiten_globally(rewards, shift_mean=False)
     advantages, returns = compute_gae(rewards, rollout.values, mask, args.gamma, args.lam)
     if args.whiten_advantages:
-        advantages = whiten(advantages, mask, total(advantages))
+        advantages = whiten_globally(advantages, shift_mean=True)
     experience = Experience(
-        rollout.sequences, rollout.logprobs, rollout.ref_logprobs, rollout.values, advantages, returns, mask
+        sequences=rollout.sequences,
+        logprobs=rollout.logprobs,
+        ref_logprobs=rollout.ref_logprobs,
+        values=rollout.values,
+        advantages=advantages,
+        returns=returns,
+        mask=mask,
+        kl_coef=0.0 if in_rewards else kl_coef,
     )
-    return experience, paid * kl
+    return experience, kl_penalties
+
+
+def compute_gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation with value 0 after the last real token.
+
+    Args:
+        rewards: [B, C], 0 where masked.
+        values: [B, C].
+        mask: [B, C], True on real tokens.
+        gamma: The discount of a token.
+        lam: The weight of longer estimates; 1 is the return less the value.
+
+    Returns:
+        Advantages and returns, both [B, C], 0 where masked.
+    """
+    values = values * mask
+    advantages = torch.zeros_like(rewards)
+    last_gae = torch.zeros_like(rewards[:, 0])
+    next_value = torch.zeros_like(last_gae)
+    for t in reversed(range(rewards.shape[1])):
+        # delta_t = r_t + gamma * V(s_t+1) - V(s_t)
+        # A_t = delta_t + gamma * lambda * A_t+1
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        # After the end everything is 0, so the last real token sees a next value and advantage of 0.
+        last_gae = (delta + gamma * lam * last_gae) * mask[:, t]
+        next_value = values[:, t]
+        advantages[:, t] = last_gae
+    return advantages, advantages + values
+
+
+def subtract_group_baseline(scores: Tensor, scored: Tensor, size: int) -> Tensor:
+    """Subtract from `scores [B]` the mean of the other scores of the prompt, whose `size` completions are neighbours.
+
+    A leave-one-out baseline is unbiased, and knows how hard a prompt is (Kool et al. 2019, "Buy 4 REINFORCE samples").
+    Only those `scored [B]` count; one that is alone has nothing to compare with and gets 0, as do those without one.
+    """
+    known = scored.view(-1, size).to(scores.dtype)
+    groups = scores.view(-1, size) * known
+    count = known.sum(1, keepdim=True) - known
+    others = (groups.sum(1, keepdim=True) - groups) / count.clamp(min=1)
+    return ((groups - others) * known * (count > 0)).reshape(-1)
+
+
+def spread_scores(scores: Tensor, mask: Tensor) -> Tensor:
+    """Put `scores [B]` at each episode's last real token, 0 elsewhere: [B, C]."""
+    spread = torch.zeros(mask.shape, dtype=scores.dtype, device=scores.device)
+    spread[torch.arange(len(scores), device=scores.device), mask.sum(1) - 1] = scores
+    return spread
+
+
+def whiten(values: Tensor, mask: Tensor, moments: Tensor, shift_mean: bool = True) -> Tensor:
+    """Give `values [B, C]` unit variance, and mean 0 unless `shift_mean` is False; 0 where masked.
+
+    `moments` are those of `masked_moments`, summed over processes.
+    """
+    count, summed, squares = moments
+    mean = summed / count
+    variance = ((squares / count - mean.square()) * count / (count - 1).clamp(min=1)).clamp(min=0)
+    whitened = (values - mean) * torch.rsqrt(variance + 1e-8)
+    if not shift_mean:
+        whitened = whitened + mean
+    return (whitened * mask).to(values.dtype)
+
+
+def adapt_kl_coef(kl_coef: float, kl: float, target: float, episodes: int, horizon: int) -> float:
+    """Move the KL coefficient after a batch whose KL was `kl` nats per episode (Ziegler et al. 2019, section 2.2).
+
+    The relative error is clipped to +- 0.2, so that `horizon` episodes change the coefficient by 20 % at most.
+    """
+    error = min(0.2, max(-0.2, kl / target - 1))
+    return kl_coef * (1 + error * episodes / horizon)

@@ -1,16 +1,31 @@
 """What a PPO checkpoint holds, and how it is written and read; nothing in one is executed."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object, set_seed
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pipeline.trainers.checkpoints import keep_newest, load_tensors, new_checkpoint, require_finite, require_intact
+from pipeline.models.shared import SharedModel
+from pipeline.runtime.seeds import derive_seed, random_state, restore_random_state
+from pipeline.trainers.checkpoints import (
+    check_space,
+    clear_checkpoints,
+    keep_newest,
+    load_tensors,
+    new_checkpoint,
+    newest_checkpoint,
+    require_finite,
+    require_intact,
+)
+from pipeline.trainers.ppo.learner import Learner
+from pipeline.trainers.ppo.scores import RunningMoments
 
 STATE_FILE, WEIGHTS_FILE, OPTIMIZER_FILE = "trainer_state.json", "trainable.safetensors", "optimizer.pt"
 RANDOM_FILE = "random_state.pt"
@@ -32,6 +47,40 @@ class TrainerState:
     score_mean: float = 0.0
     score_squares: float = 0.0
 
+    @property
+    def score_moments(self) -> RunningMoments:
+        """The moments of the scores so far."""
+        return RunningMoments(self.score_count, self.score_mean, self.score_squares)
+
+    def total_steps(self, total_episodes: int, batch_size: int) -> int:
+        """Steps of the whole run, those already made included, which another number of processes may have made."""
+        return self.step - (self.episodes - total_episodes) // batch_size
+
+    def advanced(self, episodes: int, moments: RunningMoments, kl_coef: float | None) -> "TrainerState":
+        """Return the state after one more step of `episodes`."""
+        return replace(
+            self,
+            step=self.step + 1,
+            episodes=self.episodes + episodes,
+            kl_coef=kl_coef,
+            score_count=moments.count,
+            score_mean=moments.mean,
+            score_squares=moments.squares,
+        )
+
+    def compared(self, values: Mapping[str, float], name: str, greater_is_better: bool) -> "TrainerState":
+        """Return the state after an evaluation: this step is the best so far if its metric `name` is.
+
+        Raises:
+            ValueError: the evaluation has no such metric.
+        """
+        if name not in values:
+            raise ValueError(f"ppo.metric_for_best_model: {name!r} is not one of {', '.join(values)}")
+        metric, sign, best = values[name], 1 if greater_is_better else -1, self.best_metric
+        if math.isfinite(metric) and (best is None or sign * metric > sign * best):
+            return replace(self, best_metric=metric, best_step=self.step)
+        return self
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -45,6 +94,24 @@ class Checkpoint:
     optimizer: dict
     scheduler: dict
     random: Sequence[dict[str, object]]
+
+
+def save_training(directory: Path, state: TrainerState, learner: Learner) -> None:
+    """Write a checkpoint of all that a run needs to go on; every process calls it, the main one writes.
+
+    Raises:
+        FloatingPointError, OSError: as `save_checkpoint`.
+    """
+    args = learner.args
+    checkpoint = Checkpoint(
+        replace(state, micro_batch_size=learner.reduced_micro_batch_size),
+        learner.shared.trainable_state(),
+        learner.optimizer.state_dict(),
+        learner.scheduler.state_dict(),
+        gather_object([random_state()]),
+    )
+    protect = state.best_step if args.load_best_model_at_end else None
+    save_checkpoint(directory, checkpoint, args.save_total_limit, protect)
 
 
 def save_checkpoint(directory: Path, checkpoint: Checkpoint, keep: int, protect: int | None = None) -> Path:
@@ -89,6 +156,63 @@ def load_checkpoint(path: Path) -> Checkpoint:
         optimization["scheduler"],
         load_tensors(path / RANDOM_FILE),
     )
+
+
+def restore_training(
+    directory: Path, state: TrainerState, learner: Learner, seed: int, resume: bool
+) -> tuple[TrainerState, list[str]]:
+    """Go on from the newest intact checkpoint if there is one; without `resume` remove them all.
+
+    Returns:
+        The state to go on from, `state` where there is no checkpoint, and sentences for the log.
+
+    Raises:
+        ValueError: as `newest_checkpoint` and `load_checkpoint`.
+        OSError: the checkpoints of the run do not fit on the disk.
+    """
+    if not resume:
+        clear_checkpoints(directory)
+    path, notes = newest_checkpoint(directory)
+    if path:
+        checkpoint = load_checkpoint(path)
+        state = checkpoint.state
+        notes.append(f"continuing from {path}{_restore(checkpoint, learner, seed)}")
+    args = learner.args
+    count = args.save_total_limit + 1 + args.load_best_model_at_end  # the one being written, the best
+    check_space(directory, state_size(learner.shared.trainable_state()), count)
+    return state, notes
+
+
+def _restore(checkpoint: Checkpoint, learner: Learner, seed: int) -> str:
+    """Put a checkpoint back; return what is not as it would have been without the interruption."""
+    args, accelerator, state = learner.args, learner.accelerator, checkpoint.state
+    before, processes = len(checkpoint.random), accelerator.num_processes
+    same = before == processes
+    steps = state.total_steps(args.total_episodes, args.batch_size(processes))
+    learner.shared.load_trainable_state(checkpoint.weights)
+    learner.restore(
+        checkpoint.optimizer,
+        checkpoint.scheduler,
+        state.micro_batch_size,
+        None if same else steps * args.num_ppo_epochs * args.num_mini_batches,
+    )
+    if same:
+        restore_random_state(checkpoint.random[accelerator.process_index])
+        return ""
+    set_seed(derive_seed(seed, "resumed run", state.step, accelerator.process_index) % 2**32)
+    return (
+        f", which {before} processes made; this run has {processes}, so from episode {state.episodes} on batches, "
+        "samples and learning rates are others: the curve will not be identical to that of a run without the change"
+    )
+
+
+def restore_best(directory: Path, state: TrainerState, shared: SharedModel) -> str:
+    """Make the policy that of the best step, or of the start where no step was better; return a sentence on it."""
+    if state.best_step:
+        shared.load_trainable_state(load_checkpoint(directory / f"checkpoint-{state.best_step}").weights)
+        return f"at step {state.best_step}"
+    shared.restart_policy()
+    return "at step 0: no later one was better, so the policy is the model it started from"
 
 
 def _load_state(file: Path) -> TrainerState:

@@ -11,9 +11,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.models.decoder_start import decoder_prefix
 from pipeline.models.loading import position_limit
+from pipeline.models.reward_model import check_base
 from pipeline.models.sequences import Sequences, make_sequences
 from pipeline.models.shared import SharedModel
 from pipeline.models.states import check_trunk_and_head
+from pipeline.rewards import Reward
+from pipeline.rewards.learned import adapter_rewards
 from pipeline.trainers.ppo.config import PPOConfig
 
 # The largest |log pi - log rho| of a token that rounding explains: DoRA and checkpointing compute in another order.
@@ -21,11 +24,13 @@ ROUNDING = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.2, torch
 PROBE_ROWS = 4
 
 
-def check_model_and_data(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset) -> None:
+def check_inputs(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, rewards: Sequence[Reward]
+) -> None:
     """Look at what PPO is given before anything is built from it.
 
     Raises:
-        ValueError: a model with an adapter, no rows, or no special tokens.
+        ValueError: a model with an adapter, no rows, no special tokens, or a learned reward over another model.
     """
     if isinstance(model, PeftModel):
         raise ValueError(
@@ -35,6 +40,8 @@ def check_model_and_data(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     if len(dataset) == 0:
         raise ValueError("train_dataset: it has no rows, so there is no prompt to answer")
     check_special_tokens(model, tokenizer)
+    for reward in adapter_rewards(rewards):
+        check_base(reward.record, model, tokenizer, model.config.name_or_path)
 
 
 def first_rows(dataset: Dataset) -> dict[str, list]:

@@ -1,12 +1,13 @@
 """PPO's settings: the `ppo:` section."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import SchedulerType
 
+from pipeline.models.generation import Decoding
 from pipeline.rewards.config import RewardConfig
-from pipeline.rewards.results import ON_ERROR
+from pipeline.rewards.results import ON_ERROR, Handling
 
 SCHEDULERS = tuple(
     s.value for s in SchedulerType if s.value in ("linear", "cosine", "constant", "constant_with_warmup")
@@ -129,6 +130,21 @@ class PPOConfig:
         """The line of `rewards` that is a learned reward, if there is one."""
         return next((reward for reward in self.rewards if reward.name == LEARNED), None)
 
+    @property
+    def sampling(self) -> Decoding:
+        """How a rollout is written."""
+        return replace(self.greedy, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+
+    @property
+    def greedy(self) -> Decoding:
+        """How held-out prompts are answered."""
+        return Decoding(self.response_length, min_new_tokens=self.min_new_tokens, stop_strings=self.stop_strings)
+
+    @property
+    def reward_handling(self) -> Handling:
+        """What is done about rewards that fail."""
+        return Handling(self.on_reward_error, self.reward_timeout)
+
     def batch_size(self, num_processes: int) -> int:
         """Episodes of one rollout over all processes."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * num_processes
@@ -186,89 +202,95 @@ def _check_ranges(args: PPOConfig) -> None:
 
 
 def _check_sizes(args: PPOConfig) -> None:
-    """Batches divide."""
+    """Batches divide, and the shortest completion is shorter than the longest."""
     accumulation = args.gradient_accumulation_steps
-    per_process = args.per_device_train_batch_size * accumulation
-    _require(
-        accumulation % args.num_mini_batches == 0,
-        "num_mini_batches",
-        f"must divide gradient_accumulation_steps ({accumulation})",
-        args.num_mini_batches,
-    )
-    _require(
-        per_process % args.num_generations == 0,
-        "num_generations",
-        f"must divide per_device_train_batch_size x gradient_accumulation_steps ({per_process})",
-        args.num_generations,
-    )
-    _require(
-        args.min_new_tokens < args.response_length,
-        "min_new_tokens",
-        f"must be below response_length ({args.response_length})",
-        args.min_new_tokens,
-    )
+    episodes = args.per_device_train_batch_size * accumulation
+    for holds, name, rule in (
+        (
+            accumulation % args.num_mini_batches == 0,
+            "num_mini_batches",
+            f"must divide gradient_accumulation_steps ({accumulation})",
+        ),
+        (
+            episodes % args.num_generations == 0,
+            "num_generations",
+            f"must divide per_device_train_batch_size x gradient_accumulation_steps ({episodes})",
+        ),
+        (
+            args.min_new_tokens < args.response_length,
+            "min_new_tokens",
+            f"must be below response_length ({args.response_length})",
+        ),
+    ):
+        _require(holds, name, rule, getattr(args, name))
 
 
 def _check_combinations(args: PPOConfig) -> None:
     """Options that need another one, or exclude it: what would do nothing is refused."""
-    _require(bool(args.rewards), "rewards", "at least one reward is needed, such as [{name: bleu}]", "none")
-    _require(
-        args.warmup_steps == 0 or args.lr_scheduler_type != "constant",
-        "warmup_steps",
-        "does nothing with lr_scheduler_type constant; use constant_with_warmup",
-        args.warmup_steps,
-    )
-    _require(
-        not args.group_baseline or args.num_generations >= 2,
-        "group_baseline",
-        "needs num_generations of at least 2",
-        args.num_generations,
-    )
-    _require(
-        args.kl_placement == "reward" or args.kl_estimator == "k3",
-        "kl_placement",
-        "loss needs kl_estimator k3 (the gradient of k1 is 0 on average)",
-        args.kl_estimator,
-    )
-    _require(
-        args.kl_target is None or args.kl_coef > 0,
-        "kl_target",
-        "needs a kl_coef above 0 to start from",
-        args.kl_coef,
-    )
-    _require(
-        args.kl_horizon == PPOConfig.kl_horizon or args.kl_target is not None,
-        "kl_horizon",
-        "does nothing without kl_target",
-        args.kl_horizon,
-    )
-    _require(
-        args.dual_clip is None or args.dual_clip > 1 + (args.cliprange_high or args.cliprange),
-        "dual_clip",
-        "must be above 1 + cliprange_high, or the clip below it never acts",
-        args.dual_clip,
-    )
-    _require(
-        args.value_model == "head" or args.use_peft,
-        "value_model",
-        "adapter needs ppo.use_peft: true",
-        args.value_model,
-    )
-    _require(
-        args.missing_eos_penalty is None or args.missing_eos_score is None,
-        "missing_eos_score",
-        "replaces the score that missing_eos_penalty would be subtracted from; keep one",
-        args.missing_eos_score,
-    )
-    _require(
-        args.reward_model_path is None or args.learned_reward is not None,
-        "reward_model_path",
-        "does nothing without the reward learned in ppo.rewards",
-        args.reward_model_path,
-    )
-    _require(all(args.stop_strings), "stop_strings", "must not hold an empty text", args.stop_strings)
-    empty_warmup = args.value_warmup_steps > 0 and args.vf_coef == 0
-    _require(not empty_warmup, "value_warmup_steps", "does nothing with vf_coef 0", args.value_warmup_steps)
+    constant, moved = args.lr_scheduler_type == "constant", args.kl_horizon != PPOConfig.kl_horizon
+    largest_ratio = 1 + (args.cliprange_high or args.cliprange)
+    two_rules = args.missing_eos_penalty is not None and args.missing_eos_score is not None
+    needless_path = args.reward_model_path is not None and args.learned_reward is None
+    for wrong, name, rule, found in (
+        (not args.rewards, "rewards", "at least one reward is needed, such as [{name: bleu}]", "none"),
+        (
+            args.warmup_steps and constant,
+            "warmup_steps",
+            "does nothing with lr_scheduler_type constant; use constant_with_warmup",
+            args.warmup_steps,
+        ),
+        (
+            args.group_baseline and args.num_generations < 2,
+            "group_baseline",
+            "needs num_generations of at least 2",
+            args.num_generations,
+        ),
+        (
+            args.kl_placement == "loss" and args.kl_estimator != "k3",
+            "kl_placement",
+            "loss needs kl_estimator k3 (the gradient of k1 is 0 on average)",
+            args.kl_estimator,
+        ),
+        (
+            args.kl_target is not None and not args.kl_coef,
+            "kl_target",
+            "needs a kl_coef above 0 to start from",
+            args.kl_coef,
+        ),
+        (args.kl_target is None and moved, "kl_horizon", "does nothing without kl_target", args.kl_horizon),
+        (
+            args.dual_clip is not None and args.dual_clip <= largest_ratio,
+            "dual_clip",
+            "must be above 1 + cliprange_high, or the clip below it never acts",
+            args.dual_clip,
+        ),
+        (
+            args.value_model == "adapter" and not args.use_peft,
+            "value_model",
+            "adapter needs ppo.use_peft: true",
+            args.value_model,
+        ),
+        (
+            two_rules,
+            "missing_eos_score",
+            "replaces the score that missing_eos_penalty would be subtracted from; keep one",
+            args.missing_eos_score,
+        ),
+        (
+            needless_path,
+            "reward_model_path",
+            "does nothing without the reward learned in ppo.rewards",
+            args.reward_model_path,
+        ),
+        ("" in args.stop_strings, "stop_strings", "must not hold an empty text", args.stop_strings),
+        (
+            args.value_warmup_steps and not args.vf_coef,
+            "value_warmup_steps",
+            "does nothing with vf_coef 0",
+            args.value_warmup_steps,
+        ),
+    ):
+        _require(not wrong, name, rule, found)
 
 
 def _require(holds: bool, name: str, rule: str, found: object) -> None:

@@ -5,9 +5,13 @@ from dataclasses import dataclass
 from statistics import fmean
 
 import torch
+from datasets import Dataset
 
+from pipeline.models.generation import Decoding
 from pipeline.models.sequences import length_sorted_chunks
 from pipeline.runtime.distributed import gather_rows, on_main
+from pipeline.trainers.ppo.rollout import CompletionWriter
+from pipeline.trainers.ppo.scores import ComputeRewards
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,30 @@ class HeldOutCompletion:
     rewards: dict[str, float]
     length: int
     finished: bool
+
+
+def complete_held_out(
+    rows: list[int],
+    examples: Dataset,
+    prompt_ids: Sequence[Sequence[int]],
+    writer: CompletionWriter,
+    decoding: Decoding,
+    compute_rewards: ComputeRewards,
+) -> list[HeldOutCompletion]:
+    """Complete and score the prompts at `rows` of the held-out `examples`."""
+    completions = writer.write([prompt_ids[row] for row in rows], decoding)
+    rewards = compute_rewards(examples.select(rows), completions.texts, completions.ids)
+    return [
+        HeldOutCompletion(
+            row,
+            completions.texts[i],
+            float(rewards.weighted_sum[i]),
+            {name: float(values[i]) for name, values in rewards.by_name.items()},
+            completions.lengths[i],
+            bool(completions.finished[i]),
+        )
+        for i, row in enumerate(rows)
+    ]
 
 
 def held_out_figures(

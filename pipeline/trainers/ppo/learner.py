@@ -1,9 +1,10 @@
 """PPO's update: optimizer, schedule, and passes over an experience in mini-batches and micro-batches."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -11,29 +12,50 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
-from pipeline.models.sequences import Sequences
+from pipeline.models.sequences import Sequences, make_sequences
 from pipeline.models.shared import SharedModel
 from pipeline.runtime.memory import in_smaller_batches, is_out_of_memory
 from pipeline.trainers.ppo.config import PPOConfig
 from pipeline.trainers.ppo.objective import Clipping, LossTerms, ppo_loss
-from pipeline.trainers.ppo.rollout import Experience, TokenOutputs, compute_token_outputs
+from pipeline.trainers.ppo.rollout import Experience, TokenOutputs, Warn, compute_token_outputs
 
 TERMS = tuple(field.name for field in fields(LossTerms))
 EARLY_STOP_FACTOR = 1.5  # as stable-baselines3 and TRL 0.11 read target_kl
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class OptimizerStep:
+    """What one mini-batch did: the sums of `TERMS` over its `tokens` on all processes, and the gradient's `norm`.
+
+    `norm` is None where no step was tried: nothing in the mini-batch has a score, or the policy `is_too_far`.
+    """
+
+    sums: Tensor
+    tokens: int
+    norm: float | None
+    is_too_far: bool = False
+
+    @property
+    def is_skipped(self) -> bool:
+        """Whether the gradient was not finite, so that the optimizer made no step."""
+        return self.norm is not None and not math.isfinite(self.norm)
+
+    def mean(self, term: str) -> float:
+        """The mean of one of `TERMS` over the tokens."""
+        return float(self.sums[TERMS.index(term)]) / max(1, self.tokens)
 
 
 @dataclass(frozen=True)
 class Update:
-    """What one update did: statistics to log, how many optimizer steps it made, and which it skipped.
+    """What one update did: statistics to log, and which optimizer steps it skipped for want of a finite gradient.
 
-    A step whose gradient is not finite is skipped, with a sentence in `notes`; `skipped_in_row` are the last ones.
+    `skipped_in_row` are the last ones; `notes` has a sentence for each.
     """
 
     stats: dict[str, float]
-    steps: int
-    skipped: int
     skipped_in_row: int
-    notes: tuple[str, ...]
+    notes: Sequence[str]
 
 
 class LastPassError(Exception):
@@ -43,12 +65,14 @@ class LastPassError(Exception):
 class Learner:
     """The trained parameters of a shared model with their optimizer and learning-rate schedule."""
 
-    def __init__(self, shared: SharedModel, args: PPOConfig, accelerator: Accelerator) -> None:
-        self.args, self.accelerator = args, accelerator
+    def __init__(self, shared: SharedModel, args: PPOConfig, accelerator: Accelerator, warn: Warn) -> None:
+        self.args, self.accelerator, self.warn = args, accelerator, warn
         self.micro_batch_size = args.per_device_train_batch_size  # less once memory has run out
-        policy, value = shared.policy_parameters(), shared.value_parameters()
         optimizer = torch.optim.AdamW(
-            [{"params": policy}, {"params": value, "lr": args.value_learning_rate or args.learning_rate}],
+            [
+                {"params": shared.policy_parameters()},
+                {"params": shared.value_parameters(), "lr": args.value_learning_rate or args.learning_rate},
+            ],
             lr=args.learning_rate,
             betas=(args.adam_beta1, args.adam_beta2),
             eps=args.adam_epsilon,
@@ -71,31 +95,38 @@ class Learner:
             num_training_steps=steps,
         )
 
-    def restore(self, optimizer: dict, scheduler: dict, steps: int | None = None) -> None:
+    @property
+    def reduced_micro_batch_size(self) -> int | None:
+        """The size of micro-batches where memory has run out; None: still the setting."""
+        size = self.micro_batch_size
+        return size if size < self.args.per_device_train_batch_size else None
+
+    def restore(self, optimizer: dict, scheduler: dict, micro_batch_size: int | None, steps: int | None) -> None:
         """Go on from saved states; `steps`: the optimizer steps of the whole run, where these changed."""
         if steps is not None:
             self.scheduler = self._schedule(steps)
         self.optimizer.load_state_dict(optimizer)
         self.scheduler.load_state_dict(scheduler)
+        self.micro_batch_size = micro_batch_size or self.micro_batch_size
 
-    def forward(self, sequences: Sequences) -> tuple[Sequences, TokenOutputs]:
+    def forward(
+        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], pad_id: int
+    ) -> tuple[Sequences, TokenOutputs]:
         """Compute log-probs, values and entropies of a rollout, in the micro-batches it will be learnt from.
 
-        The sequences come back with the states of an encoder that nothing trains: they stay the same.
+        The sequences come with the states of an encoder that nothing trains: they stay the same.
         """
+        sequences = make_sequences(prompt_ids, completion_ids, pad_id, self.accelerator.device)
 
         def attempt(size: int) -> tuple[Sequences, TokenOutputs]:
             with self.accelerator.autocast():
                 encoded = self.shared.encoded(sequences, size)
                 return encoded, compute_token_outputs(self.shared, encoded, size)
 
-        outputs, self.micro_batch_size = in_smaller_batches(attempt, self.micro_batch_size)
-        return outputs
+        return self._in_micro_batches(attempt)
 
-    def update(
-        self, experience: Experience, seed: int, kl_coef: float, value_only: bool = False, skipped_in_row: int = 0
-    ) -> Update:
-        """`num_ppo_epochs` passes of `num_mini_batches` optimizer steps; `seed` draws the mini-batches.
+    def update(self, experience: Experience, seed: int, value_only: bool = False, skipped_in_row: int = 0) -> Update:
+        """Make `num_ppo_epochs` passes of `num_mini_batches` optimizer steps; `seed` draws the mini-batches.
 
         With `value_only` the policy's gradients are dropped. The schedule moves by the planned number of steps even
         where `target_kl` ends the passes early, so that it ends with the run. `skipped_in_row` steps before this
@@ -104,65 +135,39 @@ class Learner:
         Raises:
             FloatingPointError: the gradients of `max_skipped_steps` in a row were not finite.
         """
-        args, generator = self.args, torch.Generator().manual_seed(seed)
-        totals, tokens, norms, notes = torch.zeros(len(TERMS)), 0, [], []
-        first_ratio, stopped = float("nan"), False
-        for epoch in range(args.num_ppo_epochs):
-            for number, mini_batch in enumerate(experience.mini_batches(args.num_mini_batches, generator)):
-                count = 0 if stopped else self._global_tokens(mini_batch)
-                if count:
-                    sums = self._accumulate(mini_batch, count, kl_coef)
-                    means = dict(zip(TERMS, (sums / count).tolist(), strict=True))
-                    first_ratio = means["ratio"] if not tokens else first_ratio
-                    totals, tokens = totals + sums, tokens + count
-                    stopped = args.target_kl is not None and means["approx_kl"] > EARLY_STOP_FACTOR * args.target_kl
-                    if not stopped:
-                        norm = self._clip(value_only)
-                        norms.append(norm)
-                        if math.isfinite(norm):
-                            self.optimizer.step()
-                        skipped_in_row = 0 if math.isfinite(norm) else skipped_in_row + 1
-                    if not stopped and skipped_in_row:
-                        notes.append(_skipped(epoch, number, means, norm, skipped_in_row))
-                    if skipped_in_row >= args.max_skipped_steps:
-                        raise FloatingPointError(
-                            f"{notes[-1]}, which is ppo.max_skipped_steps: nothing was learnt from them and nothing "
-                            "is saved; lower ppo.learning_rate, set ppo.bf16: false, or look at the rewards"
-                        )
-                    self.optimizer.zero_grad()
+        generator, steps, notes = torch.Generator().manual_seed(seed), [], []
+        for epoch in range(self.args.num_ppo_epochs):
+            for number, mini_batch in enumerate(experience.mini_batches(self.args.num_mini_batches, generator)):
+                if not (steps and steps[-1].is_too_far):
+                    step = self.optimizer_step(mini_batch, value_only)
+                    steps.append(step)
+                    if step.is_skipped:
+                        skipped_in_row += 1
+                        notes.append(_skipped(epoch, number, step, skipped_in_row))
+                        self._check_skipped(skipped_in_row, notes[-1])
+                    elif step.norm is not None:
+                        skipped_in_row = 0
                 self.scheduler.step()
-        stats = self._statistics(totals / max(1, tokens), first_ratio, norms)
-        return Update(stats, len(norms) - len(notes), len(notes), skipped_in_row, tuple(notes))
+        return Update(self._statistics(steps), skipped_in_row, notes)
 
-    def _statistics(self, means: Tensor, first_ratio: float, norms: Sequence[float]) -> dict[str, float]:
-        mean = dict(zip(TERMS, means.tolist(), strict=True))
-        return {
-            "loss/policy_avg": mean["policy"],
-            "loss/value_avg": mean["value"],
-            "policy/approxkl_avg": mean["approx_kl"],
-            "policy/clipfrac_avg": mean["policy_clipped"],
-            "val/clipfrac_avg": mean["value_clipped"],
-            "val/ratio": mean["ratio"],
-            "val/ratio_first": first_ratio,
-            "policy/entropy_avg": mean["entropy"],
-            "policy/grad_norm": sum(norms) / max(1, len(norms)),
-            "policy/optimizer_steps": float(sum(map(math.isfinite, norms))),
-            "policy/memory_parts": float(-(-self.args.per_device_train_batch_size // self.micro_batch_size)),
-            "lr": self.scheduler.get_last_lr()[0],
-        }
+    def optimizer_step(self, mini_batch: Experience, value_only: bool = False) -> OptimizerStep:
+        """Learn from one mini-batch: forward and backward in micro-batches, clip the gradient, step."""
+        tokens = int(self.accelerator.reduce(torch.tensor(mini_batch.num_tokens, device=self.accelerator.device)))
+        if not tokens:
+            return OptimizerStep(torch.zeros(len(TERMS)), 0, None)
+        step = OptimizerStep(self._accumulate_gradients(mini_batch, tokens), tokens, None)
+        target_kl = self.args.target_kl
+        if target_kl is not None and step.mean("approx_kl") > EARLY_STOP_FACTOR * target_kl:
+            step = OptimizerStep(step.sums, tokens, None, is_too_far=True)
+        else:
+            step = OptimizerStep(step.sums, tokens, self._clip_gradients(value_only))
+            if not step.is_skipped:
+                self.optimizer.step()
+        self.optimizer.zero_grad()
+        return step
 
-    def _global_tokens(self, mini_batch: Experience) -> int:
-        return int(self.accelerator.reduce(torch.tensor(mini_batch.num_tokens, device=self.accelerator.device)))
-
-    def _clip(self, value_only: bool) -> float:
-        """Clip the gradient; its norm before, over what is trained."""
-        if value_only:
-            for parameter in self.shared.policy_parameters():
-                parameter.grad = None
-        return float(self.accelerator.clip_grad_norm_(self.shared.parameters(), self.args.max_grad_norm))
-
-    def _accumulate(self, mini_batch: Experience, count: int, kl_coef: float) -> Tensor:
-        """Gradients of a mini-batch with `count` tokens over all processes; returns the global sums of `TERMS`.
+    def _accumulate_gradients(self, mini_batch: Experience, tokens: int) -> Tensor:
+        """Compute the gradients of a mini-batch with `tokens` on all processes; return the global sums of `TERMS`.
 
         Where memory runs out it begins anew with half as many episodes at a time: the gradient is the same. Processes
         meet in the last pass, so what happens there cannot be repeated by one of several alone.
@@ -174,40 +179,43 @@ class Learner:
 
         def attempt(size: int) -> Tensor:
             self.optimizer.zero_grad()
-            return self._gradients(mini_batch, count, kl_coef, size)
+            sums = torch.zeros(len(TERMS), device=self.accelerator.device)
+            micro_batches = mini_batch.micro_batches(size)
+            for number, micro_batch in enumerate(micro_batches):
+                with self._synchronised(number == len(micro_batches) - 1), self.accelerator.autocast():
+                    terms = ppo_loss(self.model(micro_batch.sequences), micro_batch, self.clipping)
+                    # DDP averages over processes, so their number turns its mean back into the sum.
+                    loss = self._loss(terms, mini_batch.kl_coef) * self.accelerator.num_processes / tokens
+                    self.accelerator.backward(loss)
+                sums += torch.stack([getattr(terms, name).detach().float() for name in TERMS])
+            return sums
 
-        sums, self.micro_batch_size = in_smaller_batches(attempt, self.micro_batch_size)
-        return self.accelerator.reduce(sums, reduction="sum").cpu()
+        return self.accelerator.reduce(self._in_micro_batches(attempt), reduction="sum").cpu()
 
-    def _gradients(self, mini_batch: Experience, count: int, kl_coef: float, size: int) -> Tensor:
-        args, sums = self.args, torch.zeros(len(TERMS), device=self.accelerator.device)
-        loss_kl_coef = kl_coef if args.kl_placement == "loss" else 0.0
-        parts = mini_batch.micro_batches(size)
-        for number, part in enumerate(parts):
-            last = number == len(parts) - 1
-            with self._synchronised(last), self.accelerator.autocast():
-                outputs = self.model(part.sequences)
-                terms = ppo_loss(
-                    outputs.logprobs,
-                    outputs.values,
-                    outputs.entropies,
-                    part.logprobs,
-                    part.ref_logprobs,
-                    part.values,
-                    part.advantages,
-                    part.returns,
-                    part.mask,
-                    self.clipping,
-                )
-                loss = terms.policy + args.vf_coef * terms.value
-                if args.entropy_coef:
-                    loss = loss - args.entropy_coef * terms.entropy
-                if loss_kl_coef:
-                    loss = loss + loss_kl_coef * terms.reference_kl
-                # DDP averages over processes, so their number turns its mean back into the sum.
-                self.accelerator.backward(loss * self.accelerator.num_processes / count)
-            sums += torch.stack([getattr(terms, name).detach().float() for name in TERMS])
-        return sums
+    def _loss(self, terms: LossTerms, kl_coef: float) -> Tensor:
+        loss = terms.policy + self.args.vf_coef * terms.value
+        if self.args.entropy_coef:
+            loss = loss - self.args.entropy_coef * terms.entropy
+        if kl_coef:
+            loss = loss + kl_coef * terms.reference_kl
+        return loss
+
+    def _clip_gradients(self, value_only: bool) -> float:
+        """Clip the gradient; return its norm before, over what is trained."""
+        if value_only:
+            for parameter in self.shared.policy_parameters():
+                parameter.grad = None
+        return float(self.accelerator.clip_grad_norm_(self.shared.parameters(), self.args.max_grad_norm))
+
+    def _in_micro_batches(self, call: Callable[[int], Result]) -> Result:
+        before = self.micro_batch_size
+        result, self.micro_batch_size = in_smaller_batches(call, before)
+        if self.micro_batch_size < before:
+            self.warn(
+                f"out of memory: from now on micro-batches of {self.micro_batch_size} instead of {before} episodes, "
+                "as many as before to a step"
+            )
+        return result
 
     @contextmanager
     def _synchronised(self, last: bool) -> Iterator[None]:
@@ -223,12 +231,39 @@ class Learner:
                 raise
             raise LastPassError(f"{error} (in the pass in which the processes exchange gradients)") from error
 
+    def _check_skipped(self, skipped_in_row: int, note: str) -> None:
+        if skipped_in_row >= self.args.max_skipped_steps:
+            raise FloatingPointError(
+                f"{note}, which is ppo.max_skipped_steps: nothing was learnt from them and nothing is saved; lower "
+                "ppo.learning_rate, set ppo.bf16: false, or look at the rewards"
+            )
 
-def _skipped(epoch: int, mini_batch: int, means: Mapping[str, float], norm: float, in_row: int) -> str:
-    """Which optimizer step was not made, and why."""
-    what = "gradient" if math.isfinite(means["policy"]) and math.isfinite(means["value"]) else "loss"
+    def _statistics(self, steps: Sequence[OptimizerStep]) -> dict[str, float]:
+        tokens = sum(step.tokens for step in steps)
+        mean = OptimizerStep(torch.stack([step.sums for step in steps]).sum(0), tokens, None).mean
+        norms = [step.norm for step in steps if step.norm is not None]
+        ratios = [step.mean("ratio") for step in steps if step.tokens]
+        return {
+            "loss/policy_avg": mean("policy"),
+            "loss/value_avg": mean("value"),
+            "policy/approxkl_avg": mean("approx_kl"),
+            "policy/clipfrac_avg": mean("policy_clipped"),
+            "val/clipfrac_avg": mean("value_clipped"),
+            "val/ratio": mean("ratio"),
+            "val/ratio_first": next(iter(ratios), math.nan),
+            "policy/entropy_avg": mean("entropy"),
+            "policy/grad_norm": sum(norms) / max(1, len(norms)),
+            "policy/optimizer_steps": float(sum(map(math.isfinite, norms))),
+            "policy/memory_parts": float(-(-self.args.per_device_train_batch_size // self.micro_batch_size)),
+            "lr": self.scheduler.get_last_lr()[0],
+        }
+
+
+def _skipped(epoch: int, mini_batch: int, step: OptimizerStep, in_row: int) -> str:
+    """Say which optimizer step was not made, and why."""
+    policy, value = step.mean("policy"), step.mean("value")
+    what = "gradient" if math.isfinite(policy) and math.isfinite(value) else "loss"
     return (
-        f"PPO epoch {epoch + 1}, mini-batch {mini_batch + 1}: the {what} is not finite (policy loss "
-        f"{means['policy']:.3g}, value loss {means['value']:.3g}, gradient norm {norm:.3g}): no optimizer step, "
-        f"{in_row} in a row"
+        f"PPO epoch {epoch + 1}, mini-batch {mini_batch + 1}: the {what} is not finite (policy loss {policy:.3g}, "
+        f"value loss {value:.3g}, gradient norm {step.norm:.3g}): no optimizer step, {in_row} in a row"
     )

@@ -1,14 +1,16 @@
-"""PPO's arithmetic on tensors: nothing here knows a model, a text or a config.
+"""PPO's loss on tensors: nothing here knows a model, a text or a setting.
 
 Shapes: `B` episodes, `C` completion tokens. `mask [B, C]` is True on real tokens. Sums run over real tokens only.
-Sources: Schulman et al. 2017 (PPO, arXiv:1707.06347) and 2016 (GAE, arXiv:1506.02438); Ziegler et al. 2019 for the
-KL penalty in the reward (arXiv:1909.08593).
+Source: Schulman et al. 2017 (PPO, arXiv:1707.06347), equation 7.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from pipeline.models.shared import PolicyOutputs
+from pipeline.trainers.ppo.rollout import Experience
 
 # exp(20) is 5e8: beyond that a ratio says only that something broke, and would overflow in the loss.
 MAX_LOG_RATIO = 20.0
@@ -46,7 +48,7 @@ class LossTerms:
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
-    """KL(policy || reference) estimated at each sampled token [B, C], in nats (Schulman, "Approximating KL", 2020).
+    """Estimate KL(policy || reference) at each sampled token [B, C], in nats (Schulman, "Approximating KL", 2020).
 
     `k1` is unbiased, with either sign; `k3` is never negative and has less variance.
     """
@@ -57,112 +59,34 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor
     return torch.expm1(log_ratio) - log_ratio
 
 
-def subtract_group_baseline(scores: Tensor, scored: Tensor, size: int) -> Tensor:
-    """`scores [B]` less the mean of the other scores of the same prompt, whose `size` completions are neighbours.
+def ppo_loss(outputs: PolicyOutputs, experience: Experience, clipping: Clipping) -> LossTerms:
+    """Compute the clipped surrogate, the clipped value loss, entropy and KL to the reference (k3), as sums.
 
-    A leave-one-out baseline is unbiased, and knows how hard a prompt is (Kool et al. 2019, "Buy 4 REINFORCE samples").
-    Only those `scored [B]` count; one that is alone has nothing to compare with and gets 0, as do those without one.
+    Args:
+        outputs: `logprobs, entropies, values [B, C]` of the policy as it is now, with gradients.
+        experience: The same episodes as they were collected, all [B, C].
+        clipping: How far the policy and the values may move.
     """
-    known = scored.view(-1, size).to(scores.dtype)
-    groups = scores.view(-1, size) * known
-    count = known.sum(1, keepdim=True) - known
-    others = (groups.sum(1, keepdim=True) - groups) / count.clamp(min=1)
-    return ((groups - others) * known * (count > 0)).reshape(-1)
-
-
-def spread_scores(scores: Tensor, mask: Tensor) -> Tensor:
-    """`scores [B]` at each episode's last real token, 0 elsewhere. [B, C]."""
-    spread = torch.zeros(mask.shape, dtype=scores.dtype, device=scores.device)
-    spread[torch.arange(len(scores), device=scores.device), mask.sum(1) - 1] = scores
-    return spread
-
-
-def token_rewards(token_scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
-    """`token_scores - kl_coef * kl` at each real token, 0 elsewhere. All [B, C]."""
-    return (token_scores - kl_coef * kl) * mask
-
-
-def compute_gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation with value 0 after the last real token. Both [B, C], 0 where masked."""
-    values = values * mask
-    advantages = torch.zeros_like(rewards)
-    running = torch.zeros_like(rewards[:, 0])
-    following = torch.zeros_like(running)
-    for t in reversed(range(rewards.shape[1])):
-        delta = rewards[:, t] + gamma * following - values[:, t]
-        # Behind the end everything is 0, so the last real token sees a following value and advantage of 0.
-        running = (delta + gamma * lam * running) * mask[:, t]
-        following = values[:, t]
-        advantages[:, t] = running
-    return advantages, advantages + values
-
-
-def masked_moments(values: Tensor, mask: Tensor) -> Tensor:
-    """`[count, sum, sum of squares]` of the real tokens, in float64: summed over processes they are global moments."""
-    chosen = values[mask].double()
-    return torch.stack(
-        [
-            torch.tensor(float(chosen.numel()), device=values.device, dtype=torch.float64),
-            chosen.sum(),
-            chosen.square().sum(),
-        ]
-    )
-
-
-def whiten(values: Tensor, mask: Tensor, total: Tensor, shift_mean: bool = True) -> Tensor:
-    """Unit variance, and mean 0 unless `shift_mean` is False, by the global moments `total`; 0 where masked."""
-    count, summed, squares = total
-    mean = summed / count
-    variance = ((squares / count - mean.square()) * count / (count - 1).clamp(min=1)).clamp(min=0)
-    whitened = (values - mean) * torch.rsqrt(variance + 1e-8)
-    if not shift_mean:
-        whitened = whitened + mean
-    return (whitened * mask).to(values.dtype)
-
-
-def ppo_loss(
-    logprobs: Tensor,
-    values: Tensor,
-    entropies: Tensor,
-    old_logprobs: Tensor,
-    ref_logprobs: Tensor,
-    old_values: Tensor,
-    advantages: Tensor,
-    returns: Tensor,
-    mask: Tensor,
-    clipping: Clipping,
-) -> LossTerms:
-    """The clipped surrogate, the clipped value loss, entropy and KL to the reference (k3), summed over real tokens.
-
-    All inputs [B, C]. The first three carry gradients.
-    """
-    log_ratio = ((logprobs - old_logprobs) * mask).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    mask, advantages, returns = experience.mask, experience.advantages, experience.returns
+    # The ratio of new and old policy is 1 before the first optimizer step.
+    log_ratio = ((outputs.logprobs - experience.logprobs) * mask).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.exp()
     unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1.0 - clipping.low, 1.0 + clipping.high)
-    policy = torch.maximum(unclipped, clipped)
+    policy = torch.maximum(unclipped, -advantages * ratio.clamp(1.0 - clipping.low, 1.0 + clipping.high))
     if clipping.dual is not None:
         policy = torch.where(advantages < 0, torch.minimum(policy, -advantages * clipping.dual), policy)
-    bounded = torch.minimum(torch.maximum(values, old_values - clipping.value), old_values + clipping.value)
-    value_unclipped = (values - returns).square()
-    value_clipped = (bounded - returns).square()
-    weights = mask.to(logprobs.dtype)
+    near = torch.maximum(outputs.values, experience.values - clipping.value)
+    near = torch.minimum(near, experience.values + clipping.value)
+    value_unclipped, value_clipped = (outputs.values - returns).square(), (near - returns).square()
+    reference_kl = kl_penalty(outputs.logprobs * mask, experience.ref_logprobs * mask, "k3")
+    weights = mask.to(outputs.logprobs.dtype)
     return LossTerms(
         policy=(policy * weights).sum(),
         value=0.5 * (torch.maximum(value_unclipped, value_clipped) * weights).sum(),
-        entropy=(entropies * weights).sum(),
-        reference_kl=(kl_penalty(logprobs * mask, ref_logprobs * mask, "k3") * weights).sum(),
+        entropy=(outputs.entropies * weights).sum(),
+        reference_kl=(reference_kl * weights).sum(),
         approx_kl=(0.5 * log_ratio.detach().square() * weights).sum(),
         policy_clipped=((policy != unclipped) * weights).sum(),
         value_clipped=((value_clipped > value_unclipped) * weights).sum(),
         ratio=(ratio.detach() * weights).sum(),
     )
-
-
-def adapted_kl_coef(kl_coef: float, kl: float, target: float, episodes: int, horizon: int) -> float:
-    """The KL coefficient after a batch whose KL was `kl` nats per episode (Ziegler et al. 2019, section 2.2).
-
-    The relative error is clipped to +- 0.2, so that `horizon` episodes change the coefficient by 20 % at most.
-    """
-    error = min(0.2, max(-0.2, kl / target - 1))
-    return kl_coef * (1 + error * episodes / horizon)

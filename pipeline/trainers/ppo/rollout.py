@@ -1,41 +1,57 @@
-"""What one PPO step collects and learns from."""
+"""What one PPO step collects, a rollout, and what it learns from, an experience."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
+from pipeline.models.generation import Completions, Decoding, finished, generate, seed_samples
 from pipeline.models.sequences import Sequences
 from pipeline.models.shared import SharedModel
+from pipeline.models.text import decode, encode_prompts
+from pipeline.runtime.memory import in_smaller_batches
 from pipeline.runtime.seeds import derive_seed
-from pipeline.trainers.ppo.scores import RunningMoments, prompts_with_equal_scores
+from pipeline.trainers.ppo.scores import RunningMoments
+
+Warn = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class TokenOutputs:
+    """What the models compute for each completion token before the update, without gradients: all [B, C]."""
+
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    values: Tensor
+    entropies: Tensor
 
 
 @dataclass(frozen=True)
 class Rollout:
     """One batch of episodes on this process, before any update.
 
-    `logprobs, ref_logprobs, values, entropies [B, C]`; `scores [B]` is the weighted sum of the rewards, and
-    `token_scores [B, C]` what each token is paid of it (all at the last token without shaping);
-    `rewards` has each reward's own values [B] by name, NaN where a function had nothing to say. `moments` are those of
-    all scores so far, before scaling. `scored [B]` is False for episodes that nothing is learnt from, because a reward
-    failed on them: they stand in the batch with a score of 0 and count nowhere. `failures` are all such sentences.
+    `prompts`, `completions` (texts) and `finished [B]` are the episodes; `sequences` holds their token ids.
+    `logprobs, ref_logprobs, values, entropies [B, C]` are `TokenOutputs`. `rewards` has each reward function's own
+    values [B] by name, NaN where it returned none. `scores [B]`, `token_scores [B, C]`, `scored [B]`, `moments` and
+    `failures` are `ProcessedScores`: nothing is learnt from an episode where `scored` is False.
     """
 
     prompts: Sequence[object]
     completions: Sequence[str]
+    finished: Tensor
     sequences: Sequences
     logprobs: Tensor
     ref_logprobs: Tensor
     values: Tensor
     entropies: Tensor
+    rewards: dict[str, Tensor]
     scores: Tensor
     token_scores: Tensor
-    rewards: dict[str, Tensor]
-    finished: Tensor
-    moments: RunningMoments
     scored: Tensor
+    moments: RunningMoments
     failures: Sequence[str]
 
     @property
@@ -46,9 +62,10 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Experience:
-    """What the update needs: `logprobs, ref_logprobs, values, advantages, returns [B, C]` beside the sequences.
+    """What the update learns from: `logprobs, ref_logprobs, values, advantages, returns [B, C]` and the sequences.
 
-    `mask [B, C]` is True on the tokens that are learnt from, which are those of the episodes that have a score.
+    `mask [B, C]` is True on the tokens that are learnt from, those of the episodes that have a score. `kl_coef` is the
+    weight of the KL to the reference in the loss: 0 where that KL is part of the rewards.
     """
 
     sequences: Sequences
@@ -58,24 +75,24 @@ class Experience:
     advantages: Tensor
     returns: Tensor
     mask: Tensor
+    kl_coef: float = 0.0
 
     def rows(self, index: Tensor) -> "Experience":
-        """The episodes at `index`, trimmed to the longest of them."""
+        """Select the episodes at `index`, trimmed to the longest of them."""
         sequences = self.sequences.rows(index)
         width = sequences.completion_ids.shape[1]
-        every = (self.logprobs, self.ref_logprobs, self.values, self.advantages, self.returns, self.mask)
-        parts = (part[index, :width] for part in every)
-        return Experience(sequences, *parts)
+        tensors = (self.logprobs, self.ref_logprobs, self.values, self.advantages, self.returns, self.mask)
+        return Experience(sequences, *(tensor[index, :width] for tensor in tensors), self.kl_coef)
 
     def mini_batches(self, count: int, generator: torch.Generator) -> list["Experience"]:
-        """The episodes in `count` random mini-batches. With one, the order stays: it would only change rounding."""
+        """Deal the episodes out to `count` random mini-batches. One keeps the order, which only changes rounding."""
         if count == 1:
             return [self]
         order = torch.randperm(len(self.sequences), generator=generator).to(self.logprobs.device)
-        return [self.rows(part) for part in order.chunk(count)]
+        return [self.rows(index) for index in order.chunk(count)]
 
     def micro_batches(self, size: int) -> list["Experience"]:
-        """At most `size` episodes at a time, alike in length and trimmed, so that little of it is padding."""
+        """Split into at most `size` episodes at a time, alike in length and trimmed, so that little is padding."""
         return [self.rows(index) for index in self.sequences.chunks(size)]
 
     @property
@@ -84,14 +101,53 @@ class Experience:
         return int(self.mask.sum())
 
 
-@dataclass(frozen=True)
-class TokenOutputs:
-    """What the models compute for each completion token before the update: all [B, C], without gradients."""
+class CompletionWriter:
+    """Write completions with the current policy, in smaller batches once memory has run out."""
 
-    logprobs: Tensor
-    ref_logprobs: Tensor
-    values: Tensor
-    entropies: Tensor
+    def __init__(
+        self,
+        shared: SharedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        accelerator: Accelerator,
+        batch_size: int,
+        warn: Warn,
+    ) -> None:
+        self.shared, self.tokenizer, self.accelerator = shared, tokenizer, accelerator
+        self.batch_size, self.warn = batch_size, warn
+
+    def encode(self, prompts: Sequence[object]) -> list[list[int]]:
+        """Tokenise prompts, texts or chat messages, as the policy reads them."""
+        return encode_prompts(self.tokenizer, prompts, self.shared.language_model.config.is_encoder_decoder)
+
+    def write(
+        self, prompt_ids: Sequence[Sequence[int]], decoding: Decoding, sample_seed: int | None = None
+    ) -> Completions:
+        """Write one completion for each prompt; `sample_seed` seeds the samples and leaves torch's generator alone."""
+        model, rank = self.shared.language_model, self.accelerator.process_index
+        with torch.random.fork_rng(enabled=sample_seed is not None), self.accelerator.autocast():
+            if sample_seed is not None:
+                seed_samples(model, decoding, sample_seed, rank, len(prompt_ids))
+            ids = self.generate(prompt_ids, decoding)
+        ended = torch.tensor(finished(model, self.tokenizer, ids, decoding))
+        return Completions(ids, decode(self.tokenizer, ids), ended)
+
+    def generate(self, prompt_ids: Sequence[Sequence[int]], decoding: Decoding) -> list[list[int]]:
+        """Token ids of one completion for each prompt, with the same draws for any batch size."""
+        self.shared.eval()
+        state, before = torch.get_rng_state(), self.batch_size
+
+        def attempt(size: int) -> list[list[int]]:
+            torch.set_rng_state(state)
+            return generate(self.shared.language_model, self.tokenizer, prompt_ids, decoding, size)
+
+        ids, self.batch_size = in_smaller_batches(attempt, before)
+        if self.batch_size < before:
+            self.warn(
+                f"out of memory: from now on {self.batch_size} prompts at once instead of {before} to write "
+                "completions"
+            )
+        self.shared.train()
+        return ids
 
 
 @torch.no_grad()
@@ -101,104 +157,30 @@ def compute_token_outputs(model: SharedModel, sequences: Sequences, size: int) -
     The same rows together give the same rounding, so that the update's first ratio is exactly 1.
     """
     chunks = sequences.chunks(size)
-    parts = [sequences.rows(index) for index in chunks]
-    outputs = [model(part) for part in parts]
-    shape = sequences.completion_mask.shape
+    batches = [sequences.rows(index) for index in chunks]
+    outputs = [model(batch) for batch in batches]
     logprobs, values, entropies, ref_logprobs = (
-        _in_place(tensors, chunks, shape)
+        _restore_order(tensors, chunks, sequences.completion_mask.shape)
         for tensors in (
             [output.logprobs for output in outputs],
             [output.values for output in outputs],
             [output.entropies for output in outputs],
-            model.reference_logprobs(*parts),
+            model.reference_logprobs(*batches),
         )
     )
     return TokenOutputs(logprobs, ref_logprobs, values, entropies)
 
 
-def _in_place(parts: Sequence[Tensor], chunks: Sequence[Tensor], shape: torch.Size) -> Tensor:
-    """Trimmed results of chunks of rows, back where their rows stand in a batch of `shape`."""
-    result = parts[0].new_zeros(shape)
-    for part, index in zip(parts, chunks, strict=True):
-        result[index, : part.shape[1]] = part
+def _restore_order(tensors: Sequence[Tensor], chunks: Sequence[Tensor], shape: torch.Size) -> Tensor:
+    """Put trimmed results of chunks of rows back where their rows are in a batch of `shape`."""
+    result = tensors[0].new_zeros(shape)
+    for tensor, index in zip(tensors, chunks, strict=True):
+        result[index, : tensor.shape[1]] = tensor
     return result
 
 
-STATISTICS = (
-    "objective/scores",
-    "objective/kl",
-    "objective/entropy",
-    "objective/non_score_reward",
-    "objective/rlhf_reward",
-    "objective/length",
-    "objective/finished",
-)
-
-
-def rollout_sums(rollout: Rollout, returns: Tensor, penalties: Tensor, generations: int) -> Tensor:
-    """Sums over this process's scored episodes, in float64, that `rollout_statistics` turns into means when added up.
-
-    `penalties [B, C]` is what each token pays for its KL, which itself is the k1 estimate, unbiased whatever is paid;
-    `generations` neighbouring rows answer one prompt.
-    """
-    mask, scored = rollout.mask, rollout.scored
-    kl = ((rollout.logprobs - rollout.ref_logprobs) * mask).sum(1)
-    penalty = -(penalties * mask).sum(1)
-    entropy = (rollout.entropies * mask).sum(1)
-    finished = rollout.finished.to(kl.device).float() * scored
-    per_episode = (rollout.scores, kl, entropy, penalty, rollout.scores + penalty, mask.sum(1), finished)
-    sums = [scored.sum()] + [values.double().sum() for values in per_episode]
-    sums.append(rollout.scores.double().square().sum())
-    sums += prompts_with_equal_scores(rollout.scores, scored, generations)
-    sums.append(torch.tensor(len(rollout.failures)))
-    error = (returns - rollout.values)[mask].double()
-    chosen = returns[mask].double()
-    sums += [error.sum(), error.square().sum(), chosen.sum(), chosen.square().sum(), mask.sum()]
-    for values in rollout.rewards.values():
-        sums += [values.nan_to_num(0.0).double().sum(), (~values.isnan()).sum()]
-    return torch.stack([value.double().cpu() for value in sums])
-
-
-def rollout_statistics(sums: Sequence[float], rewards: Sequence[str], generations: int) -> dict[str, float]:
-    """Means over the episodes of all processes, under TRL's names; KL and entropy are nats per episode."""
-    episodes, means, square = sums[0], sums[1 : 1 + len(STATISTICS)], sums[1 + len(STATISTICS)]
-    stats = {name: value / episodes for name, value in zip(STATISTICS, means, strict=True)}
-    stats["objective/scores_std"] = max(0.0, square / episodes - stats["objective/scores"] ** 2) ** 0.5
-    flat, prompts, stats["objective/reward_errors"] = sums[2 + len(STATISTICS) : 5 + len(STATISTICS)]
-    # With one completion of each prompt, the batch over all processes is compared: all of them are flat, or none.
-    equal = stats["objective/scores_std"] <= 1e-6 * max(1.0, abs(stats["objective/scores"]))
-    stats["objective/frac_reward_zero_std"] = flat / prompts if generations > 1 and prompts else float(equal)
-    error, error_square, value, value_square, tokens = sums[5 + len(STATISTICS) : 10 + len(STATISTICS)]
-    variance = value_square / tokens - (value / tokens) ** 2
-    residual = error_square / tokens - (error / tokens) ** 2
-    stats["val/explained_variance"] = 1 - residual / variance if variance > 1e-12 else 0.0
-    rest = sums[10 + len(STATISTICS) :]
-    for number, name in enumerate(rewards):
-        total, count = rest[2 * number : 2 * number + 2]
-        stats[f"reward/{name}"] = total / count if count else float("nan")
-    return stats
-
-
-def prefix_increments(
-    spans: Sequence[tuple[int, int]], potentials: Tensor, lengths: Sequence[int], scores: Tensor
-) -> Tensor:
-    """What each token adds to the score of the text so far, [B, C], 0 behind the end.
-
-    `potentials[n]` is the score of the first `spans[n][1]` tokens of episode `spans[n][0]`; `scores [B]` those of the
-    whole texts; nothing written scores 0. This is potential-based shaping (Ng et al. 1999): with gamma 1 the best
-    policy stays the same, and a token is paid where it counts (Bahdanau et al. 2017, arXiv:1607.07086).
-    """
-    ends = torch.tensor(lengths)
-    table = torch.zeros(len(lengths), int(ends.max()) + 1)
-    if spans:
-        index = torch.tensor(spans)
-        table[index[:, 0], index[:, 1]] = potentials
-    table[torch.arange(len(lengths)), ends] = scores
-    return (table[:, 1:] - table[:, :-1]) * (torch.arange(table.shape[1] - 1) < ends.unsqueeze(1))
-
-
 def prompt_order(size: int, seed: int) -> Callable[[int], int]:
-    """`position -> row`: every epoch is a new permutation of `size` rows, drawn from `seed` and the epoch alone.
+    """Return `position -> row`: every epoch is a new permutation of `size` rows, drawn from `seed` and the epoch.
 
     Nothing has to be saved to go on at a position after a restart.
     """

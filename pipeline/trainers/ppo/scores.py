@@ -1,9 +1,21 @@
-"""From what the rewards said to what PPO is paid: scaling, clipping, unfinished completions, groups without signal."""
+"""From the rewards of a rollout to the scores that PPO learns from: shaped, scaled, clipped, penalised without EOS."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from accelerate import Accelerator
+from datasets import Dataset
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.models.generation import Completions
+from pipeline.models.text import decode
+from pipeline.rewards import RewardError, RewardOutputs
+from pipeline.trainers.ppo.config import PPOConfig
+
+# (examples, completions, their token ids) -> what the reward functions return
+ComputeRewards = Callable[[Dataset, Sequence[str], Sequence[Sequence[int]]], RewardOutputs]
 
 
 @dataclass(frozen=True)
@@ -14,8 +26,14 @@ class RunningMoments:
     mean: float = 0.0
     squares: float = 0.0
 
+    @classmethod
+    def from_sums(cls, sums: Tensor) -> "RunningMoments":
+        """Turn what `masked_moments` returns into moments."""
+        count, total, squares = sums.tolist()
+        return cls(count, total / count, max(0.0, squares - total**2 / count))
+
     def merged(self, other: "RunningMoments") -> "RunningMoments":
-        """The moments of both together."""
+        """Return the moments of both together."""
         count = self.count + other.count
         if not count:
             return self
@@ -31,22 +49,72 @@ class RunningMoments:
         return deviation if deviation > 1e-8 else 1.0
 
 
-def score_sums(scores: Tensor) -> Tensor:
-    """`[count, sum, sum of squares]` of scores [B] in float64; summed over processes: see `moments_from_sums`."""
-    scores = scores.double()
-    return torch.stack([torch.tensor(float(len(scores)), dtype=torch.float64), scores.sum(), scores.square().sum()])
+@dataclass(frozen=True)
+class ProcessedScores:
+    """What PPO learns from: `scores [B]`, the same spread over tokens `[B, C]`, the moments of all raw scores so far.
+
+    Where `scored [B]` is False a reward failed, and both are 0. `failures` says what happened, a sentence each.
+    """
+
+    scores: Tensor
+    token_scores: Tensor
+    scored: Tensor
+    moments: RunningMoments
+    failures: Sequence[str]
 
 
-def moments_from_sums(sums: Tensor) -> RunningMoments:
-    """The moments behind `score_sums`."""
-    count, total, squares = sums.tolist()
-    return RunningMoments(count, total / count, max(0.0, squares - total**2 / count))
+def process_scores(
+    rewards: RewardOutputs,
+    token_scores: Tensor,
+    completions: Completions,
+    seen: RunningMoments,
+    args: PPOConfig,
+    accelerator: Accelerator,
+) -> ProcessedScores:
+    """Scale and clip the weighted sums of the rewards, and apply the penalty for a missing EOS.
+
+    A score that is missing changes nothing for the others: it counts neither in the moments nor anywhere later.
+
+    Args:
+        rewards: What the reward functions returned for B completions.
+        token_scores: [B, C], whose rows sum to `rewards.weighted_sum`.
+        completions: Their lengths, and which of them ended by themselves.
+        seen: The moments of all earlier scores, before scaling.
+        args: `score_scaling`, `score_clip`, `missing_eos_penalty` and `missing_eos_score` are read.
+        accelerator: Sums moments over processes; its device is that of the result.
+    """
+    scored = rewards.weighted_sum.isfinite() & token_scores.isfinite().all(1)
+    scores = rewards.weighted_sum.masked_fill(~scored, 0.0)
+    token_scores = token_scores.masked_fill(~scored.unsqueeze(1), 0.0)
+    if args.score_scaling == "running" or (args.score_scaling == "reference" and not seen.count):
+        sums = accelerator.reduce(masked_moments(scores, scored).to(accelerator.device), reduction="sum")
+        seen = seen.merged(RunningMoments.from_sums(sums)) if float(sums[0]) else seen
+    deviation = 1.0 if args.score_scaling == "none" else seen.deviation
+    scores, token_scores = transform_scores(scores, token_scores, deviation, args.score_clip)
+    lengths = torch.tensor(completions.lengths)
+    scores, token_scores = apply_missing_eos_penalty(
+        scores, token_scores, completions.finished, lengths, args.missing_eos_penalty, args.missing_eos_score
+    )
+    return ProcessedScores(
+        scores.masked_fill(~scored, 0.0).to(accelerator.device),
+        token_scores.masked_fill(~scored.unsqueeze(1), 0.0).to(accelerator.device),
+        scored.to(accelerator.device),
+        seen,
+        [rewards.failures[row] for row in sorted(rewards.failures)],
+    )
+
+
+def masked_moments(values: Tensor, mask: Tensor) -> Tensor:
+    """`[count, sum, sum of squares]` of `values` where `mask`, in float64: summed over processes they are global."""
+    chosen = values[mask].double()
+    count = torch.tensor(float(chosen.numel()), device=values.device, dtype=torch.float64)
+    return torch.stack([count, chosen.sum(), chosen.square().sum()])
 
 
 def transform_scores(
     scores: Tensor, token_scores: Tensor, deviation: float, clip: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Scores [B] divided by `deviation` and kept within +- `clip`, and `token_scores [B, C]`, which sum to them.
+    """Divide scores [B] by `deviation` and keep them within +- `clip`, and `token_scores [B, C]`, which sum to them.
 
     A row that is clipped shrinks at every token alike.
     """
@@ -65,9 +133,9 @@ def apply_missing_eos_penalty(
     penalty: float | None,
     score: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Scores [B] and token scores [B, C] where a completion that did not end by itself pays.
+    """Lower scores [B] and token scores [B, C] of completions that did not end by themselves.
 
-    Either `penalty` is subtracted at its last token, or `score` replaces all it was paid (Huang et al. 2024,
+    Either `penalty` is subtracted at the last token, or `score` replaces the whole score (Huang et al. 2024,
     arXiv:2403.17031, section 3.4: an unfinished text has no score worth learning from).
     """
     unfinished, rows, last = ~finished, torch.arange(len(scores)), lengths - 1
@@ -82,13 +150,47 @@ def apply_missing_eos_penalty(
     return scores, token_scores
 
 
-def prompts_with_equal_scores(scores: Tensor, scored: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """How many prompts have equal scores throughout, and how many there are, of `size` neighbouring rows each.
+def prefix_scores(
+    rewards: RewardOutputs,
+    completion_ids: Sequence[Sequence[int]],
+    examples: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    compute_rewards: ComputeRewards,
+) -> Tensor:
+    """What each token adds to the score of the text so far, [B, C]; the sum over a completion is its score.
 
-    Such a prompt teaches nothing (Razin et al. 2024, arXiv:2310.20703). `scores [B]` count where `scored [B]`.
+    A completion with a prefix that a reward failed on has NaN in its row.
+
+    Raises:
+        RewardError: a reward scores single tokens itself.
     """
-    groups, known = scores.view(-1, size), scored.view(-1, size)
-    highest = groups.masked_fill(~known, -torch.inf).amax(1)
-    lowest = groups.masked_fill(~known, torch.inf).amin(1)
-    there = known.any(1)
-    return (there & (highest - lowest <= 1e-8)).sum(), there.sum()
+    if rewards.by_token:
+        raise RewardError(
+            f"reward {next(iter(rewards.by_token))!r} scores single tokens itself, which ppo.reward_shaping: prefix "
+            "does from scores of whole texts; keep one"
+        )
+    spans = [(row, end) for row, ids in enumerate(completion_ids) for end in range(1, len(ids))]
+    prefixes = [completion_ids[row][:end] for row, end in spans]
+    potentials = torch.zeros(0)
+    if spans:
+        repeated = examples.select([row for row, _ in spans])
+        potentials = compute_rewards(repeated, decode(tokenizer, prefixes), prefixes).weighted_sum
+    return prefix_increments(spans, potentials, [len(ids) for ids in completion_ids], rewards.weighted_sum)
+
+
+def prefix_increments(
+    spans: Sequence[tuple[int, int]], potentials: Tensor, lengths: Sequence[int], scores: Tensor
+) -> Tensor:
+    """What each token adds to the score of the text so far, [B, C], 0 after the end.
+
+    `potentials[n]` is the score of the first `spans[n][1]` tokens of episode `spans[n][0]`; `scores [B]` those of the
+    whole texts; nothing written scores 0. This is potential-based shaping (Ng et al. 1999): with gamma 1 the best
+    policy stays the same, and a token is rewarded where it counts (Bahdanau et al. 2017, arXiv:1607.07086).
+    """
+    ends = torch.tensor(lengths)
+    table = torch.zeros(len(lengths), int(ends.max()) + 1)
+    if spans:
+        index = torch.tensor(spans)
+        table[index[:, 0], index[:, 1]] = potentials
+    table[torch.arange(len(lengths)), ends] = scores
+    return (table[:, 1:] - table[:, :-1]) * (torch.arange(table.shape[1] - 1) < ends.unsqueeze(1))

@@ -1,0 +1,51 @@
+"""What a PPO run is built from: the accelerator, and the shared model with its learned rewards."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from peft import LoraConfig
+from transformers import PreTrainedModel
+
+from pipeline.models.shared import SharedModel
+from pipeline.rewards import Reward
+from pipeline.rewards.learned import adapter_rewards
+from pipeline.trainers.ppo.config import PPOConfig
+from pipeline.trainers.precision import mixed_precision
+from pipeline.trainers.trackers import installed
+
+
+def make_accelerator(args: PPOConfig, directory: Path) -> Accelerator:
+    """Make the accelerator of a run, with its precision and the trackers that are installed.
+
+    Raises:
+        ValueError: a precision that this machine does not have.
+    """
+    return Accelerator(
+        mixed_precision=mixed_precision("ppo", args.bf16),
+        log_with=installed(args.report_to, ppo=True) or None,
+        project_dir=str(directory),
+        # No buffer of a language model is trained; sent with a pass, one process could not repeat that pass alone.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+
+
+def build_shared_model(
+    model: PreTrainedModel, args: PPOConfig, peft_config: LoraConfig | None, rewards: Sequence[Reward]
+) -> SharedModel:
+    """Put every role of PPO on `model`, the adapters of learned rewards included."""
+    shared = SharedModel(
+        model,
+        peft_config if args.use_peft else None,
+        args.temperature,
+        value_adapter=args.value_model == "adapter",
+        entropy_gradient=args.entropy_coef > 0,
+        padding_free=args.padding_free,
+    )
+    for reward in adapter_rewards(rewards):
+        shared.add_reward(reward.directory)
+        reward.attach(shared.reward_scores, shared.language_model)
+    if args.gradient_checkpointing:
+        shared.enable_gradient_checkpointing()
+    return shared.train()

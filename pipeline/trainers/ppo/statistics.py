@@ -1,0 +1,93 @@
+"""The statistics of a rollout that are logged, over all processes."""
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from pipeline.rewards import RewardError
+from pipeline.trainers.ppo.rollout import Rollout
+
+
+def rollout_statistics(
+    rollout: Rollout, returns: Tensor, kl_penalties: Tensor, num_generations: int, step: int, accelerator: Accelerator
+) -> dict[str, float]:
+    """Means over the scored episodes of all processes, under TRL's names; KL and entropy are nats per episode.
+
+    `kl_penalties [B, C]` is what each token's reward loses for its KL; `objective/kl` itself is the k1 estimate, which
+    is unbiased. `num_generations` neighbouring rows answer one prompt. `step` is for the message.
+
+    Raises:
+        RewardError: not one episode has a score.
+    """
+    sums = _sums_over_processes(_rollout_sums(rollout, returns, kl_penalties, num_generations), accelerator)
+    episodes, tokens = sums["episodes"], sums["tokens"]
+    if not episodes:
+        raise RewardError(f"PPO step {step}: no completion has a score, see what failed above")
+    stats = {name: value / episodes for name, value in sums.items() if name.startswith("objective/")}
+    mean = stats["objective/scores"]
+    stats["objective/scores_std"] = max(0.0, sums["squared scores"] / episodes - mean**2) ** 0.5
+    stats["objective/reward_errors"] = sums["failures"]
+    # With one completion of each prompt, the batch over all processes is compared: all of them are equal, or none.
+    equal = stats["objective/scores_std"] <= 1e-6 * max(1.0, abs(mean))
+    stats["objective/frac_reward_zero_std"] = (
+        sums["prompts with equal scores"] / sums["prompts"]
+        if num_generations > 1 and sums["prompts"]
+        else float(equal)
+    )
+    variance = sums["squared returns"] / tokens - (sums["returns"] / tokens) ** 2
+    residual = sums["squared errors"] / tokens - (sums["errors"] / tokens) ** 2
+    stats["val/explained_variance"] = 1 - residual / variance if variance > 1e-12 else 0.0
+    for name in rollout.rewards:
+        count = sums[f"completions with reward/{name}"]
+        stats[f"reward/{name}"] = sums[f"reward/{name}"] / count if count else float("nan")
+    return stats
+
+
+def _rollout_sums(rollout: Rollout, returns: Tensor, kl_penalties: Tensor, num_generations: int) -> dict[str, Tensor]:
+    """What `rollout_statistics` needs, as sums over this process's scored episodes, by name."""
+    mask, scored, scores = rollout.mask, rollout.scored, rollout.scores
+    non_score_reward = -(kl_penalties * mask).sum(1)
+    equal, prompts = prompts_with_equal_scores(scores, scored, num_generations)
+    errors, chosen_returns = (returns - rollout.values)[mask].double(), returns[mask].double()
+    per_episode = {
+        "objective/scores": scores,
+        "objective/kl": ((rollout.logprobs - rollout.ref_logprobs) * mask).sum(1),
+        "objective/entropy": (rollout.entropies * mask).sum(1),
+        "objective/non_score_reward": non_score_reward,
+        "objective/rlhf_reward": scores + non_score_reward,
+        "objective/length": mask.sum(1),
+        "objective/finished": rollout.finished.to(scored.device).float() * scored,
+        "squared scores": scores.double().square(),
+    }
+    sums = {name: values.double().sum() for name, values in per_episode.items()} | {
+        "episodes": scored.sum(),
+        "failures": torch.tensor(len(rollout.failures)),
+        "prompts": prompts,
+        "prompts with equal scores": equal,
+        "tokens": mask.sum(),
+        "errors": errors.sum(),
+        "squared errors": errors.square().sum(),
+        "returns": chosen_returns.sum(),
+        "squared returns": chosen_returns.square().sum(),
+    }
+    for name, values in rollout.rewards.items():
+        sums[f"reward/{name}"] = values.nan_to_num(0.0).double().sum()
+        sums[f"completions with reward/{name}"] = (~values.isnan()).sum()
+    return sums
+
+
+def _sums_over_processes(sums: dict[str, Tensor], accelerator: Accelerator) -> dict[str, float]:
+    stacked = torch.stack([value.double().cpu() for value in sums.values()]).to(accelerator.device)
+    return dict(zip(sums, accelerator.reduce(stacked, reduction="sum").tolist(), strict=True))
+
+
+def prompts_with_equal_scores(scores: Tensor, scored: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Count the prompts whose completions all have equal scores, and all prompts, of `size` neighbouring rows each.
+
+    Such a prompt teaches nothing (Razin et al. 2024, arXiv:2310.20703). `scores [B]` count where `scored [B]`.
+    """
+    groups, known = scores.view(-1, size), scored.view(-1, size)
+    highest = groups.masked_fill(~known, -torch.inf).amax(1)
+    lowest = groups.masked_fill(~known, torch.inf).amin(1)
+    any_scored = known.any(1)
+    return (any_scored & (highest - lowest <= 1e-8)).sum(), any_scored.sum()
