@@ -61,13 +61,23 @@ def generate(
     decoding: Decoding,
     batch_size: int,
 ) -> list[list[int]]:
-    """Token ids of one completion for each prompt (lists of ids), in the order of the prompts.
+    """Write one completion for each prompt.
 
     A completion ends with an EOS token if the model wrote one, or with the token that completes a stop string, else it
     has `max_new_tokens` tokens. Of the model's saved generation settings only EOS tokens and what a decoder begins
     with are used (no penalties, no sampling), so that a recipe alone decides. A sampled token is a function of one
     uniform number of its own row and step, drawn from torch's generator for all prompts at once, so neither
     `batch_size` nor other rows change a completion.
+
+    Args:
+        model: Causal or encoder-decoder, in evaluation mode.
+        tokenizer: Gives EOS and padding, and the texts in which stop strings are looked for.
+        prompts: Token ids, as lists of any length.
+        decoding: Sampling, greedy or beam search, and where a completion ends.
+        batch_size: Prompts that are read at once.
+
+    Returns:
+        Token ids of the completions, as lists in the order of the prompts.
 
     Raises:
         FloatingPointError: the model's probabilities are not finite.
@@ -168,8 +178,8 @@ def _stopper(tokenizer: PreTrainedTokenizerBase, decoding: Decoding) -> Stop | N
         return None
 
     def stop(rows: Tensor, written: Tensor) -> Tensor:
-        found = [_is_stopped(tokenizer, decoding, ids) for ids in written.tolist()]
-        return torch.tensor(found, device=written.device)
+        stopped = [_is_stopped(tokenizer, decoding, ids) for ids in written.tolist()]
+        return torch.tensor(stopped, device=written.device)
 
     return stop
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.models.adapters import adapter_config, check_adapter
+from pipeline.models.dropout import remove_dropout
 from pipeline.models.kernels.lm_head import token_logprobs
 from pipeline.models.kernels.packing import disable_packing, enable_packing, pack, packed_states
 from pipeline.models.reward_model import apply_head, load_head
@@ -26,7 +27,7 @@ POLICY, VALUE, REWARD = "default", "value", "reward"  # peft's adapter names; it
 
 @dataclass(frozen=True)
 class PolicyOutputs:
-    """What the policy says of each completion token: `logprobs, entropies, values [B, C]`, 0 where masked."""
+    """What the policy computes for each completion token: `logprobs, entropies, values [B, C]`, 0 where masked."""
 
     logprobs: Tensor
     entropies: Tensor
@@ -34,14 +35,23 @@ class PolicyOutputs:
 
 
 class SharedModel(nn.Module):
-    """Policy, reference policy and value function over one language model, causal or encoder-decoder, without dropout.
+    """Policy, reference policy, value function and learned reward over one language model, without dropout.
 
-    With a `lora` config the base is frozen, the policy is base plus adapter, and the reference is the base alone. With
-    None the whole model is trained, and a frozen copy of it is the reference. Temperature divides the logits of
-    policy and reference alike. With `padding_free` a pass sees real tokens only, and each prompt once, wherever the
-    model's attention allows it (`packing.py`). The value head reads the policy's last hidden states or, with
-    `value_adapter`, those of a second adapter, which costs a second pass and leaves the policy's alone. A learned
-    reward is one more adapter with a head, both frozen: on the base if that is frozen, else on the reference's copy.
+    Called on `Sequences`, it returns the policy's `PolicyOutputs`, with gradients. A learned reward is one more
+    adapter with a head, both frozen: on the base if that is frozen, else on the reference's copy.
+
+    Args:
+        model: The SFT model, causal or encoder-decoder, with plain weights. It is changed.
+        lora: The policy's adapter over the frozen base, which is then the reference. None: the whole model is trained,
+            and a frozen copy of it is the reference.
+        temperature: Divides the logits of policy and reference alike.
+        value_adapter: The value head reads the states of a second adapter instead of the policy's: one more pass, and
+            the value loss does not move the policy. Needs `lora`.
+        entropy_gradient: Entropies carry gradients, for an entropy bonus.
+        padding_free: A pass sees real tokens only, and each prompt once, wherever the model's attention allows it.
+
+    Raises:
+        ValueError: an adapter on weights that the model uses twice.
     """
 
     def __init__(
@@ -88,7 +98,7 @@ class SharedModel(nn.Module):
         return self.network.get_base_model() if isinstance(self.network, PeftModel) else self.network
 
     def forward(self, sequences: Sequences) -> PolicyOutputs:
-        """Log-prob, entropy (nats) and value of each completion token under the policy."""
+        """Compute log-prob, entropy (both in nats) and value of each completion token under the policy: [B, C]."""
         states = self._states(self.language_model, sequences)
         mask = sequences.completion_mask
         logprobs, entropies = self._token_logprobs(self.language_model, states, sequences.completion_ids[mask])
@@ -108,16 +118,16 @@ class SharedModel(nn.Module):
 
     @torch.no_grad()
     def encoded(self, sequences: Sequences, size: int) -> Sequences:
-        """The sequences with their encoder's states, `size` prompts read at a time, where these never change."""
+        """Add the encoder's states to the sequences where they never change; `size` prompts are read at a time."""
         if not self.encoder_is_frozen:
             return sequences
         return replace(sequences, encoder_states=encode(self.language_model, sequences, size))
 
     @torch.no_grad()
     def reference_logprobs(self, *batches: Sequences) -> list[Tensor]:
-        """Log-prob [B, C] of each completion token under the reference policy, for every batch.
+        """Compute the log-prob [B, C] of each completion token under the reference policy, for every batch.
 
-        Together, because peft looks at every module to switch its adapters off and on.
+        All batches in one call, because peft looks at every module to switch its adapters off and on.
         """
         results = []
         with self.reference() as model:
@@ -129,7 +139,7 @@ class SharedModel(nn.Module):
 
     @contextmanager
     def reference(self) -> Iterator[PreTrainedModel]:
-        """The reference policy as a language model."""
+        """Give the reference policy as a language model, until the block ends."""
         network = self.network if self.frozen_copy is None else self.frozen_copy
         if isinstance(network, PeftModel):
             try:
@@ -141,7 +151,7 @@ class SharedModel(nn.Module):
             yield network
 
     def add_reward(self, directory: Path) -> None:
-        """Put a reward adapter and its head beside the others: a few weights, no second model."""
+        """Add the reward adapter and head that are saved in `directory`: a few weights, no second model."""
         if self.frozen_copy:
             self.frozen_copy = PeftModel.from_pretrained(self.frozen_copy, str(directory), adapter_name=REWARD)
             remove_dropout(self.frozen_copy)
@@ -153,7 +163,7 @@ class SharedModel(nn.Module):
 
     @torch.no_grad()
     def reward_scores(self, sequences: Sequences) -> Tensor:
-        """Raw scores [B] of the learned reward."""
+        """Compute the raw scores [B] of the learned reward."""
         if self.frozen_copy:
             states = final_states(self.frozen_copy.get_base_model(), sequences)
         else:
@@ -197,12 +207,12 @@ class SharedModel(nn.Module):
         return nullcontext(), self._adapter(VALUE) if active else nullcontext()
 
     def value_parameters(self) -> list[nn.Parameter]:
-        """What only the value function uses: its head, and its adapter where it has one."""
+        """Return what only the value function uses: its head, and its adapter where it has one."""
         adapter = [p for name, p in self.network.named_parameters() if p.requires_grad and f".{VALUE}." in name]
         return [*self.value_head.parameters(), *(adapter if self.has_value_adapter else [])]
 
     def policy_parameters(self) -> list[nn.Parameter]:
-        """Everything else that is trained."""
+        """Return everything else that is trained."""
         return [parameter for _, parameter in self._named_policy()]
 
     def _named_policy(self) -> list[tuple[str, nn.Parameter]]:
@@ -223,7 +233,7 @@ class SharedModel(nn.Module):
             parameter.copy_(initial[name])
 
     def save_pretrained(self, directory: Path) -> None:
-        """The policy as peft or transformers save it, and the value head beside it."""
+        """Save the policy as peft or transformers do, and the value head in the same directory."""
         if isinstance(self.network, PeftModel):
             for name in [POLICY, *([VALUE] if self.has_value_adapter else [])]:
                 self.network.save_pretrained(directory, selected_adapters=[name])
@@ -234,7 +244,7 @@ class SharedModel(nn.Module):
         )
 
     def trainable_state(self) -> dict[str, Tensor]:
-        """Name -> tensor of everything that is trained, on the CPU."""
+        """Copy everything that is trained to the CPU, by name."""
         return {name: p.detach().cpu().clone() for name, p in self.named_parameters() if p.requires_grad}
 
     def load_trainable_state(self, state: dict[str, Tensor]) -> None:
@@ -243,11 +253,11 @@ class SharedModel(nn.Module):
         Raises:
             ValueError: names that are missing or unknown.
         """
-        own = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        if own.keys() != state.keys():
-            raise ValueError(f"the saved weights differ from the model in {sorted(own.keys() ^ state.keys())[:3]}")
+        trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        if trained.keys() != state.keys():
+            raise ValueError(f"the saved weights differ from the model in {sorted(trained.keys() ^ state.keys())[:3]}")
         with torch.no_grad():
-            for name, parameter in own.items():
+            for name, parameter in trained.items():
                 parameter.copy_(state[name])
 
     def _states(self, model: PreTrainedModel, sequences: Sequences) -> Tensor:
@@ -285,13 +295,3 @@ class SharedModel(nn.Module):
 def _scatter(values: Tensor, mask: Tensor) -> Tensor:
     """[M] values of the real tokens to [B, C], 0 elsewhere."""
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
-
-
-def remove_dropout(model: nn.Module) -> None:
-    """Switch every dropout off: the first ratio of PPO is 1 only if training computes what the rollout computed."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():  # residual_dropout, hidden_dropout, layerdrop: names differ by model
-            if "drop" in name and isinstance(value, float):
-                setattr(module, name, 0.0)

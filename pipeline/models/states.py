@@ -87,8 +87,8 @@ def lm_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     head, scale, bias = head_parts(model)
 
     def logits(states: Tensor) -> Tensor:
-        found = head(states if scale == 1 else states * scale)
-        return found if bias is None else found + bias
+        scores = head(states if scale == 1 else states * scale)
+        return scores if bias is None else scores + bias
 
     return logits
 

@@ -57,13 +57,13 @@ def call_reward(
             return
         middle = len(rows) // 2
         for half in (rows[:middle], rows[middle:]):
-            if found := call(half):
-                search(half, found)
+            if half_error := call(half):
+                search(half, half_error)
 
     rows = range(len(completions))
     if error := call(rows):
         search(rows, error)
-        if handling.on_error == "stop":  # and yet nothing has been found
+        if handling.on_error == "stop":  # and yet no single completion is to blame
             raise RewardError(
                 f"reward {name!r} raised {type(error).__name__}: {error} for {len(rows)} completions together, but "
                 "for none of them alone"

@@ -11,8 +11,8 @@ def native_bf16() -> bool:
     if torch.accelerator.is_available():
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     # Of what the processor has, torch may have been told to leave the wide vectors alone (ATEN_CPU_CAPABILITY).
-    wide, found = torch.backends.cpu.get_cpu_capability().startswith("AVX512"), torch.cpu.get_capabilities()
-    return wide and bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+    wide, capabilities = torch.backends.cpu.get_cpu_capability().startswith("AVX512"), torch.cpu.get_capabilities()
+    return wide and bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def mixed_precision(section: str, bf16: bool | None) -> str:

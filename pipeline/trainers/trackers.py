@@ -17,12 +17,12 @@ def installed(report_to: str | Sequence[str] | None, ppo: bool = False) -> list[
     """The trackers of a `report_to` that are installed; on the main process the others are warned of."""
     names = [report_to] if isinstance(report_to, str) else list(report_to or [])
     here = list(map(str, get_available_trackers())) if ppo else get_available_reporting_integrations()
-    found = [name for name in names if name in ("all", "none") or name in here]
-    missing = [name for name in names if name not in found]
+    usable = [name for name in names if name in ("all", "none") or name in here]
+    missing = [name for name in names if name not in usable]
     if missing:
         package = missing[0].replace("_", "-")
         _warn(f"report_to: {', '.join(missing)} is not installed, so nothing is sent there (pip install {package})")
-    return found
+    return usable
 
 
 def start_trackers(accelerator: Accelerator, project: str) -> None:

@@ -8,9 +8,10 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from pipeline.models.dropout import remove_dropout
 from pipeline.models.kernels import lm_head as head
 from pipeline.models.sequences import Sequences, make_sequences
-from pipeline.models.shared import SharedModel, remove_dropout
+from pipeline.models.shared import SharedModel
 from pipeline.models.states import check_trunk_and_head
 
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11, 12]]

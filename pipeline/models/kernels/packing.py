@@ -76,7 +76,7 @@ class Packing:
 
 
 def pack(sequences: Sequences, multiple: int = 1) -> Packing:
-    """The packed row of a batch. Rows with equal prompts share one.
+    """Pack a batch into one row, in which rows with equal prompts share one prompt.
 
     Its length is made a multiple of `multiple` by tokens that nobody reads.
     """
@@ -115,19 +115,20 @@ def _states_at(lengths: Tensor, prompt_of: Tensor | None, own: Tensor, mask: Ten
 
 
 def enable_packing(model: PreTrainedModel) -> bool:
-    """Give the model's attention layers a packed way beside their own; False where they allow none."""
+    """Let the model's attention layers read packed rows too; return False where they do not allow it."""
     implementation = model.config._attn_implementation
     if model.config.is_encoder_decoder:  # a decoder does not read its prompt by its own attention
         return False
     layers = set(model.config.get_text_config().to_dict().get("layer_types") or [])
     if implementation not in IMPLEMENTATIONS or not layers <= LAYERS or not model._can_set_attn_implementation():
         return False
+    _register(implementation)
     model.set_attn_implementation(PREFIX + implementation)
     return True
 
 
 def disable_packing(model: PreTrainedModel) -> None:
-    """Take `enable_packing` back."""
+    """Undo `enable_packing`."""
     model.set_attn_implementation(model.config._attn_implementation.removeprefix(PREFIX))
 
 
@@ -226,12 +227,10 @@ def _function(implementation: str, module: nn.Module) -> Callable:
 
 
 def _register(implementation: str) -> None:
+    """Make the packed way known to transformers, under the name of the attention function that it hands rows to."""
+
     def attention(module: nn.Module, query, key, value, attention_mask, **kwargs):
         return _attention(implementation, module, query, key, value, attention_mask, **kwargs)
 
     AttentionInterface.register(PREFIX + implementation, attention)
     AttentionMaskInterface.register(PREFIX + implementation, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
-
-
-for name in IMPLEMENTATIONS:
-    _register(name)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import RewardConfig, RewardTrainer
 
+from pipeline.models.dropout import remove_dropout
 from pipeline.models.reward_model import RewardNetwork, load_head
 from pipeline.models.sequences import make_sequences
-from pipeline.models.shared import remove_dropout
 from pipeline.models.text import encode_prompts
 from pipeline.rewards.pairs import HELD_OUT, TRAIN, Pair
 from pipeline.trainers.huggingface.arguments import complete_arguments
