@@ -99,12 +99,13 @@ def compute_text_rewards(
             [text.completion_ids for text in chosen],
             scoring.handling,
         )
-        scores, parts = outputs.weighted_sum.tolist(), {name: values.tolist() for name, values in outputs.by_name.items()}
+        scores = outputs.weighted_sum.tolist()
+        by_name = {name: values.tolist() for name, values in outputs.by_name.items()}
         return [
             ScoredPrediction(
                 text,
                 scores[i],
-                {name: values[i] for name, values in parts.items()},
+                {name: values[i] for name, values in by_name.items()},
                 failure=outputs.failures.get(i),
             )
             for i, text in enumerate(chosen)
