@@ -103,7 +103,8 @@ def anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_links_lead_to_files_and_headings(page):
-    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+    text = page.read_text(encoding="utf-8")
+    for target in [*re.findall(r"\]\(([^)\s]+)\)", text), *re.findall(r'<img src="([^"]+)"', text)]:
         if target.startswith("https://"):
             continue
         name, _, anchor = target.partition("#")
@@ -138,7 +139,7 @@ def test_keys_that_pages_name_exist():
 def sentences(text: str) -> list[str]:
     """The prose of a page by sentence: without code, tables, headings and pictures."""
     text = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
-    prose = re.sub(r"^(?:\||#|!\[).*$", "", text, flags=re.M)
+    prose = re.sub(r"^(?:\||#|!\[|<img).*$", "", text, flags=re.M)
     prose = re.sub(r"^\s*[-*] ", "\n", prose, flags=re.M)
     paragraphs = [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", prose)]
     return [sentence for p in paragraphs for sentence in re.split(r"(?<=[.!?])[\s*]+(?=[A-Z`\[])", p) if sentence]
