@@ -1,5 +1,6 @@
 """README.md and docs/: links lead somewhere, commands are taken, recipes are read, and the README's Python runs."""
 
+import pkgutil
 import re
 import shlex
 from dataclasses import fields
@@ -118,6 +119,14 @@ def test_files_that_pages_name_in_backticks_exist():
     for page in PAGES:
         for name in re.findall(r"`((?:tests|recipes|accelerate_configs|tools|pipeline)/[\w./-]+)`", page.read_text()):
             assert (ROOT / name).exists(), f"{page.name}: {name}"
+
+
+def test_the_objects_of_the_python_api_exist():
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    for path, members in re.findall(r"^::: (\S+)\n(?:    options:\n      members: \[(.*)\]\n)?", text, re.M):
+        documented = pkgutil.resolve_name(path)
+        assert documented.__doc__, path
+        assert all(hasattr(documented, name) for name in members.split(", ") if name), path
 
 
 def section_keys() -> dict[str, set[str]]:
