@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 # The quickstart and the tests never need a network; offline mode makes sure of it.
 OFFLINE := HF_HUB_OFFLINE=1
 
-.PHONY: install quickstart test lint docs
+.PHONY: install quickstart test test-fast test-versions test-oldest test-newest lint docs
 
 install: $(VENV)/.installed
 
@@ -19,6 +19,20 @@ quickstart: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(OFFLINE) $(RUN) -m pytest --numprocesses auto --dist loadfile
+
+test-fast: $(VENV)/.installed
+	$(OFFLINE) $(RUN) -m pytest -m "not slow" --numprocesses auto --dist loadfile
+
+# The fast tests once more, with the oldest and with the newest libraries that pyproject.toml allows.
+test-versions: test-oldest test-newest
+
+test-oldest test-newest: test-%: .venv-%/.installed
+	$(OFFLINE) .venv-$*/bin/python -m pytest -m "not slow" --numprocesses auto --dist loadfile
+
+.venv-oldest/.installed .venv-newest/.installed: .venv-%/.installed: pyproject.toml tests/versions/%.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --disable-pip-version-check --constraint tests/versions/$*.txt --editable ".[dev]"
+	@touch $@
 
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check .

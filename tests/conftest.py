@@ -44,9 +44,39 @@ torch.set_num_threads(1)
 tqdm.monitor_interval = 0  # its thread may hold the lock of all bars in the moment of a fork, in the child for ever
 tqdm.set_lock(threading.RLock())  # the default is one for forked children too: killed in a bar they keep it
 
+TESTS = Path(__file__).resolve().parent
+# Folders and files of tests that start processes, kill runs again and again, or train every architecture with every
+# option. `make test-fast` leaves them out.
+SLOW = (
+    "benchmarks",
+    "evaluation/test_browser.py",
+    "faults",
+    "test_accelerate_configs.py",
+    "test_chain.py",
+    "test_reward_stage.py",
+    "test_stages_in_two.py",
+    "test_two_machines.py",
+    "trainers/test_communication.py",
+    "trainers/test_deepspeed.py",
+    "trainers/test_distributed.py",
+    "trainers/test_invariants.py",
+    "trainers/test_invariants_architectures.py",
+    "trainers/test_ppo_config.py",
+    "trainers/test_ppo_options.py",
+    "trainers/test_reward.py",
+)
 COLOURS = ("red", "blue", "green", "white", "black")
 NUMBERS = ("one", "two", "three", "four", "five")
 PLACES = ("north", "south", "east", "west")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test of the files and folders in `SLOW` as slow."""
+    slow = [TESTS / name for name in SLOW]
+    assert all(path.exists() for path in slow), "SLOW in tests/conftest.py names a file that does not exist"
+    for item in items:
+        if any(item.path.is_relative_to(path) for path in slow):
+            item.add_marker(pytest.mark.slow)
 
 
 def make_examples(count: int, seed: int) -> Dataset:

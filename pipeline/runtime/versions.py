@@ -13,7 +13,7 @@ PACKAGE = "trl-relay"
 
 
 def unsupported() -> list[str]:
-    """List what is wrong with the installed libraries: `trl 1.2.0 is installed, Relay needs trl>=1.13`, and so on.
+    """List what is wrong with the installed libraries: `trl 1.2.0 is installed, Relay needs trl>=1.16`, and so on.
 
     The list is empty where Relay itself is not installed but run from its folder.
     """

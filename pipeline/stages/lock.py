@@ -5,7 +5,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 LOCK = ".lock"
@@ -36,7 +36,7 @@ def run_lock(directory: Path) -> Iterator[str | None]:
                 f"{directory} is in use by {holder or 'another run'}; wait until it ends, or choose another name"
             ) from error
         file.truncate(0)
-        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        now = datetime.now(UTC).isoformat(timespec="seconds")
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}")
         file.flush()
         try:

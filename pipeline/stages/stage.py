@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +189,7 @@ def finish_stage(run: RunDirectory, recipe: Recipe, stage: str, **summary: Any) 
         "seconds": round(time.time() - started.get("started_at", time.time()), 3),
         **summary,
         "stage": stage,
-        "finished_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
         **(recorded or stage_state(recipe, stage)),
     }
