@@ -18,7 +18,7 @@ from pipeline.recipe import (
     parse_stage_arguments,
 )
 from pipeline.recipe.reader import read_document
-from pipeline.recipe.refused import REFUSED_REWARD_KEYS, REFUSED_SFT_KEYS
+from pipeline.recipe.refused import IDLE_WITH, REFUSED_REWARD_KEYS, REFUSED_SFT_KEYS
 from pipeline.rewards.config import RewardConfig
 from pipeline.stages.directory import RunDirectory
 from pipeline.tasks.counts import ExampleCounts, count_examples
@@ -338,7 +338,7 @@ def test_every_refused_key_has_a_reason():
 def test_every_accepted_key_of_sft_config_takes_its_own_default():
     """A type that could not be checked would refuse the value TRL itself uses."""
     fields = [f for f in dataclasses.fields(trl.SFTConfig) if f.name not in REFUSED_SFT_KEYS]
-    idle = {"eval_steps", "save_steps", "packing_strategy", "run_name", "project"}
+    idle = {"eval_steps", "save_steps", "packing_strategy", "run_name", "project"} | IDLE_WITH.keys()
     for f in fields:
         if f.name.startswith("hub_") or f.name in idle or f.default in (dataclasses.MISSING, None):
             continue
@@ -348,6 +348,9 @@ def test_every_accepted_key_of_sft_config_takes_its_own_default():
 
 
 def test_keys_of_sft_config_that_another_makes_idle():
+    assert "eval_strategy is 'no'" in refusal("sft.eval_strategy=no", "sft.eval_delay=2")
+    assert "dataloader_num_workers is 0" in refusal("sft.dataloader_prefetch_factor=2")
+    load_recipe(write(), ["sft.dataloader_num_workers=1", "sft.dataloader_prefetch_factor=2"])
     message = refusal("sft.max_steps=5", "sft.num_train_epochs=2")
     assert_names(message, "override 'sft.num_train_epochs=2'", "sft.num_train_epochs", "max_steps is set")
     message = refusal("sft.gradient_checkpointing=true", "sft.activation_checkpointing=false")

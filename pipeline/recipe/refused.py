@@ -96,6 +96,16 @@ ACTS_ONLY_WITH: dict[str, tuple[str, str | bool]] = {
     "packing_strategy": ("packing", True),
     "label_smoothing_factor": ("loss_type", "nll"),
 }
+# A key that does nothing where another key has a certain value.
+IDLE_WITH: dict[str, tuple[str, str | int]] = {
+    "eval_delay": ("eval_strategy", "no"),
+    "eval_on_start": ("eval_strategy", "no"),
+    "eval_packing": ("eval_strategy", "no"),
+    "dataloader_in_order": ("dataloader_num_workers", 0),
+    "dataloader_multiprocessing_context": ("dataloader_num_workers", 0),
+    "dataloader_persistent_workers": ("dataloader_num_workers", 0),
+    "dataloader_prefetch_factor": ("dataloader_num_workers", 0),
+}
 # `optim_args` changes nothing for these optimizers; `optim_target_modules` acts only for GaLore and APOLLO.
 OPTIMIZERS_WITHOUT_ARGS = (
     "adamw_torch",

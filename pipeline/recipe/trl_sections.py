@@ -16,6 +16,7 @@ from pipeline.recipe.document import Document
 from pipeline.recipe.refused import (
     ACTS_ONLY_WITH,
     DEPRECATED_VALUES,
+    IDLE_WITH,
     LOW_RANK_OPTIMIZERS,
     OPTIMIZERS_WITHOUT_ARGS,
     REFUSED_REWARD_KEYS,
@@ -165,6 +166,9 @@ def _refuse_conflicts(
         if key in arguments and other in effective and effective[other] != wanted:
             fix = f"set {section}.{other}: {str(wanted).lower()} or remove it"
             refuse(key, f", because {other} is {shown(effective[other])}; {fix}")
+    for key, (other, idle) in IDLE_WITH.items():
+        if key in arguments and effective[other] == idle:
+            refuse(key, f", because {other} is {shown(idle)}; set {section}.{other} or remove it")
     if "num_train_epochs" in arguments and effective["max_steps"] > 0:
         refuse("num_train_epochs", ", because max_steps is set; keep one")
     optimizer = str(effective["optim"])
