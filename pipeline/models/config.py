@@ -92,11 +92,11 @@ class ModelConfig:
     trust_remote_code: bool = False  # allow code that comes with the model; stands in the record of the run
     src_lang: str | None = None  # of mBART, NLLB and M2M100: the tokenizer's own code, such as en_XX or eng_Latn
     tgt_lang: str | None = None  # the language of the completions, likewise
-    use_peft: bool = True  # TRL: False. One shared base with adapters is what makes PPO small.
+    use_peft: bool = True  # TRL: False; one shared base with adapters is what makes PPO small
     lora_r: int = 16  # rank of the adapter
     lora_alpha: int = 32  # its scale is lora_alpha / lora_r
     lora_dropout: float = 0.05  # SFT only: PPO runs without dropout, or its first ratio would not be 1
-    # TRL: None, which is q and v only for most models. `decoder-linear`: an encoder-decoder's encoder stays as it is.
+    # TRL: None, which is q and v only for most models; `decoder-linear` is the decoder alone of an encoder-decoder
     lora_target_modules: list[str] | str | None = "all-linear"
     lora_modules_to_save: list[str] | None = None  # modules trained whole beside the adapter
     use_rslora: bool = False  # scale lora_alpha / sqrt(lora_r)

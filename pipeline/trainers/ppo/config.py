@@ -33,7 +33,6 @@ class PPOConfig:
     sft_model_path: str | None = None
     # of the reward `learned`: a reward folder or a sequence classifier; None: this run's reward stage
     reward_model_path: str | None = None
-    # in a recipe None means model.use_peft; false trains all weights, with a frozen copy as reference
     use_peft: bool = True  # as model.use_peft; false trains all weights, with a frozen copy as reference
     total_episodes: int = 10_000  # completions of the whole run
     # episodes of a micro-batch: a matter of memory, not of the result; halved where memory runs out
