@@ -75,7 +75,7 @@ def fetch_commit(path: str, revision: str = "main") -> None:
 
 
 def read_config(path: str, revision: str = "main", trust_remote_code: bool = False) -> PretrainedConfig:
-    """A model's configuration as transformers reads it.
+    """Read a model's configuration with transformers.
 
     Raises:
         ValueError: it is broken, or comes with code that the recipe does not trust.
@@ -89,7 +89,7 @@ def read_config(path: str, revision: str = "main", trust_remote_code: bool = Fal
 
 
 def unreadable(path: object, what: str, file: str, error: Exception) -> ValueError:
-    """What is said of a model whose files cannot be read."""
+    """Return the error for a model whose files cannot be read."""
     if "trust_remote_code" in str(error):
         return ValueError(
             f"{str(path)!r} comes with Python code of its own (auto_map), which is not run; read it, and if you trust "
@@ -107,7 +107,7 @@ def unreadable(path: object, what: str, file: str, error: Exception) -> ValueErr
 def read_tokenizer(
     path: str | Path, revision: str = "main", trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """A tokenizer as transformers reads it.
+    """Read a tokenizer with transformers.
 
     Raises:
         ValueError: it is broken, or comes with code that the recipe does not trust.
@@ -123,11 +123,11 @@ def read_tokenizer(
 
 
 def adapter_base(directory: Path, config: ModelConfig) -> tuple[str, ModelConfig]:
-    """The base model that an adapter names, and the settings to load it with.
+    """Return the base model that an adapter names, and the settings to load it with.
 
-    An adapter may come from anyone, and the recipe's trust is in the model that the recipe names: code of any other
-    base is not run. A directory has to be that model, or lie below the current directory or the folder of the
-    adapter's run, so that no adapter opens what is elsewhere on this machine.
+    An adapter may come from anyone. The recipe trusts only the model that it names itself, so code of any other base
+    is not run. A base that is a directory has to be that model, or lie below the current directory or the folder of
+    the adapter's run: no adapter opens other directories of this machine.
 
     Raises:
         ValueError: no base is named, or one outside.
@@ -142,10 +142,10 @@ def adapter_base(directory: Path, config: ModelConfig) -> tuple[str, ModelConfig
         )
     if base == config.model_name_or_path:
         return base, config
-    place = Path(base).expanduser()
-    if place.is_dir() or base.startswith((".", "/", "~")) or base.count("/") > 1:
+    base_directory = Path(base).expanduser()
+    if base_directory.is_dir() or base.startswith((".", "/", "~")) or base.count("/") > 1:
         roots = (Path.cwd(), directory.resolve().parent.parent)
-        if not any(root != Path(root.anchor) and place.resolve().is_relative_to(root) for root in roots):
+        if not any(root != Path(root.anchor) and base_directory.resolve().is_relative_to(root) for root in roots):
             raise ValueError(
                 f"{str(directory / ADAPTER_FILE)!r} names the base model {base!r}, which is outside of {roots[0]} and "
                 f"{roots[1]}; if you mean that model set model.model_name_or_path: {base}, or merge the adapter first"

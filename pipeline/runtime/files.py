@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, that are on disk when that is said, and that a checksum knows."""
+"""Files: written whole or not at all, flushed to disk, and identified by a checksum."""
 
 import hashlib
 import os

@@ -15,7 +15,7 @@ _digests: dict[Stamp, str] = {}  # of this process; a data file is read once, no
 
 
 def file_stamp(path: Path) -> Stamp:
-    """Return what tells without reading it whether a file is still the same."""
+    """Return the path, size and time of change of a file."""
     status = path.stat()
     return str(path), status.st_size, status.st_mtime_ns
 

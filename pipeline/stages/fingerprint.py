@@ -88,16 +88,26 @@ def stage_inputs(recipe: Recipe, stage: str, recorded: Mapping[str, str] | None 
     An earlier stage counts by its record, not by its settings: made again, it gives other weights. A Hub model of
     which nothing is in the local cache is as it is `recorded`. Nothing goes to the network.
     """
-    inputs = {str(path): file_digest(path) for path in data_files(recipe, stage)}
+    data = {str(path): file_digest(path) for path in data_files(recipe, stage)}
+    return data | _model_states(recipe, stage, recorded or {}) | _earlier_results(recipe, stage)
+
+
+def _model_states(recipe: Recipe, stage: str, recorded: Mapping[str, str]) -> dict[str, str]:
+    """Return the state of each model from outside this run; one that is neither here nor recorded is left out."""
+    states: dict[str, str | None] = {}
     for path, revision in external_models(recipe, stage).items():
-        name = str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path
-        state = model_state(path, revision) or (recorded or {}).get(name)
-        inputs |= {name: state} if state is not None else {}
-    control = control_run(recipe) if stage == "eval" else None
-    if control is not None:
-        inputs["control"] = record_digest(control / "ppo") or ABSENT
-    run = RunDirectory.of(recipe)
-    return inputs | {name: record_digest(run.stage(name)) or ABSENT for name in needed_stages(recipe, stage)}
+        directory = Path(path).expanduser()
+        name = str(directory) if directory.is_dir() else path
+        states[name] = model_state(path, revision) or recorded.get(name)
+    return {name: state for name, state in states.items() if state is not None}
+
+
+def _earlier_results(recipe: Recipe, stage: str) -> dict[str, str]:
+    """Return the state of the stages of this run, and of the control, that a stage reads."""
+    run, control = RunDirectory.of(recipe), control_run(recipe) if stage == "eval" else None
+    directories = {} if control is None else {"control": control / "ppo"}
+    directories |= {name: run.stage(name) for name in needed_stages(recipe, stage)}
+    return {name: record_digest(directory) or ABSENT for name, directory in directories.items()}
 
 
 def stage_fingerprint(recipe: Recipe, stage: str, recorded: Mapping[str, str] | None = None) -> str:

@@ -116,7 +116,7 @@ def check_checkpoint(path: Path) -> str | None:
     """Return what is wrong with the contents of a checkpoint by its manifest, or None.
 
     Raises:
-        ValueError: files are missing: someone removed them, for a kill or a full disk leaves no such checkpoint.
+        ValueError: files are missing. Someone removed them: a kill or a full disk leaves no such checkpoint.
     """
     if missing := [name for name in read_manifest(path) if not (path / name).is_file()]:
         raise ValueError(
@@ -210,7 +210,7 @@ def require_finite(tensors: Mapping[str, Tensor], step: int) -> None:
 
 
 def load_tensors(file: Path):
-    """What `torch.save` wrote, if it is made of tensors and plain values alone.
+    """Load what `torch.save` wrote, if it is made of tensors and plain values alone.
 
     Raises:
         ValueError: it holds anything else, which could run code.
@@ -221,7 +221,7 @@ def load_tensors(file: Path):
 
 @contextmanager
 def tensors_alone(file: object) -> Iterator[None]:
-    """Say in a sentence what torch says when it refuses to unpickle an object.
+    """Turn torch's refusal to unpickle an object into one sentence.
 
     Raises:
         ValueError: naming `file`.
