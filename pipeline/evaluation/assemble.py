@@ -89,11 +89,16 @@ def save_outputs(systems: Mapping[str, ScoredSystem], rows: Dataset, directory: 
     outputs = {}
     for name, system in systems.items():
         scored = system.predictions
-        parts = {part: [s.rewards[part] for s in scored] for part in scored[0].rewards}
+        rewards = {key: [s.rewards[key] for s in scored] for key in scored[0].rewards}
         sentences = {metric: [s.metrics[metric] for s in scored] for metric in scored[0].metrics}
-        outputs[name] = Outputs([s.text for s in scored], reward_scores(scored), parts, sentences)
+        outputs[name] = Outputs([s.text for s in scored], reward_scores(scored), rewards, sentences)
         save_predictions(
-            directory / prediction_file(name), outputs[name].predictions, rows, parts, outputs[name].scores, sentences
+            directory / prediction_file(name),
+            outputs[name].predictions,
+            rows,
+            rewards,
+            outputs[name].scores,
+            sentences,
         )
     return outputs
 

@@ -39,10 +39,10 @@ class SystemConfig:
 class EvalConfig:
     """How the systems are compared on the test split. Decoding is the same for all: beam search, greedy at 1 beam.
 
-    `control` is the run directory of a constant-reward run that started from the same SFT model; `auto` takes one
-    beside this run where there is one, null none. `beam_sizes` scores SFT, PPO and further systems with other numbers
+    `control` is the run directory of a constant-reward run that started from the same SFT model; `auto` picks one
+    next to this run if there is one, null none. `beam_sizes` scores SFT, PPO and further systems with other numbers
     of beams as well; `samples_per_prompt` answers the first `sample_prompts` prompts that many times at
-    `sample_temperature`, for the best-of-n curve; 0 leaves it away. `num_inspected` examples are shown token by token.
+    `sample_temperature`, for the best-of-n curve; 0 omits it. `num_inspected` examples are shown token by token.
     """
 
     # further ones are mappings: {name: other, path: DIRECTORY_OR_HUB_ID}
@@ -101,10 +101,10 @@ class EvalConfig:
 
     @property
     def system_names(self) -> tuple[str, ...]:
-        """The systems by name, in the report's order; a control is not among them."""
+        """Return the names of the systems, in the report's order, without a control."""
         return tuple(system if isinstance(system, str) else system.name for system in self.systems)
 
     @property
     def further_systems(self) -> tuple[SystemConfig, ...]:
-        """The systems that no stage of this run made."""
+        """Return the systems that no stage of this run made."""
         return tuple(system for system in self.systems if isinstance(system, SystemConfig))

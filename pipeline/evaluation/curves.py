@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline.evaluation.report import StageCost
 
-# Panel -> logged names, for each stage; a name that was not logged is left away.
+# Panel -> logged names, for each stage; a name that was not logged is omitted.
 PANELS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "sft": {
         "loss": ("loss", "eval_loss"),
@@ -62,7 +62,7 @@ class Panel:
 
 
 def read_panels(run: Path) -> list[Panel]:
-    """The panels of every stage of a run directory that left a metrics.jsonl."""
+    """Read the panels of every stage of a run directory that has a metrics.jsonl."""
     panels = []
     for stage, titles in PANELS.items():
         events = read_events(run / stage / "metrics.jsonl")
@@ -76,7 +76,7 @@ def read_panels(run: Path) -> list[Panel]:
 
 
 def read_events(file: Path) -> list[dict[str, object]]:
-    """The JSON lines of a log; none where there is no file. A last line that was cut short is left away."""
+    """Read the JSON lines of a log; an empty list without a file. A last line that was cut short is omitted."""
     if not file.is_file():
         return []
     events = []
@@ -94,22 +94,22 @@ def _curve(events: Sequence[Mapping[str, object]], name: str) -> Curve:
 
 
 def tokens_by_step(stage: str, events: Sequence[Mapping[str, object]]) -> dict[int, float]:
-    """Tokens a stage had trained on (sft) or sampled (ppo) by each logged step."""
+    """Count the tokens a stage had trained on (sft, reward) or sampled (ppo) by each logged step."""
     if stage == "sft":
         return {int(e["step"]): float(e[SEEN]) for e in events if isinstance(e.get(SEEN), int | float)}
     if stage == "reward":
         return {int(e["step"]): float(e["num_tokens"]) for e in events if isinstance(e.get("num_tokens"), int | float)}
-    found, total, before = {}, 0.0, 0
+    tokens, total, before = {}, 0.0, 0
     for event in events:
         if isinstance(event.get("objective/length"), int | float) and "episode" in event:
             total += float(event["objective/length"]) * (int(event["episode"]) - before)
             before = int(event["episode"])
-            found[int(event["step"])] = total
-    return found
+            tokens[int(event["step"])] = total
+    return tokens
 
 
 def token_speeds(stage: str, events: Sequence[Mapping[str, object]], timing: Sequence[Mapping[str, object]]) -> Curve:
-    """Tokens per second between two logged steps of one process; a resumed process starts its clock anew."""
+    """Compute tokens per second between logged steps of one process; a resumed process starts its clock anew."""
     tokens = tokens_by_step(stage, events)
     points = [(int(e["step"]), float(e["seconds"])) for e in timing if int(e["step"]) in tokens]
     steps, values = [], []
@@ -121,7 +121,7 @@ def token_speeds(stage: str, events: Sequence[Mapping[str, object]], timing: Seq
 
 
 def read_cost(run: Path, stages: Sequence[str]) -> list[StageCost]:
-    """The cost of every finished stage of a run directory."""
+    """Read the cost of every finished stage of a run directory."""
     costs = []
     for stage in stages:
         file = run / stage / "stage.json"
@@ -130,8 +130,8 @@ def read_cost(run: Path, stages: Sequence[str]) -> list[StageCost]:
         record = json.loads(file.read_text(encoding="utf-8"))
         tokens = record.get("tokens")
         if tokens is None and stage in PANELS:
-            found = tokens_by_step(stage, read_events(run / stage / "metrics.jsonl"))
-            tokens = round(max(found.values())) if found else None
+            by_step = tokens_by_step(stage, read_events(run / stage / "metrics.jsonl"))
+            tokens = round(max(by_step.values())) if by_step else None
         seconds = record.get("seconds")
         costs.append(
             StageCost(

@@ -1,4 +1,4 @@
-"""Where one system gains on another: example by example, by length, and by how good the first one's answer was."""
+"""Gains of one system on another: example by example, by length, by the first system's score."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,7 +62,7 @@ def find_gains(
     texts: tuple[Sequence[str], Sequence[str]],
     references: Sequence[str],
 ) -> Gains:
-    """The gains of b's texts over a's, by the N sentence scores of either."""
+    """Find the gains of b's texts on a's by the N sentence scores of both."""
     gains = [Gain(i, x, y, y - x) for i, (x, y) in enumerate(zip(scores_a, scores_b, strict=True))]
     moved = sorted((g for g in gains if abs(g.gain) > 1e-9), key=lambda g: g.gain)
     middle = median(g.gain for g in moved) if moved else 0.0
@@ -81,13 +81,13 @@ def find_gains(
 
 
 def buckets(keys: Sequence[float], gains: Sequence[Gain], label: str) -> list[Bucket]:
-    """The gains in up to four groups of about equal size by `keys`; equal keys stay together."""
+    """Group the gains by `keys` into up to four groups of about equal size; equal keys stay together."""
     edges = np.unique(np.quantile(np.asarray(keys), np.linspace(0, 1, NUM_BUCKETS + 1)[1:-1]))
     groups = np.searchsorted(edges, keys, side="left")
-    found = []
+    rows = []
     for number in sorted(set(groups.tolist())):
         members = [i for i, group in enumerate(groups) if group == number]
         inside = [keys[i] for i in members]
         means = [fmean(getattr(gains[i], name) for i in members) for name in ("score_a", "score_b", "gain")]
-        found.append(Bucket(label.format(min(inside), max(inside)), len(members), *means))
-    return found
+        rows.append(Bucket(label.format(min(inside), max(inside)), len(members), *means))
+    return rows

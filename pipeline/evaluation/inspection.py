@@ -29,7 +29,7 @@ class Token:
 
     @property
     def change(self) -> float:
-        """How much likelier PPO made it, in nats."""
+        """Return how much likelier PPO made the token, in nats."""
         return self.ppo - self.sft
 
 

@@ -32,7 +32,7 @@ class TestSet:
 
     @property
     def first_references(self) -> list[str]:
-        """The reference that SFT learns and cross-entropy is taken of."""
+        """Return the first reference of each prompt, which SFT learns and cross-entropy is computed of."""
         return [texts[0] for texts in self.references]
 
 
@@ -60,7 +60,7 @@ class Outputs:
 
     @property
     def texts(self) -> list[str]:
-        """The completions."""
+        """Return the completions."""
         return [prediction.completion for prediction in self.predictions]
 
 
@@ -116,7 +116,7 @@ class SystemComparison:
 
     @property
     def gain(self) -> float:
-        """`delta`, positive where b is better."""
+        """Return `delta` with its sign chosen so that it is positive where b is better."""
         return self.delta if self.higher_is_better else -self.delta
 
 
@@ -148,7 +148,7 @@ class ReportExample:
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """What report.json holds; `references` are the statistics of the first references, to read the systems' beside."""
+    """What report.json holds; `references` are the text statistics of the first references, for comparison."""
 
     systems: dict[str, System]
     comparisons: list[SystemComparison]
@@ -171,7 +171,7 @@ def score_system(
     file: str,
     same_weights_as_sft: bool = False,
 ) -> System:
-    """All figures of one system, whose predictions are in `file`."""
+    """Compute all figures of one system, whose predictions are in `file`."""
     predictions, texts, scores = outputs.predictions, outputs.texts, outputs.scores
     nats, perplexity = cross_entropy(predictions)
     divergence = [p.kl_to_sft for p in predictions if p.kl_to_sft is not None]
@@ -182,7 +182,7 @@ def score_system(
         metrics={m.name: m.corpus_score(texts, test.references, *settings) for m in metrics},
         mean_reward=_mean(scores) if scores else None,
         cumulative_reward=float(sum(scores)) if scores else None,
-        rewards={name: _mean(found) if found else None for name, found in applicable.items()},
+        rewards={name: _mean(values) if values else None for name, values in applicable.items()},
         cross_entropy=nats,
         perplexity=perplexity,
         kl_to_sft=_mean(divergence) if divergence else None,
@@ -203,22 +203,22 @@ def compare_systems(
     metrics: Sequence[Metric],
     resampling: Resampling,
 ) -> list[SystemComparison]:
-    """`b` against `a` on every metric and on the reward."""
+    """Compare system `b` with system `a` by every metric and by the reward."""
     first, second = outputs[a], outputs[b]
     n, seed = resampling.n_resamples, resampling.seed
-    found = []
+    results = []
     for metric in metrics:
         texts = (first.texts, second.texts, test.references)
         tests = paired_bootstrap(metric, *texts, n, seed), paired_randomisation(metric, *texts, n, seed)
         effect = paired_effect(first.metric_scores[metric.name], second.metric_scores[metric.name])
-        found.append((metric.name, *tests, effect, metric.higher_is_better))
+        results.append((metric.name, *tests, effect, metric.higher_is_better))
     if first.scores and second.scores:
         tests = (
             paired_bootstrap_means(first.scores, second.scores, n, seed),
             paired_randomisation_means(first.scores, second.scores, n, seed),
         )
-        found.append((REWARD, *tests, paired_effect(first.scores, second.scores), True))
-    corrected = holm([bootstrap.p_value for _, bootstrap, *_ in found])
+        results.append((REWARD, *tests, paired_effect(first.scores, second.scores), True))
+    corrected = holm([bootstrap.p_value for _, bootstrap, *_ in results])
     return [
         SystemComparison(
             a=a,
@@ -235,12 +235,14 @@ def compare_systems(
             losses=effect.losses,
             higher_is_better=higher_is_better,
         )
-        for (name, bootstrap, p_randomisation, effect, higher_is_better), p_holm in zip(found, corrected, strict=True)
+        for (name, bootstrap, p_randomisation, effect, higher_is_better), p_holm in zip(
+            results, corrected, strict=True
+        )
     ]
 
 
 def compared_pairs(systems: Sequence[str]) -> list[tuple[str, str]]:
-    """Which systems are compared: what each stage changed, further ones with SFT, and PPO with the control."""
+    """List which systems are compared: base and SFT, SFT and PPO, SFT and each further one, the control and PPO."""
     further = [name for name in systems if name not in ("base", "sft", "ppo")]
     pairs = [("base", "sft"), ("sft", "ppo"), *[("sft", name) for name in further], (CONTROL, "ppo")]
     return [(a, b) for a, b in pairs if a in systems and b in systems]

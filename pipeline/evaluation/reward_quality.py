@@ -1,4 +1,4 @@
-"""Whether a reward model can be trusted: held-out accuracy, calibration, correlations, length bias, trivial rules."""
+"""The quality of a reward model: held-out accuracy, calibration, correlations, length bias, trivial rules."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,8 +17,8 @@ FEW_PAIRS, LENGTH_BIAS, CALIBRATION_ERROR = 100, 0.5, 0.1
 
 @dataclass(frozen=True)
 class ScoredPair:
-    """A held-out pair with its raw scores, and what trivial rules look at: lengths in characters, and by rule name
-    the value of either text (the larger one wins)."""
+    """A pair with its raw scores, and what trivial rules compare: the lengths in characters, and in `others` by rule
+    name a value of either text, of which the larger wins."""
 
     chosen_score: float
     rejected_score: float
@@ -29,7 +29,7 @@ class ScoredPair:
 
 @dataclass(frozen=True)
 class ScoredText:
-    """A held-out text: the number of its prompt, its raw score, its length in tokens, sentence scores by metric."""
+    """A held-out text: its prompt's number, its raw score, its length in tokens, its sentence scores by metric."""
 
     prompt: int
     score: float
@@ -61,10 +61,10 @@ class Reliability:
 
 @dataclass(frozen=True)
 class Correlation:
-    """Of the score with `name` over held-out texts: Pearson's r, Spearman's rho, and r within the prompts.
+    """Correlation of the score with `name` over held-out texts: Pearson's r, Spearman's rho, and r within the prompts.
 
-    Within: values minus their prompt's mean, which is what several completions of a prompt are paid by. None where
-    nothing varies.
+    Within the prompts: after subtracting each prompt's mean, which leaves what tells completions of one prompt apart.
+    None where nothing varies.
     """
 
     name: str
@@ -94,7 +94,7 @@ class RewardReport:
 
 
 def share(name: str, wins: Sequence[float]) -> Share:
-    """The mean of `wins` (1, 0, or 0.5 for a tie)."""
+    """Average `wins` (1, 0, or 0.5 for a tie), with Wilson's interval."""
     n, p = len(wins), float(np.mean(wins))
     centre, spread = p + Z95**2 / (2 * n), Z95 * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n * n))
     scale = 1 + Z95**2 / n
@@ -102,48 +102,51 @@ def share(name: str, wins: Sequence[float]) -> Share:
 
 
 def wins(pairs: Sequence[tuple[float, float]]) -> list[float]:
-    """1 where the first value is larger, 0.5 where both are equal, else 0."""
+    """Compare each pair of values: 1 where the first is larger, 0.5 where both are equal, else 0."""
     return [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in pairs]
 
 
 def accuracy(pairs: Sequence[ScoredPair], name: str = "reward model") -> Share:
-    """How often the chosen text scores higher."""
+    """Compute how often the chosen text scores higher."""
     return share(name, wins([(p.chosen_score, p.rejected_score) for p in pairs]))
 
 
 def trivial_rules(pairs: Sequence[ScoredPair]) -> list[Share]:
-    """What rules without any learning get right on the same pairs."""
+    """Compute how often rules without any learning are right on the same pairs."""
     rules: dict[str, Callable[[ScoredPair], tuple[float, float]]] = {
         "the shorter text wins": lambda p: (-p.chosen_length, -p.rejected_length),
         "the longer text wins": lambda p: (p.chosen_length, p.rejected_length),
     }
     shares = [share(name, wins([rule(p) for p in pairs])) for name, rule in rules.items()]
     for name in dict.fromkeys(name for p in pairs for name in p.others):
-        known = [p.others[name] for p in pairs if name in p.others]
-        shares.append(share(name, wins(known)))
+        values = [p.others[name] for p in pairs if name in p.others]
+        shares.append(share(name, wins(values)))
     return shares
 
 
 def consensus(pairs: Sequence[tuple[int, str, str]], metric: Metric) -> list[dict[str, tuple[float, float]]]:
-    """For each pair (prompt, chosen, rejected) how well either text agrees with the prompt's other texts.
+    """Compute for each pair (prompt, chosen, rejected) how well either text agrees with the prompt's other texts.
 
-    That is its mean sentence score against each of them in the part of a reference; the other text of the pair is one.
+    The agreement is the text's mean sentence score with each of the others as its reference, the pair's other text
+    included.
     """
     texts: dict[int, dict[str, None]] = {}
     for prompt, *both in pairs:
         texts.setdefault(prompt, {}).update(dict.fromkeys(both))
     wanted = [(p, text, other) for p, every in texts.items() for text in every for other in every if other != text]
-    scores = metric.sample_scores([text for _, text, _ in wanted], [[other] for *_, other in wanted])
+    agreements = metric.sample_scores([text for _, text, _ in wanted], [[other] for *_, other in wanted])
     values: dict[tuple[int, str], list[float]] = {}
-    for (prompt, text, _), score in zip(wanted, scores, strict=True):
+    for (prompt, text, _), score in zip(wanted, agreements, strict=True):
         values.setdefault((prompt, text), []).append(score)
     name = f"higher {metric.name} to the other texts of the prompt"
-    means = {key: float(np.mean(found)) for key, found in values.items()}
+    means = {key: float(np.mean(scores)) for key, scores in values.items()}
     return [{name: (means[prompt, chosen], means[prompt, rejected])} for prompt, chosen, rejected in pairs]
 
 
 def reliability_table(pairs: Sequence[ScoredPair]) -> tuple[list[Reliability], float]:
-    """Predicted against observed frequency of the preferred text being the chosen one; the expected calibration error.
+    """Compare predicted with observed frequencies of the preferred text being the chosen one.
+
+    Also returns the expected calibration error.
 
     The prediction is that of the loss, Bradley and Terry's sigmoid of the difference of raw scores.
     """
@@ -161,12 +164,12 @@ def reliability_table(pairs: Sequence[ScoredPair]) -> tuple[list[Reliability], f
 
 
 def correlations(texts: Sequence[ScoredText]) -> list[Correlation]:
-    """The score against each metric, and against the length in tokens."""
-    found = []
+    """Correlate the score with each metric and with the length in tokens."""
+    rows = []
     for name in dict.fromkeys(name for text in texts for name in text.metrics):
-        known = [text for text in texts if name in text.metrics]
-        found.append(_correlation(name, known, [text.metrics[name] for text in known]))
-    return [*found, _correlation("length, tokens", texts, [float(text.length) for text in texts])]
+        scored = [text for text in texts if name in text.metrics]
+        rows.append(_correlation(name, scored, [text.metrics[name] for text in scored]))
+    return [*rows, _correlation("length, tokens", texts, [float(text.length) for text in texts])]
 
 
 def _correlation(name: str, texts: Sequence[ScoredText], values: Sequence[float]) -> Correlation:
@@ -182,23 +185,23 @@ def _correlation(name: str, texts: Sequence[ScoredText], values: Sequence[float]
 
 
 def pearson(a: np.ndarray, b: np.ndarray) -> float | None:
-    """Pearson's r of two arrays [N]; None where one does not vary."""
+    """Compute Pearson's r of two arrays [N]; None where one does not vary."""
     if len(a) < 2 or np.ptp(a) < 1e-12 or np.ptp(b) < 1e-12:
         return None
     return float(np.corrcoef(a, b)[0, 1])
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks [N], equal values sharing their mean rank."""
-    distinct, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    """Rank the values [N]; equal values share their mean rank."""
+    distinct, index, count = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(count)
-    return (last - (count - 1) / 2)[place] if len(distinct) else values
+    return (last - (count - 1) / 2)[index] if len(distinct) else values
 
 
 def _centred(values: np.ndarray, prompts: Sequence[int]) -> np.ndarray:
-    _, place = np.unique(np.array(prompts), return_inverse=True)
-    means = np.bincount(place, values) / np.bincount(place)
-    return values - means[place]
+    _, index = np.unique(np.array(prompts), return_inverse=True)
+    means = np.bincount(index, values) / np.bincount(index)
+    return values - means[index]
 
 
 def evaluate_reward_model(
@@ -210,7 +213,7 @@ def evaluate_reward_model(
     pairs: dict[str, object],
     settings: dict[str, object],
 ) -> RewardReport:
-    """The report on a reward model from what it said of held-out pairs and texts."""
+    """Compute the report on a reward model from its scores of held-out pairs and texts."""
     right, rules = accuracy(held_out), trivial_rules(held_out)
     table, error = reliability_table(held_out)
     related = correlations(texts)
@@ -233,10 +236,10 @@ def evaluate_reward_model(
 
 def _verdict(right: Share, rules: Sequence[Share], min_accuracy: float) -> str:
     best = max(rules, key=lambda rule: rule.value)
-    said = f"The reward model prefers the better text in {right.value:.1%} of {right.count} held-out pairs"
+    sentence = f"The reward model prefers the better text in {right.value:.1%} of {right.count} held-out pairs"
     interval = f"[{right.low:.1%}, {right.high:.1%}]"
     allowed = "" if right.value >= min_accuracy else f" PPO refuses it: reward.min_accuracy is {min_accuracy:.0%}."
-    return f"{said} {interval}; the best trivial rule ({best.name}) gets {best.value:.1%}.{allowed}"
+    return f"{sentence} {interval}; the best trivial rule ({best.name}) gets {best.value:.1%}.{allowed}"
 
 
 def _findings(right: Share, rules: Sequence[Share]) -> list[str]:
@@ -255,11 +258,11 @@ def _warnings(right: Share, rules: Sequence[Share], error: float, related: Seque
             warnings.append(f"a trivial rule does as well or better: {rule.name} in {rule.value:.1%} of the pairs")
     if error > CALIBRATION_ERROR:
         warnings.append(f"its probabilities are off by {error:.1%} on average (a margin in the loss makes it surer)")
-    for found in related:
-        within = found.within_prompt if found.within_prompt is not None else found.pearson
-        if found.name.startswith("length") and within is not None and abs(within) > LENGTH_BIAS:
+    for correlation in related:
+        within = correlation.pearson if correlation.within_prompt is None else correlation.within_prompt
+        if correlation.name.startswith("length") and within is not None and abs(within) > LENGTH_BIAS:
             kind = "longer" if within > 0 else "shorter"
             warnings.append(f"length bias: it prefers {kind} completions of a prompt (r = {within:+.2f})")
-        elif not found.name.startswith("length") and within is not None and within < 0:
-            warnings.append(f"within a prompt its scores run against {found.name} (r = {within:+.2f})")
+        elif not correlation.name.startswith("length") and within is not None and within < 0:
+            warnings.append(f"within a prompt its scores run against {correlation.name} (r = {within:+.2f})")
     return warnings

@@ -1,4 +1,4 @@
-"""Runs side by side, and runs that differ in their seed alone summed up."""
+"""Compare runs with each other, and summarise runs that differ only in their seed."""
 
 import json
 from collections.abc import Sequence
@@ -22,18 +22,18 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The directory's name."""
+        """Return the directory's name."""
         return self.path.name
 
     @property
     def first_metric(self) -> str:
-        """The metric that decides."""
+        """Return the metric that decides."""
         return next(iter(next(iter(self.report["systems"].values()))["metrics"]))
 
 
 @dataclass(frozen=True)
 class RunComparison:
-    """PPO against SFT in one run by one measure; `improved` is None without evidence (p of 0.05 or more)."""
+    """PPO compared with SFT in one run by one measure; `improved` is None without evidence (p of 0.05 or more)."""
 
     run: str
     seed: object
@@ -65,7 +65,7 @@ class SeedSummary:
 
 @dataclass(frozen=True)
 class PairwiseComparison:
-    """A run's last system against the first run's on the same test set, by the metric that decides."""
+    """One system of a run compared with that of the first run on the same test set, by the metric that decides."""
 
     a: str
     b: str
@@ -91,7 +91,7 @@ class RunsReport:
 
 
 def load_run(path: Path) -> Run:
-    """A run directory that has been evaluated.
+    """Read a run directory whose eval stage is finished.
 
     Raises:
         ValueError: there is no report in it, or one that is not whole.
@@ -102,14 +102,14 @@ def load_run(path: Path) -> Run:
         settings = json.loads((path / "eval" / "stage.json").read_text(encoding="utf-8"))["settings"]
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"{str(path)!r} holds no finished evaluation ({file} and stage.json beside it); "
+            f"{str(path)!r} holds no finished evaluation ({file} and stage.json next to it); "
             "run its eval stage first, and give the run's directory, such as runs/quickstart"
         ) from error
     return Run(path, report, settings)
 
 
 def compare_runs(runs: Sequence[Run]) -> RunsReport:
-    """What changed between runs; they need not have the same systems or settings."""
+    """Compare runs, which need not have the same systems or settings."""
     gains = [gain for run in runs for gain in compare_to_sft(run)]
     seeds = summarise_seeds(gains) if differ_in_seed_alone(runs) else []
     duels = [duel for other in runs[1:] if (duel := compare_pair(runs[0], other)) is not None]
@@ -126,32 +126,32 @@ def compare_runs(runs: Sequence[Run]) -> RunsReport:
 
 
 def compare_to_sft(run: Run) -> list[RunComparison]:
-    """PPO against SFT in one run, a line for each measure."""
-    found = []
+    """Read how PPO compares with SFT in one run, by each measure."""
+    gains = []
     for c in run.report["comparisons"]:
         if (c["a"], c["b"]) != ("sft", "ppo"):
             continue
         better = (c["delta"] > 0) if c.get("higher_is_better", True) else (c["delta"] < 0)
         improved = better if c["p_value"] < SIGNIFICANT else None
         seed = run.report["settings"].get("seed")
-        found.append(RunComparison(run.name, seed, c["metric"], c["delta"], c["p_value"], better, improved))
-    return found
+        gains.append(RunComparison(run.name, seed, c["metric"], c["delta"], c["p_value"], better, improved))
+    return gains
 
 
 def differ_in_seed_alone(runs: Sequence[Run]) -> bool:
-    """Whether the runs are one experiment with different seeds."""
+    """Tell whether the runs are one experiment with different seeds."""
     seeds = [run.settings.get("seed") for run in runs]
     rest = [{key: value for key, value in run.settings.items() if key != "seed"} for run in runs]
     return len(runs) > 1 and len(set(seeds)) == len(seeds) and all(settings == rest[0] for settings in rest)
 
 
 def summarise_seeds(gains: Sequence[RunComparison]) -> list[SeedSummary]:
-    """A summary for each measure, in the order of the report."""
-    found = []
+    """Summarise PPO - SFT over the seeds by each measure, in the order of the report."""
+    summaries = []
     for metric in dict.fromkeys(gain.metric for gain in gains):
         group = [gain for gain in gains if gain.metric == metric]
         deltas = [gain.delta for gain in group]
-        found.append(
+        summaries.append(
             SeedSummary(
                 metric=metric,
                 seeds=[gain.seed for gain in group],
@@ -164,11 +164,11 @@ def summarise_seeds(gains: Sequence[RunComparison]) -> list[SeedSummary]:
                 worsened=fmean(gain.improved is False for gain in group),
             )
         )
-    return found
+    return summaries
 
 
 def seeds_verdict(summary: SeedSummary) -> str:
-    """One sentence: what the seeds say together."""
+    """Say in one sentence what the seeds show together."""
     count = len(summary.seeds)
     figures = (
         f"{summary.metric} {summary.mean:+.2f} on average (standard deviation {summary.deviation:.2f}, from "
@@ -183,7 +183,7 @@ def seeds_verdict(summary: SeedSummary) -> str:
 
 
 def disagreements(seeds: Sequence[SeedSummary]) -> list[str]:
-    """Measures on which PPO is ahead of SFT with some seeds and behind with others."""
+    """List the measures by which PPO is better than SFT with some seeds and worse with others."""
     return [
         f"seeds disagree on {s.metric}: PPO is ahead of SFT in {s.ahead:.0%} of them ({s.low:+.2f} to {s.high:+.2f})"
         for s in seeds
@@ -192,7 +192,7 @@ def disagreements(seeds: Sequence[SeedSummary]) -> list[str]:
 
 
 def compare_pair(first: Run, other: Run) -> PairwiseComparison | None:
-    """The paired test between two runs; None where they do not share a test set, a system or the deciding metric."""
+    """Test two runs against each other; None unless they share a test set, a system and the deciding metric."""
     system = next((s for s in ("ppo", "sft") if s in first.report["systems"] and s in other.report["systems"]), None)
     configs = [run.report["settings"].get("metrics") for run in (first, other)]
     if system is None or not configs[0] or configs[0][0] != (configs[1] or [None])[0]:
@@ -211,7 +211,7 @@ def compare_pair(first: Run, other: Run) -> PairwiseComparison | None:
 
 
 def read_predictions(run: Run, system: str) -> list[dict]:
-    """A system's predictions; none where the file is gone."""
+    """Read a system's predictions; an empty list without the file."""
     file = run.path / "eval" / run.report["systems"][system]["predictions"]
     if not file.is_file():
         return []
@@ -219,11 +219,11 @@ def read_predictions(run: Run, system: str) -> list[dict]:
 
 
 def pairwise_verdict(duels: Sequence[PairwiseComparison]) -> str:
-    """One sentence about each run against the first."""
+    """Say in one sentence how each run compares with the first."""
     if not duels:
         return "The runs share no test set, system and metric, so they are shown side by side without a test."
-    parts = []
+    sentences = []
     for d in duels:
         word = "differs from" if d.p_value < SIGNIFICANT else "shows no evidence of a difference from"
-        parts.append(f"{d.b} {word} {d.a} ({d.system}, {d.metric} {d.delta:+.2f}, p = {d.p_value:.3f})")
-    return "; ".join(parts) + "."
+        sentences.append(f"{d.b} {word} {d.a} ({d.system}, {d.metric} {d.delta:+.2f}, p = {d.p_value:.3f})")
+    return "; ".join(sentences) + "."

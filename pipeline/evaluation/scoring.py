@@ -58,7 +58,7 @@ class ScoredSystem:
 
     @property
     def failures(self) -> list[str]:
-        """Why rewards failed, a sentence for each text on which one did."""
+        """Return why rewards failed, a sentence for each text."""
         texts = [*self.predictions, *(text for beam in self.beams.values() for text in beam), *self.samples]
         return [text.failure for text in texts if text.failure is not None]
 

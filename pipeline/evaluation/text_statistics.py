@@ -1,4 +1,4 @@
-"""What texts look like whatever they say: length, repetition, variety, copying from the prompt, collapse."""
+"""Statistics of texts apart from their quality: length, repetition, variety, copying from the prompt, collapse."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ class TextStatistics:
 
 
 def text_statistics(texts: Sequence[str], references: Sequence[str], prompts: Sequence[str]) -> TextStatistics:
-    """The figures of `texts`, one for each of the (first) `references` and `prompts`."""
+    """Compute the figures of `texts`, one for each of the (first) `references` and `prompts`."""
     tokens = [words(text) for text in texts]
     total = sum(map(len, tokens))
     reference_total = sum(len(words(reference)) for reference in references)
@@ -51,7 +51,7 @@ def text_statistics(texts: Sequence[str], references: Sequence[str], prompts: Se
 
 
 def repetition(tokens: Sequence[str]) -> float:
-    """The share of trigrams that occurred earlier in the same text; 0 for a text shorter than three words."""
+    """Compute the share of trigrams that occurred earlier in the same text; 0 for a text shorter than three words."""
     ngrams = [tuple(tokens[i : i + REPEATED_NGRAM]) for i in range(len(tokens) - REPEATED_NGRAM + 1)]
     return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 

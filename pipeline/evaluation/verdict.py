@@ -1,4 +1,4 @@
-"""The report in words, computed: what improved, by how much, how sure that is, and what looks wrong."""
+"""The report in words: what improved, by how much, how sure that is, and what looks wrong."""
 
 from collections.abc import Mapping, Sequence
 
@@ -18,14 +18,15 @@ LOST_ENTROPY = 0.25  # of SFT's entropy
 
 
 def verdict(comparisons: Sequence[SystemComparison], metric: str) -> str:
-    """One sentence: did PPO beat SFT on the first metric?"""
-    found = _find(comparisons, "sft", "ppo", metric)
-    if found is None:
+    """Say in one sentence whether PPO beat SFT on the first metric."""
+    comparison = _find(comparisons, "sft", "ppo", metric)
+    if comparison is None:
         return "SFT and PPO were not both evaluated, so there is nothing to compare."
-    figures = f"{metric} {found.delta:+.2f} (95 % interval {found.low:+.2f} to {found.high:+.2f}, p = {_p(found)})"
-    if found.p_value >= SIGNIFICANT:
+    interval = f"95 % interval {comparison.low:+.2f} to {comparison.high:+.2f}"
+    figures = f"{metric} {comparison.delta:+.2f} ({interval}, p = {_p(comparison)})"
+    if comparison.p_value >= SIGNIFICANT:
         return f"No evidence that PPO changed the quality of SFT: {figures}."
-    return f"PPO is {'better' if found.gain > 0 else 'worse'} than SFT: {figures}."
+    return f"PPO is {'better' if comparison.gain > 0 else 'worse'} than SFT: {figures}."
 
 
 def findings(
@@ -34,11 +35,11 @@ def findings(
     best_of: Mapping[str, BestOfN],
     metric: str,
 ) -> list[str]:
-    """What stands behind the verdict, a sentence each: other metrics, the control, effect, distance, best of n."""
-    found = _find(comparisons, "sft", "ppo", metric)
-    if found is None:
+    """Explain the verdict, a sentence each: other metrics, effect, the control, distance from SFT, best of n."""
+    comparison = _find(comparisons, "sft", "ppo", metric)
+    if comparison is None:
         return []
-    lines = [_other_metrics(comparisons, metric), _agreement(found), _effect(found), _control(comparisons)]
+    lines = [_other_metrics(comparisons, metric), _agreement(comparison), _effect(comparison), _control(comparisons)]
     lines += [_distance(systems), _best_of(best_of)]
     return [line for line in lines if line]
 
@@ -62,24 +63,24 @@ def _other_metrics(comparisons: Sequence[SystemComparison], metric: str) -> str:
             continue
         group = "without evidence" if c.p_holm >= SIGNIFICANT else "better" if c.gain > 0 else "worse"
         groups[group].append(f"{c.metric} {c.delta:+.3f} (p = {c.p_holm:.3f})")
-    parts = [f"{name}: {', '.join(items)}" for name, items in groups.items() if items]
-    return f"By the other measures, p corrected by Holm, {'; '.join(parts)}." if parts else ""
+    phrases = [f"{name}: {', '.join(items)}" for name, items in groups.items() if items]
+    return f"By the other measures, p corrected by Holm, {'; '.join(phrases)}." if phrases else ""
 
 
-def _agreement(found: SystemComparison) -> str:
-    agree = (found.p_value < SIGNIFICANT) == (found.p_randomisation < SIGNIFICANT)
+def _agreement(comparison: SystemComparison) -> str:
+    agree = (comparison.p_value < SIGNIFICANT) == (comparison.p_randomisation < SIGNIFICANT)
     word = "agrees" if agree else "does not agree, so the case is close"
-    return f"Paired approximate randomisation {word} (p = {found.p_randomisation:.3f})."
+    return f"Paired approximate randomisation {word} (p = {comparison.p_randomisation:.3f})."
 
 
-def _effect(found: SystemComparison) -> str:
-    same = 1 - found.wins - found.losses
-    shares = f"higher on {found.wins:.0%}, lower on {found.losses:.0%} and the same on {same:.0%}"
-    if found.effect_size is None:
+def _effect(comparison: SystemComparison) -> str:
+    same = 1 - comparison.wins - comparison.losses
+    shares = f"higher on {comparison.wins:.0%}, lower on {comparison.losses:.0%} and the same on {same:.0%}"
+    if comparison.effect_size is None:
         return f"Sentence by sentence PPO scores {shares}, everywhere by the same amount."
-    size = abs(found.effect_size)
+    size = abs(comparison.effect_size)
     word = "negligible" if size < 0.1 else "small" if size < 0.35 else "medium" if size < 0.65 else "large"
-    return f"Sentence by sentence PPO scores {shares}; the effect is {word} (d = {found.effect_size:+.2f})."
+    return f"Sentence by sentence PPO scores {shares}; the effect is {word} (d = {comparison.effect_size:+.2f})."
 
 
 def _control(comparisons: Sequence[SystemComparison]) -> str:
@@ -89,8 +90,10 @@ def _control(comparisons: Sequence[SystemComparison]) -> str:
     change = f"{alone.metric} by {alone.delta:+.2f} (p = {_p(alone)})"
     moved = f"The constant-reward control moved {change} without any signal"
     if beyond.p_value < SIGNIFICANT and beyond.gain > 0:
-        return f"{moved}; PPO is better than it by {beyond.delta:+.2f} (p = {_p(beyond)}), which the reward earned."
-    return f"{moved}; PPO is not better than it ({beyond.delta:+.2f}, p = {_p(beyond)}), so no gain is the reward's."
+        return f"{moved}; PPO is better than it by {beyond.delta:+.2f} (p = {_p(beyond)}), which the reward explains."
+    return (
+        f"{moved}; PPO is not better than it ({beyond.delta:+.2f}, p = {_p(beyond)}), so the reward explains no gain."
+    )
 
 
 def _distance(systems: Mapping[str, System]) -> str:
@@ -127,10 +130,10 @@ def find_warnings(
     references: TextStatistics,
     rewards: Sequence[str],
 ) -> list[str]:
-    """What a reader of the scores should know; `rewards` are the names of what PPO was paid for."""
+    """List what a reader of the scores should be warned of; `rewards` are the names of PPO's rewards."""
     warnings = _identical(predictions, comparisons, systems) + _reward_hacking(comparisons, rewards)
     for name, items in predictions.items():
-        if name == "base":  # an untrained base says little, which is no news
+        if name == "base":  # an untrained base is expected to write little
             continue
         empty = sum(not item.completion for item in items)
         if empty:
@@ -166,7 +169,7 @@ def _identical(
 
 
 def _reward_hacking(comparisons: Sequence[SystemComparison], rewards: Sequence[str]) -> list[str]:
-    """Reward up while a metric that was not paid went down, both beyond chance."""
+    """Warn where the reward rose while a metric that is no reward fell, both beyond chance."""
     reward = _find(comparisons, "sft", "ppo", REWARD)
     if reward is None or reward.gain <= 0 or reward.p_holm >= SIGNIFICANT:
         return []
@@ -178,7 +181,7 @@ def _reward_hacking(comparisons: Sequence[SystemComparison], rewards: Sequence[s
     ]
     if not fell:
         return []
-    return [f"reward rose by {reward.delta:+.4f} while what it does not pay for got worse: {', '.join(fell)}"]
+    return [f"reward rose by {reward.delta:+.4f} while metrics that are no rewards got worse: {', '.join(fell)}"]
 
 
 def _drift(name: str, system: System, sft: System) -> list[str]:

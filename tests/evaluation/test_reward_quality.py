@@ -78,17 +78,16 @@ def report(pairs, texts=(), **keys):
 
 def test_the_verdict_names_the_best_rule_and_a_refusal():
     good = report([pair(1, 0, (5, 3))] * 190 + [pair(0, 1, (5, 3))] * 10)
-    assert good.verdict.startswith("The reward model prefers the better text in 95.0% of 200 held-out pairs [91.0%,")
+    assert "95.0% of 200 held-out pairs [91.0%," in good.verdict
     assert "(the longer text wins) gets 100.0%" in good.verdict and "refuses" not in good.verdict
-    assert any("a trivial rule does as well or better: the longer text wins in 100.0%" in w for w in good.warnings)
+    assert any("trivial rule" in w and "the longer text wins in 100.0%" in w for w in good.warnings)
     bad = report([pair(1, 0), pair(0, 1)])
     assert "PPO refuses it: reward.min_accuracy is 55%" in bad.verdict
-    assert bad.findings == ["It does not beat chance: 50 % is within its interval."]
+    assert len(bad.findings) == 1 and "not beat chance" in bad.findings[0]
     assert "only 2 pairs are held out" in bad.warnings[0]
 
 
 def test_warnings_of_length_and_of_a_metric_that_it_runs_against():
     texts = [ScoredText(n % 3, float(n), 10 - n, {"bleu": -float(n)}) for n in range(9)]
     warnings = " ".join(report([pair(1, 0)] * 150, texts).warnings)
-    assert "length bias: it prefers shorter completions of a prompt (r = -1.00)" in warnings
-    assert "within a prompt its scores run against bleu (r = -1.00)" in warnings
+    assert "length bias: it prefers shorter" in warnings and "against bleu (r = -1.00)" in warnings

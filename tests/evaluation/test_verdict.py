@@ -43,9 +43,9 @@ def test_the_verdict_takes_the_p_value_at_its_word():
 def test_findings_name_the_other_measures_with_corrected_p():
     scores = {"sft": HALF, "ppo": RISING}
     found = make_report({"sft": BAD, "ppo": GOOD}, scores, metrics=(BLEU, TER))[0].findings
-    assert found[0].startswith("By the other measures, p corrected by Holm, better: ter -")
+    assert "Holm" in found[0] and "better: ter -" in found[0]
     assert "reward +0.165 (p = 0.015)" in found[0] and "worse" not in found[0]
-    assert "Paired approximate randomisation agrees (p = 0.005)." in found
+    assert any("randomisation agrees" in line and "p = 0.005" in line for line in found)
     assert any("scores higher on 100%, lower on 0%" in line for line in found)
     assert any(line.startswith("PPO is 0.50 nats per completion from SFT") for line in found)
     assert make_report({"base": BAD, "sft": GOOD})[0].findings == []
@@ -65,12 +65,12 @@ def test_the_effect_in_words(effect, words):
     assert words in _effect(comparison(effect_size=effect))
 
 
-def test_the_control_decides_whose_the_gain_is():
+def test_the_control_decides_whether_the_reward_explains_the_gain():
     earned = make_report({"sft": BAD, "ppo": GOOD, "control": BAD})[0].findings
-    assert any("control moved bleu by +0.00" in line and "which the reward earned" in line for line in earned)
+    assert any("bleu by +0.00" in line and "the reward explains" in line for line in earned)
     given = make_report({"sft": BAD, "ppo": GOOD, "control": GOOD})[0]
-    assert any("so no gain is the reward's" in line for line in given.findings)
-    assert given.warnings == []  # that the control wrote what PPO wrote is no sign of a mistake
+    assert any("explains no gain" in line for line in given.findings)
+    assert given.warnings == []  # a control may well write what PPO writes
     assert not any("control" in line for line in make_report({"sft": BAD, "ppo": GOOD})[0].findings)
 
 
@@ -91,22 +91,26 @@ def test_no_warning_where_nothing_is_wrong():
 
 def test_the_same_texts_and_the_same_weights_are_told_apart():
     found = make_report({"base": BAD, "sft": MIXED, "ppo": MIXED})[0].warnings
-    assert found == ["sft and ppo wrote the same text for every prompt: are they the same model?"]
+    (warning,) = found
+    assert "sft and ppo" in warning and "same text" in warning
     found = make_report({"sft": MIXED, "ppo": MIXED}, same_weights=["ppo"])[0].warnings
-    assert found == ["sft and ppo have identical weights: training changed nothing, and nothing is compared"]
+    (warning,) = found
+    assert "sft and ppo" in warning and "identical weights" in warning
 
 
 def test_empty_and_unfinished_completions():
     texts = {"sft": MIXED, "ppo": ["", *MIXED[1:]]}
-    assert make_report(texts)[0].warnings == ["ppo wrote nothing for 1 of 12 prompts"]
+    (warning,) = make_report(texts)[0].warnings
+    assert "ppo wrote nothing" in warning and "1 of 12" in warning
     found = make_report({"sft": MIXED, "ppo": GOOD}, changes={"ppo": {"finished": False}})[0].warnings
-    assert found == ["ppo did not end 100% of its completions within the length limit"]
+    (warning,) = found
+    assert "ppo did not end" in warning and "100%" in warning
 
 
-def test_reward_hacking_is_a_reward_that_rises_while_unpaid_metrics_fall():
+def test_reward_hacking_is_a_reward_that_rises_while_other_metrics_fall():
     scores, texts = {"sft": HALF, "ppo": RISING}, {"sft": GOOD, "ppo": BAD}
     found = make_report(texts, scores)[0].warnings
-    assert found[0].startswith("reward rose by +0.1650 while what it does not pay for got worse: bleu -")
+    assert "reward rose by +0.1650" in found[0] and "bleu -" in found[0]
     assert not any("reward rose" in line for line in make_report(texts, scores, rewards=["bleu"])[0].warnings)
     assert not any("reward rose" in line for line in make_report(texts, {"sft": HALF, "ppo": HALF})[0].warnings)
     better = {"sft": BAD, "ppo": GOOD}
@@ -131,7 +135,7 @@ def test_drift(change, warning):
 def test_collapse_repetition_and_lost_variety():
     one = ["the cat sat on the mat"] * 12
     found = make_report({"sft": GOOD, "ppo": one})[0].warnings
-    assert "ppo collapsed: it answers 100% of the prompts with one and the same text" in found
+    assert any("ppo collapsed" in line and "100%" in line for line in found)
     assert any(line.startswith("ppo lost variety: distinct bigrams") for line in found)
     stuck = [f"{text} so it is so it is so it is" for text in GOOD]
     assert any(

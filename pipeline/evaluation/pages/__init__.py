@@ -1,1 +1,1 @@
-"""The ink: tables, plots and pages of the report."""
+"""Tables, plots and pages that show the figures of `pipeline.evaluation`."""

@@ -1,4 +1,4 @@
-"""The report's figures as SVG: small multiples that read on light and dark paper alike."""
+"""The report's plots as SVG, for light and dark pages."""
 
 import warnings
 from collections.abc import Sequence
@@ -41,17 +41,17 @@ STYLE = {
 
 
 def score_plot(report: EvaluationReport) -> str:
-    """Every system's corpus score with its interval, one panel for each metric."""
+    """Plot every system's corpus score with its interval, a panel for each metric."""
     names = list(report.systems)
     with matplotlib.rc_context(STYLE):
         metrics = list(report.systems[names[0]].metrics)
         figure, axes = _grid(len(metrics), columns=3)
         for axis, metric in zip(axes, metrics, strict=True):
-            for place, name in enumerate(names):
+            for position, name in enumerate(names):
                 score = report.systems[name].metrics[metric]
                 # An interval of a percentile bootstrap need not hold the score itself.
                 low, high = max(0.0, score.value - score.low), max(0.0, score.high - score.value)
-                axis.errorbar(score.value, place, xerr=[[low], [high]], fmt="o", capsize=3)
+                axis.errorbar(score.value, position, xerr=[[low], [high]], fmt="o", capsize=3)
             axis.set_yticks(range(len(names)), names)
             axis.set_ylim(len(names) - 0.5, -0.5)
             axis.set_title(metric)
@@ -59,7 +59,7 @@ def score_plot(report: EvaluationReport) -> str:
 
 
 def curve_plot(panels: Sequence[Panel]) -> str:
-    """The course of one stage's training."""
+    """Plot the curves of one stage's training."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _grid(len(panels), columns=3)
         for axis, panel in zip(axes, panels, strict=True):
@@ -74,16 +74,16 @@ def curve_plot(panels: Sequence[Panel]) -> str:
 
 
 def best_of_plot(report: EvaluationReport) -> str:
-    """The best of n samples of every system, and what its own decoding gives on the same prompts as a dashed line."""
+    """Plot the best of n samples of every system, and as a dashed line the report's decoding on the same prompts."""
     with matplotlib.rc_context(STYLE):
         curves = list(next(iter(report.best_of.values())).curves)
         figure, axes = _grid(len(curves), columns=2)
         for axis, name in zip(axes, curves, strict=True):
-            for number, (system, found) in enumerate(report.best_of.items()):
+            for number, (system, best_of) in enumerate(report.best_of.items()):
                 colour = COLOURS[number % len(COLOURS)]
-                values = found.curves[name]
+                values = best_of.curves[name]
                 axis.plot(range(1, len(values) + 1), values, marker="o", color=colour, label=system)
-                axis.axhline(found.decoded[name], linestyle="--", linewidth=1, color=colour)
+                axis.axhline(best_of.decoded[name], linestyle="--", linewidth=1, color=colour)
             axis.set_title(f"best {name} of n samples")
             axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
             axis.legend(fontsize=7)
@@ -91,7 +91,7 @@ def best_of_plot(report: EvaluationReport) -> str:
 
 
 def gain_plot(a: str, b: str, metric: str, gains: Sequence[float]) -> str:
-    """How the gains of the examples on which the systems differ are spread."""
+    """Plot the distribution of the gains, of the examples on which the systems differ."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _grid(1, columns=1)
         moved = [gain for gain in gains if abs(gain) > 1e-9]
@@ -102,7 +102,7 @@ def gain_plot(a: str, b: str, metric: str, gains: Sequence[float]) -> str:
 
 
 def reliability_plot(table: Sequence[Reliability]) -> str:
-    """A reward model's predicted against observed frequency; on the dashed line both are the same."""
+    """Plot a reward model's predicted against its observed frequency; on the dashed line both are equal."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _grid(1, columns=1)
         axes[0].plot([0.5, 1.0], [0.5, 1.0], linestyle="--", color=INK, linewidth=1)
@@ -112,7 +112,7 @@ def reliability_plot(table: Sequence[Reliability]) -> str:
 
 
 def pair_score_plot(pairs: Sequence[ScoredPair], shift: float, scale: float) -> str:
-    """How a reward model's scores of chosen and rejected held-out texts are spread."""
+    """Plot the distribution of a reward model's scores of chosen and rejected held-out texts."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _grid(1, columns=1)
         chosen = [(pair.chosen_score - shift) / scale for pair in pairs]
@@ -124,7 +124,7 @@ def pair_score_plot(pairs: Sequence[ScoredPair], shift: float, scale: float) -> 
 
 
 def _grid(count: int, columns: int) -> tuple[Figure, list[Axes]]:
-    """A figure with `count` panels."""
+    """Make a figure with `count` panels."""
     columns = min(columns, count)
     rows = -(-count // columns)
     figure = Figure(figsize=(WIDTH * columns, HEIGHT * rows), layout="constrained")
@@ -135,7 +135,7 @@ def _grid(count: int, columns: int) -> tuple[Figure, list[Axes]]:
 
 
 def _svg(figure: Figure, name: str) -> str:
-    """The figure as an `<svg>` element, the same for the same figure; ids hold `name`, so figures share a page."""
+    """Render a figure as an `<svg>` element, always the same; its ids hold `name`, so figures can share a page."""
     buffer = StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name, "svg.id": name}), warnings.catch_warnings():
         # The text stays text, so the reader's fonts draw what matplotlib's own cannot.

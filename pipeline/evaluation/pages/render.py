@@ -34,7 +34,7 @@ SECTIONS = (
 
 
 def write_report(report: EvaluationReport, details: Details, directory: Path) -> None:
-    """report.json, report.md, report.html and plots/*.svg in `directory`."""
+    """Write report.json, report.md, report.html and plots/*.svg to `directory`."""
     (directory / "plots").mkdir(parents=True, exist_ok=True)
     write_json(report, directory / "report.json")
     (directory / "report.md").write_text(to_markdown(report, details), encoding="utf-8")
@@ -45,20 +45,20 @@ def write_report(report: EvaluationReport, details: Details, directory: Path) ->
 
 
 def draw_plots(report: EvaluationReport, details: Details) -> dict[str, str]:
-    """Name -> SVG of every plot there is something for."""
-    found = {"scores": plots.score_plot(report)}
+    """Draw every plot that has data; return the SVGs by name."""
+    drawn = {"scores": plots.score_plot(report)}
     for stage in dict.fromkeys(panel.stage for panel in details.panels):
-        found[f"curves-{stage}"] = plots.curve_plot([panel for panel in details.panels if panel.stage == stage])
+        drawn[f"curves-{stage}"] = plots.curve_plot([panel for panel in details.panels if panel.stage == stage])
     if report.best_of:
-        found["best-of-n"] = plots.best_of_plot(report)
+        drawn["best-of-n"] = plots.best_of_plot(report)
     if report.gains is not None and report.gains.typical:
         gains = [sample.gain for sample in details.examples]
-        found["gains"] = plots.gain_plot(report.gains.a, report.gains.b, report.gains.metric, gains)
-    return found
+        drawn["gains"] = plots.gain_plot(report.gains.a, report.gains.b, report.gains.metric, gains)
+    return drawn
 
 
 def to_markdown(report: EvaluationReport, details: Details) -> str:
-    """The report as Markdown tables."""
+    """Render the report as Markdown tables."""
     shown = [
         tables.score_table(report),
         tables.comparison_table(report),
@@ -74,13 +74,13 @@ def to_markdown(report: EvaluationReport, details: Details) -> str:
 
 
 def sample_table(report: EvaluationReport, samples: Sequence[ReportExample]) -> tables.Table:
-    """A few examples with every system's text."""
+    """Make the table of a few examples with every system's text."""
     rows = [[s.prompt, s.reference, *(s.texts[name] for name in report.systems)] for s in samples]
     return tables.Table("Samples", ["prompt", "reference", *report.systems], rows)
 
 
 def to_html(report: EvaluationReport, details: Details, drawn: Mapping[str, str]) -> str:
-    """The report as one page that needs nothing else. Everything but our own SVG, style and script is escaped."""
+    """Render the report as one page that loads nothing; all but its own SVG, style and script is escaped."""
     svg = {name: Markup(text) for name, text in drawn.items()}
     content = (
         environment()
@@ -115,7 +115,7 @@ def to_html(report: EvaluationReport, details: Details, drawn: Mapping[str, str]
 
 
 def _sections(report: EvaluationReport, details: Details) -> list[tuple[str, str]]:
-    """Anchor and name of every section there is something for."""
+    """List anchor and name of every section that has content."""
     there = {
         "comparisons": report.comparisons,
         "decoding": report.decodings or report.best_of,
@@ -129,13 +129,13 @@ def _sections(report: EvaluationReport, details: Details) -> list[tuple[str, str
 
 
 def evenly(items: Sequence[ReportExample], count: int) -> list[ReportExample]:
-    """`count` items at even distances, or all if there are fewer."""
+    """Choose `count` items at even distances, or all if there are fewer."""
     count = min(count, len(items))
     return [items[len(items) * number // count] for number in range(count)]
 
 
 def print_report(report: EvaluationReport, console: Console) -> None:
-    """The scores and comparisons as tables in the terminal, the warnings and the verdict."""
+    """Print scores, comparisons, warnings, findings and the verdict in the terminal."""
     comparisons = tables.comparison_table(report)
     narrow = [row[:6] for row in comparisons.rows]
     print_table(tables.score_table(report), console)

@@ -50,7 +50,7 @@ def write_reward_report(
 
 
 def print_reward_report(report: RewardReport, console: Console) -> None:
-    """Accuracy and correlations in the terminal, the warnings and the verdict."""
+    """Print accuracy, correlations, warnings and the verdict in the terminal."""
     print_table(accuracy_table(report), console)
     print_table(correlation_table(report), console)
     for warning in report.warnings:
@@ -59,7 +59,7 @@ def print_reward_report(report: RewardReport, console: Console) -> None:
 
 
 def reward_tables(report: RewardReport, pairs: Sequence[Pair], scored: Sequence[ScoredPair]) -> list[Table]:
-    """Make the tables of everything about the model, accuracy first."""
+    """Make all tables about the reward model, accuracy first."""
     return [
         accuracy_table(report),
         reliability(report),
@@ -80,7 +80,7 @@ def pair_table(report: RewardReport, pairs: Sequence[Pair], scored: Sequence[Sco
 
 
 def accuracy_table(report: RewardReport) -> Table:
-    """The reward model and the trivial rules on the held-out pairs."""
+    """Make the table of the reward model and the trivial rules on the held-out pairs."""
     shares = [report.accuracy, *report.rules]
     rows = [[s.name, f"{s.value:.1%}", f"[{s.low:.1%}, {s.high:.1%}]", str(s.count)] for s in shares]
     if report.training_accuracy:
@@ -91,7 +91,7 @@ def accuracy_table(report: RewardReport) -> Table:
 
 
 def reliability(report: RewardReport) -> Table:
-    """How sure the model is, and how often it is right."""
+    """Make the table of predicted and observed frequencies."""
     rows = [
         [f"{r.low:.1f} to {r.high:.1f}", str(r.count), f"{r.predicted:.1%}", f"{r.observed:.1%}"]
         for r in report.reliability
@@ -101,7 +101,7 @@ def reliability(report: RewardReport) -> Table:
 
 
 def correlation_table(report: RewardReport) -> Table:
-    """The score against metrics and length."""
+    """Make the table of the score's correlations with metrics and length."""
     rows = [
         [
             c.name,

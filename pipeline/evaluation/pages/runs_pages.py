@@ -22,10 +22,10 @@ from pipeline.evaluation.runs import Run, RunsReport, compare_runs, load_run
 
 
 def compare_command(argv: Sequence[str]) -> int:
-    """`compare RUN RUN ... [--output DIR]`; 0 when the comparison is written, 2 when a run has no report."""
+    """Run `compare RUN RUN ... [--output DIR]`; return 0 when it is written, 2 when a run has no report."""
     parser = argparse.ArgumentParser(prog="eval.py compare", description="Set evaluated runs side by side.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory, such as runs/quickstart")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="default: `comparison` beside the first run")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default: `comparison` next to the first run")
     arguments = parser.parse_args(argv)
     try:
         write_comparison(arguments.runs, arguments.output or arguments.runs[0].parent / "comparison")
@@ -36,7 +36,7 @@ def compare_command(argv: Sequence[str]) -> int:
 
 
 def write_comparison(paths: Sequence[Path], output: Path) -> RunsReport:
-    """report.json, report.md and report.html in `output`, and the tables in the terminal.
+    """Write report.json, report.md and report.html to `output`, and print the tables.
 
     Raises:
         ValueError: fewer than two runs, one given twice, or one without a finished evaluation.
@@ -63,7 +63,7 @@ def write_comparison(paths: Sequence[Path], output: Path) -> RunsReport:
 
 
 def comparison_tables(runs: Sequence[Run], report: RunsReport) -> list[Table]:
-    """Everything about the runs, the summary first; tables without rows are left away when shown."""
+    """Make all tables about the runs, the summary first; tables without rows are not shown."""
     return [
         seeds_table(report),
         gains_table(report),
@@ -75,7 +75,7 @@ def comparison_tables(runs: Sequence[Run], report: RunsReport) -> list[Table]:
 
 
 def seeds_table(report: RunsReport) -> Table:
-    """PPO - SFT over the seeds."""
+    """Make the table of PPO - SFT over the seeds."""
     header = ["metric", "seeds", "mean", "std. dev.", "lowest", "highest", "ahead", "better", "worse"]
     rows = [
         [
@@ -93,18 +93,18 @@ def seeds_table(report: RunsReport) -> Table:
 
 
 def gains_table(report: RunsReport) -> Table:
-    """PPO - SFT of each run, a column for each measure."""
+    """Make the table of PPO - SFT of each run, a column for each measure."""
     metrics = list(dict.fromkeys(gain.metric for gain in report.gains))
     rows = []
     for name in report.runs:
-        found = {gain.metric: gain for gain in report.gains if gain.run == name}
-        cells = [f"{found[m].delta:+.3f} (p = {found[m].p_value:.3f})" if m in found else MISSING for m in metrics]
+        gains = {gain.metric: gain for gain in report.gains if gain.run == name}
+        cells = [f"{gains[m].delta:+.3f} (p = {gains[m].p_value:.3f})" if m in gains else MISSING for m in metrics]
         rows.append([name, *cells])
     return Table("PPO - SFT of each run", ["run", *metrics], rows)
 
 
 def pairwise_table(report: RunsReport) -> Table:
-    """Every run against the first."""
+    """Make the table of every run against the first."""
     rows = [
         [f"{d.b} - {d.a}", d.system, d.metric, f"{d.delta:+.3f}", f"[{d.low:+.3f}, {d.high:+.3f}]", f"{d.p_value:.3f}"]
         for d in report.duels
@@ -114,13 +114,13 @@ def pairwise_table(report: RunsReport) -> Table:
 
 
 def scores_table(runs: Sequence[Run]) -> Table:
-    """Every system of every run."""
+    """Make the table of every system of every run."""
     metrics = list(dict.fromkeys(m for r in runs for s in r.report["systems"].values() for m in s["metrics"]))
     rows = []
     for run in runs:
         for name, system in run.report["systems"].items():
-            found = system["metrics"]
-            cells = [f"{found[m]['value']:.2f}" if m in found else MISSING for m in metrics]
+            scores = system["metrics"]
+            cells = [f"{scores[m]['value']:.2f}" if m in scores else MISSING for m in metrics]
             figures = [(system["mean_reward"], ".4f"), (system["perplexity"], ".2f"), (system["kl_to_sft"], ".3f")]
             cells += [MISSING if value is None else format(value, form) for value, form in figures]
             rows.append([run.name, name, *cells, f"{system['length']:.1f}"])
@@ -129,7 +129,7 @@ def scores_table(runs: Sequence[Run]) -> Table:
 
 
 def differences_table(runs: Sequence[Run]) -> Table:
-    """The settings that are not the same in all runs."""
+    """Make the table of the settings that differ between runs."""
     keys = dict.fromkeys(key for run in runs for key in run.settings)
     rows = []
     for key in keys:
@@ -140,7 +140,7 @@ def differences_table(runs: Sequence[Run]) -> Table:
 
 
 def costs_table(runs: Sequence[Run]) -> Table:
-    """The time of every stage."""
+    """Make the table of the time of every stage."""
     stages = list(dict.fromkeys(c["stage"] for run in runs for c in run.report.get("cost", [])))
     rows = []
     for run in runs:

@@ -43,7 +43,7 @@ TEXT_FIGURES = (
 
 
 def score_table(report: EvaluationReport) -> Table:
-    """One row per figure, one column per system."""
+    """Make the table of scores: a row for each figure, a column for each system."""
     systems = list(report.systems.values())
     rows = []
     for metric in systems[0].metrics:
@@ -60,7 +60,7 @@ def score_table(report: EvaluationReport) -> Table:
 
 
 def text_table(report: EvaluationReport) -> Table:
-    """What the texts look like, with the references beside the systems."""
+    """Make the table of text statistics, with the references as the last column."""
     texts = [*(system.texts for system in report.systems.values()), report.references]
     rows = [[label, *_formatted((getattr(t, name) for t in texts), form)] for label, name, form in TEXT_FIGURES]
     note = "distinct-n: different n-grams of all texts, as a share of all n-grams. Words are lower-cased."
@@ -68,7 +68,7 @@ def text_table(report: EvaluationReport) -> Table:
 
 
 def comparison_table(report: EvaluationReport) -> Table:
-    """One row per comparison."""
+    """Make the table of comparisons, a row for each."""
     header = ["systems", "metric", "difference", "95 % interval", "p", "p Holm", "p randomised", "d", "wins", "losses"]
     rows = [
         [
@@ -92,7 +92,7 @@ def comparison_table(report: EvaluationReport) -> Table:
 
 
 def decoding_table(report: EvaluationReport) -> Table:
-    """Every system under every decoding."""
+    """Make the table of every system under every decoding."""
     if not report.decodings:
         return Table("Decoding", [], [])
     metrics = list(report.decodings[0].metrics)
@@ -104,30 +104,30 @@ def decoding_table(report: EvaluationReport) -> Table:
 
 
 def best_of_table(report: EvaluationReport) -> Table:
-    """The expected best of 1, 2, ... n samples of every system."""
+    """Make the table of the expected best of 1, 2, ... n samples of every system."""
     if not report.best_of:
         return Table("Best of n samples", [], [])
     first = next(iter(report.best_of.values()))
     numbers = [str(n + 1) for n in range(len(next(iter(first.curves.values()))))]
     rows = [
-        [system, name, f"{found.decoded[name]:.3f}", *_formatted(curve, ".3f")]
-        for system, found in report.best_of.items()
-        for name, curve in found.curves.items()
+        [system, name, f"{best_of.decoded[name]:.3f}", *_formatted(curve, ".3f")]
+        for system, best_of in report.best_of.items()
+        for name, curve in best_of.curves.items()
     ]
     note = best_of_note(first)
     return Table("Best of n samples", ["system", "score", "as decoded above", *numbers], rows, note)
 
 
-def best_of_note(found: BestOfN) -> str:
-    """How the samples were drawn."""
+def best_of_note(best_of: BestOfN) -> str:
+    """Say how the samples were drawn."""
     return (
-        f"First {found.prompts} test prompts at temperature {found.temperature:g}; the best is chosen by knowing the "
-        "score, which a system in use does not, so this is a ceiling. Metrics are means of sentence scores."
+        f"First {best_of.prompts} test prompts at temperature {best_of.temperature:g}; the best is chosen by knowing "
+        "the score, which a system in use does not, so this is a ceiling. Metrics are means of sentence scores."
     )
 
 
 def bucket_tables(report: EvaluationReport) -> list[Table]:
-    """The gains by length and by first-pass quality."""
+    """Make the tables of the gains by length of the reference and by the first system's score."""
     gains = report.gains
     if gains is None:
         return []
@@ -137,16 +137,16 @@ def bucket_tables(report: EvaluationReport) -> list[Table]:
     )
     return [
         Table("By length of the reference", ["group", "examples", *names], _bucket_rows(gains.by_length)),
-        Table(f"By {gains.a}'s own score", ["group", "examples", *names], _bucket_rows(gains.by_quality), note),
+        Table(f"By {gains.a}'s score", ["group", "examples", *names], _bucket_rows(gains.by_quality), note),
     ]
 
 
-def _bucket_rows(found: Sequence[Bucket]) -> list[list[str]]:
-    return [[b.label, str(b.count), f"{b.score_a:.3f}", f"{b.score_b:.3f}", f"{b.gain:+.3f}"] for b in found]
+def _bucket_rows(buckets: Sequence[Bucket]) -> list[list[str]]:
+    return [[b.label, str(b.count), f"{b.score_a:.3f}", f"{b.score_b:.3f}", f"{b.gain:+.3f}"] for b in buckets]
 
 
 def cost_table(report: EvaluationReport) -> Table:
-    """What each stage took."""
+    """Make the table of what each stage took."""
     header = ["stage", "time", "processes", "steps", "episodes", "tokens", "tokens/s", "peak memory"]
     rows = [
         [
@@ -166,7 +166,7 @@ def cost_table(report: EvaluationReport) -> Table:
 
 
 def settings_table(report: EvaluationReport) -> Table:
-    """What the figures depend on, and the signatures of the metrics."""
+    """Make the table of the settings and the metrics' signatures."""
     first = next(iter(report.systems.values()))
     signatures = {name: score.signature for name, score in first.metrics.items()}
     rows = [[key, _plain(value)] for key, value in {**report.settings, **signatures}.items()]
@@ -174,7 +174,7 @@ def settings_table(report: EvaluationReport) -> Table:
 
 
 def duration(seconds: float) -> str:
-    """`42 s`, `3 min 12 s` or `2 h 05 min`."""
+    """Format a duration: `42 s`, `3 min 12 s` or `2 h 05 min`."""
     whole = round(seconds)
     if whole < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
