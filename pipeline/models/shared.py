@@ -108,7 +108,7 @@ class SharedModel(nn.Module):
         # The head computes in its own precision, whatever autocast does to the trunk.
         with torch.autocast(states.device.type, enabled=False):
             values = self.value_head(states.to(self.value_head.weight.dtype)).squeeze(-1)
-        return PolicyOutputs(*(_scatter(part, mask) for part in (logprobs, entropies, values)))
+        return PolicyOutputs(*(_scatter(numbers, mask) for numbers in (logprobs, entropies, values)))
 
     @property
     def encoder_is_frozen(self) -> bool:
@@ -173,7 +173,7 @@ class SharedModel(nn.Module):
 
     @contextmanager
     def _adapter(self, name: str) -> Iterator[None]:
-        """Use another adapter in the place of the policy's."""
+        """Use another adapter instead of the policy's until the block ends."""
         self._activate(name)
         try:
             yield

@@ -1,4 +1,4 @@
-"""What a model has read before each completion token: the one place where causal models and encoder-decoders differ.
+"""What a model has read before each completion token: here alone causal models and encoder-decoders differ.
 
 State t has read the prompt and t completion tokens. Token t's log-probability and value come from state t; a reward
 head reads the state after the last token.
@@ -63,12 +63,12 @@ def encode(model: PreTrainedModel, sequences: Sequences, size: int | None = None
     ids, mask = sequences.encoder_inputs()
     distinct, index = ids.masked_fill(~mask, -1).unique(dim=0, return_inverse=True)
     encoder = model.get_encoder()
-    parts = [
-        encoder(input_ids=part.clamp(min=0), attention_mask=(part >= 0).long()).last_hidden_state
-        for part in distinct.split(size or len(distinct))
+    states = [
+        encoder(input_ids=prompts.clamp(min=0), attention_mask=(prompts >= 0).long()).last_hidden_state
+        for prompts in distinct.split(size or len(distinct))
     ]
     # Not by indexing, whose gradient adds up in any order where there are several threads.
-    return torch.cat(parts).index_select(0, index)
+    return torch.cat(states).index_select(0, index)
 
 
 def head_parts(model: PreTrainedModel) -> tuple[nn.Module, float, Tensor | None]:
@@ -108,10 +108,10 @@ def check_trunk_and_head(model: PreTrainedModel) -> None:
         inputs = {"input_ids": ids, "decoder_input_ids": torch.cat([start, ids[:, :-1]], dim=1)}
     else:
         inputs = {"input_ids": torch.cat([ids, ids[:, :-1]], dim=1)}
-    own = model(**inputs, use_cache=False).logits[:, -ids.shape[1] :]
-    ours = lm_head(model)(completion_states(model, row))
+    expected = model(**inputs, use_cache=False).logits[:, -ids.shape[1] :]
+    computed = lm_head(model)(completion_states(model, row))
     model.train(training)
-    if not torch.allclose(own.float(), ours.float(), rtol=1e-3, atol=1e-3):
+    if not torch.allclose(computed.float(), expected.float(), rtol=1e-3, atol=1e-3):
         raise ValueError(
             f"model: {model.config.model_type!r} changes its logits after the LM head (scaling or soft-capping), "
             "which PPO here does not reproduce; choose another model"

@@ -64,11 +64,16 @@ def as_rewards(functions: Reward | Callable | Sequence[Reward | Callable]) -> li
         ValueError: a name twice.
     """
     functions = functions if isinstance(functions, Sequence) else [functions]
-    rewards = [f if isinstance(f, Reward) else Reward(getattr(f, "__name__", type(f).__name__), f) for f in functions]
+    rewards = [f if isinstance(f, Reward) else Reward(_name_of(f), f) for f in functions]
     names = [reward.name for reward in rewards]
     if len(set(names)) != len(names):  # they are logged by name
         raise ValueError(f"reward_funcs: each needs a name of its own, not {', '.join(names)}; use Reward(name, ...)")
     return rewards
+
+
+def _name_of(function: Callable) -> str:
+    named = inspect.isroutine(function) or inspect.isclass(function)
+    return function.__name__ if named else type(function).__name__
 
 
 def build_rewards(

@@ -28,15 +28,15 @@ class ClassifierReward:
     def __init__(self, path: str, config: ModelConfig, template: str | None = None, batch_size: int = 32) -> None:
         check_classifier(path, config)
         self.path, self.template, self.batch_size = path, template, batch_size
-        place = str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path
+        source = str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path
         trust = config.trust_remote_code
-        self.tokenizer = read_tokenizer(place, trust_remote_code=trust)
+        self.tokenizer = read_tokenizer(source, trust_remote_code=trust)
         try:
             self.model = AutoModelForSequenceClassification.from_pretrained(
-                place, revision=pinned_revision(place), dtype=torch.float32, trust_remote_code=trust
+                source, revision=pinned_revision(source), dtype=torch.float32, trust_remote_code=trust
             ).eval()
         except (pickle.UnpicklingError, SafetensorError) as error:
-            raise unreadable(place, "weights", "weight files", error) from error
+            raise unreadable(source, "weights", "weight files", error) from error
         self.tokenizer.padding_side = "right"
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -103,8 +103,8 @@ def check_classifier(path: str, config: ModelConfig, key: str = "ppo.reward_mode
     directory = Path(path).expanduser()
     if (directory / "adapter_config.json").is_file():
         raise ValueError(f"{key}: {path!r} is an adapter without {RECORD_FILE}, so no reward stage has finished there")
-    place = str(directory) if directory.is_dir() else path
-    loaded = read_config(place, trust_remote_code=config.trust_remote_code)
+    source = str(directory) if directory.is_dir() else path
+    loaded = read_config(source, trust_remote_code=config.trust_remote_code)
     kinds = loaded.architectures or []
     if not any("SequenceClassification" in kind or "RewardModel" in kind for kind in kinds):
         raise ValueError(

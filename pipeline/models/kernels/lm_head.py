@@ -31,16 +31,16 @@ def token_logprobs(
     rows = max(1, LOGIT_BUDGET // vocabulary)
     if frozen and hidden.device.type == "cpu":  # others would be computed twice in pieces
         rows = min(rows, max(THINNEST, CACHED_LOGITS // vocabulary // THINNEST * THINNEST))
-    parts = []
+    pieces = []
     for states, tokens in zip(hidden.split(rows), targets.split(rows), strict=True):
         if frozen:
-            parts.append(_FrozenHead.apply(states, head.weight, head.bias, tokens, temperature, offset))
+            pieces.append(_FrozenHead.apply(states, head.weight, head.bias, tokens, temperature, offset))
         elif len(tokens) == len(targets):
-            parts.append(_score(head, states, tokens, temperature, entropy_gradient, offset))
+            pieces.append(_score(head, states, tokens, temperature, entropy_gradient, offset))
         else:
             given = (head, states, tokens, temperature, entropy_gradient, offset)
-            parts.append(checkpoint(_score, *given, use_reentrant=False))
-    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+            pieces.append(checkpoint(_score, *given, use_reentrant=False))
+    return torch.cat([logprobs for logprobs, _ in pieces]), torch.cat([entropies for _, entropies in pieces])
 
 
 def _is_frozen(head: nn.Module) -> bool:

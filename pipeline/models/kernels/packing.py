@@ -71,8 +71,8 @@ class Packing:
         )
         owner = self.prompt_mask if self.prompt_of is None else self.prompt_mask[self.prompt_of]
         prompts = (prompt <= prompt.unsqueeze(1)) & self.prompt_mask.unsqueeze(1)
-        own = (completion <= completion.unsqueeze(1)).expand(len(owner), -1, -1)
-        return prompts, torch.cat([owner.unsqueeze(1).expand(-1, len(completion), -1), own], dim=2)
+        causal = (completion <= completion.unsqueeze(1)).expand(len(owner), -1, -1)
+        return prompts, torch.cat([owner.unsqueeze(1).expand(-1, len(completion), -1), causal], dim=2)
 
 
 def pack(sequences: Sequences, multiple: int = 1) -> Packing:
@@ -89,28 +89,28 @@ def pack(sequences: Sequences, multiple: int = 1) -> Packing:
         prompts, mask, prompt_of = prompts[first], mask[first], numbers
     lengths = mask.sum(1)
     right = torch.arange(mask.shape[1], device=mask.device) < lengths.unsqueeze(1)
-    completions, own = sequences.completion_ids[:, :-1], sequences.completion_mask[:, 1:]
+    completions, read = sequences.completion_ids[:, :-1], sequences.completion_mask[:, 1:]
     start = lengths if prompt_of is None else lengths[prompt_of]
-    at = start.unsqueeze(1) + torch.arange(own.shape[1], device=mask.device)
-    ids, positions = torch.cat([prompts[mask], completions[own]]), torch.cat([right.nonzero()[:, 1], at[own]])
+    at = start.unsqueeze(1) + torch.arange(read.shape[1], device=mask.device)
+    ids, positions = torch.cat([prompts[mask], completions[read]]), torch.cat([right.nonzero()[:, 1], at[read]])
     spare = -len(ids) % multiple
     return Packing(
         ids=functional.pad(ids, (0, spare)),
         positions=functional.pad(positions, (0, spare)),
         prompt_at=right.flatten().nonzero().squeeze(1),
-        completion_at=own.flatten().nonzero().squeeze(1),
+        completion_at=read.flatten().nonzero().squeeze(1),
         prompt_of=prompt_of,
         prompt_mask=right,
-        completion_mask=own,
-        states_at=_states_at(lengths, prompt_of, own, sequences.completion_mask),
+        completion_mask=read,
+        states_at=_states_at(lengths, prompt_of, read, sequences.completion_mask),
     )
 
 
-def _states_at(lengths: Tensor, prompt_of: Tensor | None, own: Tensor, mask: Tensor) -> Tensor:
+def _states_at(lengths: Tensor, prompt_of: Tensor | None, read: Tensor, mask: Tensor) -> Tensor:
     last = lengths.cumsum(0) - 1
     first = last if prompt_of is None else last[prompt_of]
-    numbers = torch.zeros(own.shape, dtype=torch.long, device=own.device)
-    numbers[own] = lengths.sum() + torch.arange(int(own.sum()), device=own.device)
+    numbers = torch.zeros(read.shape, dtype=torch.long, device=read.device)
+    numbers[read] = lengths.sum() + torch.arange(int(read.sum()), device=read.device)
     return torch.cat([first.unsqueeze(1), numbers], dim=1)[mask]
 
 
@@ -193,14 +193,14 @@ def _attention(
     prompts = [_rows(x[:split], packing.prompt_at, packing.prompt_mask) for x in packed]
     outputs = [_attend(function, module, *prompts, masks[0], packing.prompt_at, kwargs)]
     if packing.num_completion_tokens:
-        query, *own = (
+        query, *completions = (
             _rows(x[split : split + packing.num_completion_tokens], packing.completion_at, packing.completion_mask)
             for x in packed
         )
-        read = (
+        readable = (
             prompts[1:] if packing.prompt_of is None else [x.index_select(0, packing.prompt_of) for x in prompts[1:]]
         )
-        key, value = (torch.cat(pair, dim=1) for pair in zip(read, own, strict=True))
+        key, value = (torch.cat(pair, dim=1) for pair in zip(readable, completions, strict=True))
         outputs.append(_attend(function, module, query, key, value, masks[1], packing.completion_at, kwargs))
     unread = len(packing.ids) - split - packing.num_completion_tokens
     if unread:

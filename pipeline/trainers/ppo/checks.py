@@ -1,4 +1,4 @@
-"""What PPO looks at in its first seconds, so that a run of hours does not fail, or learn from nonsense, later."""
+"""Checks of PPO's first seconds, so that a run of hours does not fail, or learn from nonsense, later."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,6 @@ from pipeline.models.shared import SharedModel
 from pipeline.models.states import check_trunk_and_head
 from pipeline.rewards import Reward
 from pipeline.rewards.learned import adapter_rewards
-from pipeline.trainers.ppo.config import PPOConfig
 
 # The largest |log pi - log rho| of a token that rounding explains: DoRA and checkpointing compute in another order.
 ROUNDING = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
@@ -44,8 +43,8 @@ def check_inputs(
         check_base(reward.record, model, tokenizer, model.config.name_or_path)
 
 
-def first_rows(dataset: Dataset) -> dict[str, list]:
-    """Two rows for the rewards to score, with empty completions where the data has none."""
+def first_examples(dataset: Dataset) -> dict[str, list]:
+    """Take two examples for the rewards to score, with empty completions where the data has none."""
     first = dataset[: min(2, len(dataset))]
     return {"completion": [""] * len(first["prompt"]), **first}
 
@@ -55,7 +54,7 @@ def check_start(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     eval_prompts: Sequence[Sequence[int]],
-    args: PPOConfig,
+    response_length: int,
     accelerator: Accelerator,
 ) -> None:
     """Look at the tokenised prompts, and compute what the first step rests on.
@@ -63,8 +62,8 @@ def check_start(
     Raises:
         ValueError: as `check_prompts`, `check_first_step` and `check_trunk_and_head`.
     """
-    check_prompts(prompts, args.response_length, model.language_model)
-    check_prompts(eval_prompts, args.response_length, model.language_model, "eval_dataset")
+    check_prompts(prompts, response_length, model.language_model)
+    check_prompts(eval_prompts, response_length, model.language_model, "eval_dataset")
     check_first_step(model, prompts, tokenizer, accelerator)
     check_trunk_and_head(model.language_model)  # last: noise and NaN would look like it
 
@@ -158,7 +157,7 @@ def check_first_step(
             "the weights are broken, or their range needs model.dtype: float32"
         )
     allowed = ROUNDING[torch.bfloat16 if accelerator.mixed_precision == "bf16" else model.language_model.dtype]
-    repeated, ratio, kl = (_largest(part - rollout, sequences) for part in (again, update, reference))
+    repeated, ratio, kl = (_largest(logprobs - rollout, sequences) for logprobs in (again, update, reference))
     if repeated > allowed:
         raise ValueError(
             f"model: two passes of {kind!r} over the same text differ by up to {repeated:.2g} nats a token, so the "

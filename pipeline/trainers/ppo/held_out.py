@@ -13,6 +13,9 @@ from pipeline.runtime.distributed import gather_rows, on_main
 from pipeline.trainers.ppo.rollout import CompletionWriter
 from pipeline.trainers.ppo.scores import ComputeRewards
 
+# Metrics of the held-out completions: (completions, the examples they answer) -> name -> value.
+ComputeMetrics = Callable[[list[str], Dataset], dict[str, float]]
+
 
 @dataclass(frozen=True)
 class HeldOutCompletion:

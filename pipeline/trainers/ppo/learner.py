@@ -187,7 +187,7 @@ class Learner:
                     # DDP averages over processes, so their number turns its mean back into the sum.
                     loss = self._loss(terms, mini_batch.kl_coef) * self.accelerator.num_processes / tokens
                     self.accelerator.backward(loss)
-                sums += torch.stack([getattr(terms, name).detach().float() for name in TERMS])
+                sums += torch.stack([term.detach().float() for term in vars(terms).values()])  # in the order of TERMS
             return sums
 
         return self.accelerator.reduce(self._in_micro_batches(attempt), reduction="sum").cpu()

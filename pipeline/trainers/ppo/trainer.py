@@ -34,17 +34,14 @@ from pipeline.runtime.watchdog import enter, watched
 from pipeline.trainers.logs import TrainingLog, sample_line
 from pipeline.trainers.ppo.advantages import adapt_kl_coef, estimate_advantages
 from pipeline.trainers.ppo.checkpoint import TrainerState, restore_best, restore_training, save_training
-from pipeline.trainers.ppo.checks import check_inputs, check_kl, check_start, first_rows
+from pipeline.trainers.ppo.checks import check_inputs, check_kl, check_start, first_examples
 from pipeline.trainers.ppo.config import PPOConfig
-from pipeline.trainers.ppo.held_out import HeldOutCompletion, complete_held_out, held_out_figures
+from pipeline.trainers.ppo.held_out import ComputeMetrics, HeldOutCompletion, complete_held_out, held_out_figures
 from pipeline.trainers.ppo.learner import Learner
 from pipeline.trainers.ppo.rollout import CompletionWriter, Experience, Rollout, prompt_order
 from pipeline.trainers.ppo.scores import prefix_scores, process_scores
 from pipeline.trainers.ppo.setup import build_shared_model, make_accelerator
 from pipeline.trainers.ppo.statistics import rollout_statistics
-
-# A metric of the held-out completions: (completions, the examples they answer) -> name -> value.
-ComputeMetrics = Callable[[list[str], Dataset], dict[str, float]]
 
 
 class PPOTrainer:
@@ -97,8 +94,9 @@ class PPOTrainer:
         self._prompt_ids = self.writer.encode(train_dataset["prompt"])
         self._eval_prompt_ids = self.writer.encode(self.eval_dataset["prompt"]) if self.eval_dataset else []
         self._prompt_at = prompt_order(len(train_dataset), seed)
-        check_rewards(self.rewards, first_rows(train_dataset), args.reward_timeout)
-        check_start(self.shared, processing_class, self._prompt_ids, self._eval_prompt_ids, args, self.accelerator)
+        check_rewards(self.rewards, first_examples(train_dataset), args.reward_timeout)
+        length, prompt_ids, eval_ids = args.response_length, self._prompt_ids, self._eval_prompt_ids
+        check_start(self.shared, processing_class, prompt_ids, eval_ids, length, self.accelerator)
         self.state = TrainerState()
         self._origin = self.state  # from which this number of processes counts on
 
