@@ -13,7 +13,7 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
 from pipeline.recipe.document import Document, KeyPath, RecipeError, dotted, split_path
-from pipeline.runtime.messages import did_you_mean, environment_secrets
+from pipeline.runtime.messages import did_you_mean, environment_secrets, redact
 
 MAX_BYTES = 2**20
 # Of a recipe with its aliases written out: aliases of aliases make billions of values of a few lines.
@@ -163,7 +163,7 @@ def _apply(override: str, document: Document) -> None:
     Raises:
         RecipeError: no `=`, an empty key, or a path through something that is no section or list.
     """
-    label = f"override {override!r}"
+    label = f"override {redact(override)!r}"
     name, equals, text = override.partition("=")
     if not equals or not all(name.strip().split(".")):
         raise RecipeError(f"{label}: write an override as section.key=value, such as ppo.kl_coef=0.1")

@@ -332,17 +332,18 @@ SECRET = SECRETS["AWS_SECRET_ACCESS_KEY"]
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
+    ("key", "value", "words"),
     [
-        ("task.prompt", f"'{{english}} {SECRET}'"),
-        ("ppo.rewards", f"[{{name: leaking.reward, options: {{key: {SECRET}}}}}]"),
-        ("sft.hub_token", SECRET),
-        ("sft.hub_token", f"[{SECRET}"),
-        (f"ppo.{SECRET}", "1"),
+        ("sft.lr_scheduler_type", SECRET, "a secret of the environment"),
+        ("ppo.rewards", f"[{{name: constant, options: {{key: {SECRET}}}}}]", "a secret of the environment"),
+        ("sft.hub_token", f"[{SECRET}", "not valid YAML"),
+        (f"ppo.{SECRET}", "1", "***"),
     ],
 )
 @pytest.mark.parametrize("place", ["override", "file"])
-def test_secrets_of_the_environment_are_refused_in_a_recipe(recipe, capfd, tmp_path, monkeypatch, key, value, place):
+def test_secrets_of_the_environment_are_refused_in_a_recipe(
+    recipe, capfd, tmp_path, monkeypatch, key, value, words, place
+):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     arguments = [recipe, f"{key}={value}"]
     if place == "file":
@@ -354,6 +355,7 @@ def test_secrets_of_the_environment_are_refused_in_a_recipe(recipe, capfd, tmp_p
         assert outcome(MAINS[program], *arguments) == 2
         printed = "".join(capfd.readouterr())
         assert SECRET not in printed and printed.startswith("error: ") and printed.count("\n") == 1
+        assert words in printed
     assert not (tmp_path / "runs").exists()
 
 
