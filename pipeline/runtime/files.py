@@ -4,16 +4,11 @@ import hashlib
 import os
 from pathlib import Path
 
-BLOCK_BYTES = 2**20
-
 
 def sha256(path: Path) -> str:
     """Read a file and return its SHA-256."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_atomically(path: Path, text: str) -> None:
