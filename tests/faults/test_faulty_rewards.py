@@ -87,7 +87,7 @@ def test_a_function_that_fails_on_all_together_only():
 
     scores = ask(at_most_four, "skip")
     assert not scores.failures and not scores.weighted_sum.isnan().any()
-    with pytest.raises(RewardError, match="raised MemoryError: too many for 8 completions together, but for none of"):
+    with pytest.raises(RewardError, match=r"raised MemoryError: .*for 8 completions together"):
         ask(at_most_four)
 
 

@@ -46,7 +46,7 @@ def test_the_result_is_that_of_smaller_micro_batches(make_trainer, capfd, where)
     small = make_trainer("small", per_device_train_batch_size=2, gradient_accumulation_steps=4, **settings)
     small.train()
     said = capfd.readouterr().err
-    assert "step 1: out of memory: from now on micro-batches of 2 instead of 8 episodes" in said
+    assert "step 1: out of memory" in said and "micro-batches of 2 instead of 8" in said
     assert said.count("out of memory") == 1
     lines, expected = training_steps(short.output_dir), training_steps(small.output_dir)
     assert [line["policy/memory_parts"] for line in lines] == [4.0, 4.0, 4.0]
@@ -108,7 +108,7 @@ def test_completions_are_the_same_in_smaller_batches(make_trainer, monkeypatch, 
 
     monkeypatch.setattr(generation, "decode_batch", limited)
     assert trainer.collect_rollout(rows).completions == expected
-    assert "out of memory: from now on 2 prompts at once instead of 8 to write completions" in capfd.readouterr().err
+    assert "2 prompts at once instead of 8" in capfd.readouterr().err
 
 
 def test_an_allocation_that_the_system_refuses(make_trainer, capfd):
@@ -131,7 +131,7 @@ def test_an_allocation_that_the_system_refuses(make_trainer, capfd):
         return int(trainer.learner.micro_batch_size)
 
     assert forks.run(body) in (4, 8, 16)
-    assert "out of memory: from now on micro-batches of " in capfd.readouterr().err
+    assert "out of memory: from now on micro-batches" in capfd.readouterr().err
 
 
 def test_single_rows_that_do_not_fit(make_trainer):
@@ -173,7 +173,7 @@ def test_one_of_two_processes_makes_smaller_passes(make_trainer, tmp_path):
     run_in_two(body, tmp_path)
     first, second = (torch.load(tmp_path / f"weights-{rank}.pt") for rank in (0, 1))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
-    with pytest.raises(RuntimeError, match=r"LastPassError: .*in the pass in which the processes exchange gradients"):
+    with pytest.raises(RuntimeError, match=r"LastPassError: .*the processes exchange gradients"):
 
         def alone():
             trainer = make_trainer("alone", gradient_accumulation_steps=1, total_episodes=16)

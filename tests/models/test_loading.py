@@ -50,7 +50,7 @@ def test_a_hub_id_offline_is_one_sentence_that_names_the_key(monkeypatch):
     with pytest.raises(ModelNotFoundError) as error:
         check_model_path("nobody/no-such-model", "model.model_name_or_path")
     message = str(error.value)
-    assert message.startswith("model.model_name_or_path: 'nobody/no-such-model' is not a local directory")
+    assert message.startswith("model.model_name_or_path: ") and "'nobody/no-such-model'" in message
     assert "HF_HUB_OFFLINE is set" in message and "\n" not in message
     assert not connections  # nothing waits for a network that is not there
 

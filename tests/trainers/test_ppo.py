@@ -341,7 +341,7 @@ def test_where_no_step_is_better_the_policy_is_what_it_started_from(make_trainer
     )
     state = trainer.train()
     assert (state.best_step, state.best_metric) == (0, 9.0)
-    assert "step 0: no later one was better, so the policy is the model it started from" in capsys.readouterr().err
+    assert "step 0: no later one was better" in capsys.readouterr().err
     rollout = trainer.collect_rollout(range(4))
     assert torch.equal(rollout.logprobs, rollout.ref_logprobs)
     trainer.shared.load_trainable_state(load_checkpoint(list_checkpoints(trainer.checkpoints)[-1]).weights)
