@@ -21,7 +21,7 @@ from pipeline.rewards import build_rewards
 from pipeline.rewards.classifier import check_classifier
 from pipeline.rewards.config import RewardConfig
 from pipeline.rewards.constant import constant_reward
-from pipeline.rewards.learned import check_accuracy, check_options, is_reward_folder
+from pipeline.rewards.learned import check_accuracy, check_learned_options, is_reward_folder
 from pipeline.runtime.messages import did_you_mean
 from pipeline.tasks import columns, preferences, task_module
 from pipeline.tasks.counts import count_examples
@@ -116,13 +116,13 @@ def _check_reward_model(recipe: Recipe, document: Document) -> None:
             "ppo.reward_model_path",
         )
     if path is None:
-        check_options(learned.options, recipe.reward.model is None)
+        check_learned_options(learned.options, recipe.reward.model is None)
     elif is_reward_folder(path):
         record = load_record(path)
-        check_options(learned.options, record.kind == "adapter")
+        check_learned_options(learned.options, record.kind == "adapter")
         check_accuracy(record, recipe.min_accuracy, path)
     else:
-        check_options(learned.options, False)
+        check_learned_options(learned.options, False)
         _check_classifier_path(path)
 
 

@@ -143,7 +143,7 @@ def check_accuracy(record: RewardRecord, min_accuracy: float, path: object) -> N
         )
 
 
-def check_options(options: Mapping[str, Any], is_adapter: bool) -> None:
+def check_learned_options(options: Mapping[str, Any], is_adapter: bool) -> None:
     """Refuse options of `{name: learned, ...}` that do not exist or would do nothing.
 
     Raises:
@@ -182,7 +182,7 @@ def load_learned_reward(
         return ClassifierReward(str(path), config, **options)
     record = load_record(path)
     check_accuracy(record, min_accuracy, path)
-    check_options(options, record.kind == "adapter")
+    check_learned_options(options, record.kind == "adapter")
     if record.kind == "adapter":
         return AdapterReward(tokenizer, record, Path(path).expanduser(), **options)
     settings = {"template": record.template, **options}

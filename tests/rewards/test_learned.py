@@ -15,7 +15,7 @@ from pipeline.rewards.learned import (
     AdapterReward,
     calibration,
     check_accuracy,
-    check_options,
+    check_learned_options,
     load_learned_reward,
     reward_on_references,
 )
@@ -94,7 +94,7 @@ def test_a_weak_reward_is_refused_saying_how_to_override():
 )
 def test_options_that_do_nothing(options, is_adapter, message):
     with pytest.raises(ValueError, match=message):
-        check_options(options, is_adapter)
+        check_learned_options(options, is_adapter)
 
 
 @pytest.fixture

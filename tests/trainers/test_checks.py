@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config
 from pipeline.models.loading import position_limit
 from pipeline.models.shared import SharedModel
 from pipeline.trainers.huggingface.sft import build_sft_trainer, sft_arguments
-from pipeline.trainers.ppo.checks import check_prompts, check_special_tokens
+from pipeline.trainers.ppo.checks import check_prompt_ids, check_special_tokens
 
 
 def test_no_rows(make_trainer, examples):
@@ -35,13 +35,13 @@ def test_held_out_prompts_need_room_too(make_trainer, examples):
 def test_prompts_are_looked_at_one_by_one(taught):
     model = taught()
     with pytest.raises(ValueError, match="train_dataset: 2 of 3 prompts have no tokens, the first in row 0"):
-        check_prompts([[], [5], []], 4, model)
+        check_prompt_ids([[], [5], []], 4, model)
     with pytest.raises(ValueError, match=r"1 of 2 prompts have tokens beyond the model's 309 embeddings.* in row 1"):
-        check_prompts([[5], [6, 309]], 4, model)
+        check_prompt_ids([[5], [6, 309]], 4, model)
     with pytest.raises(ValueError, match=r"2 of 3 prompts .* the longest with 63 tokens in row 2"):
-        check_prompts([[5], [6] * 61, [7] * 63], 4, model)
-    check_prompts([[5] * 60], 4, model)
-    check_prompts([], 4, model)
+        check_prompt_ids([[5], [6] * 61, [7] * 63], 4, model)
+    check_prompt_ids([[5] * 60], 4, model)
+    check_prompt_ids([], 4, model)
 
 
 def test_a_model_without_a_limit_has_room_for_all(taught):
@@ -50,7 +50,7 @@ def test_a_model_without_a_limit_has_room_for_all(taught):
     assert position_limit(gpt2) == 7
     bloom = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=9, hidden_size=8, n_layer=1, n_head=1))
     assert position_limit(bloom.config) is None
-    check_prompts([[5] * 1000], 4, bloom)
+    check_prompt_ids([[5] * 1000], 4, bloom)
 
 
 @pytest.mark.parametrize("name", ["eos", "pad"])

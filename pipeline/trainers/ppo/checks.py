@@ -60,10 +60,10 @@ def check_start(
     """Look at the tokenised prompts, and compute what the first step rests on.
 
     Raises:
-        ValueError: as `check_prompts`, `check_first_step` and `check_trunk_and_head`.
+        ValueError: as `check_prompt_ids`, `check_first_step` and `check_trunk_and_head`.
     """
-    check_prompts(prompts, response_length, model.language_model)
-    check_prompts(eval_prompts, response_length, model.language_model, "eval_dataset")
+    check_prompt_ids(prompts, response_length, model.language_model)
+    check_prompt_ids(eval_prompts, response_length, model.language_model, "eval_dataset")
     check_first_step(model, prompts, tokenizer, accelerator)
     check_trunk_and_head(model.language_model)  # last: noise and NaN would look like it
 
@@ -88,7 +88,7 @@ def check_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
             )
 
 
-def check_prompts(
+def check_prompt_ids(
     prompts: Sequence[Sequence[int]], response_length: int, model: PreTrainedModel, split: str = "train_dataset"
 ) -> None:
     """Refuse prompts that are empty, leave no room to generate, or hold tokens that the model does not know.
