@@ -77,6 +77,13 @@ def test_imports_follow_the_dependency_rule():
                     assert name_of(path).startswith(owner), f"{name_of(path)} may not import {name}, only {owner} may"
 
 
+def test_figures_do_not_import_the_pages_that_show_them():
+    evaluation = PIPELINE / "evaluation"
+    for path in evaluation.glob("*.py"):
+        pages = {name for name in imports_of_ours(path) if name.startswith("pipeline.evaluation.pages")}
+        assert not pages, f"{name_of(path)} may not import {', '.join(sorted(pages))}"
+
+
 def test_packages_import_each_other_in_one_direction():
     # Between modules, not only between packages: a circle of two files cannot be read in any order.
     graph = {name_of(path): set() for path in FILES}

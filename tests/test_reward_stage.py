@@ -145,6 +145,32 @@ def test_a_reward_over_an_encoder_decoder_pays_its_policy(recipe, tmp_path, targ
     )
 
 
+def test_pairs_of_a_data_set_are_compared_by_consensus_and_their_texts_scored_once(recipe, tmp_path):
+    rows = [
+        {"prompt": text, "chosen": german, "rejected": other}
+        for text, german in zip(ENGLISH, GERMAN, strict=True)
+        for other in ("nein", "nein nein")
+    ]
+    for split, suffix in (("train", " 0"), ("validation", "")):
+        lines = [json.dumps({**row, "prompt": row["prompt"] + suffix}) for row in rows]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    pairs = f"reward.pairs={{path: '{{split}}.jsonl', data_dir: {tmp_path}}}"
+    assert sft_stage.main([recipe]) == 0 and reward_stage.main([recipe, pairs]) == 0
+    run = tmp_path / "runs" / "tiny"
+    report = json.loads((run / "reward" / "report" / "report.json").read_text())
+    assert report["accuracy"]["count"] == load_record(run / "reward").held_out_pairs == 8
+    assert len(report["rules"]) == 3 and "bleu" in report["rules"][2]["name"]
+    assert [(c["name"], c["count"]) for c in report["correlations"]] == [
+        ("length, tokens", 12)
+    ]  # 4 chosen, 8 rejected
+    kept = [json.loads(line) for line in (run / "reward" / "pairs.jsonl").read_text().splitlines()]
+    held_out = [pair for pair in kept if pair["split"] == "held_out"]
+    prompts = [pair["prompt"] for pair in held_out for _ in (0, 1)]
+    scores = raw_scores(run, prompts, [pair[f"{side}_ids"] for pair in held_out for side in ("chosen", "rejected")])
+    better = [chosen > rejected for chosen, rejected in zip(scores[::2], scores[1::2], strict=True)]
+    assert report["accuracy"]["value"] == sum(better) / 8
+
+
 def test_references_average_zero_and_texts_have_unit_spread(made):
     record, tokenizer = load_record(made / "reward"), load_tokenizer(made / "sft", ModelConfig("unused"))
     prompts = [f"{text}\n" for text in ENGLISH]

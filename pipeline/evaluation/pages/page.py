@@ -96,6 +96,6 @@ def print_table(table: Table, console: Console) -> None:
         console.print(shown)
 
 
-def print_line(text: str, console: Console, style: str | None = None) -> None:
+def print_text(text: str, console: Console, style: str | None = None) -> None:
     """Print a line in the terminal without markup; a line without a style is not wrapped, since it may hold a path."""
     console.print(visible(text), style=style, markup=False, soft_wrap=style is None)

@@ -13,8 +13,8 @@ from pipeline.evaluation.pages.page import (
     markdown_page,
     mood,
     page_parts,
-    print_line,
     print_table,
+    print_text,
     write_json,
     write_page,
 )
@@ -141,7 +141,7 @@ def print_report(report: EvaluationReport, console: Console) -> None:
     print_table(tables.score_table(report), console)
     print_table(tables.Table(comparisons.title, comparisons.header[:6], narrow), console)
     for warning in report.warnings:
-        print_line(f"warning: {warning}", console, "yellow")
+        print_text(f"warning: {warning}", console, "yellow")
     for finding in report.findings:
-        print_line(finding, console)
-    print_line(report.verdict, console, "bold")
+        print_text(finding, console)
+    print_text(report.verdict, console, "bold")

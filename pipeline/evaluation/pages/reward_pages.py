@@ -12,8 +12,8 @@ from pipeline.evaluation.pages.page import (
     environment,
     markdown_page,
     page_parts,
-    print_line,
     print_table,
+    print_text,
     write_json,
     write_page,
 )
@@ -54,8 +54,8 @@ def print_reward_report(report: RewardReport, console: Console) -> None:
     print_table(accuracy_table(report), console)
     print_table(correlation_table(report), console)
     for warning in report.warnings:
-        print_line(f"warning: {warning}", console, "yellow")
-    print_line(report.verdict, console, "bold")
+        print_text(f"warning: {warning}", console, "yellow")
+    print_text(report.verdict, console, "bold")
 
 
 def reward_tables(report: RewardReport, pairs: Sequence[Pair], scored: Sequence[ScoredPair]) -> list[Table]:

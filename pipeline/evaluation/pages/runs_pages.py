@@ -12,8 +12,8 @@ from pipeline.evaluation.pages.page import (
     markdown_page,
     mood,
     page_parts,
-    print_line,
     print_table,
+    print_text,
     write_json,
     write_page,
 )
@@ -56,9 +56,9 @@ def write_comparison(paths: Sequence[Path], output: Path) -> RunsReport:
     for table in shown[:4]:
         print_table(table, console)
     for warning in report.warnings:
-        print_line(f"warning: {warning}", console, "yellow")
-    print_line(report.verdict, console, "bold")
-    print_line(f"comparison: {output / 'report.html'}", console)
+        print_text(f"warning: {warning}", console, "yellow")
+    print_text(report.verdict, console, "bold")
+    print_text(f"comparison: {output / 'report.html'}", console)
     return report
 
 
