@@ -3,13 +3,14 @@
 import os
 import warnings
 
-from datasets.utils.logging import disable_progress_bar
+from datasets.utils import logging as datasets_logging
 from transformers.utils import logging as transformers_logging
 
 
 def quiet_libraries() -> None:
     """Hide progress bars and warnings of libraries that a user of Relay cannot act on."""
-    disable_progress_bar()
+    datasets_logging.disable_progress_bar()
+    datasets_logging.set_verbosity(datasets_logging.CRITICAL)  # Relay names the line of a file that it cannot read
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     # trl still uses names that transformers has renamed.

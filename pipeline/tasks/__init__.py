@@ -1,4 +1,4 @@
-"""What an example is: prompt, completion, references. One file per kind of task, named like its recipe name."""
+"""Turn data into examples: prompt, completion, references. One file per kind of task, named like its recipe name."""
 
 from collections.abc import Mapping
 from importlib import import_module
@@ -12,9 +12,9 @@ __all__ = ["SPLITS", "TASK_NAMES", "Task", "TaskError", "load_task", "task_modul
 
 
 def task_module(name: str) -> ModuleType:
-    """The module of a kind of task, with `Config` (its recipe keys), `files` and `load`.
+    """Return the module of a kind of task, with `Config` (its recipe keys), `files` and `load`.
 
-    `name` is one of TASK_NAMES or the dotted path of a module of one's own with the same three.
+    `name` is one of TASK_NAMES or the dotted path of a user's module with the same three.
 
     Raises:
         TaskError: no such kind.
@@ -24,14 +24,14 @@ def task_module(name: str) -> ModuleType:
     if "." in name:
         try:
             return import_module(name)
-        except Exception as error:  # a module of one's own may fail in any way
+        except Exception as error:  # a user's module may fail in any way
             kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
             raise TaskError(f"task.name: cannot import {name!r} ({kind}{error})") from error
     raise TaskError(f"task.name: {name!r} is not one of {', '.join(TASK_NAMES)}, nor the dotted path of a module")
 
 
 def load_task(name: str, config: object) -> Task:
-    """The three splits of a task; `config` is an instance of `task_module(name).Config`.
+    """Load the three splits of a task; `config` is an instance of `task_module(name).Config`.
 
     Raises:
         TaskError: a file, column or split is missing, empty or inconsistent; the message names it.

@@ -1,10 +1,8 @@
-"""Any data set by its columns: a Hub id, json, jsonl, csv, tsv or parquet files, or a `save_to_disk` directory."""
+"""Map the columns of any data set: a Hub id, json, jsonl, csv, tsv or parquet files, a `save_to_disk` directory."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import combinations
 from pathlib import Path
 
 from datasets import Dataset, Features, List, Value
@@ -20,6 +18,7 @@ from pipeline.tasks.examples import (
     read_row,
     read_text,
 )
+from pipeline.tasks.parts import check_disjoint, check_part, select_part, split_name
 from pipeline.tasks.tables import SUFFIXES, Table, check_hub, read_file, read_hub, read_saved
 from pipeline.tasks.text_rows import Row
 from pipeline.tasks.types import RESERVED_COLUMNS, SPLITS, Task, TaskError, check_limits, hold_out
@@ -27,17 +26,17 @@ from pipeline.tasks.types import RESERVED_COLUMNS, SPLITS, Task, TaskError, chec
 # What reward functions get under names of their own beside the columns.
 TAKEN_COLUMNS = (*RESERVED_COLUMNS, "prompts", "completions", "completion_ids")
 SAVED_MARKERS = ("dataset_dict.json", "dataset_info.json")
-SPLIT = re.compile(r"([^\[\]]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
 
 
 @dataclass(frozen=True)
 class Config:
-    """Where the rows are, and which columns make an example.
+    """Say where the rows are, and which columns make an example.
 
     `path` is a local file (.json, .jsonl, .csv, .tsv, .parquet; `{split}` in it stands for the name of the split), a
     directory written by `save_to_disk`, or a Hub id, which `subset` and `revision` belong to. Relative paths start at
-    `data_dir`; a path under a `data_dir` of one's own is never a Hub id. `train`, `validation` and `test` name the
-    splits of the data, or parts of one: `train[:90%]` and `train[90%:]`. A file without `{split}` is all `train`.
+    `data_dir`; with another `data_dir` than the default, `path` is never a Hub id. In a recipe, `{recipe_dir}` in
+    `data_dir` stands for the folder of the recipe's file. `train`, `validation` and `test` name the splits of the
+    data, or parts of one: `train[:90%]` and `train[90%:]`. A file without `{split}` is all `train`.
 
     `prompt` and `completion` are each the name of a column that holds text, or a template with `{column}` in it;
     `{answers[text][0]}` reaches into a column. `references` is such a name or template, of a text or a list of texts.
@@ -50,8 +49,8 @@ class Config:
     Every column of the data travels to the reward functions; one called like what they get anyway (TAKEN_COLUMNS) is
     renamed: `prompt` to `data_prompt`. `language` is that of the completions.
 
-    `skip_broken_rows` leaves out, says and counts rows that cannot be parsed or whose values cannot be used; without
-    it they are errors.
+    `skip_broken_rows` leaves out, reports and counts rows that cannot be parsed or whose values cannot be used;
+    without it they are errors.
     """
 
     path: str  # a file with {split} in its name, a save_to_disk directory, or a Hub id
@@ -77,11 +76,7 @@ class Config:
         if not self.path.strip():
             raise TaskError("task.path: empty; give a file such as data/{split}.jsonl, or a Hub id")
         for split in SPLITS:
-            if not SPLIT.fullmatch(getattr(self, split)):
-                raise TaskError(
-                    f"task.{split}: {getattr(self, split)!r} is not the name of a split or a part of one, "
-                    "such as train[:90%]"
-                )
+            check_part(getattr(self, split), split)
         self._check_columns()
         check_limits(
             max_train_examples=self.max_train_examples,
@@ -105,12 +100,12 @@ class Config:
                 placeholders(value, key)
 
     def local_path(self, split: str) -> Path:
-        """Where a split of the data is, if it is local."""
+        """Return the path of a split, if the data are local."""
         return Path(self.data_dir).expanduser() / Path(self.path.replace("{split}", split)).expanduser()
 
     @property
     def is_local(self) -> bool:
-        """Whether `path` is a file or directory, by its form or because it is there."""
+        """Return whether `path` is a file or directory, by its form or because it exists."""
         looks_local = self.path.startswith((".", "/", "~")) or self.path.count("/") > 1 or "{split}" in self.path
         has_suffix = Path(self.path).suffix.lower() in SUFFIXES
         return looks_local or has_suffix or self.data_dir != "." or self.local_path("").exists()
@@ -131,7 +126,7 @@ def files(config: Config) -> list[Path]:
             raise TaskError(f"task.{key}: it would do nothing: {config.path!r} is local, and only Hub data has it")
     found: dict[Path, None] = {}
     for split in SPLITS:
-        path = config.local_path(_split_name(config, split))
+        path = config.local_path(split_name(getattr(config, split)))
         if path.is_dir():
             _check_saved(path)
             inside = (p for p in sorted(path.rglob("*")) if p.is_file() and not p.name.startswith("cache-"))
@@ -150,10 +145,6 @@ def check_reachable(config: Config) -> None:
     """
     if not config.is_local:
         check_hub(config.path, config.subset, config.revision)
-
-
-def _split_name(config: Config, split: str) -> str:
-    return SPLIT.fullmatch(getattr(config, split))[1]
 
 
 def _check_saved(directory: Path) -> None:
@@ -176,7 +167,7 @@ def _check_file(config: Config, split: str, path: Path) -> None:
         raise TaskError(f"task.path: no file {str(path)!r} for the {split} split{there}; {advice}")
     if path.suffix.lower() not in SUFFIXES:
         raise TaskError(f"task.path: {str(path)!r} is in no known format; its name must end in {', '.join(SUFFIXES)}")
-    if "{split}" not in config.path and _split_name(config, split) != "train":
+    if "{split}" not in config.path and split_name(getattr(config, split)) != "train":
         raise TaskError(
             f"task.{split}: {config.path!r} is one file, all of it train, found {getattr(config, split)!r}; "
             "name a part of it, such as train[80%:90%], or put {split} into task.path"
@@ -192,7 +183,7 @@ def load(config: Config) -> Task:
     files(config)
     check_reachable(config)
     tables = read_tables(config)
-    _check_disjoint(config, {split: row_bounds(getattr(config, split), len(tables[split].rows)) for split in SPLITS})
+    check_disjoint({split: (getattr(config, split), len(tables[split].rows)) for split in SPLITS})
     splits, broken = {}, [line for table in tables.values() for line in table.broken]
     for split in SPLITS:
         part = select_part(tables[split], split, getattr(config, split), getattr(config, f"max_{split}_examples"))
@@ -208,7 +199,7 @@ def read_tables(config: Config) -> dict[str, Table]:
     Raises:
         TaskError: a split that is not there, or a file that cannot be read.
     """
-    names = {split: _split_name(config, split) for split in SPLITS}
+    names = {split: split_name(getattr(config, split)) for split in SPLITS}
     if not config.is_local:
         data = read_hub(config.path, config.subset, config.revision)
         return {split: _named(data, name, split) for split, name in names.items()}
@@ -226,18 +217,6 @@ def read_tables(config: Config) -> dict[str, Table]:
     }
 
 
-def select_part(table: Table, key: str, expression: str, limit: int | None) -> Table:
-    """Return the rows of `name[from:to]`, at most the first `limit` of them; `key` is the recipe's.
-
-    Raises:
-        TaskError: there are none.
-    """
-    start, stop = row_bounds(expression, len(table.rows))
-    if start >= stop:
-        raise TaskError(f"task.{key}: {expression!r} is empty: {table.place} has {len(table.rows)} rows")
-    return table.select(range(start, min(stop, start + (limit or stop))))
-
-
 def _named(tables: dict[str, Table], name: str, split: str) -> Table:
     if name not in tables:
         raise TaskError(
@@ -245,30 +224,6 @@ def _named(tables: dict[str, Table], name: str, split: str) -> Table:
             f"name one of them, or a part such as {next(iter(tables))}[90%:]"
         )
     return tables[name]
-
-
-def row_bounds(expression: str, size: int) -> tuple[int, int]:
-    """First row and the row after the last of `name[from:to]`."""
-    ends = [_row(text, size) for text in SPLIT.fullmatch(expression).groups()[1:]]
-    start, stop, _ = slice(*ends).indices(size)
-    return start, stop
-
-
-def _row(text: str | None, size: int) -> int | None:
-    if text is None or not text.endswith("%"):
-        return None if text is None else int(text)
-    return round(int(text[:-1]) * size / 100)
-
-
-def _check_disjoint(config: Config, bounds: dict[str, tuple[int, int]]) -> None:
-    for a, b in combinations(SPLITS, 2):
-        shared = min(bounds[a][1], bounds[b][1]) - max(bounds[a][0], bounds[b][0])
-        if _split_name(config, a) == _split_name(config, b) and shared > 0:
-            raise TaskError(
-                f"task.{b}: {getattr(config, b)!r} shares {shared} row{'s' * (shared > 1)} with "
-                f"task.{a}, {getattr(config, a)!r}; "
-                "name parts that do not overlap, such as train[:90%] and train[90%:]"
-            )
 
 
 def _make_split(config: Config, table: Table) -> tuple[Dataset, tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""Text files as text: UTF-8 with or without a byte-order mark; where and what is said of anything else."""
+"""Decode text files: UTF-8, with or without a byte-order mark; errors name the line and the byte."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
 def decode_text(path: Path, key: str) -> str:
-    """The text of a UTF-8 file, without its byte-order mark; `key` is what messages begin with.
+    """Return the text of a UTF-8 file, without its byte-order mark; messages begin with `key`.
 
     Raises:
         TaskError: another encoding, or a NUL, with the line, the byte (from 0) and how to convert it.
@@ -23,7 +23,7 @@ def decode_text(path: Path, key: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        # After a byte-order mark the codec counts from behind it.
+        # The codec counts from the end of a byte-order mark.
         start = error.start + (3 if data.startswith(b"\xef\xbb\xbf") else 0)
         advice = "convert it, for example with iconv -f latin1 -t utf-8"
         raise _error(path, key, data, start, "not UTF-8", advice) from error

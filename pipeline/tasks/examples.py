@@ -1,4 +1,4 @@
-"""One row of data -> prompt, completion and references, by column names and templates."""
+"""Make prompt, completion and references from a row of data, by column names and templates."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -15,11 +15,11 @@ Reader = tuple[str, str, Callable[[str, Row], Any]]  # key of the recipe, column
 
 
 class Unusable(ValueError):
-    """Why a row gives no example."""
+    """A row gives no example; the message says why."""
 
 
 def placeholders(expression: str, key: str) -> list[str]:
-    """The `{fields}` of a template; none where `expression` is a column's name.
+    """Return the `{fields}` of a template; none where `expression` is the name of a column.
 
     Raises:
         TaskError: a stray brace, or a field without a name.
@@ -37,7 +37,7 @@ def placeholders(expression: str, key: str) -> list[str]:
 
 
 def _column_of(field: str) -> str:
-    """`answers` of `answers[text][0]`."""
+    """Return `answers` of `answers[text][0]`."""
     return re.split(r"[.\[]", field, maxsplit=1)[0]
 
 
@@ -83,7 +83,7 @@ def leave_out(table: Table, problems: Sequence[str | None], skip: bool) -> tuple
 
 
 def read_text(expression: str, row: Row) -> str:
-    """The text in the column `expression`, or the template filled with texts and numbers of the row.
+    """Return the text in the column `expression`, or the template filled with texts and numbers of the row.
 
     Raises:
         Unusable: a value is null or missing, or of another type.
@@ -103,7 +103,7 @@ def read_text(expression: str, row: Row) -> str:
 
 
 def read_prompt(expression: str, row: Row) -> str:
-    """As `read_text`, and more than white space: no position could predict the first token after nothing."""
+    """Read a text as `read_text` does, and refuse white space alone: a prompt needs a token to be continued from."""
     text = read_text(expression, row)
     if not text.strip():
         raise Unusable("the prompt is blank")
@@ -111,7 +111,7 @@ def read_prompt(expression: str, row: Row) -> str:
 
 
 def read_references(expression: str, row: Row) -> list[str]:
-    """The texts of a column or of one `{field}`, which holds a text or a list of them; or the filled template alone.
+    """Return the texts of a column or of one `{field}`, which holds a text or a list of texts; or the filled template.
 
     Raises:
         Unusable: as `read_text`, or an empty list.
@@ -129,7 +129,7 @@ def read_references(expression: str, row: Row) -> list[str]:
 
 
 def read_chat(column: str, row: Row, system: str | None) -> list[Message]:
-    """The messages up to the last one of the assistant, `system` in front of those that have no system message.
+    """Return the messages up to the last one of the assistant, with `system` first if there is no system message.
 
     Raises:
         Unusable: no list of messages with a role and a content, no assistant message, or nothing before it.

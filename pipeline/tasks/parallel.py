@@ -1,4 +1,4 @@
-"""Plain parallel text: one file of source lines and one of target lines for each split, line by line."""
+"""Read parallel text: for each split a file of source lines and a file of target lines."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,12 +45,12 @@ class Config:
         )
 
     def path(self, key: str, split: str) -> Path:
-        """Where the lines of `key` ("source" or "target") of a split are."""
+        """Return the file with the lines of `key` ("source" or "target") of a split."""
         return Path(self.data_dir).expanduser() / getattr(self, key).format(split=getattr(self, split))
 
 
 def files(config: Config) -> list[Path]:
-    """Every local file the task reads: a changed file makes a finished stage out of date.
+    """Return every local file the task reads: a changed file makes a finished stage out of date.
 
     Raises:
         TaskError: one of them does not exist.
@@ -80,7 +80,7 @@ def load(config: Config) -> Task:
 
 
 def training_rows(config: Config) -> int:
-    """How many pairs SFT and PPO have.
+    """Count the pairs that SFT and PPO have.
 
     Raises:
         TaskError: as `read_sides`.
@@ -90,7 +90,7 @@ def training_rows(config: Config) -> int:
 
 
 def read_sides(config: Config, split: str) -> list[list[str]]:
-    """The lines of a split's two files, without the white space around them.
+    """Return the lines of a split's two files, without the white space around them.
 
     Raises:
         TaskError: a file that is missing or not UTF-8, sides of unequal length, or no line with text on both.

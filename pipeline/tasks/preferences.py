@@ -1,4 +1,4 @@
-"""Preference data by its columns: a prompt, the better and the worse of two answers, and by how much."""
+"""Read preference data by its columns: a prompt, the better and the worse of two answers, and by how much."""
 
 import math
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from pipeline.tasks.examples import (
     read_row,
     read_text,
 )
+from pipeline.tasks.parts import select_part
 from pipeline.tasks.text_rows import Row
 from pipeline.tasks.types import TaskError, check_limits
 
@@ -25,7 +26,7 @@ PARTS = ("train", "validation")
 
 @dataclass(frozen=True)
 class Config:
-    """Where the pairs are, and which columns make one: the keys of `reward.pairs` beside a `path`.
+    """Say where the pairs are, and which columns make one: the keys of `reward.pairs` with a `path`.
 
     `path`, `data_dir`, `subset`, `revision`, `train` and `validation` are those of the task `columns`. `prompt` is a
     column of texts or chat messages, or a template with `{column}` in it; null where `chosen` and `rejected` are
@@ -59,7 +60,7 @@ class Config:
 
     @property
     def as_columns(self) -> columns.Config:
-        """The same data as the task `columns` reads it; preference data needs no test split of its own."""
+        """Return the configuration by which the task `columns` reads the same data; the test split is not used."""
         return columns.Config(
             path=self.path,
             data_dir=self.data_dir,
@@ -86,7 +87,7 @@ class Preference:
 
 @dataclass(frozen=True)
 class Preferences:
-    """The pairs of both parts, and of each row that gives none where it is and why."""
+    """The pairs of both parts; `left_out` says where each row without a pair is, and why it has none."""
 
     train: list[Preference]
     validation: list[Preference]
@@ -94,7 +95,7 @@ class Preferences:
 
 
 def with_named_keys(read: Any) -> Any:
-    """The result of `read()`, whose messages name `reward.pairs` instead of the task section.
+    """Return `read()`; its error messages name `reward.pairs` instead of the task section.
 
     Raises:
         TaskError: what `read` raised.
@@ -106,7 +107,7 @@ def with_named_keys(read: Any) -> Any:
 
 
 def files(config: Config) -> list[Path]:
-    """Every local file the pairs are read from.
+    """Return every local file the pairs are read from.
 
     Raises:
         TaskError: as `columns.files`.
@@ -124,7 +125,7 @@ def check_reachable(config: Config) -> None:
 
 
 def load(config: Config) -> Preferences:
-    """The pairs of `train` and `validation`.
+    """Read the pairs of `train` and `validation`.
 
     Raises:
         TaskError: a column that is not there, or values that give no pair, with the rows they are in.
@@ -137,7 +138,7 @@ def _load(config: Config) -> Preferences:
     broken = [line for part in PARTS for line in tables[part].broken]
     readers, pairs = _readers(config), {}
     for part in PARTS:
-        table = columns.select_part(tables[part], part, getattr(config, part), getattr(config, f"max_{part}_pairs"))
+        table = select_part(tables[part], part, getattr(config, part), getattr(config, f"max_{part}_pairs"))
         for key, expression, _ in readers:
             check_columns(table, key, expression)
         rows = [read_row(readers, row) for row in table.dataset]

@@ -1,8 +1,6 @@
 """Read files, directories written by `save_to_disk` and data sets of the Hub with the library `datasets`."""
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -97,15 +95,15 @@ def _read_with_datasets(path: Path) -> Dataset | None:
     """
     suffix = path.suffix.lower()
     try:
-        with _quiet():
-            if suffix in DELIMITERS:
-                return _read_csv(path)
-            if suffix != ".parquet":
-                check_text(path, "task.path")  # the JSON reader takes any bytes
-            if suffix == ".json" and not (has_lines(path) or first_line(path).startswith("[")):
-                return None  # one object
-            kind = "parquet" if suffix == ".parquet" else "json"
-            dataset = datasets.load_dataset(kind, data_files=str(path), split="train")
+        if suffix in DELIMITERS:
+            return _read_csv(path)
+        if suffix != ".parquet":
+            check_text(path, "task.path")  # the JSON reader takes any bytes
+        if suffix == ".json" and not (has_lines(path) or first_line(path).startswith("[")):
+            return None  # one object
+        kind = "parquet" if suffix == ".parquet" else "json"
+        # The name is part of the place in the cache, where the library looks at a file's time of change alone.
+        dataset = datasets.load_dataset(kind, _state(path), data_files=str(path), split="train")
     except Exception as error:  # `datasets` and pyarrow raise errors of many kinds
         if suffix == ".parquet":
             raise TaskError(f"task.path: {str(path)!r} cannot be read as parquet ({_one_line(error)})") from error
@@ -117,12 +115,16 @@ def _read_with_datasets(path: Path) -> Dataset | None:
 
 def _read_csv(path: Path) -> Dataset:
     """Read a file with Python's csv module: that of `datasets` fills short rows and renames columns without a word."""
+    return Dataset.from_generator(_csv_rows, gen_kwargs={"path": path, "state": _state(path)})
+
+
+def _state(path: Path) -> str:
+    """Return what changes with a file, also where a copy keeps the time of its original."""
     state = path.stat()
-    key = (state.st_size, state.st_mtime_ns, state.st_ctime_ns)
-    return Dataset.from_generator(_csv_rows, gen_kwargs={"path": path, "state": key})
+    return f"{state.st_size}-{state.st_mtime_ns}-{state.st_ctime_ns}"
 
 
-def _csv_rows(path: Path, state: tuple[int, ...]) -> Iterator[Row]:
+def _csv_rows(path: Path, state: str) -> Iterator[Row]:
     """Yield the rows of a file; `state` makes `datasets` read a changed file again."""
     for _, row in read_text_rows(path):
         yield row
@@ -131,18 +133,6 @@ def _csv_rows(path: Path, state: tuple[int, ...]) -> Iterator[Row]:
 def _has_dates(dataset: Dataset) -> bool:
     """Return whether a column holds dates: JSON has none, but the reader makes them from texts that look like one."""
     return any(word in str(dataset.features) for word in ("timestamp", "date32", "date64", "time32", "time64"))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep `datasets` from reporting a file that it cannot read: Relay says where the file is broken."""
-    logger = logging.getLogger("datasets")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _in_memory(path: Path, rows: list[Row]) -> Dataset:
@@ -195,15 +185,11 @@ def read_hub(name: str, subset: str | None, revision: str | None) -> dict[str, T
 
 def _ask(name: str, revision: str | None) -> HubAnswer:
     answer = ask_hub(name, "dataset", revision)
-    if answer.answered and answer.problem:
+    if answer.problem and not constants.HF_HUB_OFFLINE:
+        cached = "" if answer.answered else ", or set HF_HUB_OFFLINE=1 to use a cached copy"
         raise TaskError(
-            f"task.path: {name!r} is neither a file or directory here nor a data set on the Hugging Face Hub that can "
-            f"be read ({answer.problem}); for local data give a file such as data/{{split}}.jsonl"
-        )
-    if not answer.answered and not constants.HF_HUB_OFFLINE:
-        raise TaskError(
-            f"task.path: {name!r} is not here, and the Hugging Face Hub does not answer ({answer.problem}); give a "
-            "local file such as data/{split}.jsonl, or set HF_HUB_OFFLINE=1 to use a cached copy"
+            f"task.path: {name!r} is neither a file or directory here nor a data set that the Hugging Face Hub gives "
+            f"({answer.problem}); give a local file such as data/{{split}}.jsonl{cached}"
         )
     return answer
 

@@ -33,7 +33,7 @@ class Task:
     `ppo_prompts` are training rows that SFT does not see, kept for PPO; without them PPO answers the rows of `train`.
 
     `prompt` is a text or a list of chat messages. Every further column travels to the reward functions.
-    `left_out` says of each row that gives no example where it is and why.
+    `left_out` says where each row without an example is, and why it has none.
     `language` is that of the completions (an ISO 639-1 code), where known: metrics choose their tokenizer by it.
     """
 
@@ -46,15 +46,14 @@ class Task:
 
     @property
     def prompts(self) -> Dataset:
-        """What PPO answers."""
+        """Return the rows whose prompts PPO answers."""
         return self.train if self.ppo_prompts is None else self.ppo_prompts
 
 
 def hold_out(task: Task, count: int | None) -> Task:
     """Keep the last `count` training rows from SFT, for PPO.
 
-    A model that knows its training answers by heart is paid for what it remembers; on rows it has not seen it is paid
-    for what it can do.
+    On rows that a model has learnt by heart, rewards measure its memory; on other rows they measure its skill.
 
     Raises:
         TaskError: no row would be left for SFT.
@@ -69,7 +68,7 @@ def hold_out(task: Task, count: int | None) -> Task:
 
 
 def make_split(rows: list[dict[str, Any]], split: str, limit: int | None) -> Dataset:
-    """A split from rows that have at least prompt, completion and references, cut to the first `limit` rows."""
+    """Make a split of rows that have at least prompt, completion and references: the first `limit` of them."""
     if not rows:
         raise TaskError(f"task: the {split} split is empty")
     return Dataset.from_list(rows[:limit] if limit else rows)
@@ -95,7 +94,7 @@ def check_widths(template: str, key: str) -> None:
 
 
 def render(template: str, row: dict[str, Any], key: str = "task.prompt") -> str:
-    """`template` with each `{column}` replaced by the row's value.
+    """Fill each `{column}` of a template with the row's value.
 
     Raises:
         TaskError: a column the row does not have, or a stray brace.

@@ -201,7 +201,7 @@ def test_an_unknown_subset(hub):
 def test_a_hub_that_does_not_answer_is_named_with_two_ways_out(hub):
     hub.answer = ConnectionError("no network")
     message = refusal(HUB)
-    assert message.startswith("task.path: 'nobody/questions' is not here") and "no network" in message
+    assert message.startswith("task.path: 'nobody/questions' is neither a file") and "no network" in message
     assert "data/{split}.jsonl" in message and "HF_HUB_OFFLINE=1" in message
     assert not hub.loaded  # the library would ask again and again
 
