@@ -1,9 +1,14 @@
 """Turn text into token ids and back: the one place where prompts are rendered, so every stage reads equal tokens."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from pipeline.runtime.files import sha256
+
+SOURCE = sha256(Path(__file__))  # in the key of cached tokens: `datasets` does not see that a module has changed
 Messages = list[dict[str, str]]
 
 
@@ -44,6 +49,27 @@ def encode_completions(
     turns = iter(_tokenise(tokenizer, _render_last_turns(tokenizer, chats)))
     eos = tokenizer.eos_token_id
     return [[*next(plain), eos] if isinstance(prompt, str) else _until_last(next(turns), eos) for prompt, _ in pairs]
+
+
+def encode_prompts_of(
+    tokenizer: PreTrainedTokenizerBase, examples: Dataset, encoder_decoder: bool = False
+) -> list[list[int]]:
+    """Tokenise the column `prompt` as `encode_prompts` does, and keep the ids where `datasets` keeps the examples.
+
+    A later stage or another process finds them there; examples that are only in memory are tokenised each time.
+    """
+
+    def encode(batch: dict[str, list], source: str) -> dict[str, list]:
+        return {"prompt_ids": encode_prompts(tokenizer, batch["prompt"], encoder_decoder)}
+
+    prompts = examples.select_columns("prompt")
+    options = {"remove_columns": "prompt", "fn_kwargs": {"source": SOURCE}, "desc": "Tokenizing prompts"}
+    try:
+        if prompts.cache_files:
+            return prompts.map(encode, batched=True, **options)["prompt_ids"][:]
+    except OSError:  # a folder that cannot be written, or a full disk
+        pass
+    return encode_prompts(tokenizer, prompts["prompt"], encoder_decoder)
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[Sequence[int]]) -> list[str]:

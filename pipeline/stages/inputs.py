@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from pipeline.metrics import load_metric
 from pipeline.models.from_scratch import build_from_scratch
 from pipeline.models.prompt_lengths import check_prompt_lengths
-from pipeline.models.text import encode_prompts, plain_text
+from pipeline.models.text import encode_prompts_of, plain_text
 from pipeline.recipe import Recipe
 from pipeline.rewards.classifier import ClassifierReward
 from pipeline.rewards.learned import (
@@ -105,7 +105,7 @@ def check_prompts(recipe: Recipe, task: Task, config: PretrainedConfig, tokenize
         splits += [("ppo.response_length", length, "train", task.prompts)]
         splits += [("ppo.response_length", length, "validation", held_out)]
     for key, length, split, rows in splits:
-        prompts = encode_prompts(tokenizer, rows["prompt"], config.is_encoder_decoder)
+        prompts = encode_prompts_of(tokenizer, rows, config.is_encoder_decoder)
         check_prompt_lengths(prompts, length, config, key, split)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from datasets import Dataset, Features, List, Value
 
+from pipeline.runtime.files import sha256
 from pipeline.tasks.examples import (
     Reader,
     check_columns,
@@ -25,6 +26,7 @@ from pipeline.tasks.types import RESERVED_COLUMNS, SPLITS, Task, TaskError, chec
 
 # What reward functions get under names of their own beside the columns.
 TAKEN_COLUMNS = (*RESERVED_COLUMNS, "prompts", "completions", "completion_ids")
+SOURCE = "".join(sha256(Path(__file__).with_name(name)) for name in ("columns.py", "examples.py"))
 SAVED_MARKERS = ("dataset_dict.json", "dataset_info.json")
 
 
@@ -242,10 +244,10 @@ def _make_split(config: Config, table: Table) -> tuple[Dataset, tuple[str, ...]]
     read = partial(
         data.map,
         _example,
-        fn_kwargs={"readers": readers, "names": names},
+        fn_kwargs={"readers": readers, "names": names, "source": SOURCE},
         remove_columns=data.column_names,
         features=features,
-        load_from_cache_file=False,  # `datasets` does not notice when the code of a reader changes
+        load_from_cache_file=False,  # the functions that `_example` calls are no part of the cache's key
         desc="Reading examples",
     )
     try:
@@ -257,8 +259,11 @@ def _make_split(config: Config, table: Table) -> tuple[Dataset, tuple[str, ...]]
     return examples if len(kept) == len(examples) else examples.select(kept), table.broken
 
 
-def _example(row: Row, readers: Sequence[Reader], names: Mapping[str, str]) -> Row:
-    """Return the prompt, completion and references of a row, and its columns under their new names."""
+def _example(row: Row, readers: Sequence[Reader], names: Mapping[str, str], source: str) -> Row:
+    """Return the prompt, completion and references of a row, and its columns under their new names.
+
+    `source` changes with the code, and so does the key of what `datasets` caches of the examples, such as tokens.
+    """
     values, problem = read_row(readers, row)
     example = dict.fromkeys(("prompt", "completion", "references")) | {"problem": problem}
     if problem is None:

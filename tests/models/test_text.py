@@ -1,5 +1,6 @@
 """Text to tokens: SFT learns from exactly the prompt that PPO and evaluation generate from, in every shape of it."""
 
+import dataclasses
 import json
 
 import pytest
@@ -8,7 +9,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.models.from_scratch import train_tokenizer
-from pipeline.models.text import decode, encode_completions, encode_prompts
+from pipeline.models.text import decode, encode_completions, encode_prompts, encode_prompts_of
 from pipeline.tasks import load_task
 from pipeline.tasks.columns import Config
 from pipeline.trainers.huggingface.sft import sft_dataset
@@ -185,3 +186,18 @@ def test_the_same_from_the_data_on(tokenizer, tmp_path, kind):
         assert row["input_ids"][: len(prompt)] == prompt
         assert decode(tokenizer, [row["input_ids"][len(prompt) :]]) == [text]
         assert "Wie alt" in tokenizer.decode(prompt)
+
+
+def test_tokens_of_examples_are_found_in_the_cache_by_a_later_stage(tokenizer, tmp_path, monkeypatch):
+    lines = [json.dumps({"q": f"Wie alt, {n}?", "a": "Älter"}) for n in range(4)]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    parts = {"train": "train[:2]", "validation": "train[2:3]", "test": "train[3:]"}
+    config = Config(path=str(tmp_path / "data.jsonl"), prompt="{q}\n", completion="a", **parts)
+    first = load_task("columns", config).train
+    ids = encode_prompts_of(tokenizer, first)
+    assert ids == encode_prompts(tokenizer, first["prompt"])
+    assert ids == encode_prompts_of(tokenizer, Dataset.from_dict({"prompt": first["prompt"][:]}))  # in memory
+    monkeypatch.setattr("pipeline.models.text.encode_prompts", lambda *_: pytest.fail("tokenised again"))
+    assert encode_prompts_of(tokenizer, load_task("columns", config).train) == ids
+    with pytest.raises(pytest.fail.Exception, match="tokenised again"):
+        encode_prompts_of(tokenizer, load_task("columns", dataclasses.replace(config, prompt="{q}!")).train)
