@@ -48,4 +48,6 @@ def test_a_quickstart_finds_its_sentences_from_any_folder(name, tmp_path, monkey
     assert away.task.config.data_dir == str(path.parent / "phrasebook")
     task = load_task(away.task.name, away.task.config)
     assert task.train["source"][0] == "At midday the lazy singer bought a key in an old bakery."
+    pairs = load_recipe(path, ["reward={pairs: {path: a.jsonl, data_dir: '{recipe_dir}/x'}}"]).reward.pairs
+    assert pairs.data_dir == str(path.parent / "x")
     assert (len(task.train), len(task.validation), len(task.test), task.language) == (3, 256, 2000, "de")

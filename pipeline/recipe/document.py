@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pipeline.runtime.messages import printable, redact
@@ -43,6 +44,14 @@ class Document:
     def error(self, path: KeyPath, message: str) -> RecipeError:
         """Make the error that says `message` about `path`."""
         return RecipeError(": ".join([self.place(path), *([dotted(path)] if path else []), message]))
+
+    def with_folder(self, keys: dict[str, Any]) -> dict[str, Any]:
+        """Replace `{recipe_dir}` in `data_dir` by the folder of the recipe: relative if it is in the current one."""
+        if not isinstance(keys.get("data_dir"), str):
+            return keys
+        folder = Path(self.file).absolute().parent
+        folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+        return {**keys, "data_dir": keys["data_dir"].replace("{recipe_dir}", str(folder))}
 
     def restate(self, error: Exception, path: KeyPath = ()) -> RecipeError:
         """Put the place in front of an error of a config class, whose message starts with the key's dotted path.

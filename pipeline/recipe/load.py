@@ -1,7 +1,6 @@
 """One YAML file and overrides -> a typed Recipe, and back to plain values. Each package owns its section."""
 
 import dataclasses
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,8 +61,6 @@ def _build_task(values: object, document: Document) -> TaskSection:
     if "name" not in keys:
         raise document.error(("task", "name"), "missing: this key is needed")
     name = convert(keys.pop("name"), str, ("task", "name"), document)
-    if isinstance(keys.get("data_dir"), str):
-        keys["data_dir"] = keys["data_dir"].replace("{recipe_dir}", _recipe_dir(document))
     try:
         config_class = task_module(name).Config
     except ValueError as error:
@@ -78,13 +75,7 @@ def _build_task(values: object, document: Document) -> TaskSection:
         )
     if missing := {"language", "ppo_examples"} - {f.name for f in dataclasses.fields(config_class)}:
         raise document.error(("task", "name"), f"the Config of {name!r} lacks {', '.join(sorted(missing))}; add it")
-    return TaskSection(name, build_section(config_class, keys, ("task",), document))
-
-
-def _recipe_dir(document: Document) -> str:
-    """Return the folder of the recipe's file: relative where the current folder holds it, otherwise absolute."""
-    folder = os.path.dirname(os.path.abspath(document.file))
-    return os.path.relpath(folder) if Path(folder).is_relative_to(os.getcwd()) else folder
+    return TaskSection(name, build_section(config_class, document.with_folder(keys), ("task",), document))
 
 
 def _build_ppo(values: object, model: ModelConfig, document: Document) -> PPOConfig | None:

@@ -79,7 +79,7 @@ def _build_pairs(values: object, ppo: PPOConfig | None, document: Document) -> P
     if "path" in keys:
         if "from" in keys:
             raise document.error((*path, "from"), "it would do nothing, because path names a data set; keep one")
-        return build_section(preferences.Config, keys, path, document)
+        return build_section(preferences.Config, document.with_folder(keys), path, document)
     if "origins" in keys:
         raise document.error((*path, "origins"), "unknown key; did you mean 'from'?")
     origins = keys.pop("from", None)

@@ -57,11 +57,11 @@ def test_a_part_of_a_file_with_split_in_its_name(folder):
 @pytest.mark.parametrize(
     ("cut", "message"),
     [
-        ({"train": "train"}, "task.validation: 'train[-2:-1]' shares 1 row with task.train, 'train'"),
-        ({"test": "train[:10%]"}, "task.test: 'train[:10%]' shares 2 rows with task.train, 'train[:-2]'"),
-        ({"test": "train[30:]"}, "task.test: 'train[30:]' is empty: 'a.jsonl' has 20 rows"),
-        ({"test": "test"}, "task.test: 'a.jsonl' is one file, all of it train, found 'test'; name a part of it"),
-        ({"test": "train[:x]"}, "task.test: 'train[:x]' is not the name of a split or a part of one"),
+        ({"train": "train"}, "task.validation: 'train[-2:-1]' shares 1 row"),
+        ({"test": "train[:10%]"}, "task.test: 'train[:10%]' shares 2 rows"),
+        ({"test": "train[30:]"}, "task.test: 'train[30:]' is empty"),
+        ({"test": "test"}, "task.test: 'a.jsonl' is one file"),
+        ({"test": "train[:x]"}, "task.test: 'train[:x]' is not the name"),
     ],
 )  # fmt: skip
 def test_parts_that_cannot_be(tmp_path, monkeypatch, cut, message):
@@ -74,7 +74,7 @@ def test_parts_that_cannot_be(tmp_path, monkeypatch, cut, message):
 
 def test_the_same_split_twice_is_refused(folder):
     assert refusal(config(folder, validation="test")).startswith(
-        "task.test: 'test' shares 2 rows with task.validation, 'test'; name parts that do not overlap"
+        "task.test: 'test' shares 2 rows with task.validation"
     )
 
 
@@ -140,15 +140,13 @@ def test_a_system_message_is_put_in_front_where_there_is_none(tmp_path):
     ("messages", "message"),
     [
         (CHAT[:1], "task.messages: the column 'chat' has no message of the role assistant, in line 1 of "),
-        (CHAT[1:2], "task.messages: the column 'chat' has no message before the assistant's, in line 1 of "),
-        ([{"role": "system", "content": "."}, CHAT[1]], "task.messages: the column 'chat' has no message before the "),
-        ("Hallo", "task.messages: the column 'chat' holds a text, expected a list of messages, in line 1 of "),
-        (["Hallo"], "task.messages: a message in the column 'chat' holds a text, expected a role and a content, in "),
-        ([{"from": "human", "value": "Hi"}], "task.messages: a message in the column 'chat' has from, value, expected "
-         "role and content, in "),
-        ([{**CHAT[0], "content": None}], "task.messages: the content of a message is null or missing, expected "),
-        ([{**CHAT[0], "content": [{"type": "text", "text": "Hi"}]}], "task.messages: the content of a message holds a "
-         "list, expected a text, in "),
+        (CHAT[1:2], "task.messages: the column 'chat' has no message before"),
+        ([{"role": "system", "content": "."}, CHAT[1]], "task.messages: the column 'chat' has no message before"),
+        ("Hallo", "task.messages: the column 'chat' holds a text"),
+        (["Hallo"], "task.messages: a message in the column 'chat' holds a text"),
+        ([{"from": "human", "value": "Hi"}], "task.messages: a message in the column 'chat' has from, value"),
+        ([{**CHAT[0], "content": None}], "task.messages: the content of a message is null"),
+        ([{**CHAT[0], "content": [{"type": "text", "text": "Hi"}]}], "task.messages: the content of a message holds"),
     ],
 )  # fmt: skip
 def test_chats_that_cannot_be_used(tmp_path, messages, message):
@@ -193,12 +191,11 @@ def test_a_mapped_column_of_a_taken_name_is_no_clash(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"prompt": "{qestion}"}, "task.prompt: no column 'qestion' in '/train.jsonl'; did you mean 'question'? "
-         "there are: question, answer, n"),
-        ({"prompt": "{question.x[0]} {m[x]}"}, "task.prompt: no column 'm' in '/train.jsonl'; there are: "),
-        ({"completion": "zzz"}, "task.completion: no column 'zzz' in '/train.jsonl'; there are: question, answer, n"),
-        ({"references": "answers"}, "task.references: no column 'answers' in '/train.jsonl'; did you mean 'answer'?"),
-        ({"prompt": None, "completion": None, "messages": "chat"}, "task.messages: no column 'chat' in '/train"),
+        ({"prompt": "{qestion}"}, "task.prompt: no column 'qestion' in '/train.jsonl'; did you mean 'question'?"),
+        ({"prompt": "{question.x[0]} {m[x]}"}, "task.prompt: no column 'm'"),
+        ({"completion": "zzz"}, "task.completion: no column 'zzz' in '/train.jsonl'; there are: question, "),
+        ({"references": "answers"}, "task.references: no column 'answers'"),
+        ({"prompt": None, "completion": None, "messages": "chat"}, "task.messages: no column 'chat'"),
     ],
 )  # fmt: skip
 def test_missing_columns(folder, change, message):
@@ -209,18 +206,18 @@ def test_missing_columns(folder, change, message):
     ("answer", "keys", "message"),
     [
         (None, {}, "task.completion: the column 'answer' is null or missing, expected a text, in line 1 of '/data."),
-        (5, {}, "task.completion: the column 'answer' holds a number, not a text; write '{answer}', in line 1 of "),
-        (["a"], {}, "task.completion: the column 'answer' holds a list, expected a text, in line 1 of "),
-        ({"a": 1}, {"completion": "<{answer}>"}, "task.completion: {answer} holds a mapping, expected a text or a "),
-        (None, {"prompt": "{answer}"}, "task.prompt: {answer} is null or missing, expected a text or a number"),
-        (["a"], {"prompt": "{answer[1]}"}, "task.prompt: {answer[1]} is missing, in line 1 of "),
-        ("ab", {"prompt": "{answer[0]}"}, "task.prompt: {answer[0]} reaches into a text, in line 1 of "),
-        ({"b": ["ab"]}, {"prompt": "{answer[b][0][0]}"}, "task.prompt: {answer[b][0][0]} reaches into a text, in "),
-        ("x", {"prompt": "{answer:.2f}"}, "task.prompt: the template '{answer:.2f}' cannot be filled ("),
-        (" \n", {"prompt": "answer"}, "task.prompt: the prompt is blank, in line 1 of "),
-        ([], {"references": "answer"}, "task.references: the column 'answer' is an empty list, expected at least "),
-        (["a", 1], {"references": "answer"}, "task.references: the list in the column 'answer' holds a number, "),
-        (None, {"references": "{answer}"}, "task.references: {answer} is null or missing, expected a text or a "),
+        (5, {}, "task.completion: the column 'answer' holds a number"),
+        (["a"], {}, "task.completion: the column 'answer' holds a list"),
+        ({"a": 1}, {"completion": "<{answer}>"}, "task.completion: {answer} holds a mapping"),
+        (None, {"prompt": "{answer}"}, "task.prompt: {answer} is null"),
+        (["a"], {"prompt": "{answer[1]}"}, "task.prompt: {answer[1]} is missing"),
+        ("ab", {"prompt": "{answer[0]}"}, "task.prompt: {answer[0]} reaches into a text"),
+        ({"b": ["ab"]}, {"prompt": "{answer[b][0][0]}"}, "task.prompt: {answer[b][0][0]} reaches into"),
+        ("x", {"prompt": "{answer:.2f}"}, "task.prompt: the template '{answer:.2f}' cannot"),
+        (" \n", {"prompt": "answer"}, "task.prompt: the prompt is blank"),
+        ([], {"references": "answer"}, "task.references: the column 'answer' is an empty list"),
+        (["a", 1], {"references": "answer"}, "task.references: the list in the column"),
+        (None, {"references": "{answer}"}, "task.references: {answer} is null"),
     ],
 )  # fmt: skip
 def test_values_that_cannot_be_used(tmp_path, answer, keys, message):
@@ -257,12 +254,12 @@ def test_a_travelling_column_of_several_types_stays_as_it_is(tmp_path, end):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"prompt": None}, "task: set exactly one of prompt and messages, found neither"),
-        ({"messages": "chat"}, "task: set exactly one of prompt and messages, found both"),
-        ({"completion": None}, "task: set completion or references, or both, found neither"),
-        ({"prompt": None, "messages": "chat"}, "task.completion: it would do nothing: the last assistant message is "),
-        ({"system": "Be brief."}, "task.system: it would do nothing: only chats have a system message"),
-        ({"prompt": "{question"}, "task.prompt: the template '{question' is not valid (expected '}' before end of "),
+        ({"prompt": None}, "task: set exactly one of prompt and messages"),
+        ({"messages": "chat"}, "task: set exactly one of prompt and messages"),
+        ({"completion": None}, "task: set completion or references"),
+        ({"prompt": None, "messages": "chat"}, "task.completion: it would do nothing"),
+        ({"system": "Be brief."}, "task.system: it would do nothing"),
+        ({"prompt": "{question"}, "task.prompt: the template '{question' is not"),
         ({"prompt": "{}"}, "task.prompt: '{}' names no column"),
         ({"completion": ""}, "task.completion: '' names no column"),
         ({"path": " "}, "task.path: empty"),

@@ -81,63 +81,51 @@ def test_directories_of_save_to_disk(tmp_path, kind):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("name", "content", "key", "words"),
     [
-        ("a.jsonl", b'{"question": "q"}\n\n{"question": "q" "answer": 1}\n', "task.path: /a.jsonl:3:18: not valid "
-         "JSON (Expecting ',' delimiter) near '{\"question\": \"q\" \"answer\": 1}'"),
-        ("a.jsonl", b'{"question": "q"}\n[1]\n', "task.path: /a.jsonl:2: expected an object {...}, found a list"),
-        ("a.json", b'[{"question": "q"},\n {"question": }]', "task.path: /a.json:2:15: not valid JSON (Expecting "),
-        ("a.json", b'{\n"data": []\n}', "task.path: '/a.json': expected a list of objects, one for each example, "
-         "found one object"),
-        ("a.json", b'[{"a": 1}, 2]', "task.path: '/a.json': expected a list of objects, one for each example, found a "
-         "list with a number"),
-        ("a.json", b"[]", "task.path: the file '/a.json' has no rows"),
-        ("a.jsonl", b"", "task.path: the file '/a.jsonl' is empty"),
-        ("a.jsonl", b"\n \n", "task.path: the file '/a.jsonl' has no rows"),
-        ("a.jsonl", '{"question": "Größe"}'.encode("latin1"), "task.path: /a.jsonl:1: not UTF-8 (byte 16); convert"),
-        ("a.csv", b"a,b\n1,2\n\xff,3\n", "task.path: /a.csv:3: not UTF-8 (byte 8); convert it, "),
-        ("a.csv", b"question,answer\n", "task.path: the file '/a.csv' has no rows"),
-        ("a.csv", b"Was?,Das.\nWer?,Der.\nWo?,Da.\nWie?,So.\n", "task.prompt: no column 'question' in '/a.csv'; there "
-         "are: Was?, Das."),
-        ("a.csv", b"question,answer\nq,a\n\nq,a,b\n", "task.path: /a.csv:4: found 3 fields, and the first line names "
-         "2 columns (question, answer)"),
-        ("a.csv", b"question,answer,question\nq,a,q\n", "task.path: /a.csv:1: the first line names the column "
-         "'question' twice"),
-        ("a.tsv", b'question\tanswer\nq\ta\n"q" he said\ta\n', "task.path: /a.tsv:3: not a valid row ("),
-        ("a.csv", b'question,answer\n"q,a\nq,a\n', "task.path: /a.csv:2: not a valid row ("),
-        ("a.parquet", b"question", "task.path: '/a.parquet' cannot be read as parquet ("),
-        ("a.txt", b"question", "task.path: '/a.txt' is in no known format; its name must end in .json, .jsonl, "),
+        ("a.jsonl", b'{"question": "q"}\n\n{"question": "q" "answer": 1}\n', "path", "/a.jsonl:3:18: not valid JSON"),
+        ("a.jsonl", b'{"question": "q"}\n[1]\n', "path", "/a.jsonl:2: expected an object"),
+        ("a.jsonl", '{"question": "Größe"}'.encode("latin1"), "path", "/a.jsonl:1: not UTF-8 (byte 16)"),
+        ("a.jsonl", b"", "path", "'/a.jsonl' is empty"),
+        ("a.jsonl", b"\n \n", "path", "'/a.jsonl' has no rows"),
+        ("a.json", b'[{"question": "q"},\n {"question": }]', "path", "/a.json:2:15: not valid JSON"),
+        ("a.json", b'{\n"data": []\n}', "path", "found one object"),
+        ("a.json", b'[{"a": 1}, 2]', "path", "found a list with a number (item 1"),
+        ("a.json", b"[]", "path", "'/a.json' has no rows"),
+        ("a.csv", b"a,b\n1,2\n\xff,3\n", "path", "/a.csv:3: not UTF-8 (byte 8)"),
+        ("a.csv", b"question,answer\n", "path", "'/a.csv' has no rows"),
+        ("a.csv", b"Was?,Das.\nWer?,Der.\nWo?,Da.\nWie?,So.\n", "prompt", "there are: Was?, Das."),
+        ("a.csv", b"question,answer\nq,a\n\nq,a,b\n", "path", "/a.csv:4: found 3 fields"),
+        ("a.csv", b"question,answer\nq,a\nq\n", "path", "/a.csv:3: found 1 fields"),
+        ("a.csv", b"question,answer,question\nq,a,q\n", "path", "the column 'question' twice"),
+        ("a.tsv", b'question\tanswer\nq\ta\n"q" he said\ta\n', "path", "/a.tsv:3: not a valid row"),
+        ("a.csv", b'question,answer\n"q,a\nq,a\n', "path", "/a.csv:2: not a valid row"),
+        ("a.parquet", b"question", "path", "cannot be read as parquet"),
+        ("a.txt", b"question", "path", "must end in .json, .jsonl, "),
     ],
 )  # fmt: skip
-def test_broken_files(tmp_path, name, content, message):
+def test_broken_files(tmp_path, name, content, key, words):
     (tmp_path / name).write_bytes(content)
-    assert refusal(single(tmp_path / name)).replace(str(tmp_path), "").startswith(message)
+    message = refusal(single(tmp_path / name)).replace(str(tmp_path), "")
+    assert message.startswith(f"task.{key}: ") and words in message
 
 
 def test_missing_files(folder, tmp_path):
-    assert refusal(config(folder, validation="dev")) == (
-        f"task.path: no file '{folder}/dev.jsonl' for the validation split; there are: test.jsonl, train.jsonl, "
-        "validation.jsonl; name the split in task.validation"
+    message = refusal(config(folder, validation="dev"))
+    assert message.startswith(
+        f"task.path: no file '{folder}/dev.jsonl' for the validation split; there are: test.jsonl"
     )
-    assert refusal(config(folder, path="{split}.csv")) == (
-        f"task.path: no file '{folder}/train.csv' for the train split; set task.data_dir to the folder that holds the "
-        "data"
-    )
-    assert refusal(config(folder, path=str(folder))) == (
-        f"task.path: the directory '{folder}' was not written by save_to_disk; give a file, such as "
-        f"'{folder}/{{split}}.jsonl'"
-    )
+    assert "name the split in task.validation" in message
+    assert "set task.data_dir" in refusal(config(folder, path="{split}.csv"))
+    assert f"give a file, such as '{folder}/{{split}}.jsonl'" in refusal(config(folder, path=str(folder)))
     DatasetDict({"train": Dataset.from_list(ROWS), "dev": Dataset.from_list(ROWS)}).save_to_disk(str(tmp_path / "d"))
-    assert refusal(config(folder, path=str(tmp_path / "d"))).startswith(
-        "task.validation: the data has no split 'validation'; there are: train, dev; name one of them, or a part such"
-    )
+    message = refusal(config(folder, path=str(tmp_path / "d")))
+    assert message.startswith("task.validation: the data has no split 'validation'; there are: train, dev;")
 
 
 @pytest.mark.parametrize("key", ["subset", "revision"])
 def test_hub_options_of_local_data_are_refused(folder, key):
-    assert refusal(config(folder, **{key: "x"})).startswith(
-        f"task.{key}: it would do nothing: '{{split}}.jsonl' is local"
-    )
+    assert refusal(config(folder, **{key: "x"})).startswith(f"task.{key}: it would do nothing")
 
 
 @pytest.fixture
