@@ -1,4 +1,4 @@
-"""Text metrics: BLEU, chrF, TER, ROUGE, exact match, token F1, those of the `evaluate` library, and anyone's own."""
+"""Load text metrics: BLEU, chrF, TER, ROUGE, exact match, token F1, those of `evaluate`, and those of users."""
 
 import importlib
 from typing import Any
@@ -18,7 +18,7 @@ _CHOICES = (
 
 
 def load_metric(name: str, language: str | None = None, **options: Any) -> Metric:
-    """The metric called `name`: one of `METRIC_NAMES`, `evaluate:NAME_OR_PATH`, or `package.module.Thing`.
+    """Load the metric called `name`: one of `METRIC_NAMES`, `evaluate:NAME_OR_PATH`, or `package.module.Thing`.
 
     `language` is the language of the texts (see `language_code`), by which built-in metrics choose their tokenizer.
     `options` go to the metric. `Thing` is a class or function that gives a `Metric` when called with the options.

@@ -21,7 +21,7 @@ OPTIONS = {
 
 
 def load(name: str, language: str | None = None, **options: Any) -> SacrebleuMetric:
-    """BLEU with sacreBLEU's defaults: cased, exponential smoothing, up to 4-grams.
+    """Make BLEU with sacreBLEU's defaults: cased, exponential smoothing, up to 4-grams.
 
     The tokenizer follows the language (`zh`, `ja-mecab`, `ko-mecab`, `char` for other languages without spaces, else
     `13a`) unless the option `tokenize` names one. Sample scores are sentence BLEU over the n-gram orders the

@@ -1,4 +1,4 @@
-"""What every metric refuses, in one sentence each."""
+"""Refuse examples and options that no metric can use, with one sentence each."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -18,7 +18,7 @@ OPTIONS = {
 
 
 def load(name: str, language: str | None = None, **options: Any) -> SacrebleuMetric:
-    """chrF2 with sacreBLEU's defaults: character 1- to 6-grams; the option `word_order: 2` makes it chrF++.
+    """Make chrF2 with sacreBLEU's defaults: character 1- to 6-grams; the option `word_order: 2` makes it chrF++.
 
     It needs no tokenizer, so it is the same for every language.
 

@@ -10,7 +10,7 @@ from pipeline.metrics.text import language_code, normalise_answer
 
 
 def load(name: str, language: str | None = None, **options: Any) -> MeanMetric:
-    """1 where the prediction equals one of the references after `normalise_answer`, else 0.
+    """Make the metric that is 1 where the prediction equals one of the references after `normalise_answer`, else 0.
 
     Raises:
         ValueError: any option, for it has none.

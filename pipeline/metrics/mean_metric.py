@@ -20,14 +20,14 @@ class MeanMetric:
     higher_is_better: bool = True
 
     def sample_scores(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-        """One number in [0, 1] for each example; see `Metric`."""
+        """Return one number in [0, 1] for each example; see `Metric`."""
         check_examples(predictions, references)
         return [float(self.score_example(*example)) for example in zip(predictions, references, strict=True)]
 
     def resampled_scores(
         self, predictions: Sequence[str], references: Sequence[Sequence[str]], indices: np.ndarray
     ) -> np.ndarray:
-        """The score [R], 0 to 100, of each row of `indices` [R, N]; see `Metric`."""
+        """Return the score [R], 0 to 100, of each row of `indices` [R, N]; see `Metric`."""
         return self.resample_statistics(self.statistics(predictions, references), indices)
 
     def statistics(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
@@ -46,5 +46,5 @@ class MeanMetric:
         confidence: float = 0.95,
         seed: int = 0,
     ) -> Score:
-        """The score over all examples, 0 to 100, with its bootstrap interval; see `Metric`."""
+        """Return the score over all examples, 0 to 100, with its bootstrap interval; see `Metric`."""
         return score_with_interval(self, predictions, references, n_bootstrap, confidence, seed)

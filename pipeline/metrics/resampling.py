@@ -9,7 +9,7 @@ from pipeline.metrics.types import Metric, Score
 
 
 def bootstrap_indices(n_examples: int, n_resamples: int, seed: int) -> np.ndarray:
-    """Example numbers [n_resamples, n_examples], drawn with replacement; the same for the same arguments.
+    """Draw example numbers [n_resamples, n_examples] with replacement; the same for the same arguments.
 
     Raises:
         ValueError: no examples, or a negative number of resamples.
@@ -22,19 +22,19 @@ def bootstrap_indices(n_examples: int, n_resamples: int, seed: int) -> np.ndarra
 
 
 def with_full_set(indices: np.ndarray) -> np.ndarray:
-    """`indices` [R, N] below a row with every example once [R + 1, N], so that one pass scores both."""
+    """Put `indices` [R, N] below a row with every example once [R + 1, N], so that one pass scores both."""
     return np.vstack([np.arange(indices.shape[1]), indices])
 
 
 def resampled_means(values: Sequence[float], indices: np.ndarray) -> np.ndarray:
-    """The mean [R] of `values` [N] over each row of `indices` [R, N]."""
+    """Return the mean [R] of `values` [N] over each row of `indices` [R, N]."""
     values = np.asarray(values, dtype=np.float64)
     # Row by row: values[indices] at once would hold R x N numbers.
     return np.array([values[row].mean() for row in indices], dtype=np.float64)
 
 
 def resampled_sums(statistics: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """The sum [R, K] of the per-example `statistics` [N, K] over each row of `indices` [R, N]."""
+    """Return the sum [R, K] of the per-example `statistics` [N, K] over each row of `indices` [R, N]."""
     totals = np.zeros((len(indices), statistics.shape[1]))
     # Example after example, in order: the order a plain loop over the corpus adds in, so that fractions round alike.
     for column in indices.T:
@@ -43,7 +43,7 @@ def resampled_sums(statistics: np.ndarray, indices: np.ndarray) -> np.ndarray:
 
 
 def percentile_interval(scores: np.ndarray, confidence: float) -> tuple[float, float]:
-    """The percentile interval of `scores` [R] that leaves (1 - confidence) / 2 on either side.
+    """Return the percentile interval of `scores` [R] that leaves (1 - confidence) / 2 on either side.
 
     Raises:
         ValueError: `confidence` is not between 0 and 1.
@@ -63,7 +63,7 @@ def score_with_interval(
     confidence: float,
     seed: int,
 ) -> Score:
-    """`metric` over all examples, with a percentile interval from `n_bootstrap` resamples.
+    """Score all examples by `metric`, with a percentile interval from `n_bootstrap` resamples.
 
     Raises:
         ValueError: examples the metric refuses, a negative `n_bootstrap`, a `confidence` outside (0, 1).

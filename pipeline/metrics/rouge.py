@@ -18,7 +18,7 @@ OPTIONS = {"use_stemmer": (bool,)}
 
 @dataclass(frozen=True)
 class UnicodeTokenizer:
-    """The words of any script, for rouge_score, whose own tokenizer knows only a to z and cuts `für` into `f` and `r`.
+    """Split any script into words; the tokenizer of rouge_score knows only a to z and cuts `für` into `f` and `r`.
 
     On ASCII text it gives the same tokens, stemmed or not.
     """
@@ -26,14 +26,14 @@ class UnicodeTokenizer:
     stemmer: PorterStemmer | None = None
 
     def tokenize(self, text: str) -> list[str]:
-        """The words of `text`; with a stemmer, the stems of those above three letters, as in the ROUGE package."""
+        """Return the words of `text`; with a stemmer, the stems of those above three letters."""
         if self.stemmer is None:
             return words(text)
         return [self.stemmer.stem(word) if len(word) > 3 else word for word in words(text)]
 
 
 def load(name: str, language: str | None = None, **options: Any) -> MeanMetric:
-    """ROUGE F1, the best over an example's references. `name` is rouge1, rouge2 or rougeL.
+    """Make ROUGE F1, the best over an example's references. `name` is rouge1, rouge2 or rougeL.
 
     The option `use_stemmer` (off by default) strips English suffixes.
 

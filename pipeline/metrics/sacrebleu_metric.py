@@ -1,4 +1,4 @@
-"""A metric of sacreBLEU behind `Metric`: Post, A Call for Clarity in Reporting BLEU Scores (2018)."""
+"""Adapt the metrics of sacreBLEU to `Metric`: Post, A Call for Clarity in Reporting BLEU Scores (2018)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +25,7 @@ class SacrebleuMetric:
     sentence: Scorer
 
     def sample_scores(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-        """One number in [0, 1] for each example, higher is better; see `Metric`."""
+        """Return one number in [0, 1] for each example, higher is better; see `Metric`."""
         check_examples(predictions, references)
         scores = [
             self.sentence.sentence_score(prediction, list(texts)).score / 100
@@ -38,7 +38,7 @@ class SacrebleuMetric:
     def resampled_scores(
         self, predictions: Sequence[str], references: Sequence[Sequence[str]], indices: np.ndarray
     ) -> np.ndarray:
-        """The corpus score [R] of each row of `indices` [R, N]; see `Metric`.
+        """Return the corpus score [R] of each row of `indices` [R, N]; see `Metric`.
 
         BLEU, chrF and TER are functions of sums over the examples, so each text is matched once, not once for each
         resample. sacreBLEU has no public way to reach the sums: `statistics` and `resample_statistics` use the only
@@ -65,21 +65,21 @@ class SacrebleuMetric:
         confidence: float = 0.95,
         seed: int = 0,
     ) -> Score:
-        """sacreBLEU's score over all examples, with a bootstrap interval; see `Metric`."""
+        """Return sacreBLEU's score over all examples, with a bootstrap interval; see `Metric`."""
         check_examples(predictions, references)
         value = self.corpus.corpus_score(list(predictions), _streams(references)).score
         return replace(score_with_interval(self, predictions, references, n_bootstrap, confidence, seed), value=value)
 
 
 def settings(scorer: Scorer) -> str:
-    """The part of sacreBLEU's signature that does not depend on the data."""
+    """Return the part of sacreBLEU's signature that does not depend on the data."""
     # sacreBLEU tells a signature only after it has seen references.
     scorer.corpus_score([""], [[""]])
     return str(scorer.get_signature()).removeprefix("nrefs:1|")
 
 
 def _streams(references: Sequence[Sequence[str]]) -> list[list[str | None]]:
-    """`references` as sacreBLEU reads them: stream k holds the k-th reference of every example.
+    """Return `references` as sacreBLEU reads them: stream k holds the k-th reference of every example.
 
     None stands where an example has fewer; sacreBLEU leaves it out, while "" would count as a reference of length 0.
     """

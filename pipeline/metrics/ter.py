@@ -15,7 +15,7 @@ OPTIONS = {"normalized": (bool,), "no_punct": (bool,), "asian_support": (bool,),
 
 
 def load(name: str, language: str | None = None, **options: Any) -> SacrebleuMetric:
-    """TER with sacreBLEU's defaults: case ignored, words as they stand between spaces.
+    """Make TER with sacreBLEU's defaults: case ignored, words as they stand between spaces.
 
     Lower is better, from 0 to 100 and beyond: a text much longer than its reference needs more edits than that has
     words. Chinese and Japanese are split into characters (`normalized` and `asian_support`) unless the options say

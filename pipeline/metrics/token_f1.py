@@ -11,7 +11,7 @@ from pipeline.metrics.text import language_code, normalise_answer, split_unspace
 
 
 def load(name: str, language: str | None = None, **options: Any) -> MeanMetric:
-    """The F1 of the words shared with a reference after `normalise_answer`, the best over an example's references.
+    """Make the F1 of the words shared with a reference after `normalise_answer`, the best over the references.
 
     Two empty texts agree (1); one empty text shares nothing (0), as in SQuAD 2.0.
 

@@ -11,7 +11,7 @@ import numpy as np
 class Score:
     """A corpus score with its bootstrap interval, on the metric's conventional scale (0 to 100 for built-in metrics).
 
-    `low` and `high` are percentiles of the resampled scores; without resamples both equal `value`. `signature` says
+    `low` and `high` are percentiles of the resampled scores; without resamples both equal `value`. `signature` holds
     all that is needed to compute the same number again, in sacreBLEU's notation (`key:value|key:value`).
     """
 
@@ -31,27 +31,27 @@ class Metric(Protocol):
 
     @property
     def name(self) -> str:
-        """The name the metric was asked for by."""
+        """Return the name that the metric was asked for by."""
         ...
 
     @property
     def signature(self) -> str:
-        """The settings that determine the numbers."""
+        """Return the settings that determine the numbers."""
         ...
 
     @property
     def higher_is_better(self) -> bool:
-        """Which way the corpus score points; sample scores always point up."""
+        """Return whether a higher corpus score is better; sample scores always point up."""
         ...
 
     def sample_scores(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-        """One number for each example, higher is better; in [0, 1] for the built-in metrics."""
+        """Return one number for each example, higher is better; in [0, 1] for the built-in metrics."""
         ...
 
     def resampled_scores(
         self, predictions: Sequence[str], references: Sequence[Sequence[str]], indices: np.ndarray
     ) -> np.ndarray:
-        """The corpus score [R] of each resample; `indices` [R, N] holds the example numbers of each."""
+        """Return the corpus score [R] of each resample; `indices` [R, N] holds the example numbers of each."""
         ...
 
     def corpus_score(
@@ -62,5 +62,5 @@ class Metric(Protocol):
         confidence: float = 0.95,
         seed: int = 0,
     ) -> Score:
-        """The score over all examples, with a bootstrap interval that covers `confidence`."""
+        """Return the score over all examples, with a bootstrap interval that covers `confidence`."""
         ...
