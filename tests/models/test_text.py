@@ -197,7 +197,7 @@ def test_tokens_of_examples_are_found_in_the_cache_by_a_later_stage(tokenizer, t
     ids = encode_prompts_of(tokenizer, first)
     assert ids == encode_prompts(tokenizer, first["prompt"])
     assert ids == encode_prompts_of(tokenizer, Dataset.from_dict({"prompt": first["prompt"][:]}))  # in memory
-    monkeypatch.setattr("pipeline.models.text.encode_prompts", lambda *_: pytest.fail("tokenised again"))
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", lambda *_, **__: pytest.fail("tokenised again"))
     assert encode_prompts_of(tokenizer, load_task("columns", config).train) == ids
     with pytest.raises(pytest.fail.Exception, match="tokenised again"):
         encode_prompts_of(tokenizer, load_task("columns", dataclasses.replace(config, prompt="{q}!")).train)
