@@ -6,7 +6,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.models.text import encode_completions, encode_prompts
+from pipeline.models.text import SOURCE, encode_completions, encode_prompts
 
 
 def sft_dataset(
@@ -22,7 +22,7 @@ def sft_dataset(
     the completion.
     """
 
-    def encode(batch: dict[str, list]) -> dict[str, list]:
+    def encode(batch: dict[str, list], source: str) -> dict[str, list]:
         prompts = encode_prompts(tokenizer, batch["prompt"], encoder_decoder)
         completions = encode_completions(tokenizer, batch["prompt"], batch["completion"])
         pairs = list(zip(prompts, completions, strict=True))
@@ -36,7 +36,14 @@ def sft_dataset(
         }
 
     with PartialState().local_main_process_first():  # the other processes read its cache
-        return split.map(encode, batched=True, remove_columns=split.column_names, num_proc=num_proc, desc="Tokenizing")
+        return split.map(
+            encode,
+            batched=True,
+            fn_kwargs={"source": SOURCE},
+            remove_columns=split.column_names,
+            num_proc=num_proc,
+            desc="Tokenizing",
+        )
 
 
 def truncate_examples(examples: Dataset, max_length: int | None, split: str, num_proc: int | None = None) -> Dataset:
