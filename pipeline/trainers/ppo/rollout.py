@@ -5,13 +5,14 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.models.generation import Completions, Decoding, finished, generate, seed_samples
 from pipeline.models.sequences import Sequences
 from pipeline.models.shared import SharedModel
-from pipeline.models.text import decode, encode_prompts
+from pipeline.models.text import decode, encode_prompts_of
 from pipeline.runtime.memory import in_smaller_batches
 from pipeline.runtime.seeds import derive_seed
 from pipeline.trainers.ppo.scores import RunningMoments
@@ -115,9 +116,9 @@ class CompletionWriter:
         self.shared, self.tokenizer, self.accelerator = shared, tokenizer, accelerator
         self.batch_size, self.warn = batch_size, warn
 
-    def encode(self, prompts: Sequence[object]) -> list[list[int]]:
-        """Tokenise prompts, texts or chat messages, as the policy reads them."""
-        return encode_prompts(self.tokenizer, prompts, self.shared.language_model.config.is_encoder_decoder)
+    def encode(self, examples: Dataset) -> list[list[int]]:
+        """Tokenise the column `prompt`, texts or chat messages, as the policy reads it."""
+        return encode_prompts_of(self.tokenizer, examples, self.shared.language_model.config.is_encoder_decoder)
 
     def write(
         self, prompt_ids: Sequence[Sequence[int]], decoding: Decoding, sample_seed: int | None = None

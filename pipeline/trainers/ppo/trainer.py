@@ -91,8 +91,8 @@ class PPOTrainer:
         self.writer = CompletionWriter(
             self.shared, processing_class, self.accelerator, args.local_rollout_forward_batch_size, self._warn
         )
-        self._prompt_ids = self.writer.encode(train_dataset["prompt"])
-        self._eval_prompt_ids = self.writer.encode(self.eval_dataset["prompt"]) if self.eval_dataset else []
+        self._prompt_ids = self.writer.encode(train_dataset)
+        self._eval_prompt_ids = self.writer.encode(self.eval_dataset) if self.eval_dataset else []
         self._prompt_at = prompt_order(len(train_dataset), seed)
         check_rewards(self.rewards, first_examples(train_dataset), args.reward_timeout)
         length, prompt_ids, eval_ids = args.response_length, self._prompt_ids, self._eval_prompt_ids
