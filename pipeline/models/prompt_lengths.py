@@ -28,8 +28,8 @@ def check_prompt_lengths(
     limit = position_limit(config)
     if limit is None:
         return
-    behind = 0 if config.is_encoder_decoder else new_tokens  # whose two sides have positions of their own
-    long = [row for row, ids in enumerate(prompts) if len(ids) + behind > limit]
+    added = 0 if config.is_encoder_decoder else new_tokens  # the two sides of an encoder-decoder have their own
+    long = [row for row, ids in enumerate(prompts) if len(ids) + added > limit]
     if long:
         longest = max(long, key=lambda row: len(prompts[row]))
         wanted = "do not fit into" if config.is_encoder_decoder else f"leave no room for {new_tokens} tokens in"
@@ -43,7 +43,7 @@ def check_prompt_lengths(
 def truncate_prompts(
     prompts: Sequence[Sequence[int]], targets: Sequence[list[int]], config: PretrainedConfig
 ) -> tuple[list[list[int]], int]:
-    """`targets` without the tokens that have no position behind their prompts, and how many of them were cut."""
+    """Cut from `targets` the tokens that have no position after their prompts; return how many were cut too."""
     limit = position_limit(config)
     if limit is None:
         return list(targets), 0

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.models.decoder_start import decoder_prefix
 from pipeline.models.loading import position_limit
+from pipeline.models.prompt_lengths import check_prompt_lengths
 from pipeline.models.reward_model import check_base
 from pipeline.models.sequences import Sequences, make_sequences
 from pipeline.models.shared import SharedModel
@@ -110,25 +111,13 @@ def check_prompt_ids(
             f"{split}: {len(unknown)} of {len(prompts)} prompts have tokens beyond the model's {rows} embeddings, the "
             f"first in row {unknown[0]}; use the model's own tokenizer, or model.resize_token_embeddings"
         )
-    limit = position_limit(model.config)
-    if limit is None:
-        return
-    prefix = len(decoder_prefix(model))
-    if prefix and prefix + response_length - 1 > limit:
+    limit, prefix = position_limit(model.config), len(decoder_prefix(model))
+    if prefix and limit is not None and prefix + response_length - 1 > limit:
         raise ValueError(
             f"ppo.response_length: the decoder of the model has {limit} positions (max_position_embeddings), of which "
             f"{prefix} are given before a completion; {response_length} more tokens do not fit: lower it"
         )
-    if prefix:  # the two sides have positions of their own
-        response_length = 0
-    long = [row for row, ids in enumerate(prompts) if len(ids) + response_length > limit]
-    if long:
-        longest = max(long, key=lambda row: len(prompts[row]))
-        raise ValueError(
-            f"ppo.response_length: {len(long)} of {len(prompts)} prompts of {split} leave no room for "
-            f"{response_length} tokens in the {limit} positions of the model (max_position_embeddings), the longest "
-            f"with {len(prompts[longest])} tokens in row {longest}; lower response_length or shorten the prompts"
-        )
+    check_prompt_lengths(prompts, response_length, model.config, "ppo.response_length", split)
 
 
 def check_first_step(
