@@ -114,6 +114,7 @@ def test_numbers_and_text_reach_the_configs_as_written():
         (5, "task: {name: json.decoder}", "task.name", ["'json.decoder' has no dataclass Config"]),
         (5, "task: {max_train_examples: 3}", "task.name", ["missing"]),
         (5, "task: {name: parallel, source: a}", "task.target", ["missing"]),
+        (5, "task: {name: parallel, source: '{split}{x}', target: '{split}'}", "task.source", ["no column 'x'"]),
         (9, "  num_mini_batches: 3", "ppo.num_mini_batches", ["divide gradient_accumulation_steps (4)", "found 3"]),
         (8, "  rewards: []", "ppo.rewards", ["at least one reward"]),
         (8, "  rewards: [ter, {name: bleu, weight: 0}]", "ppo.rewards", ["'bleu' has weight 0", "remove it"]),

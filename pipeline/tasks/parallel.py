@@ -46,7 +46,8 @@ class Config:
 
     def path(self, key: str, split: str) -> Path:
         """Return the file with the lines of `key` ("source" or "target") of a split."""
-        return Path(self.data_dir).expanduser() / getattr(self, key).format(split=getattr(self, split))
+        file = render(getattr(self, key), {"split": getattr(self, split)}, f"task.{key}")
+        return Path(self.data_dir).expanduser() / file
 
 
 def files(config: Config) -> list[Path]:
