@@ -1,4 +1,4 @@
-"""The reward stage between SFT and PPO on a tiny recipe: what it leaves, what PPO is paid, and what is refused."""
+"""The reward stage between SFT and PPO on a tiny recipe: what it leaves, how PPO is rewarded, and what is refused."""
 
 import json
 import shutil
@@ -74,7 +74,7 @@ def classifier(directory: Path, tokenizer, **options) -> str:
     return str(directory)
 
 
-def test_the_chain_pays_ppo_by_what_the_stage_made(recipe, made, tmp_path, capsys):
+def test_the_chain_rewards_ppo_by_what_the_stage_made(recipe, made, tmp_path, capsys):
     assert ppo_stage.main([recipe]) == 0 and eval_stage.main([recipe]) == 0
     for name in ("adapter_config.json", "adapter_model.safetensors", "reward_head.safetensors", "pairs.jsonl"):
         assert (made / "reward" / name).is_file()
@@ -213,7 +213,7 @@ def test_another_runs_reward_is_used_and_one_over_another_base_refused(recipe, m
     assert "stranger/sft', whose model is another" in said
 
 
-def test_a_classifier_is_judged_by_the_stage_or_used_as_it_is(recipe, tmp_path, tokenizer, capsys):
+def test_a_classifier_is_evaluated_by_the_stage_or_used_as_it_is(recipe, tmp_path, tokenizer, capsys):
     path = classifier(tmp_path / "classifier", tokenizer)
     assert sft_stage.main([recipe]) == 0
     training = (
@@ -225,7 +225,7 @@ def test_a_classifier_is_judged_by_the_stage_or_used_as_it_is(recipe, tmp_path, 
     capsys.readouterr()
     assert ppo_stage.main([recipe, f"ppo.reward_model_path={path}", "name=direct", "ppo.sft_model_path="
                            f"{tmp_path / 'runs' / 'tiny' / 'sft'}"]) == 0  # fmt: skip
-    assert "a classifier that no reward stage has judged, so its accuracy is unknown" in capsys.readouterr().err
+    assert "its accuracy is unknown" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ PROBE_VALUES = 1024  # about as many numbers of each weight decide whether two b
 
 @dataclass(frozen=True)
 class RewardRecord:
-    """What goes with a reward model: `score = (raw - shift) / scale`, and what it was judged by.
+    """What goes with a reward model: `score = (raw - shift) / scale`, and how it was evaluated.
 
     `kind` is `adapter` (over the base with these digests) or `classifier` (at `path`, with its own tokenizer, and a
     `template` where it needs one). `accuracy` is the share of `held_out_pairs` whose chosen text scores higher.

@@ -86,7 +86,7 @@ def learned_reward(
     if isinstance(reward, ClassifierReward):
         reward.to(PartialState().device)
         if not is_reward_folder(path):
-            say(f"{path}: a classifier that no reward stage has judged, so its accuracy is unknown")
+            say(f"{path}: a classifier that no reward stage has evaluated, so its accuracy is unknown")
             first = task.prompts[:CALIBRATION_ROWS]
             reward_on_references(reward, first["prompt"], [references[0] for references in first["references"]])
     return reward
