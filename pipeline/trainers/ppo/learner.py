@@ -58,6 +58,67 @@ class Update:
     notes: Sequence[str]
 
 
+class UpdateLog:
+    """The optimizer steps of one update as they are made."""
+
+    def __init__(self, num_mini_batches: int, max_skipped_steps: int, skipped_in_row: int) -> None:
+        self.num_mini_batches, self.max_skipped_steps = num_mini_batches, max_skipped_steps
+        self.skipped_in_row = skipped_in_row
+        self.steps: list[OptimizerStep] = []
+        self.notes: list[str] = []
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the policy has moved so far that nothing more is learnt from this experience."""
+        return bool(self.steps) and self.steps[-1].is_too_far
+
+    def add(self, step: OptimizerStep) -> None:
+        """Count a step; one that was skipped leaves a note.
+
+        Raises:
+            FloatingPointError: `max_skipped_steps` in a row were skipped.
+        """
+        epoch, number = divmod(len(self.steps), self.num_mini_batches)
+        self.steps.append(step)
+        if step.norm is None:
+            return
+        if not step.is_skipped:
+            self.skipped_in_row = 0
+            return
+        self.skipped_in_row += 1
+        policy, value = step.mean("policy"), step.mean("value")
+        what = "gradient" if math.isfinite(policy) and math.isfinite(value) else "loss"
+        self.notes.append(
+            f"PPO epoch {epoch + 1}, mini-batch {number + 1}: the {what} is not finite (policy loss {policy:.3g}, "
+            f"value loss {value:.3g}, gradient norm {step.norm:.3g}): no optimizer step, "
+            f"{self.skipped_in_row} in a row"
+        )
+        if self.skipped_in_row >= self.max_skipped_steps:
+            raise FloatingPointError(
+                f"{self.notes[-1]}, which is ppo.max_skipped_steps: nothing was learnt from them and nothing is "
+                "saved; lower ppo.learning_rate, set ppo.bf16: false, or look at the rewards"
+            )
+
+    def statistics(self) -> dict[str, float]:
+        """Average over the tokens of all steps, under TRL's names."""
+        tokens = sum(step.tokens for step in self.steps)
+        mean = OptimizerStep(torch.stack([step.sums for step in self.steps]).sum(0), tokens, None).mean
+        norms = [step.norm for step in self.steps if step.norm is not None]
+        ratios = [step.mean("ratio") for step in self.steps if step.tokens]
+        return {
+            "loss/policy_avg": mean("policy"),
+            "loss/value_avg": mean("value"),
+            "policy/approxkl_avg": mean("approx_kl"),
+            "policy/clipfrac_avg": mean("policy_clipped"),
+            "val/clipfrac_avg": mean("value_clipped"),
+            "val/ratio": mean("ratio"),
+            "val/ratio_first": next(iter(ratios), math.nan),
+            "policy/entropy_avg": mean("entropy"),
+            "policy/grad_norm": sum(norms) / max(1, len(norms)),
+            "policy/optimizer_steps": float(sum(map(math.isfinite, norms))),
+        }
+
+
 class LastPassError(Exception):
     """Memory ran out where one of several processes cannot begin anew alone."""
 
@@ -135,20 +196,18 @@ class Learner:
         Raises:
             FloatingPointError: the gradients of `max_skipped_steps` in a row were not finite.
         """
-        generator, steps, notes = torch.Generator().manual_seed(seed), [], []
-        for epoch in range(self.args.num_ppo_epochs):
-            for number, mini_batch in enumerate(experience.mini_batches(self.args.num_mini_batches, generator)):
-                if not (steps and steps[-1].is_too_far):
-                    step = self.optimizer_step(mini_batch, value_only)
-                    steps.append(step)
-                    if step.is_skipped:
-                        skipped_in_row += 1
-                        notes.append(_skipped(epoch, number, step, skipped_in_row))
-                        self._check_skipped(skipped_in_row, notes[-1])
-                    elif step.norm is not None:
-                        skipped_in_row = 0
+        args, generator = self.args, torch.Generator().manual_seed(seed)
+        log = UpdateLog(args.num_mini_batches, args.max_skipped_steps, skipped_in_row)
+        for _ in range(args.num_ppo_epochs):
+            for mini_batch in experience.mini_batches(args.num_mini_batches, generator):
+                if not log.is_over:
+                    log.add(self.optimizer_step(mini_batch, value_only))
                 self.scheduler.step()
-        return Update(self._statistics(steps), skipped_in_row, notes)
+        stats = log.statistics() | {
+            "policy/memory_parts": float(-(-args.per_device_train_batch_size // self.micro_batch_size)),
+            "lr": self.scheduler.get_last_lr()[0],
+        }
+        return Update(stats, log.skipped_in_row, log.notes)
 
     def optimizer_step(self, mini_batch: Experience, value_only: bool = False) -> OptimizerStep:
         """Learn from one mini-batch: forward and backward in micro-batches, clip the gradient, step."""
@@ -230,40 +289,3 @@ class Learner:
             if self.accelerator.num_processes == 1 or not is_out_of_memory(error):
                 raise
             raise LastPassError(f"{error} (in the pass in which the processes exchange gradients)") from error
-
-    def _check_skipped(self, skipped_in_row: int, note: str) -> None:
-        if skipped_in_row >= self.args.max_skipped_steps:
-            raise FloatingPointError(
-                f"{note}, which is ppo.max_skipped_steps: nothing was learnt from them and nothing is saved; lower "
-                "ppo.learning_rate, set ppo.bf16: false, or look at the rewards"
-            )
-
-    def _statistics(self, steps: Sequence[OptimizerStep]) -> dict[str, float]:
-        tokens = sum(step.tokens for step in steps)
-        mean = OptimizerStep(torch.stack([step.sums for step in steps]).sum(0), tokens, None).mean
-        norms = [step.norm for step in steps if step.norm is not None]
-        ratios = [step.mean("ratio") for step in steps if step.tokens]
-        return {
-            "loss/policy_avg": mean("policy"),
-            "loss/value_avg": mean("value"),
-            "policy/approxkl_avg": mean("approx_kl"),
-            "policy/clipfrac_avg": mean("policy_clipped"),
-            "val/clipfrac_avg": mean("value_clipped"),
-            "val/ratio": mean("ratio"),
-            "val/ratio_first": next(iter(ratios), math.nan),
-            "policy/entropy_avg": mean("entropy"),
-            "policy/grad_norm": sum(norms) / max(1, len(norms)),
-            "policy/optimizer_steps": float(sum(map(math.isfinite, norms))),
-            "policy/memory_parts": float(-(-self.args.per_device_train_batch_size // self.micro_batch_size)),
-            "lr": self.scheduler.get_last_lr()[0],
-        }
-
-
-def _skipped(epoch: int, mini_batch: int, step: OptimizerStep, in_row: int) -> str:
-    """Say which optimizer step was not made, and why."""
-    policy, value = step.mean("policy"), step.mean("value")
-    what = "gradient" if math.isfinite(policy) and math.isfinite(value) else "loss"
-    return (
-        f"PPO epoch {epoch + 1}, mini-batch {mini_batch + 1}: the {what} is not finite (policy loss {policy:.3g}, "
-        f"value loss {value:.3g}, gradient norm {step.norm:.3g}): no optimizer step, {in_row} in a row"
-    )
