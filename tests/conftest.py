@@ -64,6 +64,7 @@ SLOW = (
     "trainers/test_ppo_config.py",
     "trainers/test_ppo_options.py",
     "trainers/test_reward.py",
+    "trainers/test_sft_config.py",
 )
 COLOURS = ("red", "blue", "green", "white", "black")
 NUMBERS = ("one", "two", "three", "four", "five")
