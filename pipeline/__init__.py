@@ -2,10 +2,16 @@
 
 import os
 import sys
+from pathlib import Path
 
 # TRL's trainers report to the Hugging Face Hub what kind of model and machine they run on. Relay turns this off, but
 # not where the user has set one of these variables. huggingface_hub reads them once, when it is imported.
 TELEMETRY_VARIABLES = ("HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK")
+
+# `accelerate launch pipeline/x.py` puts this folder first on the path of modules, where Relay's `rewards`, `metrics`
+# and `tasks` would hide those of the user. Relay imports itself as `pipeline.rewards`.
+_HERE = Path(__file__).resolve().parent
+sys.path[:] = [entry for entry in sys.path if not entry or Path(entry).resolve() != _HERE]
 
 if not any(name in os.environ for name in TELEMETRY_VARIABLES):
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"

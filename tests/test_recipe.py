@@ -459,7 +459,7 @@ def test_a_reward_beside_the_recipe_is_found(directory):
         "def score(prompts, completions, **columns): return [1.0] * len(prompts)\n"
     )
     load_checked_recipe(write(line8="  rewards: [relay_test_reward.score]"), [], 1)
-    assert sys.path[-1] == str(directory)
+    assert sys.path[-1] == str(directory)  # last, so that nothing there replaces a library
 
 
 def test_the_saved_recipe_is_loaded_as_the_same_recipe(monkeypatch):

@@ -6,19 +6,19 @@ from typing import Any
 from pipeline.metrics.text import language_code
 from pipeline.metrics.types import Metric, Score
 from pipeline.runtime.messages import did_you_mean
+from pipeline.runtime.user_code import FORMS, UserCodeError, is_user_code, load_user_object
 
 __all__ = ["METRIC_NAMES", "Metric", "Score", "load_metric"]
 
 METRIC_NAMES = ("bleu", "chrf", "ter", "rouge1", "rouge2", "rougeL", "exact_match", "token_f1")
 
 _CHOICES = (
-    f"there are: {', '.join(METRIC_NAMES)}, evaluate:NAME for one of the evaluate library, and the dotted path of "
-    "your own (package.module.Thing)"
+    f"there are: {', '.join(METRIC_NAMES)}, evaluate:NAME for one of the evaluate library, and your own ({FORMS})"
 )
 
 
 def load_metric(name: str, language: str | None = None, **options: Any) -> Metric:
-    """Load the metric called `name`: one of `METRIC_NAMES`, `evaluate:NAME_OR_PATH`, or `package.module.Thing`.
+    """Load the metric called `name`: one of `METRIC_NAMES`, `evaluate:NAME_OR_PATH`, or a user's own.
 
     `language` is the language of the texts (see `language_code`), by which built-in metrics choose their tokenizer.
     `options` go to the metric. `Thing` is a class or function that gives a `Metric` when called with the options.
@@ -32,17 +32,16 @@ def load_metric(name: str, language: str | None = None, **options: Any) -> Metri
         return importlib.import_module(f"pipeline.metrics.{module}").load(name, language, **options)
     if name.startswith("evaluate:"):
         return importlib.import_module("pipeline.metrics.evaluate_library").load(name, **options)
-    if "." in name:
-        return _load_dotted(name, options)
+    if is_user_code(name):
+        return _load_own(name, options)
     raise ValueError(f"unknown metric {name!r}{did_you_mean(name, METRIC_NAMES) or ';'} {_CHOICES}")
 
 
-def _load_dotted(name: str, options: dict[str, Any]) -> Metric:
-    module, _, thing = name.rpartition(".")
+def _load_own(name: str, options: dict[str, Any]) -> Metric:
     try:
-        make = getattr(importlib.import_module(module), thing)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"metric {name!r} cannot be imported ({error}); {_CHOICES}") from error
+        make = load_user_object(name)
+    except UserCodeError as error:
+        raise ValueError(f"metric {name!r}: {error}; {_CHOICES}") from error
     try:
         metric = make(**options)
     except TypeError as error:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,13 +32,11 @@ PATH_KEYS |= {"model_name_or_path", "sft_model_path", "reward_model_path"}
 
 
 def load_checked_recipe(path: str | Path, overrides: Sequence[str], num_processes: int) -> Recipe:
-    """Load and check a recipe for a program: dotted paths are also looked up in the current directory.
+    """Load and check a recipe for a program.
 
     Raises:
         RecipeError: as `load_recipe` and `check_recipe`.
     """
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # last, so that nothing there replaces a library
     recipe = load_recipe(path, overrides)
     check_recipe(recipe, num_processes)
     return recipe

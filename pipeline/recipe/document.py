@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.runtime.messages import printable, redact
+from pipeline.runtime.user_code import locate_file
 
 KeyPath = tuple[str | int, ...]
 
@@ -52,6 +53,10 @@ class Document:
         folder = Path(self.file).absolute().parent
         folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
         return {**keys, "data_dir": keys["data_dir"].replace("{recipe_dir}", str(folder))}
+
+    def with_code(self, name: str) -> str:
+        """Return the name of a user's code with the path of its file, if it has one, from the recipe's folder."""
+        return locate_file(name, Path(self.file).parent)
 
     def restate(self, error: Exception, path: KeyPath = ()) -> RecipeError:
         """Put the place in front of an error of a config class, whose message starts with the key's dotted path.

@@ -14,6 +14,7 @@ from pipeline.recipe.trl_sections import build_reward_section, build_sft_section
 from pipeline.recipe.types import Recipe, TaskSection
 from pipeline.rewards.config import RewardConfig
 from pipeline.runtime.messages import did_you_mean
+from pipeline.runtime.user_code import search_user_code
 from pipeline.tasks import TASK_NAMES, task_module
 from pipeline.trainers.ppo.config import PPOConfig
 
@@ -26,6 +27,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: one sentence with the place, the key, what was found and, where there is one, the key meant.
     """
+    search_user_code(Path(path).parent, Path.cwd())
     document = read_document(path, overrides)
     values = document.data
     check_keys(values, TOP_LEVEL, (), document)
@@ -60,7 +62,7 @@ def _build_task(values: object, document: Document) -> TaskSection:
     keys = dict(as_mapping(values, ("task",), document))
     if "name" not in keys:
         raise document.error(("task", "name"), "missing: this key is needed")
-    name = convert(keys.pop("name"), str, ("task", "name"), document)
+    name = document.with_code(convert(keys.pop("name"), str, ("task", "name"), document))
     try:
         config_class = task_module(name).Config
     except ValueError as error:
@@ -113,7 +115,7 @@ def _with_options(
 
 def _named(item: object, cls: type, path: KeyPath, document: Document) -> dict[str, Any]:
     if isinstance(item, str):
-        return {"name": item}
+        return {"name": document.with_code(item)}
     if not isinstance(item, dict):
         raise document.error(path, f"expected a name or a mapping with a name, found {shown(item)}")
     known = [f.name for f in dataclasses.fields(cls)]
@@ -123,7 +125,10 @@ def _named(item: object, cls: type, path: KeyPath, document: Document) -> dict[s
             rule = f"unknown key{hint} (an option of that name goes into options: {{{key}: ...}})"
             raise document.error((*path, key), rule)
     options |= as_mapping(item.get("options"), (*path, "options"), document)
-    return {**{key: value for key, value in item.items() if key in known}, "options": options}
+    values = {key: value for key, value in item.items() if key in known}
+    if isinstance(item.get("name"), str):
+        values["name"] = document.with_code(item["name"])
+    return {**values, "options": options}
 
 
 def recipe_values(recipe: Recipe) -> dict[str, Any]:

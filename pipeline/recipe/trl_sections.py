@@ -85,6 +85,8 @@ def _build_pairs(values: object, ppo: PPOConfig | None, document: Document) -> P
     origins = keys.pop("from", None)
     if origins is not None:
         keys["origins"] = [origins] if isinstance(origins, str) else origins
+    if isinstance(keys.get("metric"), str):
+        keys["metric"] = document.with_code(keys["metric"])
     return fill_lengths(build_section(SampledPairs, keys, path, document), ppo)
 
 

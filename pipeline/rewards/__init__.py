@@ -1,6 +1,5 @@
 """What PPO is rewarded for: metrics by name, a constant, or any function with TRL's GRPO reward signature; weights."""
 
-import importlib
 import inspect
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -16,6 +15,8 @@ from pipeline.rewards.config import RewardConfig
 from pipeline.rewards.constant import constant_reward
 from pipeline.rewards.metric import metric_reward
 from pipeline.rewards.results import Handling, RewardError, finite_values, is_per_token, token_values
+from pipeline.runtime.messages import did_you_mean
+from pipeline.runtime.user_code import FORMS, UserCodeError, is_user_code, load_user_object
 
 __all__ = [
     "Handling",
@@ -79,7 +80,7 @@ def _name_of(function: Callable) -> str:
 def build_rewards(
     configs: Sequence[RewardConfig], language: str | None = None, learned: RewardFunction | None = None
 ) -> list[Reward]:
-    """Look each reward up: `constant`, `learned`, a metric's name, or the dotted path of a function.
+    """Look each reward up: `constant`, `learned`, a metric's name, or a function of the user's own.
 
     `learned` is the function of the reward of that name, whose model the caller has loaded.
 
@@ -101,21 +102,18 @@ def build_rewards(
 def _function(config: RewardConfig, language: str | None) -> RewardFunction:
     if config.name == "constant":
         return _make(constant_reward, config)
-    if config.name in METRIC_NAMES or ":" in config.name:
+    if config.name in METRIC_NAMES or config.name.startswith("evaluate:"):
         return metric_reward(load_metric(config.name, language, **config.options))
-    if "." not in config.name:
-        known = ", ".join(("constant", LEARNED, *METRIC_NAMES))
+    if not is_user_code(config.name):
+        known = ("constant", LEARNED, *METRIC_NAMES)
         raise ValueError(
-            f"ppo.rewards: {config.name!r} is not one of {known}, nor the dotted path of a function "
-            "(package.module.function)"
+            f"ppo.rewards: {config.name!r} is not one of {', '.join(known)}, nor a function of your own ({FORMS})"
+            f"{did_you_mean(config.name, known)}"
         )
-    module_name, _, attribute = config.name.rpartition(".")
     try:
-        function = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"ppo.rewards: cannot import {config.name!r} ({error})") from error
-    except Exception as error:  # a module of one's own may fail in any way
-        raise ValueError(f"ppo.rewards: cannot import {config.name!r} ({type(error).__name__}: {error})") from error
+        function = load_user_object(config.name)
+    except UserCodeError as error:
+        raise ValueError(f"ppo.rewards: {error}") from error
     if inspect.isclass(function) or config.options:
         function = _make(function, config)
     if not callable(function):

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from types import ModuleType
 
+from pipeline.runtime.user_code import UserCodeError, is_user_code, load_user_module, load_user_object
 from pipeline.tasks.types import SPLITS, Task, TaskError
 
 TASK_NAMES = ("parallel", "columns")
@@ -14,20 +15,22 @@ __all__ = ["SPLITS", "TASK_NAMES", "Task", "TaskError", "load_task", "task_modul
 def task_module(name: str) -> ModuleType:
     """Return the module of a kind of task, with `Config` (its recipe keys), `files` and `load`.
 
-    `name` is one of TASK_NAMES or the dotted path of a user's module with the same three.
+    `name` is one of TASK_NAMES, or `package.module` or `path/file.py` of the user with the same three; with `:thing`
+    the thing in it has them.
 
     Raises:
         TaskError: no such kind.
     """
     if name in TASK_NAMES:
         return import_module(f"pipeline.tasks.{name}")
-    if "." in name:
+    if is_user_code(name):
         try:
-            return import_module(name)
-        except Exception as error:  # a user's module may fail in any way
-            kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
-            raise TaskError(f"task.name: cannot import {name!r} ({kind}{error})") from error
-    raise TaskError(f"task.name: {name!r} is not one of {', '.join(TASK_NAMES)}, nor the dotted path of a module")
+            return load_user_object(name) if ":" in name else load_user_module(name)
+        except UserCodeError as error:
+            raise TaskError(f"task.name: {error}") from error
+    raise TaskError(
+        f"task.name: {name!r} is not one of {', '.join(TASK_NAMES)}, nor a module (package.module or path/file.py)"
+    )
 
 
 def load_task(name: str, config: object) -> Task:

@@ -56,9 +56,9 @@ def test_unknown_name_lists_the_known_ones(name, meant):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("no_such_package.Thing", {}, "cannot be imported .*no_such_package.*there are: bleu, chrf"),
-        (f"{__name__}.Missing", {}, "cannot be imported .*Missing"),
-        (".relative", {}, "cannot be imported"),
+        ("no_such_package.Thing", {}, "cannot import .*no_such_package.*there are: bleu, chrf"),
+        (f"{__name__}.Missing", {}, "cannot import .*Missing"),
+        (".relative", {}, "cannot import"),
         (f"{__name__}.Length", {"colour": "red"}, "cannot be called with the options .*colour"),
         (f"{__name__}.NUMBER", {}, "cannot be called"),
         (f"{__name__}.NoMetric", {}, "gave a NoMetric, which is no metric: it needs name, signature"),

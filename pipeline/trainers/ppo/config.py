@@ -8,6 +8,7 @@ from transformers import SchedulerType
 from pipeline.models.generation import Decoding
 from pipeline.rewards.config import RewardConfig
 from pipeline.rewards.results import ON_ERROR, Handling
+from pipeline.runtime.messages import did_you_mean
 
 SCHEDULERS = tuple(
     s.value for s in SchedulerType if s.value in ("linear", "cosine", "constant", "constant_with_warmup")
@@ -120,7 +121,8 @@ class PPOConfig:
     def __post_init__(self) -> None:
         _check_ranges(self)
         for name, choices in CHOICES.items():
-            _require(getattr(self, name) in choices, name, f"must be one of {choices}", getattr(self, name))
+            value = getattr(self, name)
+            _require(value in choices, name, f"must be one of {choices}{did_you_mean(value, choices)}", value)
         _check_sizes(self)
         _check_combinations(self)
 
