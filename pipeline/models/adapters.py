@@ -1,11 +1,21 @@
-"""Which weights a LoRA adapter adds to, and where it may not sit: on weights that the model uses twice."""
+"""LoRA adapters: which weights they add to, where they may not sit, and how they are saved and loaded."""
 
+import os
+import pickle
+import warnings
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, load_peft_weights
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from safetensors import SafetensorError
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from pipeline.models.hub import unreadable
+from pipeline.models.weights import shown_weights
 
 DECODER_LINEAR = "decoder-linear"  # of lora_target_modules, beside peft's all-linear
 
@@ -39,6 +49,16 @@ def check_adapter(model: PeftModel) -> None:
     Raises:
         ValueError: naming the module and what to do.
     """
+    if name := _adapter_on_shared_weights(model):
+        raise ValueError(
+            f"model.lora_target_modules: {name!r} of this {model.config.model_type} shares "
+            "its weights between input embedding and LM head (tie_word_embeddings), so that an adapter on it "
+            "cannot be merged; leave it out, or train a copy of it with lora_modules_to_save"
+        )
+
+
+def _adapter_on_shared_weights(model: PeftModel) -> str | None:
+    """Return the name of a module with an adapter of its own on weights that another module uses too, or None."""
     network = model.get_base_model()
     users: dict[int, list[str]] = {}
     for name, module in network.named_modules():
@@ -46,9 +66,104 @@ def check_adapter(model: PeftModel) -> None:
         if isinstance(base, nn.Embedding | nn.Linear) and not name.endswith(".base_layer"):
             users.setdefault(id(base.weight), []).append(name)
     for name, module in network.named_modules():
-        if isinstance(module, BaseTunerLayer) and len(users.get(id(module.get_base_layer().weight), [])) > 1:
-            raise ValueError(
-                f"model.lora_target_modules: {name.rpartition('.')[2]!r} of this {network.config.model_type} shares "
-                "its weights between input embedding and LM head (tie_word_embeddings), so that an adapter on it "
-                "cannot be merged; leave it out, or train a copy of it with lora_modules_to_save"
-            )
+        # The one for single tokens is shared by peft where the weights are.
+        adapts = isinstance(module, BaseTunerLayer) and not isinstance(module, TrainableTokensLayer)
+        if adapts and len(users.get(id(module.get_base_layer().weight), [])) > 1:
+            return name.rpartition(".")[2]
+    return None
+
+
+def attach_adapter(model: PreTrainedModel, directory: str | Path) -> PeftModel:
+    """Put a saved adapter on its base, whose embeddings get the size of the adapter's vocabulary.
+
+    Raises:
+        ValueError: the adapter lacks weights, or was trained on another base.
+    """
+    directory = os.path.expanduser(directory)
+    try:
+        config, weights = PeftConfig.from_pretrained(directory), load_peft_weights(directory, device="cpu")
+        resize_embeddings(model, config, weights, directory)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft warns of what is refused here, and torch of empty tensors
+            network = PeftModel.from_pretrained(model, directory)
+            result = network.load_adapter(directory, "default")  # once more, for the names that do not fit
+    except (pickle.UnpicklingError, SafetensorError) as error:
+        raise unreadable(directory, "adapter weights", "adapter files", error) from error
+    except KeyError as error:  # of modules that are saved whole
+        raise _misfit(model, directory, f"it lacks {error.args[0]}") from error
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise _misfit(model, directory, " ".join(str(error).split())[:300]) from error
+    if name := _adapter_on_shared_weights(network):
+        reason = f"{name} shares its weights between input embedding and LM head"
+        raise ValueError(
+            f"the adapter {directory!r} does not merge ({reason}); train a copy of it (modules_to_save) instead"
+        )
+    unexpected = [name for name in result.unexpected_keys if "lora_" in name]  # peft may save an embedding twice
+    check_loaded_adapter(model, directory, result.missing_keys, unexpected)
+    return network
+
+
+def check_loaded_adapter(
+    model: PreTrainedModel, directory: object, missing: Sequence[str], unexpected: Sequence[str]
+) -> None:
+    """Refuse an adapter that lacks weights, which would be random, or has some that the base has no module for.
+
+    Raises:
+        ValueError: naming the first of the weights.
+    """
+    if missing:
+        raise _misfit(model, directory, f"it lacks {shown_weights(sorted(missing))}")
+    if unexpected:
+        raise _misfit(model, directory, f"the base has nothing for {shown_weights(sorted(unexpected))}")
+
+
+def _misfit(model: PreTrainedModel, directory: object, reason: str) -> ValueError:
+    return ValueError(
+        f"the adapter {str(directory)!r} does not fit its base {model.config.name_or_path!r} ({reason}); give the "
+        "base that it was trained on, or merge the adapter first"
+    )
+
+
+def resize_embeddings(
+    model: PreTrainedModel, config: PeftConfig, weights: dict[str, Tensor], directory: object
+) -> None:
+    """Give the embeddings the rows that an adapter was trained with, where tokens had been added before.
+
+    Raises:
+        ValueError: rows that neither the base nor the adapter has weights for.
+    """
+    inputs, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is None or head.weight is inputs.weight
+    names = {id(module): name for name, module in model.named_modules()}
+    rows, size = inputs.weight.shape[0], _saved_rows(weights, names[id(inputs)])
+    if size is not None and size != rows:
+        if size > rows and not tied and _saved_rows(weights, names[id(head)]) is None:
+            raise _misfit(model, directory, f"it has {size} embeddings, the base {rows}, and it brings no LM head")
+        model.resize_token_embeddings(size, mean_resizing=False)
+        return
+    trained = config.to_dict().get("trainable_token_indices") or ()
+    indices = {index for item in (trained.values() if isinstance(trained, dict) else [trained]) for index in item}
+    size = max(indices, default=-1) + 1
+    if size > rows:
+        heads = isinstance(trained, dict) and any(names[id(head)].endswith(name) for name in trained) if head else True
+        if not indices.issuperset(range(rows, size)) or not (tied or heads):
+            reason = f"it trained token {size - 1}, the base has {rows} embeddings, and it brings not all in between"
+            raise _misfit(model, directory, reason)
+        model.resize_token_embeddings(size, mean_resizing=False)
+
+
+def _saved_rows(weights: dict[str, Tensor], module: str) -> int | None:
+    """Return how many rows an embedding or LM head has in an adapter's files; None where they do not hold it."""
+    for name in (f"base_model.model.{module}.weight", f"base_model.model.{module}.base_layer.weight"):
+        if name in weights:
+            return len(weights[name])
+    return None
+
+
+def save_adapter(network: PeftModel, directory: Path, names: Sequence[str] = ("default",)) -> None:
+    """Save adapters; a base in a directory is recorded by its absolute path, so that they load from any folder."""
+    for name in names:
+        config = network.peft_config[name]
+        if config.base_model_name_or_path and Path(config.base_model_name_or_path).expanduser().is_dir():
+            config.base_model_name_or_path = os.path.abspath(os.path.expanduser(config.base_model_name_or_path))
+        network.save_pretrained(directory, selected_adapters=[name])

@@ -127,7 +127,8 @@ def adapter_base(directory: Path, config: ModelConfig) -> tuple[str, ModelConfig
 
     An adapter may come from anyone. The recipe trusts only the model that it names itself, so code of any other base
     is not run. A base that is a directory has to be that model, or lie below the current directory or the folder of
-    the adapter's run: no adapter opens other directories of this machine.
+    the adapter's run: no adapter opens other directories of this machine. Where a run was moved or copied, its SFT
+    model is found beside the adapter.
 
     Raises:
         ValueError: no base is named, or one outside.
@@ -143,6 +144,9 @@ def adapter_base(directory: Path, config: ModelConfig) -> tuple[str, ModelConfig
     if base == config.model_name_or_path:
         return base, config
     base_directory = Path(base).expanduser()
+    if not base_directory.is_dir():
+        base_directory = moved_base(directory, base_directory)
+        base = str(base_directory) if base_directory.is_dir() else base
     if base_directory.is_dir() or base.startswith((".", "/", "~")) or base.count("/") > 1:
         roots = (Path.cwd(), directory.resolve().parent.parent)
         if not any(root != Path(root.anchor) and base_directory.resolve().is_relative_to(root) for root in roots):
@@ -151,3 +155,13 @@ def adapter_base(directory: Path, config: ModelConfig) -> tuple[str, ModelConfig
                 f"{roots[1]}; if you mean that model set model.model_name_or_path: {base}, or merge the adapter first"
             )
     return base, replace(config, trust_remote_code=False)
+
+
+def moved_base(directory: Path, base: Path) -> Path:
+    """Return where a base that is no longer at its recorded path is after its whole run was moved, or that path.
+
+    The policy and the reward of a run are trained over its `sft`, or over a `base` inside their own folder.
+    """
+    candidates = {"sft": directory.parent / "sft", "base": directory / "base"}
+    moved = candidates.get(base.name, base)
+    return moved if (moved / "config.json").is_file() else base

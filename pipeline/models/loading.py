@@ -20,10 +20,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from pipeline.models.adapters import attach_adapter
 from pipeline.models.config import ModelConfig
 from pipeline.models.decoder_start import check_decoder, check_languages, set_decoder_start
 from pipeline.models.hub import ADAPTER_FILE, adapter_base, pinned_revision, read_config, read_tokenizer, unreadable
 from pipeline.models.quantized import use_one_product
+from pipeline.models.weights import check_loaded_weights, empty_model
 
 
 def load_config(path: str | Path, config: ModelConfig) -> PretrainedConfig:
@@ -73,6 +75,33 @@ def load_tokenizer(path: str | Path, config: ModelConfig) -> PreTrainedTokenizer
     return tokenizer
 
 
+def language_model_class(config: PretrainedConfig) -> type:
+    """Return the auto class of transformers that loads the language model of a configuration."""
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def check_weights(path: str | Path, config: ModelConfig) -> PreTrainedModel | None:
+    """Refuse a model or adapter whose files lack weights, from the headers of the files alone.
+
+    Returns:
+        The model without its weights, with the embeddings it will have; None for a model that comes with code of its
+        own, which is checked when it is loaded.
+
+    Raises:
+        ValueError: weights that are missing or have other shapes than the model.
+    """
+    path = os.path.expanduser(path)
+    if (Path(path) / ADAPTER_FILE).is_file():
+        base = check_weights(*adapter_base(Path(path), config))
+        return None if base is None else attach_adapter(base, path).get_base_model()
+    model_config = load_config(path, config)
+    if "auto_map" in model_config.to_dict():
+        return None
+    return empty_model(
+        language_model_class(model_config), path, model_config, pinned_revision(path, config.model_revision)
+    )
+
+
 def load_model(path: str | Path, config: ModelConfig, frozen: bool = False) -> PreTrainedModel:
     """A language model with plain weights, on the CPU; a peft adapter directory is merged into its base.
 
@@ -84,19 +113,21 @@ def load_model(path: str | Path, config: ModelConfig, frozen: bool = False) -> P
     if (Path(path) / ADAPTER_FILE).is_file():
         return merge_adapter(path, config)
     model_config = load_config(path, config)
-    model_class = AutoModelForSeq2SeqLM if model_config.is_encoder_decoder else AutoModelForCausalLM
     try:
-        model = model_class.from_pretrained(
+        model, info = language_model_class(model_config).from_pretrained(
             str(path),
             config=model_config,
             revision=pinned_revision(str(path), config.model_revision),
             trust_remote_code=config.trust_remote_code,
             dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
             attn_implementation=config.attn_implementation,
+            ignore_mismatched_sizes=True,  # refused below, in one sentence
+            output_loading_info=True,
             **(_in_4_bits(config) if frozen and config.load_in_4bit else {}),
         )
     except (pickle.UnpicklingError, SafetensorError) as error:
         raise unreadable(path, "weights", "weight files", error) from error
+    check_loaded_weights(model, path, info)
     if frozen and config.load_in_4bit:
         use_one_product(model)
     if model_config.is_encoder_decoder:
@@ -133,14 +164,7 @@ def merged(
 
 def merge_adapter(path: str | Path, config: ModelConfig) -> PreTrainedModel:
     """The base model an adapter was trained on, with the adapter's weights added into it."""
-    return _with_adapter(load_model(*adapter_base(Path(path), config)), path)
-
-
-def _with_adapter(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
-    try:
-        return PeftModel.from_pretrained(model, str(path)).merge_and_unload()
-    except (pickle.UnpicklingError, SafetensorError) as error:
-        raise unreadable(path, "adapter weights", "adapter files", error) from error
+    return attach_adapter(load_model(*adapter_base(Path(path), config)), path).merge_and_unload()
 
 
 def plain_model_directory(path: str | Path, config: ModelConfig, target: Path) -> str | Path:
@@ -164,7 +188,7 @@ def plain_model_directory(path: str | Path, config: ModelConfig, target: Path) -
 def load_policy(path: str | Path, base: str | Path, config: ModelConfig) -> PreTrainedModel:
     """A trained policy with plain weights: the adapter in `path` merged into `base`, or the whole model in `path`."""
     if (Path(path) / ADAPTER_FILE).is_file():
-        return _with_adapter(load_model(base, config), path)
+        return attach_adapter(load_model(base, config), path).merge_and_unload()
     return load_model(path, config)
 
 

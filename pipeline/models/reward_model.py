@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from pipeline.models.adapters import adapter_config, check_adapter
+from pipeline.models.adapters import adapter_config, attach_adapter, check_adapter, save_adapter
 from pipeline.models.sequences import Sequences
 from pipeline.models.states import final_states
 
@@ -94,7 +94,7 @@ class RewardNetwork(nn.Module):
     @classmethod
     def load(cls, model: PreTrainedModel, directory: str | Path) -> "RewardNetwork":
         """The saved adapter and head over `model`, which they were trained on."""
-        return cls(PeftModel.from_pretrained(model, str(directory)), load_head(directory))
+        return cls(attach_adapter(model, directory), load_head(directory))
 
     @property
     def language_model(self) -> PreTrainedModel:
@@ -131,7 +131,7 @@ class RewardNetwork(nn.Module):
 
     def save_pretrained(self, directory: Path) -> None:
         """The adapter as peft saves it, and the head beside it."""
-        self.network.save_pretrained(directory)
+        save_adapter(self.network, directory)
         save_file({"weight": self.head.weight.detach().cpu().contiguous()}, Path(directory) / HEAD_FILE)
 
     def trainable_state(self) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pipeline.models.adapters import adapter_config, check_adapter
+from pipeline.models.adapters import adapter_config, check_adapter, save_adapter
 from pipeline.models.dropout import remove_dropout
 from pipeline.models.kernels.lm_head import token_logprobs
 from pipeline.models.kernels.packing import disable_packing, enable_packing, pack, packed_states
@@ -235,8 +235,7 @@ class SharedModel(nn.Module):
     def save_pretrained(self, directory: Path) -> None:
         """Save the policy as peft or transformers do, and the value head in the same directory."""
         if isinstance(self.network, PeftModel):
-            for name in [POLICY, *([VALUE] if self.has_value_adapter else [])]:
-                self.network.save_pretrained(directory, selected_adapters=[name])
+            save_adapter(self.network, directory, [POLICY, *([VALUE] if self.has_value_adapter else [])])
         else:
             self.network.save_pretrained(directory)
         save_file(

@@ -14,6 +14,7 @@ from pipeline.models.loading import is_encoder_decoder, load_config, position_li
 from pipeline.models.reward_model import RECORD_FILE, load_record
 from pipeline.recipe.document import Document, KeyPath, RecipeError
 from pipeline.recipe.load import load_recipe
+from pipeline.recipe.model_checks import check_models
 from pipeline.recipe.refused import REFUSED_FOR_ENCODER_DECODERS
 from pipeline.recipe.types import Recipe
 from pipeline.rewards import build_rewards
@@ -71,12 +72,7 @@ def _check_homes(value: object, document: Document, path: KeyPath = ()) -> None:
 
 def _check_all(recipe: Recipe, num_processes: int, document: Document) -> None:
     _check_homes(document.data, document)
-    if recipe.model.model_name_or_path is not None:
-        check_model_path(recipe.model.model_name_or_path, "model.model_name_or_path")
-    if recipe.sft_is_external:
-        check_model_path(recipe.ppo.sft_model_path, "ppo.sft_model_path")
-    for system in recipe.eval.further_systems:
-        check_model_path(system.path, "eval.systems")
+    check_models(recipe)
     task_module(recipe.task.name).files(recipe.task.config)
     if isinstance(recipe.task.config, columns.Config):
         columns.check_reachable(recipe.task.config)

@@ -14,6 +14,7 @@ from pipeline.models.loading import position_limit
 from pipeline.models.reward_model import RECORD_FILE
 from pipeline.models.sequences import length_sorted_chunks
 from pipeline.models.text import plain_text
+from pipeline.models.weights import check_loaded_weights, empty_model
 from pipeline.rewards.metric import text_of
 
 
@@ -32,11 +33,17 @@ class ClassifierReward:
         trust = config.trust_remote_code
         self.tokenizer = read_tokenizer(source, trust_remote_code=trust)
         try:
-            self.model = AutoModelForSequenceClassification.from_pretrained(
-                source, revision=pinned_revision(source), dtype=torch.float32, trust_remote_code=trust
-            ).eval()
+            self.model, info = AutoModelForSequenceClassification.from_pretrained(
+                source,
+                revision=pinned_revision(source),
+                dtype=torch.float32,
+                trust_remote_code=trust,
+                ignore_mismatched_sizes=True,  # refused below, in one sentence
+                output_loading_info=True,
+            )
         except (pickle.UnpicklingError, SafetensorError) as error:
             raise unreadable(source, "weights", "weight files", error) from error
+        check_loaded_weights(self.model.eval(), source, info)
         self.tokenizer.padding_side = "right"
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -95,10 +102,11 @@ class ClassifierReward:
 
 
 def check_classifier(path: str, config: ModelConfig, key: str = "ppo.reward_model_path") -> None:
-    """Refuse what is no reward model, by its configuration alone.
+    """Refuse what is no reward model, by its configuration and the headers of its weight files alone.
 
     Raises:
-        ValueError: an adapter without a record, an encoder-decoder or language model, or more than one label.
+        ValueError: an adapter without a record, an encoder-decoder or language model, more than one label, or weights
+            that are missing.
     """
     directory = Path(path).expanduser()
     if (directory / "adapter_config.json").is_file():
@@ -117,3 +125,8 @@ def check_classifier(path: str, config: ModelConfig, key: str = "ppo.reward_mode
             f"{key}: the classifier {path!r} has {loaded.num_labels} labels ({names}), and a reward is one number: "
             "give a model with num_labels: 1"
         )
+    if "auto_map" not in loaded.to_dict():
+        try:
+            empty_model(AutoModelForSequenceClassification, source, loaded, pinned_revision(source))
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from error

@@ -88,8 +88,7 @@ def test_pickled_weights_of_a_model_are_never_run(recipe, capfd, tmp_path, base_
     for program in ("sft.py", "ppo.py", "eval.py"):
         code = outcome(MAINS[program], recipe, *overrides)
         said = capfd.readouterr().err
-        assert code == (2 if program == "eval.py" else 1) and "Traceback" not in said
-        assert program == "eval.py" or "are a pickle of more than tensors" in said
+        assert code == 2 and "Traceback" not in said and "are a pickle of more than tensors" in said
     assert not mark.exists()
 
 
@@ -113,7 +112,7 @@ def test_pickled_weights_of_a_classifier_are_never_run(recipe, capfd, tmp_path, 
     assert outcome(MAINS["sft.py"], recipe) == 0
     capfd.readouterr()
     overrides = ["ppo.rewards=[{name: learned}]", f"ppo.reward_model_path={judge}"]
-    assert outcome(MAINS["ppo.py"], recipe, *overrides) == 1
+    assert outcome(MAINS["ppo.py"], recipe, *overrides) == 2
     assert "are a pickle of more than tensors" in only_error(capfd.readouterr().err)
     assert not mark.exists()
 
