@@ -22,10 +22,10 @@ from pipeline.trainers.ppo.trainer import PPOTrainer
 def main(argv: Sequence[str]) -> int:
     """Run the stage; 0 when its artefact is complete."""
     recipe = parse_stage_arguments(argv, __doc__)
-    return run_stage(recipe, "ppo", train)
+    return run_stage(recipe, "ppo", train_ppo)
 
 
-def train(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
+def train_ppo(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
     """Train the policy and save the best one."""
     task = load_recipe_task(recipe)
     path = plain_model_directory(sft_model_path(recipe, run), recipe.model, run.ppo / "base")

@@ -25,10 +25,10 @@ from pipeline.stages.stage import run_stage
 
 def main(argv: Sequence[str]) -> int:
     """Run the stage; return 0 when its artefact and its report are complete."""
-    return run_stage(parse_stage_arguments(argv, __doc__), "reward", train)
+    return run_stage(parse_stage_arguments(argv, __doc__), "reward", train_reward_model)
 
 
-def train(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
+def train_reward_model(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
     """Collect the pairs, train on them or load a classifier, report, and save what PPO needs."""
     task = load_recipe_task(recipe)
     base = plain_model_directory(sft_model_path(recipe, run), recipe.model, run.reward / "base")

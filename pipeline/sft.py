@@ -23,10 +23,10 @@ from pipeline.trainers.huggingface.sft import build_sft_trainer, sft_arguments
 def main(argv: Sequence[str]) -> int:
     """Run the stage; 0 when its artefact is complete."""
     recipe = parse_stage_arguments(argv, __doc__)
-    return run_stage(recipe, "sft", train)
+    return run_stage(recipe, "sft", train_sft)
 
 
-def train(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
+def train_sft(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
     """Train, then save the model as plain weights."""
     task = load_recipe_task(recipe)
     base = base_model_path(recipe, run, task)

@@ -167,10 +167,8 @@ def test_half_of_a_character_is_named(tmp_path, capfd):
 def test_a_missing_column_is_named_with_those_that_are_there(tmp_path, capfd):
     write_rows(tmp_path)
     said = refused(capfd, tmp_path, "task.completion=germn")
-    assert (
-        "task.completion: no column 'germn' in '/train.jsonl'; did you mean 'german'? there are: english, german"
-        in said
-    )
+    assert "task.completion: no column 'germn' in '/train.jsonl'" in said
+    assert "did you mean 'german'?" in said
 
 
 # 29: encodings
@@ -247,10 +245,8 @@ def test_sft_cuts_what_is_longer_and_says_how_much(tmp_path, capfd):
     overrides = ["ppo=null", "sft.max_length=40"]
     assert outcome(MAINS["sft.py"], write_recipe(tmp_path), *overrides) == 0
     said = capfd.readouterr().err
-    assert (
-        "sft: of 7 examples of train 1 are cut to sft.max_length (40 tokens), and 2 are left out, because their "
-        "prompts fill sft.max_length (40 tokens): the first is row 4\n"
-    ) in said
+    assert "of 7 examples of train 1 are cut to sft.max_length (40 tokens)" in said
+    assert "2 are left out" in said and "the first is row 4" in said
     assert "examples of validation" not in said
 
 
@@ -269,9 +265,7 @@ def test_prompts_that_leave_no_room_are_refused_before_sft_trains(tmp_path, capf
 def test_sft_alone_refuses_data_of_which_nothing_fits(tmp_path, capfd):
     write_rows(tmp_path, [LONG, LONG], ["train"])
     write_rows(tmp_path, splits=["validation", "test"])
-    assert "sft.max_length: each of the 2 prompts of train fills sft.max_length (64 tokens)" in refused(
-        capfd, tmp_path, "ppo=null"
-    )
+    assert "sft.max_length: each of the 2 prompts of train" in refused(capfd, tmp_path, "ppo=null")
 
 
 def test_ppo_and_the_evaluation_refuse_what_leaves_no_room(tmp_path, capfd):
@@ -286,7 +280,7 @@ def test_ppo_and_the_evaluation_refuse_what_leaves_no_room(tmp_path, capfd):
         systems = "eval.systems=[sft]"
         assert outcome(MAINS[program], path, override, systems) == 1
         assert f"error: {key}: " in (said := only_error(capfd.readouterr().err))
-        assert "leave no room for 62 tokens in the 64 positions of the model (max_position_embeddings)" in said
+        assert "no room for 62 tokens in the 64 positions" in said
 
 
 def test_a_reference_counts_as_far_as_the_model_can_read(tmp_path):
