@@ -54,6 +54,7 @@ SLOW = (
     "test_accelerate_configs.py",
     "test_chain.py",
     "test_reward_stage.py",
+    "test_run.py",
     "test_stages_in_two.py",
     "test_two_machines.py",
     "trainers/test_communication.py",
@@ -65,6 +66,7 @@ SLOW = (
     "trainers/test_ppo_options.py",
     "trainers/test_reward.py",
     "trainers/test_sft_config.py",
+    "trainers/test_sft_encoder_decoder.py",
 )
 COLOURS = ("red", "blue", "green", "white", "black")
 NUMBERS = ("one", "two", "three", "four", "five")
