@@ -321,6 +321,7 @@ def run(base_directory, model_config, examples, tmp_path, fresh_accelerate) -> I
 
     def train(name: str, settings: dict[str, Any], trains: bool = True, section: str = "sft") -> Outcome:
         directory, calls = tmp_path / name, []
+        transformers.logging.set_verbosity_warning()  # whatever an earlier run of this process has set
         model = load_model(base_directory, model_config)
         model.model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
         trainer = build(section, directory, model, settings)
