@@ -154,7 +154,6 @@ def test_missing_keys_are_named():
         ("seed=true", "seed", ["a whole number, found true"]),
         ("seed=-1", "seed", ["from 0 to 4294967295, found -1"]),
         ("seed=null", "seed", ["a whole number, found null"]),
-        ("name=7", "name", ["text, found 7; put quotes around it"]),
         ("ppo.total_episodes=1e5", "ppo.total_episodes", ["a whole number, found 100000.0; write 100000"]),
         ("ppo.total_episodes=1_000", "ppo.total_episodes", ["a whole number, found '1_000'"]),
         ("ppo.kl_coef=high", "ppo.kl_coef", ["a number, found 'high'"]),
@@ -169,7 +168,11 @@ def test_missing_keys_are_named():
         ("sft=[1]", "sft", ["a section of keys, found a list"]),
         ("model.from_scratch=true", "model.from_scratch", ["a mapping, found true"]),
         ("model.lora_target_modules=[q, 1]", "model.lora_target_modules.1", ["text, found 1; put quotes around it"]),
-        ("task.prompt={source}", "task.prompt", ["text, found a mapping; put quotes around a text that has braces"]),
+        (
+            "ppo.report_to=[{x}]",
+            "ppo.report_to.0",
+            ["text, found a mapping; put quotes around a text"],
+        ),
         ("sft.learning_rate=fast", "sft.learning_rate", ["a number, found 'fast'"]),
         ("sft.report_to=[tensorboard, 3]", "sft.report_to.1", ["text, found 3"]),
         ("sft.eval_strategy=false", "sft.eval_strategy", ["one of no, steps, epoch, found false"]),
@@ -523,3 +526,35 @@ def test_stage_help(capsys):
     assert [
         w for w in ("Train by PPO.", "RECIPE", "section.key=value", "recipes/quickstart.yaml") if w not in text
     ] == []
+
+
+@pytest.mark.parametrize(
+    ("written", "text"),
+    [
+        ("translate English to French: {source}", "translate English to French: {source}"),
+        ("{source} # not a comment", "{source} # not a comment"),
+        ("- {source}", "- {source}"),
+        ("[INST] {source} [/INST]", "[INST] {source} [/INST]"),
+        ("'Q' & \"A\": {source}", "'Q' & \"A\": {source}"),
+        (" !{source}* ", "!{source}*"),
+        ("'it''s: {source}'", "it's: {source}"),
+        ('"{source}\\n"', "{source}\n"),
+        ("7", "7"),
+        ("true", "true"),
+    ],
+)
+def test_an_override_of_a_key_that_holds_text_is_that_text(written, text):
+    assert load_recipe(write(), [f"task.prompt={written}"]).task.config.prompt == text
+
+
+def test_overrides_of_text_in_other_sections_and_of_keys_that_are_no_text():
+    overrides = ["ppo.run_name=a: b", "name=2026", "sft.run_name={x}", "ppo.sft_model_path=null"]
+    overrides += ["ppo.stop_strings=[a]", "ppo.report_to=[wandb]"]
+    overrides += ["eval.systems=[sft, {name: other, path: x}]", "eval.systems.1.path=y: z", "ppo.warmup_steps=3"]
+    overrides += ["reward.pairs.metric=evaluate: x", "eval.metrics=[{name: bleu}]", "eval.metrics.0.name=chrf # x"]
+    overrides += ["sft.report_to=[wandb]"]
+    recipe = load_recipe(write(), overrides)
+    assert (recipe.name, recipe.ppo.run_name, recipe.sft.arguments["run_name"]) == ("2026", "a: b", "{x}")
+    assert (recipe.ppo.sft_model_path, recipe.ppo.stop_strings, recipe.ppo.warmup_steps) == (None, ("a",), 3)
+    assert (recipe.eval.systems[1].path, recipe.reward.pairs.metric) == ("y: z", "evaluate: x")
+    assert recipe.eval.metrics[0].name == "chrf # x" and recipe.sft.arguments["report_to"] == ["wandb"]

@@ -13,6 +13,7 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
 from pipeline.recipe.document import Document, KeyPath, RecipeError, dotted, split_path
+from pipeline.recipe.text_keys import is_text_key
 from pipeline.runtime.messages import did_you_mean, environment_secrets, redact
 
 MAX_BYTES = 2**20
@@ -21,6 +22,8 @@ MAX_DEPTH, MAX_VALUES = 20, 10_000
 MAX_NUMBER = 2**63 - 1
 # What ruamel calls the values that it recognises without a tag; the last three are text in YAML 1.2.
 KINDS = ("map", "seq", "str", "null", "bool", "int", "float", "timestamp", "value", "merge")
+NULLS = ("", "~", "null", "Null", "NULL")
+QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"|\'(?:[^\']|\'\')*\'', re.DOTALL)
 BASES = {"0x": 16, "0o": 8, "0b": 2}
 
 
@@ -126,7 +129,8 @@ class _Converter:
             values[self._scalar("str", key, (*path, key))] = self.value(value_node, (*path, key))
         return values
 
-    def _scalar(self, kind: str, text: str, path: KeyPath) -> Any:
+    def text(self, text: str, path: KeyPath) -> str:
+        """Return a text, if a recipe may hold it."""
         if any(secret in text for secret in self.secrets):
             raise self.document.error(
                 path,
@@ -135,6 +139,10 @@ class _Converter:
             )
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise self.document.error(path, f"{text!a} has half of a character, which no file can hold")
+        return text
+
+    def _scalar(self, kind: str, text: str, path: KeyPath) -> Any:
+        text = self.text(text, path)
         if kind == "null":
             return None
         if kind == "bool":
@@ -186,5 +194,18 @@ def _apply(override: str, document: Document) -> None:
             document.places[path[: depth + 1]] = label
         container = container[key]
     document.places = {place: where for place, where in document.places.items() if place[: len(path)] != path}
-    container[key] = _parse(text, document, label, path)
+    container[key] = _override_value(text, document, label, path)
     document.places[path] = label
+
+
+def _override_value(text: str, document: Document, label: str, path: KeyPath) -> Any:
+    """Return the value of an override: for a key that holds text the text as written, without quotes around it.
+
+    So `task.prompt=translate English to French: {source}` needs no quotes, which YAML would.
+    """
+    plain = text.strip()
+    as_yaml = plain in NULLS or QUOTED.fullmatch(plain) or not all(c.isprintable() or c in "\n\t" for c in plain)
+    if as_yaml or not is_text_key(path, document):
+        return _parse(text, document, label, path)
+    document.places[path] = label
+    return _Converter(document, label).text(plain, path)
