@@ -1,7 +1,8 @@
 """PPO from the papers' formulas: slow, one sample at a time, no padding, no batches: what PPOTrainer has to equal.
 
 Sources: the clipped surrogate is equation 7 of arXiv:1707.06347; advantages are equation 16 of arXiv:1506.02438, as
-the sum it defines; the KL penalty in the reward is section 2 of arXiv:1909.08593; clipped value loss, whitening and a
+the sum it defines; the KL penalty in the reward is section 2 of arXiv:1909.08593; k2 and k3 are those of
+Schulman, "Approximating KL" (2020); clipped value loss, whitening and a
 loss that is a mean over tokens are of "The N+ Implementation Details of RLHF with PPO" (arXiv:2403.17031); Adam is
 algorithm 1 of arXiv:1412.6980.
 """
@@ -46,11 +47,11 @@ def value_of(head: nn.Linear, states: Tensor) -> Tensor:
     return states @ head.weight[0] + head.bias[0]
 
 
-def kl_of(logprob: float, ref_logprob: float, estimator: str) -> float:
-    """k1 = log(pi / rho), or k3 = rho / pi - 1 - log(rho / pi)."""
-    if estimator == "k1":
-        return logprob - ref_logprob
-    return math.exp(ref_logprob - logprob) - 1 - (ref_logprob - logprob)
+def kl_loss_of(logprob: Tensor, ref_logprob: Tensor, ratio: Tensor, estimator: str) -> Tensor:
+    """k3 = rho / pi - 1 - log(rho / pi), times the ratio; or k2 = log(pi / rho)^2 / 2."""
+    if estimator == "k2":
+        return (logprob - ref_logprob) ** 2 / 2
+    return ratio * ((ref_logprob - logprob).exp() - 1 - (ref_logprob - logprob))
 
 
 def credit(episodes: list[Episode], args: PPOConfig) -> None:
@@ -58,7 +59,8 @@ def credit(episodes: list[Episode], args: PPOConfig) -> None:
     rewards = []
     for number, episode in enumerate(episodes):
         pairs = zip(episode.logprobs.tolist(), episode.ref_logprobs.tolist(), strict=True)
-        tokens = [-args.kl_coef * kl_of(logprob, ref, args.kl_estimator) for logprob, ref in pairs]
+        kl_coef = args.kl_coef if args.kl_placement == "reward" else 0.0
+        tokens = [-kl_coef * (logprob - ref) for logprob, ref in pairs]
         score = episode.score
         if args.group_baseline:
             start = number - number % args.num_generations
@@ -132,6 +134,9 @@ class PlainPPO:
             near = old + (values[t] - old).clamp(-args.cliprange_value, args.cliprange_value)
             error = torch.maximum((values[t] - target) ** 2, (near - target) ** 2)
             total = total - surrogate + args.vf_coef * 0.5 * error
+            if args.kl_placement == "loss":
+                ref = episode.ref_logprobs[t]
+                total = total + args.kl_coef * kl_loss_of(logprobs[t], ref, ratio, args.kl_estimator)
             for name, number in (
                 ("policy", -surrogate),
                 ("value", 0.5 * error),

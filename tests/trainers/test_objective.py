@@ -43,6 +43,60 @@ def test_kl_estimators_agree_on_average():
         assert float((policy.exp() * kl_penalty(policy, reference, estimator)).sum()) == pytest.approx(exact, abs=1e-6)
 
 
+# A policy over four tokens as a batch in which each stands as often as it is probable: sums over the batch are exact
+# expectations. `NOW` is the policy after some steps, whose samples are still those of the batch.
+COUNTS = tensor([10, 5, 3, 2], dtype=torch.float64)
+TOKENS = torch.repeat_interleave(torch.arange(4), COUNTS.long())
+REFERENCE = tensor([0.4, 0.3, 0.1, 0.2], dtype=torch.float64).log()
+NOW = (COUNTS / 20).log() + tensor([0.4, -0.3, 0.2, -0.5], dtype=torch.float64)
+
+
+def policy_gradients(logits: Tensor, term: str, kl_estimator: str, advantages: Tensor | float = 0.0):
+    """The gradient at `logits` of a term of PPO's loss, a mean over the batch, and that of KL(policy || reference)."""
+    logits = logits.clone().requires_grad_()
+    logprobs, old = logits.log_softmax(-1), (COUNTS / 20).log()
+    zeros = torch.zeros(20, 1, dtype=torch.float64)
+    outputs = PolicyOutputs(logprobs[TOKENS].unsqueeze(1), zeros, zeros)
+    experience = Experience(
+        sequences=None,
+        logprobs=old[TOKENS].unsqueeze(1),
+        ref_logprobs=REFERENCE[TOKENS].unsqueeze(1),
+        values=zeros,
+        advantages=zeros + advantages,
+        returns=zeros,
+        mask=torch.ones(20, 1, dtype=torch.bool),
+    )
+    loss = getattr(ppo_loss(outputs, experience, CLIPPING, kl_estimator), term).sum() / 20
+    exact = (logprobs.exp() * (logprobs - REFERENCE)).sum()
+    return torch.autograd.grad(loss, logits, retain_graph=True)[0], torch.autograd.grad(exact, logits)[0]
+
+
+@pytest.mark.parametrize("policy", ["sampled from", "of later"])
+def test_the_gradient_of_the_kl_loss_is_that_of_the_kl(policy):
+    logits = (COUNTS / 20).log() if policy == "sampled from" else NOW
+    gradient, exact = policy_gradients(logits, "reference_kl", "k3")
+    close(gradient, exact)
+    assert exact.norm() > 0.1
+
+
+def test_the_gradient_of_the_squared_log_ratio_is_that_of_the_kl_on_samples_of_the_policy():
+    close(*policy_gradients((COUNTS / 20).log(), "reference_kl", "k2"))
+    gradient, exact = policy_gradients(NOW, "reference_kl", "k2")
+    assert (gradient - exact).norm() > 0.1 * exact.norm()  # without the ratio it is that of the first step only
+
+
+def test_the_kl_as_a_reward_has_the_gradient_of_the_kl_with_k1_only():
+    """Which is why other estimators are refused there."""
+    logprobs = (COUNTS / 20).log()
+    shares = {}
+    for estimator in ("k1", "k2", "k3"):
+        penalty = kl_penalty(logprobs[TOKENS], REFERENCE[TOKENS], estimator).unsqueeze(1)
+        gradient, exact = policy_gradients(logprobs, "policy", "k3", advantages=penalty.mean() - penalty)
+        shares[estimator] = float(gradient @ exact / exact.square().sum())
+    assert shares["k1"] == pytest.approx(1.0)
+    assert max(abs(shares["k2"]), abs(shares["k3"])) < 0.5
+
+
 def test_scores_stand_at_the_last_real_token():
     mask = tensor([[True, True, False], [True, False, False], [True, True, True]])
     close(spread_scores(tensor([1.0, 2.0, 3.0]), mask), [[0, 1, 0], [2, 0, 0], [0, 0, 3]])
@@ -288,10 +342,10 @@ def test_entropy_and_kl_to_the_reference_are_sums_over_real_tokens():
         mask=mask,
     )
     assert terms.entropy.item() == 0.75
-    # k3, as above: 0.367879 + 0.148721;  d k3 / d logprob = 1 - e^(ref - logprob): 1 - e^-1, 1 - e^0.5
+    # k3, as above, at ratio 1: 0.367879 + 0.148721;  d (ratio k3) / d logprob = k3 + 1 - e^(ref - logprob)
     assert terms.reference_kl.item() == pytest.approx(0.516600, abs=1e-5)
     terms.reference_kl.backward()
-    close(logprobs.grad, [[0.632121, -0.648721, 0.0]])
+    close(logprobs.grad, [[1.0, -0.5, 0.0]])
 
 
 def test_the_kl_coefficient_follows_its_target():

@@ -86,9 +86,9 @@ def test_the_ppo_epochs_end_where_the_policy_has_moved_too_far(make_trainer):
     assert training_steps(far.output_dir)[0]["policy/optimizer_steps"] == 4.0
 
 
-@pytest.mark.parametrize("placement", ["reward", "loss"])
-def test_a_kl_penalty_holds_the_policy_near_the_reference(make_trainer, placement):
-    settings = {"kl_placement": placement, "kl_estimator": "k3", "num_ppo_epochs": 4, "response_length": 3}
+@pytest.mark.parametrize(("placement", "estimator"), [("reward", "k1"), ("loss", "k3"), ("loss", "k2")])
+def test_a_kl_penalty_holds_the_policy_near_the_reference(make_trainer, placement, estimator):
+    settings = {"kl_placement": placement, "kl_estimator": estimator, "num_ppo_epochs": 4, "response_length": 3}
     settings |= {"total_episodes": 320, "per_device_train_batch_size": 32, "learning_rate": 2e-2}
     found = {}
     for kl_coef in (0.0, 1.0):

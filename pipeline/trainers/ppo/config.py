@@ -1,6 +1,5 @@
 """PPO's settings: the `ppo:` section."""
 
-import math
 from dataclasses import dataclass, replace
 
 from transformers import SchedulerType
@@ -9,11 +8,12 @@ from pipeline.models.generation import Decoding
 from pipeline.rewards.config import RewardConfig
 from pipeline.rewards.results import ON_ERROR, Handling
 from pipeline.runtime.messages import did_you_mean
+from pipeline.trainers.ppo.ranges import check_ranges, require
 
 SCHEDULERS = tuple(
     s.value for s in SchedulerType if s.value in ("linear", "cosine", "constant", "constant_with_warmup")
 )
-KL_ESTIMATORS = ("k1", "k3")
+KL_ESTIMATORS = ("k1", "k2", "k3")
 KL_PLACEMENTS = ("reward", "loss")
 REWARD_SHAPING = ("none", "prefix")
 SCORE_SCALING = ("none", "running", "reference")
@@ -74,9 +74,8 @@ class PPOConfig:
     stop_strings: tuple[str, ...] = ()
 
     kl_coef: float = 0.05  # weight of the KL penalty
-    kl_estimator: str = "k1"  # k1 is unbiased; k3 has less variance and is never negative
-    # reward: in the token reward; loss: a term of the loss, needs k3, because the gradient of k1 is 0 on average
-    kl_placement: str = "reward"
+    kl_estimator: str = "k1"  # k1 with kl_placement reward; k3 (times the ratio, as in TRL) or k2 with loss
+    kl_placement: str = "reward"  # reward: in the token reward; loss: a term of the loss
     # nats per episode: kl_coef follows it by at most 20 % per horizon (Ziegler et al. 2019)
     kl_target: float | None = None
     kl_horizon: int = 10_000  # episodes of that adaptation
@@ -119,10 +118,10 @@ class PPOConfig:
     run_name: str | None = None  # the name of the run for trackers
 
     def __post_init__(self) -> None:
-        _check_ranges(self)
+        check_ranges(self)
         for name, choices in CHOICES.items():
             value = getattr(self, name)
-            _require(value in choices, name, f"must be one of {choices}{did_you_mean(value, choices)}", value)
+            require(value in choices, name, f"must be one of {choices}{did_you_mean(value, choices)}", value)
         _check_sizes(self)
         _check_combinations(self)
 
@@ -168,38 +167,6 @@ CHOICES = {
     "value_model": VALUE_MODELS,
     "on_reward_error": ON_ERROR,
 }
-AT_LEAST_ONE = (
-    "total_episodes per_device_train_batch_size gradient_accumulation_steps num_ppo_epochs num_mini_batches "
-    "local_rollout_forward_batch_size num_generations response_length logging_steps save_total_limit kl_horizon "
-    "eval_steps eval_examples save_steps max_skipped_steps"
-)
-ABOVE_ZERO = (
-    "learning_rate value_learning_rate temperature max_grad_norm adam_epsilon cliprange cliprange_value "
-    "cliprange_high kl_target target_kl score_clip missing_eos_penalty reward_timeout max_kl"
-)
-NOT_NEGATIVE = (
-    "kl_coef vf_coef entropy_coef weight_decay top_k warmup_steps value_warmup_steps min_new_tokens "
-    "num_sample_generations"
-)
-
-
-def _check_ranges(args: PPOConfig) -> None:
-    """Each number on its own; None stands for a default or for off."""
-    rules = (
-        (AT_LEAST_ONE, "must be at least 1", lambda v: v >= 1),
-        (ABOVE_ZERO, "must be above 0", lambda v: v > 0),
-        (NOT_NEGATIVE, "must not be negative", lambda v: v >= 0),
-        ("top_p", "must be in (0, 1]", lambda v: 0 < v <= 1),
-        ("adam_beta1 adam_beta2", "must be in [0, 1)", lambda v: 0 <= v < 1),
-        ("gamma lam", "must be in [0, 1]", lambda v: 0 <= v <= 1),
-        ("dual_clip", "must be above 1", lambda v: v > 1),
-        ("missing_eos_score", "must be finite", math.isfinite),
-    )
-    for names, rule, holds in rules:
-        for name in names.split():
-            value = getattr(args, name)
-            endless = value == math.inf and name != "max_grad_norm"  # whose inf switches clipping off
-            _require(value is None or (holds(value) and not endless), name, rule, value)
 
 
 def _check_sizes(args: PPOConfig) -> None:
@@ -223,7 +190,7 @@ def _check_sizes(args: PPOConfig) -> None:
             f"must be below response_length ({args.response_length})",
         ),
     ):
-        _require(holds, name, rule, getattr(args, name))
+        require(holds, name, rule, getattr(args, name))
 
 
 def _check_combinations(args: PPOConfig) -> None:
@@ -247,9 +214,16 @@ def _check_combinations(args: PPOConfig) -> None:
             args.num_generations,
         ),
         (
-            args.kl_placement == "loss" and args.kl_estimator != "k3",
+            args.kl_placement == "loss" and args.kl_estimator == "k1",
             "kl_placement",
-            "loss needs kl_estimator k3 (the gradient of k1 is 0 on average)",
+            "loss needs kl_estimator k3 or k2 (the gradient of k1 is 0 on average)",
+            args.kl_estimator,
+        ),
+        (
+            args.kl_placement == "reward" and args.kl_estimator != "k1",
+            "kl_estimator",
+            "as a reward it hardly holds the policy (near the reference k3 has 1 % of the KL's gradient); "
+            "use k1, or kl_placement: loss",
             args.kl_estimator,
         ),
         (
@@ -291,9 +265,4 @@ def _check_combinations(args: PPOConfig) -> None:
             args.value_warmup_steps,
         ),
     ):
-        _require(not wrong, name, rule, found)
-
-
-def _require(holds: bool, name: str, rule: str, found: object) -> None:
-    if not holds:
-        raise ValueError(f"ppo.{name}: {rule}, found {found!r}")
+        require(not wrong, name, rule, found)

@@ -242,7 +242,8 @@ class Learner:
             micro_batches = mini_batch.micro_batches(size)
             for number, micro_batch in enumerate(micro_batches):
                 with self._synchronised(number == len(micro_batches) - 1), self.accelerator.autocast():
-                    terms = ppo_loss(self.model(micro_batch.sequences), micro_batch, self.clipping)
+                    outputs = self.model(micro_batch.sequences)
+                    terms = ppo_loss(outputs, micro_batch, self.clipping, self.args.kl_estimator)
                     # DDP averages over processes, so their number turns its mean back into the sum.
                     loss = self._loss(terms, mini_batch.kl_coef) * self.accelerator.num_processes / tokens
                     self.accelerator.backward(loss)

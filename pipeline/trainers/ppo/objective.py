@@ -50,22 +50,39 @@ class LossTerms:
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
     """Estimate KL(policy || reference) at each sampled token [B, C], in nats (Schulman, "Approximating KL", 2020).
 
-    `k1` is unbiased, with either sign; `k3` is never negative and has less variance.
+    `k1` is unbiased, with either sign; `k3` is unbiased, too, never negative and has less variance; `k2`, half the
+    squared log ratio, is biased, but its gradient on samples of the policy is that of the KL.
     """
     log_ratio = ref_logprobs - logprobs
     if estimator == "k1":
         return -log_ratio
     log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    if estimator == "k2":
+        return 0.5 * log_ratio.square()
     return torch.expm1(log_ratio) - log_ratio
 
 
-def ppo_loss(outputs: PolicyOutputs, experience: Experience, clipping: Clipping) -> LossTerms:
-    """Compute the clipped surrogate, the clipped value loss, entropy and KL to the reference (k3), as sums.
+def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, ratio: Tensor, estimator: str) -> Tensor:
+    """Return each token's term of the loss [B, C] whose gradient, on average, is that of KL(policy || reference).
+
+    Alone, `k3` has the gradient of the other direction, KL(reference || policy). Times the `ratio` of new and old
+    policy, with its gradient, it is exact, also after the first optimizer step (TRL's `use_bias_correction_kl`). `k2`
+    goes without the ratio, as in OpenRLHF, and is exact where the ratio is 1.
+    """
+    kl = kl_penalty(logprobs, ref_logprobs, estimator)
+    return kl * ratio if estimator == "k3" else kl
+
+
+def ppo_loss(
+    outputs: PolicyOutputs, experience: Experience, clipping: Clipping, kl_estimator: str = "k3"
+) -> LossTerms:
+    """Compute the clipped surrogate, the clipped value loss, entropy and KL to the reference, as sums.
 
     Args:
         outputs: `logprobs, entropies, values [B, C]` of the policy as it is now, with gradients.
         experience: The same episodes as they were collected, all [B, C].
         clipping: How far the policy and the values may move.
+        kl_estimator: The estimator of `reference_kl`, see `kl_loss`.
     """
     mask, advantages, returns = experience.mask, experience.advantages, experience.returns
     # The ratio of new and old policy is 1 before the first optimizer step.
@@ -78,7 +95,7 @@ def ppo_loss(outputs: PolicyOutputs, experience: Experience, clipping: Clipping)
     near = torch.maximum(outputs.values, experience.values - clipping.value)
     near = torch.minimum(near, experience.values + clipping.value)
     value_unclipped, value_clipped = (outputs.values - returns).square(), (near - returns).square()
-    reference_kl = kl_penalty(outputs.logprobs * mask, experience.ref_logprobs * mask, "k3")
+    reference_kl = kl_loss(outputs.logprobs * mask, experience.ref_logprobs * mask, ratio, kl_estimator)
     weights = mask.to(outputs.logprobs.dtype)
     return LossTerms(
         policy=(policy * weights).sum(),
