@@ -41,7 +41,7 @@ ppo:
   gradient_accumulation_steps: 2
   num_generations: 2
   response_length: 8
-eval: {{metrics: [bleu, chrf], n_bootstrap: 20, num_samples: 2, systems: [sft, ppo], samples_per_prompt: 0}}
+eval: {{metrics: [bleu, chrf], num_samples: 2, systems: [sft, ppo], samples_per_prompt: 0}}
 """
 
 

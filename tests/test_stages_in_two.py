@@ -73,7 +73,6 @@ ppo:
   load_best_model_at_end: false
 eval:
   metrics: [bleu, chrf, ter]
-  n_bootstrap: 20
   num_samples: 2
   beam_sizes: [2]
   samples_per_prompt: 2

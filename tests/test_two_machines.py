@@ -33,7 +33,7 @@ ppo:
   response_length: 8
   learning_rate: 1e-2
   load_best_model_at_end: false
-eval: {{metrics: [bleu], n_bootstrap: 20, samples_per_prompt: 0, num_inspected: 0}}
+eval: {{metrics: [bleu], samples_per_prompt: 0, num_inspected: 0}}
 """
 
 

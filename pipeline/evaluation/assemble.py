@@ -22,7 +22,6 @@ from pipeline.evaluation.report import (
     StageCost,
     TestSet,
     compare_systems,
-    compared_pairs,
     score_system,
 )
 from pipeline.evaluation.scoring import ScoredPrediction, ScoredSystem, Scoring, compute_system_metrics
@@ -130,11 +129,7 @@ def assemble_report(
         )
         for name in systems
     }
-    comparisons = [
-        comparison
-        for a, b in compared_pairs(list(systems))
-        for comparison in compare_systems(a, b, outputs, test, metrics, resampling)
-    ]
+    comparisons = compare_systems(outputs, test, metrics, resampling)
     references = text_statistics(test.first_references, test.first_references, test.prompts)
     predictions = {name: output.predictions for name, output in outputs.items()}
     best_of = best_of_samples(systems, outputs, scoring)
@@ -215,5 +210,6 @@ def best_of_samples(
         }
         decoded = {REWARD: outputs[name].scores, **outputs[name].metric_scores}
         means = {key: sum(decoded[key][:prompts]) / prompts for key in scores}
-        best_of[name] = BestOfN(prompts, scoring.settings.sample_temperature, curves, means)
+        decoding = decoding_name(scoring.settings.num_beams)
+        best_of[name] = BestOfN(prompts, scoring.settings.sample_temperature, curves, means, decoding)
     return best_of

@@ -39,13 +39,15 @@ class BestOfN:
     """The best of 1, 2, ... n samples of one system, chosen by knowing the score.
 
     `curves` gives the expected best by name (the reward, the first metric's sentence score), one value for each n from
-    1; `decoded` the same measure for the report's own decoding on the same prompts.
+    1; `decoded` the same measure for the report's own `decoding` on the same prompts. Samples and decoded texts are
+    not compared with each other: of one model, the greedy text often scores higher than its samples.
     """
 
     prompts: int
     temperature: float
     curves: dict[str, list[float]]
     decoded: dict[str, float]
+    decoding: str
 
 
 def expected_best(scores: Sequence[Sequence[float]]) -> list[float]:

@@ -1,19 +1,20 @@
 """The evaluation's result: the figures of every system and the comparisons between them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pipeline.evaluation.config import CONTROL
 from pipeline.evaluation.decodings import BestOfN, DecodingScores
 from pipeline.evaluation.gains import Gains
+from pipeline.evaluation.power import equivalence_margin, smallest_difference
 from pipeline.evaluation.predictions import Prediction, cross_entropy
 from pipeline.evaluation.significance import (
+    PairedTests,
+    Shares,
+    compare_texts,
+    compare_values,
     holm,
-    paired_bootstrap,
-    paired_bootstrap_means,
-    paired_effect,
-    paired_randomisation,
-    paired_randomisation_means,
+    paired_shares,
 )
 from pipeline.evaluation.text_statistics import TextStatistics, text_statistics
 from pipeline.metrics import Metric, Score
@@ -94,10 +95,12 @@ class System:
 class SystemComparison:
     """System `b` against system `a` by one metric, or by the reward.
 
-    `delta` = b - a on the corpus scale, `low` and `high` its 95 % interval, `p_value` that of the paired bootstrap,
-    `p_holm` the same corrected for the number of metrics compared for this pair, `p_randomisation` that of paired
-    approximate randomisation; all two-sided. `effect_size`, `wins` and `losses` are example by example, and positive
-    where b is better, whichever way the metric points.
+    `delta` = b - a on the corpus scale, `low` and `high` its 95 % interval. `p_value` is that of `test`, which
+    decides; `p_holm` is the same corrected for all comparisons of the run; `p_bootstrap` and `p_randomisation` are
+    those of the paired bootstrap and of paired approximate randomisation; all are two-sided. `wins` and `losses` are
+    the shares of the `examples` on which b is better and worse, whichever way the metric points, and `p_better` is the
+    chance that b is better on one of them. A test at 5 % finds `smallest_difference` with 80 % power; two one-sided
+    tests at 5 % place the difference within plus and minus `equivalence_margin`.
     """
 
     a: str
@@ -109,10 +112,16 @@ class SystemComparison:
     p_value: float
     p_holm: float
     p_randomisation: float
-    effect_size: float | None
     wins: float
     losses: float
-    higher_is_better: bool = True
+    higher_is_better: bool
+    test: str
+    p_bootstrap: float
+    p_better: float
+    examples: int
+    standard_error: float
+    smallest_difference: float
+    equivalence_margin: float
 
     @property
     def gain(self) -> float:
@@ -196,49 +205,51 @@ def score_system(
 
 
 def compare_systems(
-    a: str,
-    b: str,
-    outputs: Mapping[str, Outputs],
-    test: TestSet,
-    metrics: Sequence[Metric],
-    resampling: Resampling,
+    outputs: Mapping[str, Outputs], test: TestSet, metrics: Sequence[Metric], resampling: Resampling
 ) -> list[SystemComparison]:
-    """Compare system `b` with system `a` by every metric and by the reward."""
-    first, second = outputs[a], outputs[b]
+    """Compare the systems by every metric and by the reward, with p corrected for all these comparisons together."""
     n, seed = resampling.n_resamples, resampling.seed
-    results = []
-    for metric in metrics:
-        texts = (first.texts, second.texts, test.references)
-        tests = paired_bootstrap(metric, *texts, n, seed), paired_randomisation(metric, *texts, n, seed)
-        effect = paired_effect(first.metric_scores[metric.name], second.metric_scores[metric.name])
-        results.append((metric.name, *tests, effect, metric.higher_is_better))
-    if first.scores and second.scores:
-        tests = (
-            paired_bootstrap_means(first.scores, second.scores, n, seed),
-            paired_randomisation_means(first.scores, second.scores, n, seed),
-        )
-        results.append((REWARD, *tests, paired_effect(first.scores, second.scores), True))
-    corrected = holm([bootstrap.p_value for _, bootstrap, *_ in results])
-    return [
-        SystemComparison(
-            a=a,
-            b=b,
-            metric=name,
-            delta=bootstrap.delta,
-            low=bootstrap.low,
-            high=bootstrap.high,
-            p_value=bootstrap.p_value,
-            p_holm=p_holm,
-            p_randomisation=p_randomisation,
-            effect_size=effect.size,
-            wins=effect.wins,
-            losses=effect.losses,
-            higher_is_better=higher_is_better,
-        )
-        for (name, bootstrap, p_randomisation, effect, higher_is_better), p_holm in zip(
-            results, corrected, strict=True
-        )
-    ]
+    comparisons = []
+    for a, b in compared_pairs(list(outputs)):
+        first, second = outputs[a], outputs[b]
+        for metric in metrics:
+            tests = compare_texts(metric, first.texts, second.texts, test.references, n, seed)
+            shares = paired_shares(first.metric_scores[metric.name], second.metric_scores[metric.name])
+            pair = (a, b, metric.name)
+            comparisons.append(_comparison(*pair, metric.higher_is_better, tests, shares, len(test.prompts)))
+        if first.scores and second.scores:
+            tests = compare_values(first.scores, second.scores, n, seed)
+            shares = paired_shares(first.scores, second.scores)
+            comparisons.append(_comparison(a, b, REWARD, True, tests, shares, len(test.prompts)))
+    corrected = holm([comparison.p_value for comparison in comparisons])
+    return [replace(comparison, p_holm=p) for comparison, p in zip(comparisons, corrected, strict=True)]
+
+
+def _comparison(
+    a: str, b: str, metric: str, higher_is_better: bool, tests: PairedTests, shares: Shares, examples: int
+) -> SystemComparison:
+    bootstrap, degrees = tests.bootstrap, max(examples - 1, 1)
+    return SystemComparison(
+        a=a,
+        b=b,
+        metric=metric,
+        delta=bootstrap.delta,
+        low=bootstrap.low,
+        high=bootstrap.high,
+        p_value=tests.p_value,
+        p_holm=tests.p_value,
+        p_randomisation=tests.p_randomisation,
+        wins=shares.wins,
+        losses=shares.losses,
+        higher_is_better=higher_is_better,
+        test=tests.test,
+        p_bootstrap=bootstrap.p_value,
+        p_better=shares.better,
+        examples=examples,
+        standard_error=bootstrap.standard_error,
+        smallest_difference=smallest_difference(bootstrap.standard_error, degrees),
+        equivalence_margin=equivalence_margin(bootstrap.delta, bootstrap.standard_error, degrees),
+    )
 
 
 def compared_pairs(systems: Sequence[str]) -> list[tuple[str, str]]:

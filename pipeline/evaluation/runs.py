@@ -1,71 +1,29 @@
 """Compare runs with each other, and summarise runs that differ only in their seed."""
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from statistics import fmean, stdev
+from dataclasses import dataclass, replace
 
-from pipeline.evaluation.significance import paired_bootstrap
-from pipeline.metrics import load_metric
-
-SIGNIFICANT = 0.05
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run: its directory, report.json, and the flat settings its evaluation was made with."""
-
-    path: Path
-    report: dict
-    settings: dict
-
-    @property
-    def name(self) -> str:
-        """Return the directory's name."""
-        return self.path.name
-
-    @property
-    def first_metric(self) -> str:
-        """Return the metric that decides."""
-        return next(iter(next(iter(self.report["systems"].values()))["metrics"]))
-
-
-@dataclass(frozen=True)
-class RunComparison:
-    """PPO compared with SFT in one run by one measure; `improved` is None without evidence (p of 0.05 or more)."""
-
-    run: str
-    seed: object
-    metric: str
-    delta: float
-    p_value: float
-    better: bool
-    improved: bool | None
-
-
-@dataclass(frozen=True)
-class SeedSummary:
-    """PPO - SFT by one measure over runs that differ in their seed alone.
-
-    `mean`, `deviation` (of a sample, between seeds), `low` and `high` (the extremes) of the difference; the shares of
-    seeds in which PPO is ahead at all, better with evidence and worse with evidence.
-    """
-
-    metric: str
-    seeds: list
-    mean: float
-    deviation: float
-    low: float
-    high: float
-    ahead: float
-    improved: float
-    worsened: float
+from pipeline.evaluation.crossed import crossed_comparison
+from pipeline.evaluation.power import equivalence_margin, p_text, smallest_difference
+from pipeline.evaluation.run_files import Run, RunComparison, compare_to_sft, read_rows, run_metrics
+from pipeline.evaluation.seeds import (
+    SeedSummary,
+    disagreements,
+    resampled_rows,
+    seeds_findings,
+    seeds_verdict,
+    summarise_seeds,
+)
+from pipeline.evaluation.significance import SIGNIFICANT, compare_texts, holm
 
 
 @dataclass(frozen=True)
 class PairwiseComparison:
-    """One system of a run compared with that of the first run on the same test set, by the metric that decides."""
+    """One system of a run compared with that of the first run on the same test set, by the metric that decides.
+
+    Where both stand for several seeds (`seeds_a`, `seeds_b`), the means over the seeds are compared. `p_holm` is
+    `p_value` corrected for all comparisons of the page; `degrees` are those of the standard error.
+    """
 
     a: str
     b: str
@@ -75,6 +33,11 @@ class PairwiseComparison:
     low: float
     high: float
     p_value: float
+    p_holm: float
+    standard_error: float
+    degrees: float
+    seeds_a: int = 1
+    seeds_b: int = 1
 
 
 @dataclass(frozen=True)
@@ -90,140 +53,187 @@ class RunsReport:
     duels: list[PairwiseComparison]
 
 
-def load_run(path: Path) -> Run:
-    """Read a run directory whose eval stage is finished.
-
-    Raises:
-        ValueError: there is no report in it, or one that is not whole.
-    """
-    file = path / "eval" / "report.json"
-    try:
-        report = json.loads(file.read_text(encoding="utf-8"))
-        settings = json.loads((path / "eval" / "stage.json").read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{str(path)!r} holds no finished evaluation ({file} and stage.json next to it); "
-            "run its eval stage first, and give the run's directory, such as runs/quickstart"
-        ) from error
-    return Run(path, report, settings)
-
-
 def compare_runs(runs: Sequence[Run]) -> RunsReport:
     """Compare runs, which need not have the same systems or settings."""
-    gains = [gain for run in runs for gain in compare_to_sft(run)]
-    seeds = summarise_seeds(gains) if differ_in_seed_alone(runs) else []
-    duels = [duel for other in runs[1:] if (duel := compare_pair(runs[0], other)) is not None]
-    findings = [f"{run.name}: {run.report['verdict']}" for run in runs]
+    groups, repeated = [], []
+    for group in group_by_settings(runs):
+        distinct, warnings = distinct_seeds(group)
+        groups.append(distinct)
+        repeated += warnings
+    seeds = [summary for group in groups if len(group) > 1 for summary in summarise_seeds(group)]
+    duels = compare_groups(groups) if len(groups) > 1 else [] if seeds else compare_checkpoints(runs[0], runs[1:])
+    seeds, duels = correct_page(seeds, duels)
+    about_seeds = len(groups) == 1 and bool(seeds)
+    details = seeds_findings(seeds[0]) if about_seeds else pairwise_findings(duels)
     return RunsReport(
         runs=[run.name for run in runs],
-        verdict=seeds_verdict(seeds[0]) if seeds else pairwise_verdict(duels),
-        findings=findings,
-        warnings=disagreements(seeds) + [f"{run.name}: {text}" for run in runs for text in run.report["warnings"]],
-        gains=gains,
+        verdict=seeds_verdict(seeds[0]) if about_seeds else pairwise_verdict(duels),
+        findings=details + [f"{run.name}: {run.report['verdict']}" for run in runs],
+        warnings=repeated
+        + disagreements(seeds)
+        + [f"{run.name}: {text}" for run in runs for text in run.report["warnings"]],
+        gains=[gain for run in runs for gain in compare_to_sft(run)],
         seeds=seeds,
         duels=duels,
     )
 
 
-def compare_to_sft(run: Run) -> list[RunComparison]:
-    """Read how PPO compares with SFT in one run, by each measure."""
-    gains = []
-    for c in run.report["comparisons"]:
-        if (c["a"], c["b"]) != ("sft", "ppo"):
-            continue
-        better = (c["delta"] > 0) if c.get("higher_is_better", True) else (c["delta"] < 0)
-        improved = better if c["p_value"] < SIGNIFICANT else None
-        seed = run.report["settings"].get("seed")
-        gains.append(RunComparison(run.name, seed, c["metric"], c["delta"], c["p_value"], better, improved))
-    return gains
+def group_by_settings(runs: Sequence[Run]) -> list[list[Run]]:
+    """Put runs together that are one experiment with different seeds, in the order of the first of each."""
+    groups: list[tuple[dict, list[Run]]] = []
+    for run in runs:
+        settings = {key: value for key, value in run.settings.items() if key != "seed"}
+        members = next((group for known, group in groups if known == settings), None)
+        if members is None:
+            groups.append((settings, [run]))
+        else:
+            members.append(run)
+    return [group for _, group in groups]
 
 
-def differ_in_seed_alone(runs: Sequence[Run]) -> bool:
-    """Tell whether the runs are one experiment with different seeds."""
-    seeds = [run.settings.get("seed") for run in runs]
-    rest = [{key: value for key, value in run.settings.items() if key != "seed"} for run in runs]
-    return len(runs) > 1 and len(set(seeds)) == len(seeds) and all(settings == rest[0] for settings in rest)
+def distinct_seeds(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
+    """Keep one of the runs that repeat a seed or its texts, and say which were left out.
+
+    PPO may end as the SFT model, so seeds whose PPO wrote what SFT wrote may agree in every text.
+    """
+    kept: list[tuple[Run, tuple[str, ...]]] = []
+    warnings = []
+    for run in runs:
+        sft, ppo = (read_rows(run, system).texts for system in ("sft", "ppo"))
+        same_seed = next((other for other, _ in kept if other.seed == run.seed), None)
+        same_texts = next((other for other, texts in kept if ppo and ppo == texts and ppo != sft), None)
+        if same_seed is not None:
+            warnings.append(f"{run.name} has the seed of {same_seed.name} ({run.seed}): counted once")
+        elif same_texts is not None:
+            warnings.append(f"PPO of {run.name} wrote the same texts as that of {same_texts.name}: counted once")
+        else:
+            kept.append((run, ppo))
+    return [run for run, _ in kept], warnings
 
 
-def summarise_seeds(gains: Sequence[RunComparison]) -> list[SeedSummary]:
-    """Summarise PPO - SFT over the seeds by each measure, in the order of the report."""
-    summaries = []
-    for metric in dict.fromkeys(gain.metric for gain in gains):
-        group = [gain for gain in gains if gain.metric == metric]
-        deltas = [gain.delta for gain in group]
-        summaries.append(
-            SeedSummary(
-                metric=metric,
-                seeds=[gain.seed for gain in group],
-                mean=fmean(deltas),
-                deviation=stdev(deltas) if len(deltas) > 1 else 0.0,
-                low=min(deltas),
-                high=max(deltas),
-                ahead=fmean(gain.better for gain in group),
-                improved=fmean(gain.improved is True for gain in group),
-                worsened=fmean(gain.improved is False for gain in group),
-            )
-        )
-    return summaries
+def compare_groups(groups: Sequence[Sequence[Run]]) -> list[PairwiseComparison]:
+    """Compare every group of seeds with the first: over seeds where both have several, else checkpoints."""
+    first, duels = groups[0], []
+    for group in groups[1:]:
+        if len(first) > 1 and len(group) > 1:
+            over_seeds = compare_over_seeds(first, group)
+            duels += [] if over_seeds is None else [over_seeds]
+        else:
+            duels += compare_checkpoints(first[0], group)
+    return duels
 
 
-def seeds_verdict(summary: SeedSummary) -> str:
-    """Say in one sentence what the seeds show together."""
-    count = len(summary.seeds)
-    figures = (
-        f"{summary.metric} {summary.mean:+.2f} on average (standard deviation {summary.deviation:.2f}, from "
-        f"{summary.low:+.2f} to {summary.high:+.2f})"
+def compare_over_seeds(first: Sequence[Run], others: Sequence[Run]) -> PairwiseComparison | None:
+    """Test the means of two groups of seeds against each other; None unless all share a test set and a metric."""
+    shared = shared_system(first[0], others[0])
+    metrics = run_metrics(first[0])
+    if shared is None:
+        return None
+    system, metric = shared
+    scored = resampled_rows(metrics[metric], [read_rows(run, system) for run in (*first, *others)])
+    if scored is None:
+        return None
+    values, n_examples = scored
+    test = crossed_comparison(values[len(first) :], n_examples, values[: len(first)])
+    return PairwiseComparison(
+        *(f"{group[0].name} ({len(group)} seeds)" for group in (first, others)),
+        system,
+        metric,
+        test.delta,
+        test.low,
+        test.high,
+        test.p_value,
+        test.p_value,
+        test.standard_error,
+        test.degrees,
+        len(first),
+        len(others),
     )
-    if summary.improved == 1:
-        return f"PPO is better than SFT in all {count} seeds: {figures}."
-    if summary.worsened == 1:
-        return f"PPO is worse than SFT in all {count} seeds: {figures}."
-    better, worse = round(summary.improved * count), round(summary.worsened * count)
-    return f"No agreement of {count} seeds that PPO changed SFT: better in {better}, worse in {worse}; {figures}."
 
 
-def disagreements(seeds: Sequence[SeedSummary]) -> list[str]:
-    """List the measures by which PPO is better than SFT with some seeds and worse with others."""
-    return [
-        f"seeds disagree on {s.metric}: PPO is ahead of SFT in {s.ahead:.0%} of them ({s.low:+.2f} to {s.high:+.2f})"
-        for s in seeds
-        if 0 < s.ahead < 1
-    ]
+def compare_checkpoints(first: Run, others: Sequence[Run]) -> list[PairwiseComparison]:
+    """Test every other run's system against the first run's, where they share a test set, a system and the metric."""
+    return [duel for other in others if (duel := compare_pair(first, other)) is not None]
 
 
 def compare_pair(first: Run, other: Run) -> PairwiseComparison | None:
     """Test two runs against each other; None unless they share a test set, a system and the deciding metric."""
+    shared = shared_system(first, other)
+    if shared is None:
+        return None
+    system, metric = shared
+    rows_a, rows_b = read_rows(first, system), read_rows(other, system)
+    if not rows_a.keys or rows_a.keys != rows_b.keys:
+        return None
+    references = [list(texts) for _, texts in rows_a.keys]
+    tests = compare_texts(run_metrics(first)[metric], rows_a.texts, rows_b.texts, references)
+    result = tests.bootstrap
+    return PairwiseComparison(
+        first.name,
+        other.name,
+        system,
+        metric,
+        result.delta,
+        result.low,
+        result.high,
+        tests.p_value,
+        tests.p_value,
+        result.standard_error,
+        max(len(references) - 1, 1),
+    )
+
+
+def shared_system(first: Run, other: Run) -> tuple[str, str] | None:
+    """Name the system and the deciding metric that two runs share; None if they share none."""
     system = next((s for s in ("ppo", "sft") if s in first.report["systems"] and s in other.report["systems"]), None)
     configs = [run.report["settings"].get("metrics") for run in (first, other)]
     if system is None or not configs[0] or configs[0][0] != (configs[1] or [None])[0]:
         return None
-    rows_a, rows_b = (read_predictions(run, system) for run in (first, other))
-    keys = [[(row["prompt"], row["references"]) for row in rows] for rows in (rows_a, rows_b)]
-    if not rows_a or keys[0] != keys[1]:
-        return None
-    language, config = first.report["settings"].get("language"), configs[0][0]
-    metric = load_metric(config["name"], language, **config["options"])
-    texts = ([row["completion"] for row in rows] for rows in (rows_a, rows_b))
-    result = paired_bootstrap(metric, *texts, [row["references"] for row in rows_a])
-    return PairwiseComparison(
-        first.name, other.name, system, metric.name, result.delta, result.low, result.high, result.p_value
+    return system, next(iter(run_metrics(first)))
+
+
+def correct_page(
+    seeds: Sequence[SeedSummary], duels: Sequence[PairwiseComparison]
+) -> tuple[list[SeedSummary], list[PairwiseComparison]]:
+    """Correct the p-values of a page for the number of all its comparisons, by Holm's method."""
+    corrected = holm([*(summary.deciding.p_value for summary in seeds), *(duel.p_value for duel in duels)])
+    of_seeds, of_duels = corrected[: len(seeds)], corrected[len(seeds) :]
+    return (
+        [replace(summary, p_holm=p) for summary, p in zip(seeds, of_seeds, strict=True)],
+        [replace(duel, p_holm=p) for duel, p in zip(duels, of_duels, strict=True)],
     )
-
-
-def read_predictions(run: Run, system: str) -> list[dict]:
-    """Read a system's predictions; an empty list without the file."""
-    file = run.path / "eval" / run.report["systems"][system]["predictions"]
-    if not file.is_file():
-        return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def pairwise_verdict(duels: Sequence[PairwiseComparison]) -> str:
     """Say in one sentence how each run compares with the first."""
     if not duels:
         return "The runs share no test set, system and metric, so they are shown side by side without a test."
-    sentences = []
-    for d in duels:
-        word = "differs from" if d.p_value < SIGNIFICANT else "shows no evidence of a difference from"
-        sentences.append(f"{d.b} {word} {d.a} ({d.system}, {d.metric} {d.delta:+.2f}, p = {d.p_value:.3f})")
-    return "; ".join(sentences) + "."
+    return "; ".join(_pair_in_words(duel) for duel in duels) + "."
+
+
+def _pair_in_words(duel: PairwiseComparison) -> str:
+    figures = f"{duel.system}, {duel.metric} {duel.delta:+.2f}, {p_text(duel.p_holm)}"
+    differs = duel.p_holm < SIGNIFICANT
+    if not differs:
+        margin = equivalence_margin(duel.delta, duel.standard_error, duel.degrees)
+        figures += f", within ±{margin:.2f} by two one-sided tests"
+    if min(duel.seeds_a, duel.seeds_b) > 1:
+        return f"{duel.b} {'differs' if differs else 'is not shown to differ'} from {duel.a} ({figures})"
+    verb = "differ" if differs else "are not shown to differ"
+    return f"{duel.b} and {duel.a}: these two checkpoints {verb} ({figures})"
+
+
+def pairwise_findings(duels: Sequence[PairwiseComparison]) -> list[str]:
+    """Say how the p-values were corrected, what each comparison can see, and what single checkpoints leave open."""
+    lines = []
+    if len(duels) > 1:
+        lines.append(f"p-values are corrected by Holm for all comparisons of this page, {len(duels)} between runs.")
+    for duel in duels:
+        smallest = smallest_difference(duel.standard_error, duel.degrees)
+        lines.append(
+            f"{duel.b} against {duel.a}: standard error {duel.standard_error:.2f}; with 80 % power the test sees a "
+            f"difference of {smallest:.2f} or more."
+        )
+    if any(min(duel.seeds_a, duel.seeds_b) == 1 for duel in duels):
+        lines.append("With one seed of a run, the test is about its checkpoint: another seed may turn out otherwise.")
+    return lines

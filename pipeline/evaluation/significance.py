@@ -7,33 +7,114 @@ p-values of the paired bootstrap differ from those of `sacrebleu --paired-bs` on
 large. From the difference d of each resample, sacreBLEU takes abs(d) - mean(abs(d)) and counts how often that exceeds
 the observed difference: only resamples that favour the better system can. Here abs(d - mean(d)) is counted, on both
 sides. Paired randomisation is the test of `sacrebleu --paired-ar`.
+
+With few examples the bootstrap finds too many differences. Below `SMALL` examples the interval is Student's, with the
+standard error of the jackknife (Tukey 1958), and the randomisation test decides. Where every example is right or wrong
+McNemar's test decides (Fagerland et al. 2013 on its mid-p).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
+from scipy.special import bdtr
 
+from pipeline.evaluation.power import student_interval
 from pipeline.metrics import Metric
 from pipeline.metrics.checks import check_examples
+from pipeline.metrics.mean_metric import MeanMetric
 from pipeline.metrics.resampling import bootstrap_indices, percentile_interval, resampled_means, with_full_set
 from pipeline.runtime.seeds import derive_seed
 
 CONFIDENCE = 0.95
+SIGNIFICANT = 0.05
+SMALL = 100  # examples below which percentiles of the bootstrap are too narrow
+BOOTSTRAP, RANDOMISATION, MCNEMAR = "paired bootstrap", "paired randomisation", "McNemar"
 
 
 @dataclass(frozen=True)
 class Comparison:
     """System B against system A on the metric's corpus scale.
 
-    `delta` is the score of B minus that of A over all examples; `low` and `high` are its 95 % percentile interval.
-    `p_value` is two-sided: how often a difference at least this large would turn up if the systems were equally good.
+    `delta` is the score of B minus that of A over all examples; `low` and `high` are its 95 % interval, of percentiles
+    from `SMALL` examples on. `p_value` is two-sided: how often a difference at least this large would turn up if the
+    systems were equally good. `standard_error` is that of `delta`.
     """
 
     delta: float
     low: float
     high: float
     p_value: float
+    standard_error: float
+
+
+@dataclass(frozen=True)
+class PairedTests:
+    """All tests of system B against system A: the bootstrap's, the randomisation test's and the one that decides.
+
+    `p_value` is that of `test`, which is one of BOOTSTRAP, RANDOMISATION and MCNEMAR.
+    """
+
+    bootstrap: Comparison
+    p_randomisation: float
+    p_value: float
+    test: str
+
+
+def compare_texts(
+    metric: Metric,
+    predictions_a: Sequence[str],
+    predictions_b: Sequence[str],
+    references: Sequence[Sequence[str]],
+    n_resamples: int = 1000,
+    seed: int = 0,
+) -> PairedTests:
+    """Test the predictions of two systems against each other by a metric; see `paired_bootstrap`."""
+    texts = (predictions_a, predictions_b, references)
+    bootstrap = paired_bootstrap(metric, *texts, n_resamples, seed)
+    randomised = paired_randomisation(metric, *texts, n_resamples, seed)
+    if not isinstance(metric, MeanMetric):  # no mean over examples, so that single examples do not decide
+        return _choose_test(bootstrap, randomised, len(references))
+    scores = (metric.sample_scores(predictions, references) for predictions in (predictions_a, predictions_b))
+    return _choose_test(bootstrap, randomised, len(references), *scores)
+
+
+def compare_values(
+    values_a: Sequence[float], values_b: Sequence[float], n_resamples: int = 1000, seed: int = 0
+) -> PairedTests:
+    """Test the means of two systems' numbers [N] for the same examples against each other."""
+    bootstrap = paired_bootstrap_means(values_a, values_b, n_resamples, seed)
+    randomised = paired_randomisation_means(values_a, values_b, n_resamples, seed)
+    return _choose_test(bootstrap, randomised, len(values_a), values_a, values_b)
+
+
+def _choose_test(
+    bootstrap: Comparison,
+    p_randomisation: float,
+    n_examples: int,
+    values_a: Sequence[float] = (),
+    values_b: Sequence[float] = (),
+) -> PairedTests:
+    """Choose the test that decides; the values, if any, are those whose means are compared."""
+    if values_a and set(values_a) | set(values_b) <= {0.0, 1.0}:
+        return PairedTests(bootstrap, p_randomisation, mcnemar(values_a, values_b), MCNEMAR)
+    if n_examples < SMALL:
+        return PairedTests(bootstrap, p_randomisation, p_randomisation, RANDOMISATION)
+    return PairedTests(bootstrap, p_randomisation, bootstrap.p_value, BOOTSTRAP)
+
+
+def mcnemar(values_a: Sequence[float], values_b: Sequence[float]) -> float:
+    """Compute the mid-p of McNemar's test, two-sided, of values that are 0 or 1."""
+    differences = np.asarray(values_b, dtype=np.float64) - np.asarray(values_a, dtype=np.float64)
+    wins, losses = int((differences > 0).sum()), int((differences < 0).sum())
+    n, fewer = wins + losses, min(wins, losses)
+    if n == 0:
+        return 1.0
+    below = float(bdtr(fewer - 1, n, 0.5)) if fewer else 0.0
+    exactly = float(bdtr(fewer, n, 0.5)) - below
+    # Half of what is as extreme as observed counts; with equal wins and losses the two tails share their middle.
+    return 1 - exactly / 2 if wins == losses else 2 * below + exactly
 
 
 def paired_bootstrap(
@@ -52,9 +133,12 @@ def paired_bootstrap(
         ValueError: no examples, unequal lengths, fewer than one resample, or examples that the metric refuses.
     """
     indices = with_full_set(_indices(len(references), n_resamples, seed))
-    scores_a = metric.resampled_scores(predictions_a, references, indices)
-    scores_b = metric.resampled_scores(predictions_b, references, indices)
-    return _compare(scores_b - scores_a, len(references))
+
+    def differences(rows: np.ndarray) -> np.ndarray:
+        scores_a = metric.resampled_scores(predictions_a, references, rows)
+        return metric.resampled_scores(predictions_b, references, rows) - scores_a
+
+    return _compare(differences(indices), len(references), differences)
 
 
 def paired_bootstrap_means(
@@ -72,7 +156,7 @@ def paired_bootstrap_means(
     if not np.isfinite(differences).all():
         first = int(np.flatnonzero(~np.isfinite(differences))[0])
         raise ValueError(f"the values of example {first} are not finite: {values_a[first]} and {values_b[first]}")
-    return _compare(resampled_means(differences, indices), len(differences))
+    return _compare(resampled_means(differences, indices), len(differences), partial(resampled_means, differences))
 
 
 def paired_randomisation(
@@ -128,24 +212,22 @@ def _randomised_p(delta: float, trials: np.ndarray, n_examples: int) -> float:
 
 
 @dataclass(frozen=True)
-class Effect:
-    """How large a difference is, example by example: B's numbers minus A's.
+class Shares:
+    """The shares of the examples on which B is better, and worse."""
 
-    `size` is their mean over their standard deviation (Cohen's d of paired values), 0 where nothing differs and None
-    where all differ alike; `wins` and `losses` are the shares of examples on which B is better and worse.
-    """
-
-    size: float | None
     wins: float
     losses: float
 
+    @property
+    def better(self) -> float:
+        """Return P(better): the chance that B is better on an example drawn at random; ties count half."""
+        return (1 + self.wins - self.losses) / 2
 
-def paired_effect(values_a: Sequence[float], values_b: Sequence[float]) -> Effect:
-    """Compute the effect of B against A on values [N] where more is better."""
+
+def paired_shares(values_a: Sequence[float], values_b: Sequence[float]) -> Shares:
+    """Count on which examples B is better than A, by values [N] where more is better."""
     differences = np.asarray(values_b, dtype=np.float64) - np.asarray(values_a, dtype=np.float64)
-    mean, deviation = float(differences.mean()), float(differences.std(ddof=1)) if len(differences) > 1 else 0.0
-    size = mean / deviation if deviation > 1e-12 else None if mean else 0.0
-    return Effect(size, float((differences > 1e-9).mean()), float((differences < -1e-9).mean()))
+    return Shares(float((differences > 1e-9).mean()), float((differences < -1e-9).mean()))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -167,14 +249,29 @@ def _indices(n_examples: int, n_resamples: int, seed: int) -> np.ndarray:
     return bootstrap_indices(n_examples, n_resamples, seed)
 
 
-def _compare(differences: np.ndarray, n_examples: int) -> Comparison:
-    """Summarise `differences` [R + 1], the first over all examples, the others over each resample."""
+def _compare(differences: np.ndarray, n_examples: int, resample: Callable[[np.ndarray], np.ndarray]) -> Comparison:
+    """Summarise `differences` [R + 1], the first over all examples, the others over each resample.
+
+    `resample` computes the differences over any rows of examples.
+    """
     delta, resampled = float(differences[0]), differences[1:]
-    low, high = percentile_interval(resampled, CONFIDENCE)
     # Around their own mean the resampled differences scatter as they would if the systems were equally good. The test
     # counts the observed difference as one of the scatter, so that p is never 0.
     extreme = np.abs(resampled - resampled.mean()) >= abs(delta)
-    p_value = (1 + int(extreme.sum())) / (len(resampled) + 1)
     # A handful of examples scatters too little: from a single one, any difference would be certain. Were the systems
     # equally good, the signs of N differences would all agree with probability 2^(1 - N), so p is not below that.
-    return Comparison(delta, low, high, max(p_value, 2.0 ** (1 - n_examples)))
+    p_value = max((1 + int(extreme.sum())) / (len(resampled) + 1), 2.0 ** (1 - n_examples))
+    if 1 < n_examples < SMALL:
+        error = _jackknife_error(n_examples, resample)
+        return Comparison(delta, *student_interval(delta, error, n_examples - 1, CONFIDENCE), p_value, error)
+    error = float(resampled.std(ddof=1)) if len(resampled) > 1 else 0.0
+    return Comparison(delta, *percentile_interval(resampled, CONFIDENCE), p_value, error)
+
+
+def _jackknife_error(n_examples: int, resample: Callable[[np.ndarray], np.ndarray]) -> float:
+    """Compute the standard error from the differences without each example in turn."""
+    numbers = np.arange(n_examples)
+    without = resample(np.array([np.delete(numbers, i) for i in numbers]))
+    # A difference that is the same everywhere must not scatter by rounding.
+    error = float(np.sqrt((n_examples - 1) * np.mean((without - without.mean()) ** 2)))
+    return error if error > 1e-12 * max(1.0, float(np.abs(without).max())) else 0.0

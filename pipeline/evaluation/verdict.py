@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 
 from pipeline.evaluation.config import CONTROL
 from pipeline.evaluation.decodings import BestOfN
+from pipeline.evaluation.power import p_text
 from pipeline.evaluation.predictions import Prediction
 from pipeline.evaluation.report import REWARD, System, SystemComparison
+from pipeline.evaluation.significance import BOOTSTRAP, RANDOMISATION, SIGNIFICANT
 from pipeline.evaluation.text_statistics import TextStatistics
 
-SIGNIFICANT = 0.05
 FAR_FROM_SFT = 0.5  # nats of KL per token
 LENGTH_CHANGE = 0.25  # of SFT's length
 COLLAPSED = 0.7  # of SFT's distinct bigrams
@@ -18,14 +19,18 @@ LOST_ENTROPY = 0.25  # of SFT's entropy
 
 
 def verdict(comparisons: Sequence[SystemComparison], metric: str) -> str:
-    """Say in one sentence whether PPO beat SFT on the first metric."""
+    """Say whether PPO beat SFT on the first metric, and where that is open, how large the difference can be."""
     comparison = _find(comparisons, "sft", "ppo", metric)
     if comparison is None:
         return "SFT and PPO were not both evaluated, so there is nothing to compare."
     interval = f"95 % interval {comparison.low:+.2f} to {comparison.high:+.2f}"
-    figures = f"{metric} {comparison.delta:+.2f} ({interval}, p = {_p(comparison)})"
+    figures = f"{metric} {comparison.delta:+.2f} ({interval}, {p_text(comparison.p_value)})"
     if comparison.p_value >= SIGNIFICANT:
-        return f"No evidence that PPO changed the quality of SFT: {figures}."
+        margin = f"±{comparison.equivalence_margin:.2f}"
+        return (
+            f"No difference between PPO and SFT is shown: {figures}. "
+            f"It is within {margin} by two one-sided tests (TOST) at 5 %."
+        )
     return f"PPO is {'better' if comparison.gain > 0 else 'worse'} than SFT: {figures}."
 
 
@@ -35,21 +40,17 @@ def findings(
     best_of: Mapping[str, BestOfN],
     metric: str,
 ) -> list[str]:
-    """Explain the verdict, a sentence each: other metrics, effect, the control, distance from SFT, best of n."""
+    """Explain the verdict, a line each: power, other metrics, tests, shares, the control, distance, best of n."""
     comparison = _find(comparisons, "sft", "ppo", metric)
     if comparison is None:
         return []
-    lines = [_other_metrics(comparisons, metric), _agreement(comparison), _effect(comparison), _control(comparisons)]
-    lines += [_distance(systems), _best_of(best_of)]
+    lines = [_power(comparison), _other_metrics(comparisons, metric), _agreement(comparison), _shares(comparison)]
+    lines += [_control(comparisons), _distance(systems), _best_of(best_of)]
     return [line for line in lines if line]
 
 
 def _find(comparisons: Sequence[SystemComparison], a: str, b: str, metric: str) -> SystemComparison | None:
     return next((c for c in comparisons if (c.a, c.b, c.metric) == (a, b, metric)), None)
-
-
-def _p(comparison: SystemComparison) -> str:
-    return f"{comparison.p_value:.3f}"
 
 
 def _first_metric(comparisons: Sequence[SystemComparison], a: str, b: str) -> SystemComparison | None:
@@ -62,38 +63,54 @@ def _other_metrics(comparisons: Sequence[SystemComparison], metric: str) -> str:
         if (c.a, c.b) != ("sft", "ppo") or c.metric == metric:
             continue
         group = "without evidence" if c.p_holm >= SIGNIFICANT else "better" if c.gain > 0 else "worse"
-        groups[group].append(f"{c.metric} {c.delta:+.3f} (p = {c.p_holm:.3f})")
+        groups[group].append(f"{c.metric} {c.delta:+.3f} ({p_text(c.p_holm)})")
     phrases = [f"{name}: {', '.join(items)}" for name, items in groups.items() if items]
-    return f"By the other measures, p corrected by Holm, {'; '.join(phrases)}." if phrases else ""
+    return (
+        f"By the other measures, p corrected by Holm for all comparisons of the run, {'; '.join(phrases)}."
+        if phrases
+        else ""
+    )
+
+
+def _power(comparison: SystemComparison) -> str:
+    """Say what the test set can see; a difference k times as small needs k squared times as many examples."""
+    smallest = comparison.smallest_difference
+    if smallest == 0:
+        return ""
+    more = float(f"{9 * comparison.examples:.2g}")
+    return (
+        f"The standard error is {comparison.standard_error:.2f}: with 80 % power, {comparison.examples:,} examples "
+        f"see a difference of {smallest:.2f} or more; one of {smallest / 3:.2f} needs about {more:,.0f} examples."
+    )
 
 
 def _agreement(comparison: SystemComparison) -> str:
-    agree = (comparison.p_value < SIGNIFICANT) == (comparison.p_randomisation < SIGNIFICANT)
+    others = {BOOTSTRAP: comparison.p_bootstrap, RANDOMISATION: comparison.p_randomisation}
+    others.pop(comparison.test, None)
+    tests = " and ".join(f"{name} ({p_text(p)})" for name, p in others.items())
+    agree = all((p < SIGNIFICANT) == (comparison.p_value < SIGNIFICANT) for p in others.values())
     word = "agrees" if agree else "does not agree, so the case is close"
-    return f"Paired approximate randomisation {word} (p = {comparison.p_randomisation:.3f})."
+    return f"The p-value is from {comparison.test}; {tests} {word}."
 
 
-def _effect(comparison: SystemComparison) -> str:
+def _shares(comparison: SystemComparison) -> str:
     same = 1 - comparison.wins - comparison.losses
-    shares = f"higher on {comparison.wins:.0%}, lower on {comparison.losses:.0%} and the same on {same:.0%}"
-    if comparison.effect_size is None:
-        return f"Sentence by sentence PPO scores {shares}, everywhere by the same amount."
-    size = abs(comparison.effect_size)
-    word = "negligible" if size < 0.1 else "small" if size < 0.35 else "medium" if size < 0.65 else "large"
-    return f"Sentence by sentence PPO scores {shares}; the effect is {word} (d = {comparison.effect_size:+.2f})."
+    return (
+        f"Sentence by sentence PPO scores higher on {comparison.wins:.0%}, lower on {comparison.losses:.0%} and the "
+        f"same on {same:.0%}: P(better) = {comparison.p_better:.0%}, ties counted half."
+    )
 
 
 def _control(comparisons: Sequence[SystemComparison]) -> str:
     alone, beyond = _first_metric(comparisons, "sft", CONTROL), _first_metric(comparisons, CONTROL, "ppo")
     if alone is None or beyond is None:
         return ""
-    change = f"{alone.metric} by {alone.delta:+.2f} (p = {_p(alone)})"
+    change = f"{alone.metric} by {alone.delta:+.2f} ({p_text(alone.p_holm)})"
     moved = f"The constant-reward control moved {change} without any signal"
-    if beyond.p_value < SIGNIFICANT and beyond.gain > 0:
-        return f"{moved}; PPO is better than it by {beyond.delta:+.2f} (p = {_p(beyond)}), which the reward explains."
-    return (
-        f"{moved}; PPO is not better than it ({beyond.delta:+.2f}, p = {_p(beyond)}), so the reward explains no gain."
-    )
+    figures = f"{beyond.delta:+.2f}, {p_text(beyond.p_holm)}"
+    if beyond.p_holm < SIGNIFICANT and beyond.gain > 0:
+        return f"{moved}; PPO is better than it ({figures}), which the reward explains."
+    return f"{moved}; PPO is not better than it ({figures}), so the reward explains no gain."
 
 
 def _distance(systems: Mapping[str, System]) -> str:
@@ -108,19 +125,22 @@ def _distance(systems: Mapping[str, System]) -> str:
 
 
 def _best_of(best_of: Mapping[str, BestOfN]) -> str:
+    """Compare samples with samples: the best of n of both systems at one temperature, and how both decode."""
     if "sft" not in best_of or "ppo" not in best_of:
         return ""
     sft, ppo = best_of["sft"], best_of["ppo"]
     name = REWARD if REWARD in sft.curves else next(iter(sft.curves))
-    curve, target = sft.curves[name], ppo.decoded[name]
-    enough = next((k for k, value in enumerate(curve, start=1) if value >= target), None)
-    measured = f"on {sft.prompts} prompts at temperature {sft.temperature:g}"
+    before, after = sft.curves[name], ppo.curves[name]
+    enough = next((k for k, value in enumerate(before, start=1) if value >= after[0]), None)
     if enough is None:
-        best = f"the best of {len(curve)} SFT samples ({curve[-1]:.3f}) does not reach PPO's {target:.3f}"
+        worth = f"one PPO sample is worth more than the best of {len(before)} SFT samples"
     else:
-        samples = "1 SFT sample" if enough == 1 else f"the best of {enough} SFT samples"
-        best = f"{samples} ({curve[enough - 1]:.3f}) would do for PPO's {target:.3f}"
-    return f"Chosen by knowing the {name}, {best}, {measured}."
+        worth = f"one PPO sample is worth {'one SFT sample' if enough == 1 else f'the best of {enough} SFT samples'}"
+    return (
+        f"Samples of {sft.prompts} prompts at temperature {sft.temperature:g}, the best chosen by knowing the {name}: "
+        f"SFT {before[0]:.3f} with 1 and {before[-1]:.3f} with {len(before)}, PPO {after[0]:.3f} and {after[-1]:.3f}; "
+        f"{worth}. The same prompts, {sft.decoding}: SFT {sft.decoded[name]:.3f}, PPO {ppo.decoded[name]:.3f}."
+    )
 
 
 def find_warnings(
@@ -174,7 +194,7 @@ def _reward_hacking(comparisons: Sequence[SystemComparison], rewards: Sequence[s
     if reward is None or reward.gain <= 0 or reward.p_holm >= SIGNIFICANT:
         return []
     fell = [
-        f"{c.metric} {c.delta:+.2f} (p = {c.p_holm:.3f})"
+        f"{c.metric} {c.delta:+.2f} ({p_text(c.p_holm)})"
         for c in comparisons
         if (c.a, c.b) == ("sft", "ppo") and c.metric not in (REWARD, *rewards)
         if c.gain < 0 and c.p_holm < SIGNIFICANT

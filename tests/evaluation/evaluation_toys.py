@@ -50,7 +50,7 @@ def make_report(
     **settings,
 ) -> tuple[EvaluationReport, dict[str, Outputs]]:
     """A report over systems that wrote the given texts; `changes` are figures of a system's predictions."""
-    config = EvalConfig(n_bootstrap=200, samples_per_prompt=2)
+    config = EvalConfig(samples_per_prompt=2)
     scoring = Scoring(metrics, [Reward(name, lambda **_: []) for name in rewards], Handling(), config, 0)
     scores = scores if scores is not None else {name: [0.5] * len(completions) for name, completions in texts.items()}
     changes, samples = changes or {}, samples or {}

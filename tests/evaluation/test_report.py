@@ -9,7 +9,14 @@ from evaluation_toys import BAD, BLEU, GOOD, MIXED, REFERENCES, TER, TEST, make_
 from pipeline.evaluation.assemble import Details, all_examples
 from pipeline.evaluation.pages.render import write_report
 from pipeline.evaluation.report import Outputs, Resampling, TestSet, compared_pairs, score_system
-from pipeline.evaluation.significance import paired_bootstrap, paired_effect, paired_randomisation
+from pipeline.evaluation.significance import (
+    RANDOMISATION,
+    Comparison,
+    holm,
+    paired_bootstrap,
+    paired_randomisation,
+    paired_shares,
+)
 
 
 def test_figures_of_a_system():
@@ -55,23 +62,31 @@ def test_report_json_keeps_its_contract(tmp_path):
     assert found["settings"] == {"seed": 3}
 
 
-def test_a_comparison_has_both_tests_the_effect_and_holms_correction():
+def test_a_comparison_has_both_tests_the_shares_and_holms_correction():
     report, _ = make_report({"sft": MIXED, "ppo": GOOD}, metrics=(BLEU, TER))
     bleu, ter, reward = report.comparisons
-    bootstrap = paired_bootstrap(BLEU, MIXED, GOOD, REFERENCES, 200, 0)
-    assert (bleu.delta, bleu.low, bleu.high, bleu.p_value) == (
-        bootstrap.delta,
-        bootstrap.low,
-        bootstrap.high,
-        bootstrap.p_value,
-    )
-    assert bleu.p_randomisation == paired_randomisation(BLEU, MIXED, GOOD, REFERENCES, 200, 0)
-    effect = paired_effect(BLEU.sample_scores(MIXED, REFERENCES), BLEU.sample_scores(GOOD, REFERENCES))
-    assert (bleu.effect_size, bleu.wins, bleu.losses) == (effect.size, 0.5, 0.0)
+    bootstrap = paired_bootstrap(BLEU, MIXED, GOOD, REFERENCES, 1000, 0)
+    found = Comparison(bleu.delta, bleu.low, bleu.high, bleu.p_bootstrap, bleu.standard_error)
+    assert found == bootstrap
+    assert bleu.p_randomisation == paired_randomisation(BLEU, MIXED, GOOD, REFERENCES, 1000, 0)
+    assert (bleu.test, bleu.p_value) == (RANDOMISATION, bleu.p_randomisation)  # twelve examples
+    shares = paired_shares(BLEU.sample_scores(MIXED, REFERENCES), BLEU.sample_scores(GOOD, REFERENCES))
+    assert (bleu.wins, bleu.losses, bleu.p_better) == (shares.wins, shares.losses, shares.better) == (0.5, 0, 0.75)
     assert (bleu.gain > 0, ter.gain > 0, ter.delta < 0) == (True, True, True)
-    assert ter.effect_size > 0  # B is better, whichever way the metric points
-    assert (bleu.p_holm, ter.p_holm) == pytest.approx((3 * bleu.p_value, 3 * ter.p_value))
+    assert ter.wins == 0.5  # B is better, whichever way the metric points
+    assert bleu.smallest_difference == pytest.approx((2.20099 + 0.87553) * bleu.standard_error, rel=1e-5)  # t, 11 df
+    assert bleu.equivalence_margin == pytest.approx(bleu.delta + 1.79588 * bleu.standard_error, rel=1e-5)
+    assert [c.p_holm for c in (bleu, ter, reward)] == holm([c.p_value for c in (bleu, ter, reward)])
     assert reward.p_holm == 1.0
+
+
+def test_holm_counts_all_comparisons_of_the_run():
+    """Three pairs by two measures are six comparisons, not three times two."""
+    report, _ = make_report({"base": BAD, "sft": MIXED, "other": GOOD, "ppo": GOOD})
+    assert len(report.comparisons) == 6
+    assert [c.p_holm for c in report.comparisons] == holm([c.p_value for c in report.comparisons])
+    bleu = next(c for c in report.comparisons if (c.b, c.metric) == ("ppo", "bleu"))
+    assert bleu.p_holm > 3 * bleu.p_value
 
 
 def test_what_is_compared_with_what():

@@ -8,7 +8,9 @@ from evaluation_toys import BAD, GOOD, MIXED, TEST, make_report
 from pipeline.evaluation.assemble import Details, all_examples
 from pipeline.evaluation.pages.render import write_report
 from pipeline.evaluation.pages.runs_pages import compare_command, comparison_tables
-from pipeline.evaluation.runs import SeedSummary, compare_runs, load_run, seeds_verdict
+from pipeline.evaluation.run_files import load_run
+from pipeline.evaluation.runs import compare_runs
+from pipeline.evaluation.significance import holm
 
 METRICS = [{"name": "bleu", "options": {}}]
 
@@ -17,8 +19,8 @@ METRICS = [{"name": "bleu", "options": {}}]
 def evaluated(tmp_path):
     """Each call leaves a run directory whose PPO wrote the given texts."""
 
-    def make(name: str, ppo: list[str], seed: int = 0, **settings):
-        report, outputs = make_report({"sft": MIXED, "ppo": ppo}, seed=seed)
+    def make(name: str, ppo: list[str], seed: int = 0, sft: list[str] = MIXED, **settings):
+        report, outputs = make_report({"sft": sft, "ppo": ppo}, seed=seed)
         report.settings.update(metrics=METRICS, language=None)
         directory = tmp_path / name / "eval"
         write_report(report, Details(all_examples(TEST, outputs, "bleu")), directory)
@@ -34,27 +36,76 @@ def evaluated(tmp_path):
     return make
 
 
-def test_seeds_are_summed_up(evaluated, tmp_path):
-    paths = [evaluated(f"a-seed-{n}", texts, seed=n) for n, texts in enumerate((GOOD, GOOD, BAD))]
-    found = compare_runs([load_run(path) for path in paths])
+def compared(*paths):
+    return compare_runs([load_run(path) for path in paths])
+
+
+def test_seeds_are_summed_up(evaluated):
+    better = [GOOD, GOOD[:11] + BAD[11:], GOOD[:10] + BAD[10:]]
+    found = compared(*(evaluated(f"a-seed-{n}", texts, seed=n) for n, texts in enumerate((*better[:2], BAD))))
     bleu = found.seeds[0]
     deltas = [gain.delta for gain in found.gains if gain.metric == "bleu"]
     assert bleu.mean == pytest.approx(sum(deltas) / 3) and (bleu.low, bleu.high) == (min(deltas), max(deltas))
     assert bleu.deviation == pytest.approx((sum((d - bleu.mean) ** 2 for d in deltas) / 2) ** 0.5)
-    assert (bleu.ahead, bleu.improved, bleu.worsened) == pytest.approx((2 / 3, 2 / 3, 1 / 3))
-    assert bleu.seeds == [0, 1, 2]
-    assert "better in 2, worse in 1; bleu +" in found.verdict
+    assert (bleu.ahead, bleu.seeds, bleu.deltas, bleu.over_both.delta) == (2 / 3, [0, 1, 2], deltas, bleu.mean)
+    assert found.verdict.startswith("No difference") and "one-sided tests" in found.verdict
     assert "seeds disagree on bleu" in found.warnings[0] and "67%" in found.warnings[0]
+    found = compared(*(evaluated(f"b-seed-{n}", texts, seed=n) for n, texts in enumerate(better)))
+    assert found.verdict.startswith("PPO is better than SFT: bleu +") and found.duels == []
 
 
-@pytest.mark.parametrize(
-    ("improved", "worsened", "sentence"),
-    [(1.0, 0.0, "better than SFT in all 3 seeds"), (0.0, 1.0, "worse than SFT in all 3 seeds")],
-)
-def test_the_verdict_over_seeds(improved, worsened, sentence):
-    summary = SeedSummary("bleu", [0, 1, 2], 1.5, 0.5, 1.0, 2.0, improved, improved, worsened)
-    found = seeds_verdict(summary)
-    assert sentence in found and "bleu +1.50" in found and "0.50, from +1.00" in found
+def test_it_is_told_whether_sft_was_reseeded(evaluated):
+    texts = [GOOD, GOOD[:11] + BAD[11:]]
+    found = compared(*(evaluated(f"a-{n}", ppo, seed=n) for n, ppo in enumerate(texts)))
+    assert any("one SFT model" in line for line in found.findings) and found.seeds[0].sft_models == 1
+    anew = [(texts[0], MIXED), (texts[1], GOOD[:1] + MIXED[1:])]
+    found = compared(*(evaluated(f"b-{n}", ppo, seed=n, sft=sft) for n, (ppo, sft) in enumerate(anew)))
+    assert any("trained anew" in line for line in found.findings) and found.seeds[0].sft_models == 2
+
+
+def test_a_seed_counts_once(evaluated):
+    """A copy of a run, under its own seed or under another, adds nothing."""
+    first, second = evaluated("a", GOOD), evaluated("b", GOOD[:10] + BAD[10:], seed=1)
+    honest = compared(first, second).seeds[0]
+    same_seed = compared(first, second, evaluated("copy", GOOD[:9] + BAD[9:], seed=1))
+    same_texts = compared(first, second, evaluated("relabelled", GOOD, seed=2))
+    for found, place in ((same_seed, "copy has the seed of b"), (same_texts, "relabelled wrote the same texts")):
+        assert found.seeds[0].deciding == honest.deciding and found.seeds[0].seeds == [0, 1]
+        assert place in found.warnings[0] and "counted once" in found.warnings[0]
+
+
+def test_seeds_whose_ppo_ended_as_sft_all_count(evaluated):
+    found = compared(*(evaluated(f"a-{n}", texts, seed=n) for n, texts in enumerate((MIXED, MIXED, GOOD))))
+    assert found.seeds[0].seeds == [0, 1, 2] and not any("counted once" in text for text in found.warnings)
+
+
+def test_seeds_with_other_test_sets_are_tested_over_seeds_alone(evaluated):
+    first, second = evaluated("a", GOOD), evaluated("b", GOOD[:10] + BAD[10:], seed=1)
+    for file in (second / "eval" / "predictions").iterdir():
+        file.write_text(file.read_text().replace("prompt 0", "another prompt"))
+    bleu = compared(first, second).seeds[0]
+    assert bleu.over_both is None and bleu.deciding == bleu.over_seeds
+
+
+def test_groups_of_seeds_are_compared_over_seeds(evaluated):
+    rate = {"ppo.kl_coef": 0.1}
+    first = [evaluated(f"a-{n}", GOOD[:n] + BAD[n:], seed=n) for n in range(3)]
+    other = [evaluated(f"b-{n}", GOOD[: 12 - n] + BAD[12 - n :], seed=n, **rate) for n in range(3)]
+    (duel,) = compared(*first, *other).duels
+    assert (duel.a, duel.b, duel.seeds_a, duel.seeds_b) == ("a-0 (3 seeds)", "b-0 (3 seeds)", 3, 3)
+    assert duel.delta > 0 and duel.p_value < 0.05
+    assert "b-0 (3 seeds) differs from a-0 (3 seeds)" in compared(*first, *other).verdict
+    found = compared(first[0], *other)  # one seed on one side: checkpoints
+    assert len(found.duels) == 3 and found.verdict.count("these two checkpoints") == 3
+
+
+def test_pairs_of_runs_are_corrected_for_their_number(evaluated):
+    paths = [evaluated(f"run-{n}", BAD[:n] + MIXED[n:], **{"ppo.kl_coef": n}) for n in (0, 4, 8, 12)]
+    found = compared(*paths)
+    p_values = [duel.p_value for duel in found.duels]
+    assert [duel.p_holm for duel in found.duels] == holm(p_values)
+    assert any(duel.p_value < 0.05 <= duel.p_holm for duel in found.duels)
+    assert found.verdict.count("two checkpoints differ") == sum(duel.p_holm < 0.05 for duel in found.duels)
 
 
 def test_runs_of_other_settings_are_no_seeds_but_are_tested_against_each_other(evaluated):
@@ -66,7 +117,7 @@ def test_runs_of_other_settings_are_no_seeds_but_are_tested_against_each_other(e
     gain = next(gain for gain in found.gains if (gain.run, gain.metric) == ("b", "bleu"))
     assert (duel.a, duel.b, duel.system) == ("a", "b", "ppo")
     assert duel.delta == pytest.approx(gain.delta) and duel.p_value < 0.05  # a's PPO wrote what SFT wrote
-    assert found.verdict.startswith("b differs from a (ppo, bleu +")
+    assert found.verdict.startswith("b and a: these two checkpoints differ (ppo, bleu +")
     tables = {table.title: table.rows for table in comparison_tables(runs, found)}
     assert tables["Settings that differ"] == [["seed", "0", "1"], ["ppo.kl_coef", "0.05", "0.1"]]
     assert len(tables["Scores"]) == 4

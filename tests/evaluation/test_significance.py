@@ -10,14 +10,21 @@ import pytest
 from sacrebleu.metrics import BLEU
 from sacrebleu.significance import PairedTest
 
+from pipeline.evaluation.config import EvalConfig
 from pipeline.evaluation.significance import (
+    BOOTSTRAP,
+    MCNEMAR,
+    RANDOMISATION,
     Comparison,
+    compare_texts,
+    compare_values,
     holm,
+    mcnemar,
     paired_bootstrap,
     paired_bootstrap_means,
-    paired_effect,
     paired_randomisation,
     paired_randomisation_means,
+    paired_shares,
 )
 from pipeline.metrics import METRIC_NAMES, load_metric
 from pipeline.metrics.resampling import bootstrap_indices
@@ -47,6 +54,12 @@ def test_p_value_by_hand(monkeypatch):
     comparison = paired_bootstrap_means([0, 0, 1], [1, 1, 0], n_resamples=5)
     assert comparison.delta == pytest.approx(1 / 3)
     assert comparison.p_value == pytest.approx(5 / 6)
+    # Three examples: Student's interval. Differences 1, 1, -1 have a standard deviation of (4/3)^(1/2).
+    assert comparison.standard_error == pytest.approx(2 / 3)
+    assert comparison.low == pytest.approx(1 / 3 - 4.30265 * 2 / 3)
+    assert comparison.high == pytest.approx(1 / 3 + 4.30265 * 2 / 3)
+    monkeypatch.setattr("pipeline.evaluation.significance.SMALL", 2)
+    comparison = paired_bootstrap_means([0, 0, 1], [1, 1, 0], n_resamples=5)
     # The 2.5th percentile of -1, -1/3, 1/3, 1/3, 1/3 lies a tenth of the way from the first to the second.
     assert comparison.low == pytest.approx(-1 + 0.1 * 2 / 3)
     assert comparison.high == pytest.approx(1 / 3)
@@ -57,7 +70,7 @@ def test_identical_predictions_give_no_difference(name):
     references = sentences(12, seed=1)
     predictions = noisy(references, 0.3, seed=2)
     comparison = paired_bootstrap(load_metric(name), predictions, predictions, [[r] for r in references], 50)
-    assert comparison == Comparison(0.0, 0.0, 0.0, 1.0)
+    assert comparison == Comparison(0.0, 0.0, 0.0, 1.0, 0.0)
 
 
 @pytest.mark.parametrize("name", ["bleu", "chrf", "ter", "rougeL", "token_f1"])
@@ -88,7 +101,7 @@ def test_delta_is_the_difference_of_the_corpus_scores():
 
 
 def test_result_is_determined_by_the_seed():
-    references = sentences(30, seed=10)
+    references = sentences(120, seed=10)
     a, b = noisy(references, 0.3, seed=11), noisy(references, 0.3, seed=12)
     metric, references = load_metric("bleu"), [[text] for text in references]
     first, again, other = (paired_bootstrap(metric, a, b, references, 200, seed) for seed in (1, 1, 2))
@@ -234,12 +247,54 @@ def test_a_against_a_is_significant_one_time_in_twenty():
     assert 180 <= covered <= 198
 
 
-def test_effect_by_hand():
-    found = paired_effect([0, 0, 0, 0], [1, 3, 0, -2])
-    assert found.size == pytest.approx(0.5 / (13 / 3) ** 0.5)  # mean 1/2, squares about it 13
-    assert (found.wins, found.losses) == (0.5, 0.25)
-    assert paired_effect([1, 2], [1, 2]).size == 0
-    assert paired_effect([1, 2], [2, 3]).size is None  # no spread: not a number
+def test_shares_by_hand():
+    shares = paired_shares([0, 0, 0, 0], [1, 3, 0, -2])
+    assert (shares.wins, shares.losses, shares.better) == (0.5, 0.25, 0.625)  # two wins and half a tie of four
+
+
+def test_mcnemar_by_hand():
+    """B is right where A is wrong five times, the reverse once: mid-p is 2 x (1 + 6/2) / 64."""
+    wrong, right = [0.0] * 5 + [1.0], [1.0] * 5 + [0.0]
+    assert mcnemar(wrong, right) == mcnemar(right, wrong) == pytest.approx(0.125)
+    assert mcnemar([0.0] * 4, [1.0] * 4) == pytest.approx(1 / 16)
+    assert mcnemar([0.0, 1.0], [1.0, 0.0]) == pytest.approx(0.75)  # one each: 1 - 1/2 x 1/2
+    assert mcnemar([1.0, 0.0], [1.0, 0.0]) == 1.0
+
+
+def test_which_test_decides():
+    rng = np.random.default_rng(24)
+    few, many = rng.normal(size=(2, 99)).tolist(), rng.normal(size=(2, 100)).tolist()
+    binary = rng.integers(0, 2, (2, 40)).astype(float).tolist()
+    small, large, right = (compare_values(*values) for values in (few, many, binary))
+    assert (small.test, large.test, right.test) == (RANDOMISATION, BOOTSTRAP, MCNEMAR)
+    assert small.p_value == small.p_randomisation and large.p_value == large.bootstrap.p_value
+    assert right.p_value == mcnemar(*binary)
+    answers = ["yes", "no"] * 20
+    exact = compare_texts(load_metric("exact_match"), answers, ["yes"] * 40, [["yes"]] * 40)
+    assert exact.test == MCNEMAR and exact.p_value == pytest.approx(2.0**-20)
+    assert compare_texts(load_metric("bleu"), answers, ["yes"] * 40, [["yes"]] * 40).test == RANDOMISATION
+
+
+@pytest.mark.parametrize("n_examples", [6, 10, 20, 50])
+def test_small_sets_keep_their_level(n_examples):
+    """Equally good systems 500 times: at most 5 % false differences and intervals that cover 0 in 95 %.
+
+    With a standard deviation of 1 %; percentiles of the bootstrap cover 87 % at 6 examples, and its p errs in 13 %.
+    """
+    differences = np.random.default_rng(n_examples).normal(size=(500, n_examples))
+    tests = [
+        compare_values(np.zeros(n_examples).tolist(), row.tolist(), 1000, seed) for seed, row in enumerate(differences)
+    ]
+    assert sum(test.p_value < 0.05 for test in tests) <= 500 * 0.075
+    assert sum(test.bootstrap.low <= 0 <= test.bootstrap.high for test in tests) >= 500 * 0.93
+
+
+def test_the_standard_error_of_many_and_of_few():
+    rng = np.random.default_rng(25)
+    few, many = rng.normal(size=60), rng.normal(size=400)
+    assert paired_bootstrap_means(np.zeros(60), few).standard_error == pytest.approx(few.std(ddof=1) / 60**0.5)
+    error = paired_bootstrap_means(np.zeros(400), many).standard_error
+    assert error == pytest.approx(many.std(ddof=1) / 400**0.5, rel=0.07)
 
 
 def test_holm_by_hand():
@@ -261,3 +316,9 @@ def test_scores_are_those_of_the_sacrebleu_command_line(tmp_path):
         score = load_metric(name).corpus_score(predictions, [[text] for text in references], n_bootstrap=0)
         assert f"{score.value:.12f}" == f"{found['score']:.12f}"
         assert sorted(score.signature.split("|")) == sorted(found["signature"].split("|"))
+
+
+def test_too_few_resamples_are_refused():
+    with pytest.raises(ValueError, match=r"eval\.n_bootstrap: must be at least 1000, found 999"):
+        EvalConfig(n_bootstrap=999)
+    assert EvalConfig(n_bootstrap=1000).n_bootstrap == 1000

@@ -1,12 +1,11 @@
 """The words of the report against the figures they come from."""
 
-from dataclasses import replace
-
 import pytest
 from evaluation_toys import BAD, BLEU, GOOD, MIXED, TER, make_report
 
 from pipeline.evaluation.report import SystemComparison
-from pipeline.evaluation.verdict import _effect, verdict
+from pipeline.evaluation.significance import BOOTSTRAP, MCNEMAR
+from pipeline.evaluation.verdict import findings, verdict
 
 HALF = [0.5] * 12
 RISING = [0.5 + 0.03 * i for i in range(12)]
@@ -19,23 +18,51 @@ RISING = [0.5 + 0.03 * i for i in range(12)]
         (GOOD, BAD, BLEU, "PPO is worse than SFT: bleu -"),
         (BAD, GOOD, TER, "PPO is better than SFT: ter -"),  # an error rate: less is better
         (GOOD, BAD, TER, "PPO is worse than SFT: ter +"),
-        (MIXED, MIXED, BLEU, "No evidence that PPO changed the quality of SFT: bleu +0.00 "),
-        (GOOD[:-1] + BAD[-1:], GOOD, BLEU, "No evidence that PPO changed the quality of SFT: bleu +"),
+        (MIXED, MIXED, BLEU, "No difference between PPO and SFT is shown: bleu +0.00 "),
+        (GOOD[:-1] + BAD[-1:], GOOD, BLEU, "No difference between PPO and SFT is shown: bleu +"),
     ],
 )
-def test_the_verdict_is_one_sentence(sft, ppo, metric, sentence):
+def test_the_verdict_is_one_line(sft, ppo, metric, sentence):
     found = make_report({"sft": sft, "ppo": ppo}, metrics=(metric,))[0].verdict
     assert found.startswith(sentence) and found.count("\n") == 0
-    assert "95 % interval" in found and "p = " in found
+    assert "95 % interval" in found and ("p = " in found or "p < 0.001" in found)
 
 
 def comparison(**changes) -> SystemComparison:
-    return replace(SystemComparison("sft", "ppo", "bleu", 1.0, 0.1, 2.0, 0.049, 0.049, 0.04, 0.2, 0.3, 0.1), **changes)
+    figures = {
+        "a": "sft",
+        "b": "ppo",
+        "metric": "bleu",
+        "delta": 1.0,
+        "low": 0.1,
+        "high": 2.0,
+        "p_value": 0.049,
+        "p_holm": 0.049,
+        "p_randomisation": 0.04,
+        "wins": 0.3,
+        "losses": 0.1,
+        "higher_is_better": True,
+        "test": BOOTSTRAP,
+        "p_bootstrap": 0.049,
+        "p_better": 0.6,
+        "examples": 2000,
+        "standard_error": 0.31,
+        "smallest_difference": 0.87,
+        "equivalence_margin": 1.51,
+    }
+    return SystemComparison(**{**figures, **changes})
+
+
+def first_findings(**changes) -> list[str]:
+    systems = make_report({"sft": MIXED, "ppo": GOOD})[0].systems
+    return findings([comparison(**changes)], systems, {}, "bleu")
 
 
 def test_the_verdict_takes_the_p_value_at_its_word():
     assert verdict([comparison()], "bleu").startswith("PPO is better")
-    assert verdict([comparison(p_value=0.05)], "bleu").startswith("No evidence")
+    assert verdict([comparison(p_value=0.05)], "bleu").startswith("No difference between PPO and SFT is shown")
+    assert "p < 0.001" in verdict([comparison(p_value=1 / 1001)], "bleu")
+    assert "p = 0.002" in verdict([comparison(p_value=2 / 1001)], "bleu")
     assert "nothing to compare" in verdict([], "bleu")
     assert verdict([], "bleu") == verdict([comparison(a="base", b="sft")], "bleu")
 
@@ -43,26 +70,33 @@ def test_the_verdict_takes_the_p_value_at_its_word():
 def test_findings_name_the_other_measures_with_corrected_p():
     scores = {"sft": HALF, "ppo": RISING}
     found = make_report({"sft": BAD, "ppo": GOOD}, scores, metrics=(BLEU, TER))[0].findings
-    assert "Holm" in found[0] and "better: ter -" in found[0]
-    assert "reward +0.165 (p = 0.015)" in found[0] and "worse" not in found[0]
-    assert any("randomisation agrees" in line and "p = 0.005" in line for line in found)
-    assert any("scores higher on 100%, lower on 0%" in line for line in found)
+    others = next(line for line in found if "Holm" in line)
+    assert "better: ter -" in others and "reward +0.165 (p = 0.0" in others and "worse" not in others
+    assert any("paired bootstrap (p < 0.001) agrees" in line for line in found)  # twelve examples: the other decides
+    assert any("scores higher on 100%, lower on 0%" in line and "P(better) = 100%" in line for line in found)
     assert any(line.startswith("PPO is 0.50 nats per completion from SFT") for line in found)
     assert make_report({"base": BAD, "sft": GOOD})[0].findings == []
 
 
-@pytest.mark.parametrize(
-    ("effect", "words"),
-    [
-        (None, "everywhere by the same amount"),
-        (-0.05, "negligible (d = -0.05)"),
-        (0.2, "small"),
-        (0.5, "medium"),
-        (0.9, "large"),
-    ],
-)
-def test_the_effect_in_words(effect, words):
-    assert words in _effect(comparison(effect_size=effect))
+def test_the_power_of_the_test_set_is_told_with_every_verdict():
+    for p_value in (0.01, 0.5):
+        power = first_findings(p_value=p_value)[0]
+        assert "standard error is 0.31" in power and "2,000 examples see a difference of 0.87" in power
+        assert "0.29 needs about 18,000 examples" in power  # a third of it: nine times as many
+    assert "within ±1.51 by two one-sided tests" in verdict([comparison(p_value=0.5)], "bleu")
+    assert "one-sided" not in verdict([comparison()], "bleu")
+
+
+def test_the_tests_that_do_not_decide_are_told():
+    agrees = "paired bootstrap; paired randomisation (p = 0.040) agrees"
+    assert any(agrees in line for line in first_findings())
+    close = first_findings(p_value=0.06, test=MCNEMAR)
+    assert any("McNemar; paired bootstrap (p = 0.049) and paired" in line and "not agree" in line for line in close)
+
+
+def test_no_adjective_for_the_effect():
+    told = " ".join(first_findings())
+    assert "P(better) = 60%" in told and not any(word in told for word in ("negligible", "small (", "medium", "d ="))
 
 
 def test_the_control_decides_whether_the_reward_explains_the_gain():
@@ -74,13 +108,17 @@ def test_the_control_decides_whether_the_reward_explains_the_gain():
     assert not any("control" in line for line in make_report({"sft": BAD, "ppo": GOOD})[0].findings)
 
 
-def test_best_of_n_is_put_beside_what_ppo_reaches():
-    both = [text for good, bad in zip(GOOD, BAD, strict=True) for text in (bad, good)]
-    found = make_report({"sft": BAD, "ppo": GOOD}, samples={"sft": both, "ppo": both})[0].findings
-    assert "the best of 2 SFT samples" in found[-1] and "would do for PPO's" in found[-1]
+def test_best_of_n_compares_samples_with_samples():
+    """PPO's greedy answers are right and all samples of both are wrong: the samples are no merit of PPO's."""
     never = [text for text in BAD for _ in range(2)]
-    found = make_report({"sft": BAD, "ppo": GOOD}, samples={"sft": never, "ppo": both})[0].findings
-    assert "does not reach PPO's" in found[-1]
+    told = make_report({"sft": MIXED, "ppo": GOOD}, samples={"sft": never, "ppo": never})[0].findings[-1]
+    assert "one PPO sample is worth one SFT sample" in told
+    assert "temperature 1," in told and "greedy: SFT 0." in told and "PPO 1.000" in told
+    both = [text for good, bad in zip(GOOD, BAD, strict=True) for text in (bad, good)]
+    told = make_report({"sft": BAD, "ppo": GOOD}, samples={"sft": never, "ppo": both})[0].findings[-1]
+    assert "worth more than the best of 2 SFT samples" in told
+    told = make_report({"sft": BAD, "ppo": GOOD}, samples={"sft": both, "ppo": never})[0].findings[-1]
+    assert "worth one SFT sample" in told
 
 
 def test_no_warning_where_nothing_is_wrong():

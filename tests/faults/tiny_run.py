@@ -29,7 +29,7 @@ ppo:
   per_device_train_batch_size: 2
   gradient_accumulation_steps: 2
   response_length: 8
-eval: {metrics: [bleu], n_bootstrap: 20, samples_per_prompt: 0, num_inspected: 0}
+eval: {metrics: [bleu], samples_per_prompt: 0, num_inspected: 0}
 """
 COLUMNS = """{name: columns, path: '{split}.jsonl', data_dir: DATA, prompt: "{english}\\n", completion: german}"""
 PARALLEL = "{name: parallel, source: '{split}.en', target: '{split}.de', data_dir: DATA}"
@@ -71,7 +71,7 @@ LETTERS_RECIPE = {
     "task": {"name": "parallel", "source": "{split}.en", "target": "{split}.de"},
     "sft": {"num_train_epochs": 1, "per_device_train_batch_size": 3, "gradient_checkpointing": False},
     "ppo": {"rewards": ["bleu"], "per_device_train_batch_size": 2, "response_length": 4},
-    "eval": {"metrics": ["bleu"], "n_bootstrap": 20, "samples_per_prompt": 0, "num_inspected": 0},
+    "eval": {"metrics": ["bleu"], "samples_per_prompt": 0, "num_inspected": 0},
 }
 
 

@@ -18,7 +18,9 @@ from pipeline.evaluation.pages.page import (
     write_page,
 )
 from pipeline.evaluation.pages.tables import MISSING, Table, duration
-from pipeline.evaluation.runs import Run, RunsReport, compare_runs, load_run
+from pipeline.evaluation.power import p_cell, p_text
+from pipeline.evaluation.run_files import Run, load_run
+from pipeline.evaluation.runs import RunsReport, compare_runs
 
 
 def compare_command(argv: Sequence[str]) -> int:
@@ -76,20 +78,31 @@ def comparison_tables(runs: Sequence[Run], report: RunsReport) -> list[Table]:
 
 def seeds_table(report: RunsReport) -> Table:
     """Make the table of PPO - SFT over the seeds."""
-    header = ["metric", "seeds", "mean", "std. dev.", "lowest", "highest", "ahead", "better", "worse"]
+    header = ["metric", "seeds", "mean", "95 % interval", "p", "p Holm", "t over seeds", "std. dev.", "ahead"]
+    several = len({tuple(s.runs) for s in report.seeds}) > 1
     rows = [
         [
-            s.metric,
+            f"{s.metric} ({s.runs[0]})" if several else s.metric,
             str(len(s.seeds)),
             f"{s.mean:+.3f}",
+            _interval(s.deciding.low, s.deciding.high),
+            *map(p_cell, (s.deciding.p_value, s.p_holm)),
+            f"{_interval(s.over_seeds.low, s.over_seeds.high)}, {p_text(s.over_seeds.p_value)}",
             f"{s.deviation:.3f}",
-            *(f"{value:+.3f}" for value in (s.low, s.high)),
-            *(f"{share:.0%}" for share in (s.ahead, s.improved, s.worsened)),
+            f"{s.ahead:.0%}",
         ]
         for s in report.seeds
     ]
-    note = "Ahead: share of seeds in which PPO has the better score; better and worse: with p < 0.05 in that run."
+    note = (
+        "Interval and p: crossed bootstrap over seeds and test examples. t over seeds: Student's t of the "
+        "differences, blind to the choice of examples. Holm: corrected for all comparisons of this page. Ahead: share "
+        "of seeds in which PPO has the better score."
+    )
     return Table("PPO - SFT over the seeds", header, rows, note)
+
+
+def _interval(low: float, high: float) -> str:
+    return f"[{low:+.3f}, {high:+.3f}]"
 
 
 def gains_table(report: RunsReport) -> Table:
@@ -98,7 +111,7 @@ def gains_table(report: RunsReport) -> Table:
     rows = []
     for name in report.runs:
         gains = {gain.metric: gain for gain in report.gains if gain.run == name}
-        cells = [f"{gains[m].delta:+.3f} (p = {gains[m].p_value:.3f})" if m in gains else MISSING for m in metrics]
+        cells = [f"{gains[m].delta:+.3f} ({p_text(gains[m].p_value)})" if m in gains else MISSING for m in metrics]
         rows.append([name, *cells])
     return Table("PPO - SFT of each run", ["run", *metrics], rows)
 
@@ -106,11 +119,20 @@ def gains_table(report: RunsReport) -> Table:
 def pairwise_table(report: RunsReport) -> Table:
     """Make the table of every run against the first."""
     rows = [
-        [f"{d.b} - {d.a}", d.system, d.metric, f"{d.delta:+.3f}", f"[{d.low:+.3f}, {d.high:+.3f}]", f"{d.p_value:.3f}"]
+        [
+            f"{d.b} - {d.a}",
+            d.system,
+            d.metric,
+            f"{d.delta:+.3f}",
+            _interval(d.low, d.high),
+            p_cell(d.p_value),
+            p_cell(d.p_holm),
+        ]
         for d in report.duels
     ]
-    header = ["runs", "system", "metric", "difference", "95 % interval", "p"]
-    return Table("Against the first run", header, rows, "Paired bootstrap over the test examples both runs share.")
+    header = ["runs", "system", "metric", "difference", "95 % interval", "p", "p Holm"]
+    note = "Over the test examples that both runs share, and over seeds where both have several."
+    return Table("Against the first run", header, rows, note)
 
 
 def scores_table(runs: Sequence[Run]) -> Table:

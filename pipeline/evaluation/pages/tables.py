@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 from pipeline.evaluation.decodings import BestOfN
 from pipeline.evaluation.gains import Bucket
+from pipeline.evaluation.power import p_cell
 from pipeline.evaluation.report import EvaluationReport, System
+from pipeline.evaluation.significance import SMALL
 
 MISSING = "-"
 
@@ -69,24 +71,27 @@ def text_table(report: EvaluationReport) -> Table:
 
 def comparison_table(report: EvaluationReport) -> Table:
     """Make the table of comparisons, a row for each."""
-    header = ["systems", "metric", "difference", "95 % interval", "p", "p Holm", "p randomised", "d", "wins", "losses"]
+    header = ["systems", "metric", "difference", "95 % interval", "p", "p Holm", "p randomised", "std. error"]
+    header += ["smallest seen", "wins", "losses", "P(better)"]
     rows = [
         [
             f"{c.b} - {c.a}",
             c.metric,
             f"{c.delta:+.3f}",
             f"[{c.low:+.3f}, {c.high:+.3f}]",
-            *(f"{p:.3f}" for p in (c.p_value, c.p_holm, c.p_randomisation)),
-            *_formatted([c.effect_size], "+.2f"),
-            f"{c.wins:.0%}",
-            f"{c.losses:.0%}",
+            *map(p_cell, (c.p_value, c.p_holm, c.p_randomisation)),
+            f"{c.standard_error:.3f}",
+            f"{c.smallest_difference:.3f}",
+            *(f"{share:.0%}" for share in (c.wins, c.losses, c.p_better)),
         ]
         for c in report.comparisons
     ]
     note = (
-        "p: paired bootstrap, two-sided; Holm: corrected for the metrics of a pair; randomised: paired approximate "
-        "randomisation; d: mean over standard deviation of the gains example by example, wins and losses their "
-        "shares, all positive where the first-named system is better."
+        f"p: two-sided, from the paired bootstrap; below {SMALL} examples from paired randomisation; from "
+        "McNemar's test (mid-p) where every example is right or wrong; Holm: corrected for all rows of this "
+        "table; randomised: paired approximate randomisation; smallest seen: the difference that the test finds with "
+        "80 % power; wins and losses: shares of the examples on which the first-named system is better and worse; "
+        "P(better): its chance to be better on one example, ties counted half."
     )
     return Table("Comparisons", header, rows, note)
 

@@ -1,0 +1,49 @@
+"""How much a test can see: Student's interval, the smallest difference it finds, and how equal two systems are.
+
+Sources: Card et al., With Little Power Comes Great Responsibility (2020); Schuirmann, A comparison of the two
+one-sided tests procedure and the power approach (1987).
+"""
+
+from math import inf
+
+from scipy.special import stdtr, stdtrit
+
+LEVEL = 0.05
+POWER = 0.8
+
+
+def student_interval(value: float, error: float, degrees: float, confidence: float) -> tuple[float, float]:
+    """Compute Student's interval of a value with this standard error."""
+    reach = float(stdtrit(degrees, (1 + confidence) / 2)) * error
+    return value - reach, value + reach
+
+
+def student_p(value: float, error: float, degrees: float) -> float:
+    """Compute the two-sided p of Student's test that the value is 0."""
+    if error == 0:
+        return 1.0 if value == 0 else 0.0
+    return 2 * float(stdtr(degrees, -abs(value) / error))
+
+
+def smallest_difference(error: float, degrees: float = inf) -> float:
+    """Compute which difference a two-sided test at 5 % finds with 80 % power."""
+    return float(_quantile(degrees, 1 - LEVEL / 2) + _quantile(degrees, POWER)) * error
+
+
+def equivalence_margin(value: float, error: float, degrees: float = inf) -> float:
+    """Compute the smallest margin within which two one-sided tests at 5 % place the difference."""
+    return abs(value) + _quantile(degrees, 1 - LEVEL) * error
+
+
+def _quantile(degrees: float, probability: float) -> float:
+    return float(stdtrit(degrees, probability))
+
+
+def p_text(p_value: float) -> str:
+    """Write a p-value with three digits: `p = 0.012`; what is smaller than they can say is `p < 0.001`."""
+    return f"p {p_cell(p_value)}" if p_value < 0.001 else f"p = {p_value:.3f}"
+
+
+def p_cell(p_value: float) -> str:
+    """Write a p-value for a table: `0.012` or `< 0.001`."""
+    return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"

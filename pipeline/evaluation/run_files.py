@@ -1,0 +1,98 @@
+"""What a finished evaluation left in its run directory: the report, its settings, and the predictions."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.metrics import Metric, load_metric
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its directory, report.json, and the flat settings its evaluation was made with."""
+
+    path: Path
+    report: dict
+    settings: dict
+
+    @property
+    def name(self) -> str:
+        """Return the directory's name."""
+        return self.path.name
+
+    @property
+    def seed(self) -> object:
+        """Return the recipe's seed."""
+        return self.settings.get("seed")
+
+
+@dataclass(frozen=True)
+class RunComparison:
+    """PPO compared with SFT in one run by one measure, with the p-value of its report."""
+
+    run: str
+    seed: object
+    metric: str
+    delta: float
+    p_value: float
+    better: bool
+    higher_is_better: bool
+
+
+@dataclass(frozen=True)
+class ScoredRows:
+    """What one system of a run wrote: prompt and references, text and weighted reward (or None) of each test row."""
+
+    keys: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    texts: tuple[str, ...] = ()
+    scores: tuple[float | None, ...] = ()
+
+
+def load_run(path: Path) -> Run:
+    """Read a run directory whose eval stage is finished.
+
+    Raises:
+        ValueError: there is no report in it, or one that is not whole.
+    """
+    file = path / "eval" / "report.json"
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+        settings = json.loads((path / "eval" / "stage.json").read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{str(path)!r} holds no finished evaluation ({file} and stage.json next to it); "
+            "run its eval stage first, and give the run's directory, such as runs/quickstart"
+        ) from error
+    return Run(path, report, settings)
+
+
+def compare_to_sft(run: Run) -> list[RunComparison]:
+    """Read how PPO compares with SFT in one run, by each measure."""
+    gains = []
+    for c in run.report["comparisons"]:
+        if (c["a"], c["b"]) == ("sft", "ppo"):
+            up = c.get("higher_is_better", True)
+            better = (c["delta"] > 0) if up else (c["delta"] < 0)
+            gains.append(RunComparison(run.name, run.seed, c["metric"], c["delta"], c["p_value"], better, up))
+    return gains
+
+
+def read_rows(run: Run, system: str) -> ScoredRows:
+    """Read what a system of the run wrote; no rows without the system or its file."""
+    if system not in run.report["systems"]:
+        return ScoredRows()
+    file = run.path / "eval" / run.report["systems"][system]["predictions"]
+    if not file.is_file():
+        return ScoredRows()
+    with file.open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    keys = tuple((row["prompt"], tuple(row["references"])) for row in rows)
+    return ScoredRows(keys, tuple(row["completion"] for row in rows), tuple(row.get("score") for row in rows))
+
+
+def run_metrics(run: Run) -> dict[str, Metric]:
+    """Load the metrics of the run's report by name; an empty mapping where it does not record them."""
+    settings = run.report["settings"]
+    configs = settings.get("metrics") or []
+    metrics = [load_metric(config["name"], settings.get("language"), **config["options"]) for config in configs]
+    return {metric.name: metric for metric in metrics}

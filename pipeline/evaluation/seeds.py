@@ -1,0 +1,158 @@
+"""Runs that differ in their seed alone: what they show together about PPO and SFT."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+import numpy as np
+
+from pipeline.evaluation.crossed import CrossedComparison, crossed_comparison, seeds_alone
+from pipeline.evaluation.power import equivalence_margin, p_text, smallest_difference
+from pipeline.evaluation.report import REWARD
+from pipeline.evaluation.run_files import Run, RunComparison, ScoredRows, compare_to_sft, read_rows, run_metrics
+from pipeline.evaluation.significance import SIGNIFICANT
+from pipeline.metrics import Metric
+from pipeline.metrics.resampling import bootstrap_indices, resampled_means, with_full_set
+
+N_RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class SeedSummary:
+    """PPO - SFT by one measure over runs that differ in their seed alone.
+
+    `deltas` are the differences of the seeds; `deviation` is their sample standard deviation, `low` and `high` are
+    the extremes, `ahead` is the share of seeds in which PPO has the better score. `over_both` tests the mean over
+    seeds and examples, `over_seeds` over seeds alone; the first is None where the seeds have other test sets, and the
+    second decides. `p_holm` is the deciding p corrected for all of the page. `sft_models` counts the SFT models.
+    """
+
+    metric: str
+    runs: list[str]
+    seeds: list
+    deltas: list[float]
+    mean: float
+    deviation: float
+    low: float
+    high: float
+    ahead: float
+    sft_models: int
+    over_both: CrossedComparison | None
+    over_seeds: CrossedComparison
+    p_holm: float
+    higher_is_better: bool
+
+    @property
+    def deciding(self) -> CrossedComparison:
+        """Return the test that decides."""
+        return self.over_both or self.over_seeds
+
+
+def summarise_seeds(runs: Sequence[Run]) -> list[SeedSummary]:
+    """Summarise PPO - SFT over runs of several seeds by each measure, in the order of the report."""
+    gains = [gain for run in runs for gain in compare_to_sft(run)]
+    rows = [[read_rows(run, system) for system in ("sft", "ppo")] for run in runs]
+    sft_models, metrics = len({sft.texts for sft, _ in rows}), run_metrics(runs[0])
+    summaries = []
+    for metric in dict.fromkeys(gain.metric for gain in gains):
+        group = [gain for gain in gains if gain.metric == metric]
+        if len(group) == len(runs):
+            known = metric == REWARD or metric in metrics
+            over_both = over_seeds_and_examples(metrics.get(metric), rows) if known else None
+            summaries.append(_summary(metric, group, sft_models, over_both))
+    return summaries
+
+
+def _summary(
+    metric: str, group: Sequence[RunComparison], sft_models: int, over_both: CrossedComparison | None
+) -> SeedSummary:
+    deltas = [gain.delta for gain in group]
+    return SeedSummary(
+        metric=metric,
+        runs=[gain.run for gain in group],
+        seeds=[gain.seed for gain in group],
+        deltas=deltas,
+        mean=fmean(deltas),
+        deviation=stdev(deltas),
+        low=min(deltas),
+        high=max(deltas),
+        ahead=fmean(gain.better for gain in group),
+        sft_models=sft_models,
+        over_both=over_both,
+        over_seeds=seeds_alone(deltas),
+        p_holm=1.0,
+        higher_is_better=group[0].higher_is_better,
+    )
+
+
+def over_seeds_and_examples(metric: Metric | None, rows: Sequence[Sequence[ScoredRows]]) -> CrossedComparison | None:
+    """Test the mean difference of pairs of systems over their seeds and examples; `rows` has a pair for each seed.
+
+    By the reward where `metric` is None. None where the seeds have other test sets, or no rewards.
+    """
+    scored = resampled_rows(metric, [system for pair in rows for system in pair])
+    if scored is None:
+        return None
+    values, n_examples = scored
+    return crossed_comparison(values[1::2] - values[::2], n_examples)
+
+
+def resampled_rows(metric: Metric | None, systems: Sequence[ScoredRows]) -> tuple[np.ndarray, int] | None:
+    """Score systems on the same resamples, [systems, R + 1], and count the examples; see `over_seeds_and_examples`."""
+    keys = systems[0].keys
+    if not keys or any(system.keys != keys for system in systems):
+        return None
+    indices = with_full_set(bootstrap_indices(len(keys), N_RESAMPLES, 0))
+    if metric is not None:
+        references = [list(texts) for _, texts in keys]
+        return np.array([metric.resampled_scores(s.texts, references, indices) for s in systems]), len(keys)
+    if any(None in system.scores for system in systems):
+        return None
+    return np.array([resampled_means(system.scores, indices) for system in systems]), len(keys)
+
+
+def seeds_verdict(summary: SeedSummary) -> str:
+    """Say in one sentence what the seeds show together."""
+    count, test = len(summary.seeds), summary.deciding
+    by_seed = ", ".join(f"{delta:+.2f}" for delta in summary.deltas)
+    figures = (
+        f"{summary.metric} {test.delta:+.2f} on average over {count} seeds (95 % interval {test.low:+.2f} to "
+        f"{test.high:+.2f}, {p_text(test.p_value)}; by seed {by_seed})"
+    )
+    if test.p_value < SIGNIFICANT:
+        better = (test.delta > 0) == summary.higher_is_better
+        return f"PPO is {'better' if better else 'worse'} than SFT: {figures}."
+    margin = equivalence_margin(test.delta, test.standard_error, test.degrees)
+    return (
+        f"No difference between PPO and SFT is shown: {figures}. "
+        f"It is within ±{margin:.2f} by two one-sided tests (TOST) at 5 %."
+    )
+
+
+def seeds_findings(summary: SeedSummary) -> list[str]:
+    """Say how the seeds were tested, what the test can see, and whether SFT was trained anew with each seed."""
+    count, test, alone = len(summary.seeds), summary.deciding, summary.over_seeds
+    smallest = smallest_difference(test.standard_error, test.degrees)
+    power = f"standard error {test.standard_error:.2f}: with 80 % power it sees a difference of {smallest:.2f} or more"
+    interval = f"{alone.low:+.2f} to {alone.high:+.2f} ({p_text(alone.p_value)})"
+    if summary.over_both is None:
+        tested = f"The seeds have different test sets, so Student's t over the seeds decides; {power}."
+    else:
+        tested = f"The test is a crossed bootstrap over seeds and test examples; {power}."
+    beside = f"Student's t over the {count} seeds alone, blind to the choice of examples: {interval}."
+    if summary.sft_models == 1:
+        reseeded = "All seeds start from one SFT model: the spread is that of PPO, not of the whole chain."
+    elif summary.sft_models == count:
+        reseeded = "SFT was trained anew with each seed: the spread is that of the whole chain."
+    else:
+        reseeded = f"The {count} seeds share {summary.sft_models} SFT models: the spread is partly that of SFT."
+    return [tested, *([beside] if summary.over_both is not None else []), reseeded]
+
+
+def disagreements(seeds: Sequence[SeedSummary]) -> list[str]:
+    """List the measures by which PPO is better than SFT with some seeds and worse with others."""
+    return [
+        f"seeds disagree on {s.metric}: PPO is ahead of SFT in {s.ahead:.0%} of them ({s.low:+.2f} to {s.high:+.2f})"
+        for s in seeds
+        if 0 < s.ahead < 1
+    ]
