@@ -43,7 +43,7 @@ class RunComparison:
 class ScoredRows:
     """What one system of a run wrote: prompt and references, text and weighted reward (or None) of each test row."""
 
-    keys: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    keys: tuple[tuple[object, tuple[str, ...]], ...] = ()
     texts: tuple[str, ...] = ()
     scores: tuple[float | None, ...] = ()
 

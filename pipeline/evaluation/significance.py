@@ -1,4 +1,4 @@
-"""Tests of one system against another on the same examples: paired tests, effect size, Holm's correction.
+"""Tests of one system against another on the same examples: paired tests, shares of wins, Holm's correction.
 
 Source: Koehn, Statistical Significance Tests for Machine Translation Evaluation (2004). Both systems are scored on the
 same resamples of the examples, so what makes an example easy or hard for both cancels out.
