@@ -50,7 +50,9 @@ TESTS = Path(__file__).resolve().parent
 SLOW = (
     "benchmarks",
     "evaluation/test_browser.py",
+    "evaluation/test_crossed.py",
     "faults",
+    "runtime/test_user_code.py",
     "test_accelerate_configs.py",
     "test_chain.py",
     "test_reward_stage.py",
@@ -60,6 +62,7 @@ SLOW = (
     "trainers/test_communication.py",
     "trainers/test_deepspeed.py",
     "trainers/test_distributed.py",
+    "trainers/test_export.py",
     "trainers/test_invariants.py",
     "trainers/test_invariants_architectures.py",
     "trainers/test_ppo_config.py",
