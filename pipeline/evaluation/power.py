@@ -39,6 +39,11 @@ def _quantile(degrees: float, probability: float) -> float:
     return float(stdtrit(degrees, probability))
 
 
+def size_text(value: float) -> str:
+    """Write the size of a difference with two decimals, and a small one with two digits: `0.87`, `0.0031`."""
+    return f"{value:.2f}" if value >= 0.1 or value == 0 else f"{value:.2g}"
+
+
 def p_text(p_value: float) -> str:
     """Write a p-value with three digits: `p = 0.012`; what is smaller than they can say is `p < 0.001`."""
     return f"p {p_cell(p_value)}" if p_value < 0.001 else f"p = {p_value:.3f}"

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pipeline.evaluation.crossed import crossed_comparison
-from pipeline.evaluation.power import equivalence_margin, p_text, smallest_difference
+from pipeline.evaluation.power import equivalence_margin, p_text, size_text, smallest_difference
 from pipeline.evaluation.run_files import Run, RunComparison, compare_to_sft, read_rows, run_metrics
 from pipeline.evaluation.seeds import (
     SeedSummary,
@@ -216,7 +216,7 @@ def _pair_in_words(duel: PairwiseComparison) -> str:
     differs = duel.p_holm < SIGNIFICANT
     if not differs:
         margin = equivalence_margin(duel.delta, duel.standard_error, duel.degrees)
-        figures += f", within ±{margin:.2f} by two one-sided tests"
+        figures += f", within ±{size_text(margin)} by two one-sided tests"
     if min(duel.seeds_a, duel.seeds_b) > 1:
         return f"{duel.b} {'differs' if differs else 'is not shown to differ'} from {duel.a} ({figures})"
     verb = "differ" if differs else "are not shown to differ"
@@ -231,8 +231,8 @@ def pairwise_findings(duels: Sequence[PairwiseComparison]) -> list[str]:
     for duel in duels:
         smallest = smallest_difference(duel.standard_error, duel.degrees)
         lines.append(
-            f"{duel.b} against {duel.a}: standard error {duel.standard_error:.2f}; with 80 % power the test sees a "
-            f"difference of {smallest:.2f} or more."
+            f"{duel.b} against {duel.a}: standard error {size_text(duel.standard_error)}; with 80 % power the test "
+            f"sees a difference of {size_text(smallest)} or more."
         )
     if any(min(duel.seeds_a, duel.seeds_b) == 1 for duel in duels):
         lines.append("With one seed of a run, the test is about its checkpoint: another seed may turn out otherwise.")

@@ -7,7 +7,7 @@ from statistics import fmean, stdev
 import numpy as np
 
 from pipeline.evaluation.crossed import CrossedComparison, crossed_comparison, seeds_alone
-from pipeline.evaluation.power import equivalence_margin, p_text, smallest_difference
+from pipeline.evaluation.power import equivalence_margin, p_text, size_text, smallest_difference
 from pipeline.evaluation.report import REWARD
 from pipeline.evaluation.run_files import Run, RunComparison, ScoredRows, compare_to_sft, read_rows, run_metrics
 from pipeline.evaluation.significance import SIGNIFICANT
@@ -125,7 +125,7 @@ def seeds_verdict(summary: SeedSummary) -> str:
     margin = equivalence_margin(test.delta, test.standard_error, test.degrees)
     return (
         f"No difference between PPO and SFT is shown: {figures}. "
-        f"It is within ±{margin:.2f} by two one-sided tests (TOST) at 5 %."
+        f"It is within ±{size_text(margin)} by two one-sided tests (TOST) at 5 %."
     )
 
 
@@ -133,7 +133,10 @@ def seeds_findings(summary: SeedSummary) -> list[str]:
     """Say how the seeds were tested, what the test can see, and whether SFT was trained anew with each seed."""
     count, test, alone = len(summary.seeds), summary.deciding, summary.over_seeds
     smallest = smallest_difference(test.standard_error, test.degrees)
-    power = f"standard error {test.standard_error:.2f}: with 80 % power it sees a difference of {smallest:.2f} or more"
+    power = (
+        f"standard error {size_text(test.standard_error)}: with 80 % power it sees a difference of "
+        f"{size_text(smallest)} or more"
+    )
     interval = f"{alone.low:+.2f} to {alone.high:+.2f} ({p_text(alone.p_value)})"
     if summary.over_both is None:
         tested = f"The seeds have different test sets, so Student's t over the seeds decides; {power}."

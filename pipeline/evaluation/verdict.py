@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from pipeline.evaluation.config import CONTROL
 from pipeline.evaluation.decodings import BestOfN
-from pipeline.evaluation.power import p_text
+from pipeline.evaluation.power import p_text, size_text
 from pipeline.evaluation.predictions import Prediction
 from pipeline.evaluation.report import REWARD, System, SystemComparison
 from pipeline.evaluation.significance import BOOTSTRAP, RANDOMISATION, SIGNIFICANT
@@ -26,7 +26,7 @@ def verdict(comparisons: Sequence[SystemComparison], metric: str) -> str:
     interval = f"95 % interval {comparison.low:+.2f} to {comparison.high:+.2f}"
     figures = f"{metric} {comparison.delta:+.2f} ({interval}, {p_text(comparison.p_value)})"
     if comparison.p_value >= SIGNIFICANT:
-        margin = f"±{comparison.equivalence_margin:.2f}"
+        margin = f"±{size_text(comparison.equivalence_margin)}"
         return (
             f"No difference between PPO and SFT is shown: {figures}. "
             f"It is within {margin} by two one-sided tests (TOST) at 5 %."
@@ -58,11 +58,11 @@ def _first_metric(comparisons: Sequence[SystemComparison], a: str, b: str) -> Sy
 
 
 def _other_metrics(comparisons: Sequence[SystemComparison], metric: str) -> str:
-    groups: dict[str, list[str]] = {"better": [], "worse": [], "without evidence": []}
+    groups: dict[str, list[str]] = {"better": [], "worse": [], "not shown to differ": []}
     for c in comparisons:
         if (c.a, c.b) != ("sft", "ppo") or c.metric == metric:
             continue
-        group = "without evidence" if c.p_holm >= SIGNIFICANT else "better" if c.gain > 0 else "worse"
+        group = "not shown to differ" if c.p_holm >= SIGNIFICANT else "better" if c.gain > 0 else "worse"
         groups[group].append(f"{c.metric} {c.delta:+.3f} ({p_text(c.p_holm)})")
     phrases = [f"{name}: {', '.join(items)}" for name, items in groups.items() if items]
     return (
@@ -79,8 +79,9 @@ def _power(comparison: SystemComparison) -> str:
         return ""
     more = float(f"{9 * comparison.examples:.2g}")
     return (
-        f"The standard error is {comparison.standard_error:.2f}: with 80 % power, {comparison.examples:,} examples "
-        f"see a difference of {smallest:.2f} or more; one of {smallest / 3:.2f} needs about {more:,.0f} examples."
+        f"The standard error is {size_text(comparison.standard_error)}: with 80 % power, {comparison.examples:,} "
+        f"examples see a difference of {size_text(smallest)} or more; one of {size_text(smallest / 3)} needs about "
+        f"{more:,.0f} examples."
     )
 
 
@@ -89,14 +90,15 @@ def _agreement(comparison: SystemComparison) -> str:
     others.pop(comparison.test, None)
     tests = " and ".join(f"{name} ({p_text(p)})" for name, p in others.items())
     agree = all((p < SIGNIFICANT) == (comparison.p_value < SIGNIFICANT) for p in others.values())
-    word = "agrees" if agree else "does not agree, so the case is close"
+    verb, negated = ("agrees", "does not") if len(others) == 1 else ("agree", "do not")
+    word = verb if agree else f"{negated} agree, so the case is close"
     return f"The p-value is from {comparison.test}; {tests} {word}."
 
 
 def _shares(comparison: SystemComparison) -> str:
     same = 1 - comparison.wins - comparison.losses
     return (
-        f"Sentence by sentence PPO scores higher on {comparison.wins:.0%}, lower on {comparison.losses:.0%} and the "
+        f"Example by example PPO scores higher on {comparison.wins:.0%}, lower on {comparison.losses:.0%} and the "
         f"same on {same:.0%}: P(better) = {comparison.p_better:.0%}, ties counted half."
     )
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pipeline.evaluation.crossed import crossed_comparison, seeds_alone
-from pipeline.evaluation.power import equivalence_margin, p_cell, p_text, smallest_difference
+from pipeline.evaluation.power import equivalence_margin, p_cell, p_text, size_text, smallest_difference
 from pipeline.evaluation.significance import holm, paired_bootstrap_means
 from pipeline.metrics.resampling import bootstrap_indices, with_full_set
 
@@ -107,3 +107,4 @@ def test_p_in_words():
         "0.500",
         "< 0.001",
     )
+    assert (size_text(0.8685), size_text(0.00312), size_text(0.0)) == ("0.87", "0.0031", "0.00")
