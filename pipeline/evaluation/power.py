@@ -39,6 +39,11 @@ def _quantile(degrees: float, probability: float) -> float:
     return float(stdtrit(degrees, probability))
 
 
+def equivalence_text(margin: float, error: float) -> str:
+    """Say in a sentence how large the difference can be; an empty text where nothing scatters, as of one example."""
+    return f" It is within ±{size_text(margin)} by two one-sided tests (TOST) at 5 %." if error else ""
+
+
 def size_text(value: float) -> str:
     """Write the size of a difference with two decimals, and a small one with two digits: `0.87`, `0.0031`."""
     return f"{value:.2f}" if value >= 0.1 or value == 0 else f"{value:.2g}"

@@ -214,7 +214,7 @@ def pairwise_verdict(duels: Sequence[PairwiseComparison]) -> str:
 def _pair_in_words(duel: PairwiseComparison) -> str:
     figures = f"{duel.system}, {duel.metric} {duel.delta:+.2f}, {p_text(duel.p_holm)}"
     differs = duel.p_holm < SIGNIFICANT
-    if not differs:
+    if not differs and duel.standard_error:
         margin = equivalence_margin(duel.delta, duel.standard_error, duel.degrees)
         figures += f", within ±{size_text(margin)} by two one-sided tests"
     if min(duel.seeds_a, duel.seeds_b) > 1:

@@ -7,7 +7,7 @@ from statistics import fmean, stdev
 import numpy as np
 
 from pipeline.evaluation.crossed import CrossedComparison, crossed_comparison, seeds_alone
-from pipeline.evaluation.power import equivalence_margin, p_text, size_text, smallest_difference
+from pipeline.evaluation.power import equivalence_margin, equivalence_text, p_text, size_text, smallest_difference
 from pipeline.evaluation.report import REWARD
 from pipeline.evaluation.run_files import Run, RunComparison, ScoredRows, compare_to_sft, read_rows, run_metrics
 from pipeline.evaluation.significance import SIGNIFICANT
@@ -123,10 +123,7 @@ def seeds_verdict(summary: SeedSummary) -> str:
         better = (test.delta > 0) == summary.higher_is_better
         return f"PPO is {'better' if better else 'worse'} than SFT: {figures}."
     margin = equivalence_margin(test.delta, test.standard_error, test.degrees)
-    return (
-        f"No difference between PPO and SFT is shown: {figures}. "
-        f"It is within ±{size_text(margin)} by two one-sided tests (TOST) at 5 %."
-    )
+    return f"No difference between PPO and SFT is shown: {figures}.{equivalence_text(margin, test.standard_error)}"
 
 
 def seeds_findings(summary: SeedSummary) -> list[str]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from pipeline.evaluation.config import CONTROL
 from pipeline.evaluation.decodings import BestOfN
-from pipeline.evaluation.power import p_text, size_text
+from pipeline.evaluation.power import equivalence_text, p_text, size_text
 from pipeline.evaluation.predictions import Prediction
 from pipeline.evaluation.report import REWARD, System, SystemComparison
 from pipeline.evaluation.significance import BOOTSTRAP, RANDOMISATION, SIGNIFICANT
@@ -26,11 +26,8 @@ def verdict(comparisons: Sequence[SystemComparison], metric: str) -> str:
     interval = f"95 % interval {comparison.low:+.2f} to {comparison.high:+.2f}"
     figures = f"{metric} {comparison.delta:+.2f} ({interval}, {p_text(comparison.p_value)})"
     if comparison.p_value >= SIGNIFICANT:
-        margin = f"±{size_text(comparison.equivalence_margin)}"
-        return (
-            f"No difference between PPO and SFT is shown: {figures}. "
-            f"It is within {margin} by two one-sided tests (TOST) at 5 %."
-        )
+        open_range = equivalence_text(comparison.equivalence_margin, comparison.standard_error)
+        return f"No difference between PPO and SFT is shown: {figures}.{open_range}"
     return f"PPO is {'better' if comparison.gain > 0 else 'worse'} than SFT: {figures}."
 
 

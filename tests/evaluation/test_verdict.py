@@ -85,6 +85,8 @@ def test_the_power_of_the_test_set_is_told_with_every_verdict():
         assert "0.29 needs about 18,000 examples" in power  # a third of it: nine times as many
     assert "within ±1.51 by two one-sided tests" in verdict([comparison(p_value=0.5)], "bleu")
     assert "one-sided" not in verdict([comparison()], "bleu")
+    # One example has no scatter, which says nothing about others.
+    assert "one-sided" not in verdict([comparison(p_value=1.0, standard_error=0.0)], "bleu")
 
 
 def test_the_tests_that_do_not_decide_are_told():
