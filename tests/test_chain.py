@@ -108,7 +108,7 @@ def test_the_report_shows_further_systems_other_beams_and_the_control(recipe, tm
     for stage in (sft_stage, ppo_stage):
         assert stage.main([path]) == 0
     run = tmp_path / "runs" / "tiny"
-    control = ["name=control", f"ppo.sft_model_path={run / 'sft'}", "ppo.rewards=[{name: constant}]"]
+    control = ["name=control", f"ppo.sft_model_path={run / 'sft'}", "ppo.shuffle_scores=true"]
     assert ppo_stage.main([path, *control]) == 0
     other = f"eval.systems=[sft, ppo, {{name: other, path: {run / 'sft'}}}]"
     assert eval_stage.main([path, other, "eval.beam_sizes=[2]", "eval.samples_per_prompt=0"]) == 0
@@ -123,7 +123,7 @@ def test_the_report_shows_further_systems_other_beams_and_the_control(recipe, tm
         ("sft", "control"),
         ("control", "ppo"),
     }
-    assert any("The constant-reward control moved bleu by" in line for line in report["findings"])
+    assert any("The control with shuffled scores moved bleu by" in line for line in report["findings"])
     found = [(d["system"], d["decoding"]) for d in report["decodings"]]
     assert found == [(s, d) for s in report["systems"] for d in ("greedy", "beam search, 2 beams")]
     assert report["best_of"] == {}

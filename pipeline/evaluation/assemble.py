@@ -138,7 +138,7 @@ def assemble_report(
         systems=figures,
         comparisons=comparisons,
         verdict=verdict(comparisons, first),
-        findings=findings(comparisons, figures, best_of, first),
+        findings=findings(comparisons, figures, best_of, first, settings.get("control_kind")),
         warnings=find_warnings(predictions, comparisons, figures, references, rewards),
         settings=dict(settings),
         references=references,

@@ -7,6 +7,7 @@ from typing import Any
 
 SYSTEMS = ("base", "sft", "ppo")
 CONTROL = "control"
+SHUFFLED, CONSTANT = "shuffled scores", "a constant reward"  # the kinds of control
 AUTO = "auto"
 MIN_BOOTSTRAP = 1000  # p-values of fewer resamples are too coarse
 
@@ -40,15 +41,16 @@ class SystemConfig:
 class EvalConfig:
     """How the systems are compared on the test split. Decoding is the same for all: beam search, greedy at 1 beam.
 
-    `control` is the run directory of a constant-reward run that started from the same SFT model; `auto` picks one
-    next to this run if there is one, null none. `beam_sizes` scores SFT, PPO and further systems with other numbers
-    of beams as well; `samples_per_prompt` answers the first `sample_prompts` prompts that many times at
-    `sample_temperature`, for the best-of-n curve; 0 omits it. `num_inspected` examples are shown token by token.
+    `control` is the run directory of a control that started from the same SFT model, with `ppo.shuffle_scores` or a
+    constant reward; `auto` picks one next to this run if there is one, null none.
+    `beam_sizes` scores SFT, PPO and further systems with other numbers of beams as well; `samples_per_prompt` answers
+    the first `sample_prompts` prompts that many times at `sample_temperature`, for the best-of-n curve; 0 omits it.
+    `num_inspected` examples are shown token by token.
     """
 
     # further ones are mappings: {name: other, path: DIRECTORY_OR_HUB_ID}
     systems: tuple[str | SystemConfig, ...] = SYSTEMS
-    # the directory of a constant-reward run, shown as a column; auto finds one beside this run, None shows none
+    # the directory of a run with ppo.shuffle_scores or a constant reward; auto finds one beside this run, None: none
     control: str | None = AUTO
     metrics: tuple[MetricConfig, ...] = (MetricConfig("bleu"), MetricConfig("chrf"))  # the first decides the verdict
     num_beams: int = 1  # the decoding of every score; 1 is greedy

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from pipeline.evaluation.config import CONTROL
+from pipeline.evaluation.config import CONTROL, SHUFFLED
 from pipeline.evaluation.decodings import BestOfN
 from pipeline.evaluation.power import equivalence_text, p_text, size_text
 from pipeline.evaluation.predictions import Prediction
@@ -36,13 +36,14 @@ def findings(
     systems: Mapping[str, System],
     best_of: Mapping[str, BestOfN],
     metric: str,
+    control_kind: object = None,
 ) -> list[str]:
     """Explain the verdict, a line each: power, other metrics, tests, shares, the control, distance, best of n."""
     comparison = _find(comparisons, "sft", "ppo", metric)
     if comparison is None:
         return []
     lines = [_power(comparison), _other_metrics(comparisons, metric), _agreement(comparison), _shares(comparison)]
-    lines += [_control(comparisons), _distance(systems), _best_of(best_of)]
+    lines += [_control(comparisons, control_kind), _distance(systems), _best_of(best_of)]
     return [line for line in lines if line]
 
 
@@ -100,16 +101,19 @@ def _shares(comparison: SystemComparison) -> str:
     )
 
 
-def _control(comparisons: Sequence[SystemComparison]) -> str:
+def _control(comparisons: Sequence[SystemComparison], kind: object) -> str:
     alone, beyond = _first_metric(comparisons, "sft", CONTROL), _first_metric(comparisons, CONTROL, "ppo")
     if alone is None or beyond is None:
         return ""
     change = f"{alone.metric} by {alone.delta:+.2f} ({p_text(alone.p_holm)})"
-    moved = f"The constant-reward control moved {change} without any signal"
+    moved = f"The control with {kind} moved {change}"
     figures = f"{beyond.delta:+.2f}, {p_text(beyond.p_holm)}"
     if beyond.p_holm < SIGNIFICANT and beyond.gain > 0:
-        return f"{moved}; PPO is better than it ({figures}), which the reward explains."
-    return f"{moved}; PPO is not better than it ({figures}), so the reward explains no gain."
+        words = (
+            "which the reward earned" if kind == SHUFFLED else "but only ppo.shuffle_scores makes a matched control"
+        )
+        return f"{moved}; PPO is better than it ({figures}), {words}."
+    return f"{moved}; PPO is not better than it ({figures}), so no gain is shown to be the reward's."
 
 
 def _distance(systems: Mapping[str, System]) -> str:

@@ -1,9 +1,13 @@
-"""The constant-reward control: a finished run whose PPO was rewarded only by a constant, shown in the report."""
+"""The control: a finished run whose PPO had no signal, shown in the report.
+
+A control with `ppo.shuffle_scores` is this run in everything but the signal. One with a constant reward is not: with
+`group_baseline` its scores are 0 by construction, and without it whitening raises the error of the value function.
+"""
 
 import re
 from pathlib import Path
 
-from pipeline.evaluation.config import AUTO
+from pipeline.evaluation.config import AUTO, CONSTANT, SHUFFLED
 from pipeline.recipe import Recipe
 from pipeline.stages.digests import directory_state
 from pipeline.stages.directory import FINISHED, RunDirectory, read_record
@@ -12,22 +16,38 @@ from pipeline.stages.directory import FINISHED, RunDirectory, read_record
 def control_run(recipe: Recipe) -> Path | None:
     """Return the run directory of the control: the one that `eval.control` names, or one next to this run.
 
-    `auto` picks a finished run next to this one whose only reward was `constant` and whose SFT model is this run's; it
-    prefers the same seed, then the most recent.
+    `auto` picks a finished run next to this one that started from this run's SFT model, with shuffled scores of the
+    same rewards or with `constant` as its only reward; it prefers shuffled scores, then the same seed, then the most
+    recent. A run that is a control itself gets none.
     """
     chosen = recipe.eval.control
     if chosen is None or recipe.ppo is None or "ppo" not in recipe.eval.systems:
         return None
     if chosen != AUTO:
         return Path(chosen).expanduser()
+    if recipe.ppo.shuffle_scores:
+        return None
     this_run, preference = RunDirectory.of(recipe).path, {}
     for file in sorted(this_run.parent.glob(f"*/ppo/{FINISHED}")):
         record, run = read_record(file), file.parent.parent
-        settings = record.get("settings", {})
-        rewards = {value for key, value in settings.items() if re.fullmatch(r"ppo\.rewards\.\d+\.name", key)}
-        if run != this_run and rewards == {"constant"} and control_problem(recipe, run) is None:
-            preference[run] = (settings.get("seed") == recipe.seed, str(record.get("finished_at")))
+        settings, kind = record.get("settings", {}), control_kind(run)
+        matches = kind == CONSTANT or (kind == SHUFFLED and _reward_names(run) == [r.name for r in recipe.ppo.rewards])
+        if run != this_run and matches and control_problem(recipe, run) is None:
+            same_seed = settings.get("seed") == recipe.seed
+            preference[run] = (kind == SHUFFLED, same_seed, str(record.get("finished_at")))
     return max(preference, key=preference.get, default=None)
+
+
+def control_kind(run: Path) -> str:
+    """Return what PPO was rewarded by in a control, in words; a control that is named may have any reward."""
+    if read_record(run / "ppo" / FINISHED).get("settings", {}).get("ppo.shuffle_scores"):
+        return SHUFFLED
+    return CONSTANT if set(_reward_names(run)) == {"constant"} else "another reward"
+
+
+def _reward_names(run: Path) -> list[str]:
+    settings = read_record(run / "ppo" / FINISHED).get("settings", {})
+    return [value for key, value in settings.items() if re.fullmatch(r"ppo\.rewards\.\d+\.name", key)]
 
 
 def control_problem(recipe: Recipe, run: Path) -> str | None:

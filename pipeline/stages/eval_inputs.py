@@ -12,7 +12,7 @@ from pipeline.models.reward_model import RewardNetwork, check_base
 from pipeline.recipe import Recipe
 from pipeline.rewards import Handling, RewardFunction, build_rewards
 from pipeline.rewards.learned import AdapterReward
-from pipeline.stages.control import control_run
+from pipeline.stages.control import control_kind, control_run
 from pipeline.stages.directory import RunDirectory, versions
 from pipeline.stages.inputs import base_model_path, learned_reward, sft_model_path
 from pipeline.tasks import Task
@@ -84,5 +84,6 @@ def report_settings(recipe: Recipe, task: Task) -> dict[str, object]:
         "language": task.language,
         "rewards": [f"{r.name} x {r.weight:g}" for r in recipe.ppo.rewards] if recipe.ppo else [],
         "control": None if control is None else control.name,
+        "control_kind": None if control is None else control_kind(control),
         "versions": versions(),
     }

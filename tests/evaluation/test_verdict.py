@@ -101,11 +101,15 @@ def test_no_adjective_for_the_effect():
     assert "P(better) = 60%" in told and not any(word in told for word in ("negligible", "small (", "medium", "d ="))
 
 
-def test_the_control_decides_whether_the_reward_explains_the_gain():
-    earned = make_report({"sft": BAD, "ppo": GOOD, "control": BAD})[0].findings
-    assert any("bleu by +0.00" in line and "the reward explains" in line for line in earned)
-    given = make_report({"sft": BAD, "ppo": GOOD, "control": GOOD})[0]
-    assert any("explains no gain" in line for line in given.findings)
+def test_only_a_control_with_shuffled_scores_shows_that_the_reward_earned_the_gain():
+    texts = {"sft": BAD, "ppo": GOOD, "control": BAD}
+    earned = make_report(texts, control_kind="shuffled scores")[0].findings
+    assert any("shuffled scores moved bleu by +0.00" in line and "the reward earned" in line for line in earned)
+    constant = make_report(texts, control_kind="a constant reward")[0].findings
+    assert any("a constant reward moved bleu by" in line and "shuffle_scores" in line for line in constant)
+    assert not any("earned" in line for line in constant)
+    given = make_report({"sft": BAD, "ppo": GOOD, "control": GOOD}, control_kind="shuffled scores")[0]
+    assert any("no gain is shown to be the reward's" in line for line in given.findings)
     assert given.warnings == []  # a control may well write what PPO writes
     assert not any("control" in line for line in make_report({"sft": BAD, "ppo": GOOD})[0].findings)
 

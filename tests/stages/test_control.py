@@ -1,21 +1,21 @@
-"""The constant-reward control: which finished run is one, and which is refused."""
+"""The control: which finished run is one, and which is refused."""
 
 from pathlib import Path
 
 from demo_run import complete, recipe_with
 
 from pipeline.recipe import load_recipe
-from pipeline.stages.control import control_run
+from pipeline.stages.control import control_kind, control_run
 from pipeline.stages.directory import RunDirectory
 from pipeline.stages.fingerprint import setting_differences, stage_fingerprint, stage_status
 from pipeline.stages.plan import missing_input
 
 
-def control_of(recipe, name: str, reward: str = "constant", **changes) -> Path:
+def control_of(recipe, name: str, reward: str = "constant", *overrides: str) -> Path:
     """Finish a ppo stage rewarded by `reward` from this recipe's SFT model; return its run directory."""
     sft = RunDirectory.of(recipe).sft
     other = load_recipe(
-        "recipe.yaml", [f"name={name}", f"ppo.sft_model_path={sft}", f"ppo.rewards=[{{name: {reward}}}]"]
+        "recipe.yaml", [f"name={name}", f"ppo.sft_model_path={sft}", f"ppo.rewards=[{{name: {reward}}}]", *overrides]
     )
     complete(other, "ppo")
     return RunDirectory.of(other).path
@@ -38,6 +38,19 @@ def test_a_constant_reward_run_from_the_same_sft_model_is_the_control():
     complete(recipe, "sft")  # other weights: what started from the old ones is no control of them
     (RunDirectory.of(recipe).sft / "stage.json").write_text('{"stage": "sft"}')
     assert control_run(recipe) is None
+
+
+def test_a_run_with_shuffled_scores_of_the_same_rewards_is_the_better_control():
+    recipe = recipe_with()
+    complete(recipe, "sft", "ppo")
+    control_of(recipe, "other", "ter", "ppo.shuffle_scores=true")
+    assert control_run(recipe) is None
+    constant = control_of(recipe, "constant")
+    assert control_run(recipe) == constant and control_kind(constant) == "a constant reward"
+    shuffled = control_of(recipe, "shuffled", "bleu", "ppo.shuffle_scores=true", "seed=7")
+    control_of(recipe, "later")
+    assert control_run(recipe) == shuffled and control_kind(shuffled) == "shuffled scores"
+    assert control_run(recipe_with("ppo.shuffle_scores=true")) is None
 
 
 def test_a_control_that_is_named_has_to_be_one():

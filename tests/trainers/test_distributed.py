@@ -41,6 +41,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "whiten_rewards": False,
         "score_scaling": "running",
         "score_clip": 1.5,
+        "shuffle_scores": True,  # over both processes
         "kl_target": 0.5,
         "kl_horizon": 100,
         "target_kl": 0.01,

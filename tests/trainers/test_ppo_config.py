@@ -100,6 +100,7 @@ BAD_COMBINATIONS: tuple[dict, ...] = (
     {"dual_clip": 1.5, "cliprange_high": 0.5},
     {"missing_eos_score": -1.0, "missing_eos_penalty": 1.0},
     {"reward_model_path": "runs/other/reward"},
+    {"shuffle_scores": True, "reward_shaping": "prefix"},
 )
 
 
@@ -200,6 +201,7 @@ CHANGES: dict[str, tuple[object, dict]] = {
     "entropy_coef": (0.1, {}),
     "score_scaling": ("running", {}),
     "score_clip": (0.1, {}),
+    "shuffle_scores": (True, {}),
     "logging_steps": (2, {}),
     "eval_steps": (2, {"eval_steps": 1}),
     "eval_examples": (2, {"eval_steps": 1}),

@@ -1,6 +1,7 @@
 """What PPO's options do to a run of the tiny model, beyond that they change it."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -149,6 +150,33 @@ def test_prompts_without_signal_are_counted(make_trainer):
     assert training_steps(mixed.output_dir)[0]["objective/frac_reward_zero_std"] < 1.0
 
 
+def test_shuffled_scores_are_those_of_the_rollout_at_other_completions(make_trainer):
+    batch = {"per_device_train_batch_size": 32, "response_length": 6, "missing_eos_penalty": 0.25}
+    plain = rollout_of(make_trainer(**batch))
+    trainer = make_trainer("shuffled", shuffle_scores=True, **batch)
+    shuffled = rollout_of(trainer)
+    assert shuffled.completions == plain.completions and shuffled.rewards.keys() == plain.rewards.keys()
+    assert sorted(shuffled.scores.tolist()) == sorted(plain.scores.tolist())
+    assert (shuffled.scores != plain.scores).sum() > 10
+    for row, mask in enumerate(shuffled.sequences.completion_mask):
+        scores = shuffled.token_scores[row][mask].tolist()
+        assert scores == [0.0] * (len(scores) - 1) + [float(shuffled.scores[row])]
+    trainer.state = replace(trainer.state, step=1)
+    assert (rollout_of(trainer).scores != shuffled.scores).any()
+
+
+def test_shuffled_scores_leave_a_completion_without_a_score_alone(make_trainer):
+    def some(prompts, completions, **columns):
+        return [math.nan if completion.startswith("b") else len(completion) / 50 for completion in completions]
+
+    batch = {"reward": some, "on_reward_error": "skip", "per_device_train_batch_size": 32}
+    plain = rollout_of(make_trainer(**batch))
+    shuffled = rollout_of(make_trainer("shuffled", shuffle_scores=True, **batch))
+    assert 0 < plain.scored.sum() < len(plain.scored) and torch.equal(shuffled.scored, plain.scored)
+    assert not shuffled.scores[~plain.scored].any()
+    assert sorted(shuffled.scores.tolist()) == sorted(plain.scores.tolist())
+
+
 def test_an_entropy_bonus_keeps_the_policy_undecided(make_trainer):
     found = []
     for bonus in (0.0, 0.3):
@@ -203,6 +231,8 @@ def test_a_reward_for_single_tokens_reaches_those_tokens(make_trainer, tokenizer
     for row, mask in enumerate(rollout.sequences.completion_mask):
         paid = rollout.token_scores[row][mask]
         torch.testing.assert_close(experience.advantages[row][mask], paid.flip(0).cumsum(0).flip(0))
+    with pytest.raises(RewardError, match=r"'each' scores single tokens.*ppo\.shuffle_scores"):
+        rollout_of(make_trainer("shuffled", reward=each, shuffle_scores=True))
     shaped = make_trainer("shaped", reward=each, reward_shaping="prefix")
     with pytest.raises(RewardError, match=r"'each' scores single tokens itself, which ppo\.reward_shaping: prefix"):
         rollout_of(shaped)

@@ -96,6 +96,8 @@ class PPOConfig:
     score_clip: float | None = None  # scores stay within +- this, after scaling
     missing_eos_penalty: float | None = None  # subtracted from the score of a completion that did not end
     missing_eos_score: float | None = None  # replaces that score, such as -1 (Huang et al. 2024)
+    # a control run: scores change places within the rollout, so that they say nothing and all else is as in PPO
+    shuffle_scores: bool = False
     # stop the run, skip the completion, or count 0 for the function; a broken one should not go unnoticed
     on_reward_error: str = "stop"
     reward_timeout: float | None = None  # seconds one call of a reward function may take; metrics need none
@@ -250,6 +252,12 @@ def _check_combinations(args: PPOConfig) -> None:
             "missing_eos_score",
             "replaces the score that missing_eos_penalty would be subtracted from; keep one",
             args.missing_eos_score,
+        ),
+        (
+            args.shuffle_scores and args.reward_shaping != "none",
+            "shuffle_scores",
+            "needs reward_shaping none: only scores of whole completions can change places",
+            args.shuffle_scores,
         ),
         (
             needless_path,

@@ -1,7 +1,7 @@
 """From the rewards of a rollout to the scores that PPO learns from: shaped, scaled, clipped, penalised without EOS."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.models.generation import Completions
 from pipeline.models.text import decode
 from pipeline.rewards import RewardError, RewardOutputs
+from pipeline.runtime.seeds import derive_seed
 from pipeline.trainers.ppo.config import PPOConfig
 
 # (examples, completions, their token ids) -> what the reward functions return
@@ -70,8 +71,9 @@ def process_scores(
     seen: RunningMoments,
     args: PPOConfig,
     accelerator: Accelerator,
+    seed: int,
 ) -> ProcessedScores:
-    """Scale and clip the weighted sums of the rewards, and apply the penalty for a missing EOS.
+    """Scale and clip the weighted sums of the rewards, apply the penalty for a missing EOS, and shuffle if asked to.
 
     A score that is missing changes nothing for the others: it counts neither in the moments nor anywhere later.
 
@@ -80,9 +82,18 @@ def process_scores(
         token_scores: [B, C], whose rows sum to `rewards.weighted_sum`.
         completions: Their lengths, and which of them ended by themselves.
         seen: The moments of all earlier scores, before scaling.
-        args: `score_scaling`, `score_clip`, `missing_eos_penalty` and `missing_eos_score` are read.
+        args: `score_scaling`, `score_clip`, `missing_eos_penalty`, `missing_eos_score`, `shuffle_scores` are read.
         accelerator: Sums moments over processes; its device is that of the result.
+        seed: Draws the order of `shuffle_scores`.
+
+    Raises:
+        RewardError: scores are to be shuffled, and a reward scores single tokens.
     """
+    if args.shuffle_scores and rewards.by_token:
+        raise RewardError(
+            f"reward {next(iter(rewards.by_token))!r} scores single tokens, and ppo.shuffle_scores needs scores of "
+            "whole completions; return one number for each completion"
+        )
     scored = rewards.weighted_sum.isfinite() & token_scores.isfinite().all(1)
     scores = rewards.weighted_sum.masked_fill(~scored, 0.0)
     token_scores = token_scores.masked_fill(~scored.unsqueeze(1), 0.0)
@@ -95,13 +106,33 @@ def process_scores(
     scores, token_scores = apply_missing_eos_penalty(
         scores, token_scores, completions.finished, lengths, args.missing_eos_penalty, args.missing_eos_score
     )
-    return ProcessedScores(
+    processed = ProcessedScores(
         scores.masked_fill(~scored, 0.0).to(accelerator.device),
         token_scores.masked_fill(~scored.unsqueeze(1), 0.0).to(accelerator.device),
         scored.to(accelerator.device),
         seen,
         [rewards.failures[row] for row in sorted(rewards.failures)],
     )
+    return shuffle_scores(processed, lengths, seed, accelerator) if args.shuffle_scores else processed
+
+
+def shuffle_scores(
+    processed: ProcessedScores, lengths: Tensor, seed: int, accelerator: Accelerator
+) -> ProcessedScores:
+    """Let the scores of all processes change places, each at the last token of a completion that did not earn it.
+
+    Their distribution stays, and so do scale, groups and whitening, but they say nothing about the completions.
+    Completions without a score keep none. The order is the same for any number of processes.
+    """
+    local = torch.stack([processed.scores, processed.scored.to(processed.scores.dtype)], dim=1)
+    scores, scored = accelerator.gather(local).unbind(1)
+    rows = scored.nonzero().flatten()
+    generator = torch.Generator().manual_seed(derive_seed(seed, "shuffled scores"))
+    scores[rows] = scores[rows[torch.randperm(len(rows), generator=generator).to(rows.device)]]
+    scores = scores[accelerator.process_index * len(local) :][: len(local)]
+    token_scores = torch.zeros_like(processed.token_scores)
+    token_scores[torch.arange(len(local)), lengths - 1] = scores
+    return replace(processed, scores=scores, token_scores=token_scores)
 
 
 def masked_moments(values: Tensor, mask: Tensor) -> Tensor:

@@ -158,7 +158,7 @@ class PPOTrainer:
         else:
             token_scores = rewards.token_scores(self.rewards, completions.lengths)
         seen = self.state.score_moments
-        scores = process_scores(rewards, token_scores, completions, seen, self.args, self.accelerator)
+        scores = process_scores(rewards, token_scores, completions, seen, self.args, self.accelerator, seed)
         self._enter("the log-probabilities")
         sequences, outputs = self.learner.forward(prompt_ids, completions.ids, self.tokenizer.pad_token_id)
         return Rollout(
