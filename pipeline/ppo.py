@@ -14,8 +14,9 @@ from pipeline.recipe import Recipe, parse_stage_arguments
 from pipeline.rewards import build_rewards
 from pipeline.runtime.signals import stop_signals
 from pipeline.stages.directory import RunDirectory
-from pipeline.stages.inputs import held_out_metrics, learned_reward, left_out_record, load_recipe_task, sft_model_path
+from pipeline.stages.inputs import held_out_metrics, learned_reward, sft_model_path
 from pipeline.stages.stage import run_stage
+from pipeline.stages.task import left_out_record, load_recipe_task, template_record
 from pipeline.trainers.ppo.trainer import PPOTrainer
 
 
@@ -27,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
 
 def train_ppo(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
     """Train the policy and save the best one."""
-    task = load_recipe_task(recipe)
+    task = load_recipe_task(recipe, run)
     path = plain_model_directory(sft_model_path(recipe, run), recipe.model, run.ppo / "base")
     tokenizer = load_tokenizer(path, recipe.model)
     learned = learned_reward(recipe, run, task, tokenizer)
@@ -42,6 +43,7 @@ def train_ppo(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
         output_dir=run.ppo,
         seed=recipe.seed,
         compute_metrics=held_out_metrics(recipe, task),
+        strip_thoughts=task.strip_thoughts,
     )
     with stop_signals():
         state = trainer.train()
@@ -49,7 +51,7 @@ def train_ppo(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
     figures = {"steps": state.step, "episodes": state.episodes, "best_step": state.best_step}
     figures["mixed_precision"] = trainer.accelerator.mixed_precision
     figures[f"best_{recipe.ppo.metric_for_best_model}"] = state.best_metric
-    return {**figures, **left_out_record(task)}
+    return {**figures, **left_out_record(task), **template_record(tokenizer)}
 
 
 if __name__ == "__main__":

@@ -18,9 +18,10 @@ from pipeline.models.loading import load_tokenizer, plain_model_directory
 from pipeline.recipe import Recipe, parse_stage_arguments
 from pipeline.runtime.distributed import on_main
 from pipeline.stages.directory import RunDirectory
-from pipeline.stages.inputs import left_out_record, load_recipe_task, sft_model_path
+from pipeline.stages.inputs import sft_model_path
 from pipeline.stages.reward_inputs import collect_pairs, report_inputs, reward_model
 from pipeline.stages.stage import run_stage
+from pipeline.stages.task import left_out_record, load_recipe_task, template_record
 
 
 def main(argv: Sequence[str]) -> int:
@@ -30,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
 
 def train_reward_model(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
     """Collect the pairs, train on them or load a classifier, report, and save what PPO needs."""
-    task = load_recipe_task(recipe)
+    task = load_recipe_task(recipe, run)
     base = plain_model_directory(sft_model_path(recipe, run), recipe.model, run.reward / "base")
     tokenizer = load_tokenizer(base, recipe.model)
     pairs, samples = collect_pairs(recipe, run, task, base, tokenizer)
@@ -46,7 +47,7 @@ def train_reward_model(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
         print_reward_report(report, Console(stderr=True))
         return {"verdict": report.verdict, "held_out_accuracy": report.accuracy.value}
 
-    return {**reward.summary, **left_out_record(task), **on_main(report)}
+    return {**reward.summary, **left_out_record(task), **template_record(tokenizer), **on_main(report)}
 
 
 if __name__ == "__main__":

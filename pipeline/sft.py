@@ -13,8 +13,8 @@ from pipeline.models.loading import load_model, load_tokenizer, lora_config
 from pipeline.recipe import Recipe, parse_stage_arguments
 from pipeline.runtime.signals import stop_signals
 from pipeline.stages.directory import RunDirectory
-from pipeline.stages.inputs import base_model_path, check_prompts, left_out_record, load_recipe_task
 from pipeline.stages.stage import run_stage
+from pipeline.stages.task import base_model_path, left_out_record, load_recipe_task, template_record
 from pipeline.trainers.huggingface.gather_weights import check_sharding, save_plain_model
 from pipeline.trainers.huggingface.resumable import last_checkpoint
 from pipeline.trainers.huggingface.sft import build_sft_trainer, sft_arguments
@@ -28,12 +28,11 @@ def main(argv: Sequence[str]) -> int:
 
 def train_sft(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
     """Train, then save the model as plain weights."""
-    task = load_recipe_task(recipe)
-    base = base_model_path(recipe, run, task)
+    task = load_recipe_task(recipe, run)
+    base = base_model_path(recipe, run)
     arguments = sft_arguments(recipe.sft.arguments, run.sft, recipe.seed)
     check_sharding(arguments, recipe.model.load_in_4bit and recipe.sft.use_peft)
     model, tokenizer = load_model(base, recipe.model, frozen=recipe.sft.use_peft), load_tokenizer(base, recipe.model)
-    check_prompts(recipe, task, model.config, tokenizer)  # before the hours of this stage
     adapter = lora_config(recipe.model) if recipe.sft.use_peft else None
     trainer = build_sft_trainer(
         model, arguments, tokenizer, task.train, task.validation, adapter, run.sft / "metrics.jsonl"
@@ -47,6 +46,7 @@ def train_sft(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
         "best_eval_loss": trainer.state.best_metric,
         "mixed_precision": trainer.accelerator.mixed_precision,  # the machine's choice, where the recipe makes none
         **left_out_record(task),
+        **template_record(tokenizer),
     }
 
 

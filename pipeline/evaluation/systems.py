@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from accelerate import PartialState
@@ -17,9 +18,10 @@ from pipeline.models.config import ModelConfig
 from pipeline.models.generation import Decoding
 from pipeline.models.loading import load_model, load_policy, load_tokenizer
 from pipeline.models.prompt_lengths import check_prompt_lengths
-from pipeline.models.text import encode_prompts
+from pipeline.models.text import encode_prompts, without_thoughts
 from pipeline.runtime.distributed import gather_rows
 
+Text = TypeVar("Text", Prediction, DecodedText)
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
@@ -52,13 +54,28 @@ class SystemPredictions:
     samples: list[DecodedText] = field(default_factory=list)
     same_weights_as_sft: bool = False
 
+    def without_thoughts(self) -> "SystemPredictions":
+        """Return the same with texts that have no `<think>...</think>` at their start."""
+
+        def strip(texts: Sequence[Text]) -> list[Text]:
+            return [replace(text, completion=without_thoughts(text.completion)) for text in texts]
+
+        beams = {number: strip(texts) for number, texts in self.beams.items()}
+        return replace(self, predictions=strip(self.predictions), beams=beams, samples=strip(self.samples))
+
 
 def predict_systems(
-    sources: Sequence[Source], sft: Source, rows: Dataset, settings: EvalConfig, seed: int
+    sources: Sequence[Source],
+    sft: Source,
+    rows: Dataset,
+    settings: EvalConfig,
+    seed: int,
+    strip_thoughts: bool = False,
 ) -> dict[str, SystemPredictions]:
     """Let every system complete the test prompts; all predictions on every process, by system.
 
-    Besides SFT one system at a time is in memory.
+    Besides SFT one system at a time is in memory. With `strip_thoughts` the texts do not have a `<think>...</think>`
+    at their start.
     """
     loaded_sft = sft.load()
     predictions = {}
@@ -66,7 +83,8 @@ def predict_systems(
         if PartialState().is_main_process:
             print(f"{source.name}: writing {len(rows)} completions", file=sys.stderr, flush=True)
         loaded = loaded_sft if source.name == "sft" else source.load()
-        predictions[source.name] = predict_system(source.name, loaded_sft, loaded, rows, settings, seed)
+        system = predict_system(source.name, loaded_sft, loaded, rows, settings, seed)
+        predictions[source.name] = system.without_thoughts() if strip_thoughts else system
     return predictions
 
 

@@ -1,12 +1,16 @@
 """Which model a recipe trains: the `model:` section."""
 
 import importlib.util
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 FROM_SCRATCH_ARCHITECTURES = ("llama", "gpt_neox", "t5", "bart")
 ENCODER_DECODERS = ("t5", "bart")
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 QUANT_TYPES = ("nf4", "fp4")
+# What a chat template gets anyway.
+TEMPLATE_ARGUMENTS = ("messages", "tools", "documents", "add_generation_prompt", "strftime_now", "raise_exception")
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,9 @@ class ModelConfig:
     trust_remote_code: bool = False  # allow code that comes with the model; stands in the record of the run
     src_lang: str | None = None  # of mBART, NLLB and M2M100: the tokenizer's own code, such as en_XX or eng_Latn
     tgt_lang: str | None = None  # the language of the completions, likewise
+    chat_template: str | None = None  # a Jinja template, or a file of one beside the recipe; None: the tokenizer's own
+    # variables of the chat template, such as {enable_thinking: false}; saved with the model
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     use_peft: bool = True  # TRL: False; one shared base with adapters is what makes PPO small
     lora_r: int = 16  # rank of the adapter
     lora_alpha: int = 32  # its scale is lora_alpha / lora_r
@@ -113,6 +120,10 @@ class ModelConfig:
         if (self.src_lang is None) != (self.tgt_lang is None):
             missing = "tgt_lang" if self.tgt_lang is None else "src_lang"
             raise ValueError(f"model.{missing}: missing: src_lang and tgt_lang go together")
+        for name in self.chat_template_kwargs:
+            if not name.isidentifier() or name in TEMPLATE_ARGUMENTS:
+                rule = "is set by Relay" if name in TEMPLATE_ARGUMENTS else "is not the name of a variable"
+                raise ValueError(f"model.chat_template_kwargs: {name!r} {rule}; name a variable of the template")
         if self.dtype not in DTYPES:
             raise ValueError(f"model.dtype: {self.dtype!r} is not one of {', '.join(DTYPES)}")
         if self.bnb_4bit_quant_type not in QUANT_TYPES:

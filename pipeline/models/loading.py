@@ -25,6 +25,7 @@ from pipeline.models.config import ModelConfig
 from pipeline.models.decoder_start import check_decoder, check_languages, set_decoder_start
 from pipeline.models.hub import ADAPTER_FILE, adapter_base, pinned_revision, read_config, read_tokenizer, unreadable
 from pipeline.models.quantized import use_one_product
+from pipeline.models.text import set_chat_template
 from pipeline.models.weights import check_loaded_weights, empty_model
 
 
@@ -55,7 +56,8 @@ def load_tokenizer(path: str | Path, config: ModelConfig) -> PreTrainedTokenizer
     Beside an adapter there may be none; then it is its base model's. Prompts of causal models are padded on the left.
 
     Raises:
-        ValueError: the tokenizer has no EOS token, so completions could never end, or not the recipe's languages.
+        ValueError: the tokenizer has no EOS token, so completions could never end, not the recipe's languages, or no
+            chat template for the recipe's `chat_template_kwargs`.
     """
     directory = Path(path).expanduser()
     if (directory / ADAPTER_FILE).is_file() and not (directory / "tokenizer_config.json").is_file():
@@ -63,6 +65,7 @@ def load_tokenizer(path: str | Path, config: ModelConfig) -> PreTrainedTokenizer
     codes = {"src_lang": config.src_lang, "tgt_lang": config.tgt_lang}
     languages = {key: code for key, code in codes.items() if code is not None}
     tokenizer = read_tokenizer(path, config.model_revision, config.trust_remote_code)
+    set_chat_template(tokenizer, config.chat_template, config.chat_template_kwargs)
     check_languages(tokenizer, languages)
     for key, code in languages.items():
         setattr(tokenizer, key, code)

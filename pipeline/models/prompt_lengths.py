@@ -1,6 +1,6 @@
 """Whether prompts leave a model room for what is written or scored behind them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from transformers import PretrainedConfig
 
@@ -9,34 +9,54 @@ from pipeline.models.loading import position_limit
 DECODER_PREFIX = 2  # at most: start token and language code
 
 
+def unfit_prompts(
+    prompts: Sequence[Sequence[int]], new_tokens: int, config: PretrainedConfig, key: str
+) -> dict[int, str]:
+    """Return the prompts (token ids) that are empty, or after which `new_tokens` tokens do not fit into the positions.
+
+    By row, with the reason; `key` is the recipe's name of `new_tokens`.
+    """
+    limit = position_limit(config)
+    reasons = {row: "the prompt has no tokens" for row, ids in enumerate(prompts) if not ids}
+    if limit is None:
+        return reasons
+    added = 0 if config.is_encoder_decoder else new_tokens  # the two sides of an encoder-decoder have their own
+    for row, ids in enumerate(prompts):
+        if len(ids) + added > limit:
+            wanted = "does not fit into" if config.is_encoder_decoder else f"leaves no room for {new_tokens} tokens in"
+            reasons[row] = f"{key}: the prompt of {len(ids)} tokens {wanted} the {limit} positions of the model"
+    return reasons
+
+
 def check_prompt_lengths(
-    prompts: Sequence[Sequence[int]], new_tokens: int, config: PretrainedConfig, key: str, split: str
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    config: PretrainedConfig,
+    key: str,
+    split: str,
+    where: Callable[[list[int]], str] = lambda rows: f"row {rows[0]} (the first is row 0)",
 ) -> None:
     """Refuse prompts (token ids) that are empty, or after which `new_tokens` tokens do not fit into the positions.
 
-    `key` is the recipe's name of `new_tokens`, `split` that of the rows.
+    `key` is the recipe's name of `new_tokens`, `split` that of the rows, and `where` says where a row is.
 
     Raises:
         ValueError: how many prompts, and the first or the longest of them.
     """
-    empty = [row for row, ids in enumerate(prompts) if not ids]
+    unfit = unfit_prompts(prompts, new_tokens, config, key)
+    empty = [row for row in unfit if not prompts[row]]
     if empty:
         raise ValueError(
-            f"task: {len(empty)} of {len(prompts)} prompts of {split} have no tokens, the first in row {empty[0]} "
-            "(the first is row 0); mend or remove them"
+            f"task: {len(empty)} of {len(prompts)} prompts of {split} have no tokens, the first in "
+            f"{where(empty[:1])}; mend or remove them"
         )
-    limit = position_limit(config)
-    if limit is None:
-        return
-    added = 0 if config.is_encoder_decoder else new_tokens  # the two sides of an encoder-decoder have their own
-    long = [row for row, ids in enumerate(prompts) if len(ids) + added > limit]
-    if long:
-        longest = max(long, key=lambda row: len(prompts[row]))
+    if unfit:
+        longest = max(unfit, key=lambda row: len(prompts[row]))
         wanted = "do not fit into" if config.is_encoder_decoder else f"leave no room for {new_tokens} tokens in"
         raise ValueError(
-            f"{key}: {len(long)} of {len(prompts)} prompts of {split} {wanted} the {limit} positions of the model "
-            f"(max_position_embeddings), the longest with {len(prompts[longest])} tokens in row {longest} (the first "
-            f"is row 0); {'' if config.is_encoder_decoder else f'lower {key}, or '}shorten or remove them"
+            f"{key}: {len(unfit)} of {len(prompts)} prompts of {split} {wanted} the {position_limit(config)} "
+            f"positions of the model (max_position_embeddings), the longest with {len(prompts[longest])} tokens in "
+            f"{where([longest])}; {'' if config.is_encoder_decoder else f'lower {key}, or '}shorten or remove them"
         )
 
 

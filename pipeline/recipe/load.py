@@ -1,6 +1,7 @@
 """One YAML file and overrides -> a typed Recipe, and back to plain values. Each package owns its section."""
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         for key, kind in (("name", str), ("seed", int), ("output_dir", str))
         if key in values
     }
-    model = build_section(ModelConfig, values["model"], ("model",), document)
+    model = build_section(ModelConfig, _with_template(values["model"], document), ("model",), document)
     ppo = _build_ppo(values.get("ppo"), model, document)
     try:
         return Recipe(
@@ -56,6 +57,25 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise
     except ValueError as error:
         raise document.restate(error) from error
+
+
+def _with_template(values: object, document: Document) -> dict[str, Any]:
+    """Replace the path of a chat template by the template; a text with a brace in it is a template already.
+
+    The recipe that is saved with a run then holds the template itself, and an edit of the file changes the recipe.
+    """
+    section = as_mapping(values, ("model",), document)
+    template = section.get("chat_template")
+    if not isinstance(template, str) or "{" in template:
+        return section
+    file = Path(document.file).parent / os.path.expanduser(template)
+    try:
+        if not file.is_file():
+            raise FileNotFoundError(f"no file {str(file)!r}")
+        return {**section, "chat_template": file.read_text(encoding="utf-8")}
+    except (OSError, ValueError) as error:
+        rule = f"{template!r} is neither a Jinja template nor a file beside the recipe that can be read ({error})"
+        raise document.error(("model", "chat_template"), rule) from error
 
 
 def _build_task(values: object, document: Document) -> TaskSection:

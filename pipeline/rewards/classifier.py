@@ -13,7 +13,7 @@ from pipeline.models.hub import pinned_revision, read_config, read_tokenizer, un
 from pipeline.models.loading import position_limit
 from pipeline.models.reward_model import RECORD_FILE
 from pipeline.models.sequences import length_sorted_chunks
-from pipeline.models.text import plain_text
+from pipeline.models.text import plain_text, render_chat
 from pipeline.models.weights import check_loaded_weights, empty_model
 from pipeline.rewards.metric import text_of
 
@@ -94,8 +94,7 @@ class ClassifierReward:
         if tokenizer.chat_template is not None:
             messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
             messages = [*messages, {"role": "assistant", "content": text}]
-            rendered = tokenizer.apply_chat_template(messages, tokenize=False)
-            return tokenizer(rendered, add_special_tokens=False)["input_ids"]
+            return tokenizer(render_chat(tokenizer, messages), add_special_tokens=False)["input_ids"]
         if tokenizer.sep_token is not None:
             return tokenizer(plain, text)["input_ids"]
         return tokenizer(plain + text)["input_ids"]

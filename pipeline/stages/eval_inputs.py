@@ -14,7 +14,8 @@ from pipeline.rewards import Handling, RewardFunction, build_rewards
 from pipeline.rewards.learned import AdapterReward
 from pipeline.stages.control import control_kind, control_run
 from pipeline.stages.directory import RunDirectory, versions
-from pipeline.stages.inputs import base_model_path, learned_reward, sft_model_path
+from pipeline.stages.inputs import learned_reward, sft_model_path
+from pipeline.stages.task import base_model_path
 from pipeline.tasks import Task
 from pipeline.trainers.ppo.config import PPOConfig
 
@@ -24,14 +25,14 @@ def sft_source(recipe: Recipe, run: RunDirectory) -> Source:
     return Source("sft", sft_model_path(recipe, run), recipe.model)
 
 
-def system_sources(recipe: Recipe, run: RunDirectory, task: Task) -> list[Source]:
+def system_sources(recipe: Recipe, run: RunDirectory) -> list[Source]:
     """Return where each system is, in the report's order; a control run stands last."""
     sft, config = sft_source(recipe, run), recipe.model
     stages = {"sft": sft, "ppo": Source("ppo", run.ppo, config, sft.path)}
     sources = []
     for system in recipe.eval.systems:
         if system == "base":
-            sources.append(Source("base", base_model_path(recipe, run, task), config))
+            sources.append(Source("base", base_model_path(recipe, run), config))
         else:
             sources.append(stages[system] if isinstance(system, str) else Source(system.name, system.path, config))
     control = control_run(recipe)

@@ -12,9 +12,12 @@ from rich.text import Text
 from trl import SFTConfig
 
 from pipeline.recipe import Recipe, RecipeError
+from pipeline.recipe.document import Document
 from pipeline.stages.control import control_problem, control_run
 from pipeline.stages.directory import STAGES, RunDirectory
 from pipeline.stages.fingerprint import needed_stages, setting_differences, stage_status
+from pipeline.stages.task import choose_prompts
+from pipeline.tasks import TaskError
 from pipeline.tasks.counts import count_examples
 
 SHOWN_DIFFERENCES = 8
@@ -129,9 +132,26 @@ def show_plan(
         table.add_row(*map(Text, (planned.stage, planned.action, planned.reason)))
     console.print(table)
     launched = {planned.stage for planned in plan if planned.launches}
+    if launched and (prompts := prompts_line(recipe)):
+        print_line(console, prompts)
     for stage, sizes in (("sft", sft_sizes), ("ppo", ppo_sizes)):
         if stage in launched:
             print_line(console, f"{stage}: {sizes(recipe, processes)}")
+
+
+def prompts_line(recipe: Recipe) -> str | None:
+    """Say whether the plain prompts of the task become chats; None where the task's own rows or a stage decide.
+
+    Raises:
+        RecipeError: the recipe asks for what the model's tokenizer cannot do.
+    """
+    try:
+        choice = choose_prompts(recipe)
+    except TaskError as error:
+        raise (recipe.source or Document("recipe")).restate(error) from error
+    except ValueError:  # a tokenizer that cannot be read: the stage that needs it says so
+        return None
+    return None if choice is None else f"prompts: {choice.reason}"
 
 
 def print_line(console: Console, text: str, style: str | None = None) -> None:

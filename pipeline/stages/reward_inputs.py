@@ -12,6 +12,7 @@ from pipeline.evaluation.reward_quality_scores import ReportInputs
 from pipeline.metrics import load_metric
 from pipeline.models.loading import load_config, load_model, lora_config
 from pipeline.models.reward_model import RewardRecord
+from pipeline.models.text import chat_problems
 from pipeline.recipe import Recipe
 from pipeline.rewards.pairs import BROKEN, HELD_OUT, TRAIN, Pair, check_pairs, read_lines, scaled_margins, write_lines
 from pipeline.rewards.pairs.collect import RankedSample, context_check, data_pairs, sample_pairs
@@ -20,8 +21,8 @@ from pipeline.rewards.raw_scores import UncalibratedReward, load_classifier
 from pipeline.runtime.distributed import on_main
 from pipeline.runtime.messages import say
 from pipeline.stages.directory import RunDirectory, versions
-from pipeline.stages.inputs import say_left_out
-from pipeline.tasks import Task, preferences
+from pipeline.stages.task import say_left_out
+from pipeline.tasks import Task, TaskError, preferences
 from pipeline.trainers.huggingface.reward_adapter import train_reward_adapter
 
 Base = Path | str
@@ -36,7 +37,7 @@ def collect_pairs(
             pairs, samples = _sampled(recipe, task, base, tokenizer)
             on_main(lambda: _save(recipe, run, base, tokenizer, pairs, samples))
         else:
-            on_main(lambda: _save(recipe, run, base, tokenizer, *_from_data(recipe, tokenizer)))
+            on_main(lambda: _save(recipe, run, base, tokenizer, *_from_data(recipe, task, tokenizer)))
     return read_lines(Pair, run.reward / "pairs.jsonl"), read_lines(RankedSample, run.reward / "samples.jsonl")
 
 
@@ -55,17 +56,54 @@ def _sampled(
     ):
         rows = rows.select(range(min(count or len(rows), len(rows))))
         say(f"reward: {settings.samples} samples for each of {len(rows)} {split.replace('_', '-')} prompts")
-        more, samples = sample_pairs(model, tokenizer, rows, split, settings, metric, recipe.seed)
+        more, samples = sample_pairs(model, tokenizer, rows, split, settings, metric, recipe.seed, task.strip_thoughts)
         pairs += more
     return pairs, samples
 
 
-def _from_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Pair], list[RankedSample], int]:
-    """Load the pairs of a data set; return them, no samples, and the number of broken rows."""
-    data = preferences.load(recipe.reward.pairs)
-    say_left_out("reward.pairs", data.left_out)
-    sides = ((TRAIN, data.train), (HELD_OUT, data.validation))
-    return [p for split, rows in sides for p in data_pairs(tokenizer, split, rows)], [], len(data.left_out)
+def _from_data(
+    recipe: Recipe, task: Task, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Pair], list[RankedSample], int]:
+    """Load the pairs of a data set, in the form of the task's prompts; return them, no samples, and the broken rows.
+
+    Raises:
+        TaskError: rows that give no pair or that the chat template cannot render, unless `skip_broken_rows` is true.
+        ValueError: the task's chats have a system message and those of the pairs have none, or the other way round.
+    """
+    form = preferences.PromptForm(not isinstance(task.prompts[0]["prompt"], str), task.system)
+    data = preferences.load(recipe.reward.pairs, form)
+    left_out, pairs = list(data.left_out), []
+    for split, part, rows in ((TRAIN, "train", data.train), (HELD_OUT, "validation", data.validation)):
+        problems = _template_problems(tokenizer, rows)
+        broken = [row for row, problem in enumerate(problems) if problem is not None]
+        if broken and not recipe.reward.pairs.skip_broken_rows:
+            raise TaskError(f"reward.pairs: {problems[broken[0]]}, in {data.places[part](broken)}")
+        left_out += [f"{data.places[part]([row])}: {problems[row]}" for row in broken]
+        kept = [row for row, problem in zip(rows, problems, strict=True) if problem is None]
+        pairs += data_pairs(tokenizer, split, kept)
+    _check_system(task, pairs)
+    say_left_out("reward.pairs", left_out)
+    return pairs, [], len(left_out)
+
+
+def _template_problems(tokenizer: PreTrainedTokenizerBase, rows: Sequence[preferences.Preference]) -> list[str | None]:
+    prompts = [row.prompt for row in rows]
+    sides = [
+        chat_problems(tokenizer, prompts, [getattr(row, side) for row in rows]) for side in ("chosen", "rejected")
+    ]
+    return [chosen or rejected for chosen, rejected in zip(*sides, strict=True)]
+
+
+def _check_system(task: Task, pairs: Sequence[Pair]) -> None:
+    """Refuse pairs whose chats begin otherwise than the task's: with a system message, or without one."""
+    prompts = [task.prompts["prompt"][:], [pair.prompt for pair in pairs]]
+    begins = [{not isinstance(p, str) and p[0]["role"] == "system" for p in side} for side in prompts]
+    if begins[0].isdisjoint(begins[1]) and pairs:
+        has, lacks = ("task", "pairs") if begins[0] == {True} else ("pairs", "task")
+        raise ValueError(
+            f"reward.pairs: the chats of the {has} begin with a system message, and those of the {lacks} have none; "
+            "the reward model would learn from other prompts than PPO asks it about: set task.system, or mend the data"
+        )
 
 
 def _save(

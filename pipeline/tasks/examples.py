@@ -10,8 +10,9 @@ from pipeline.tasks.tables import Table
 from pipeline.tasks.text_rows import Row
 from pipeline.tasks.types import TaskError, check_widths
 
-Message = dict[str, str]
 Reader = tuple[str, str, Callable[[str, Row], Any]]  # key of the recipe, column or template, what reads it from a row
+
+LONE_FIELD = re.compile(r"\s*\{([^{}!:]+)\}\s*")
 
 
 class Unusable(ValueError):
@@ -85,21 +86,41 @@ def leave_out(table: Table, problems: Sequence[str | None], skip: bool) -> tuple
 def read_text(expression: str, row: Row) -> str:
     """Return the text in the column `expression`, or the template filled with texts and numbers of the row.
 
+    A line of a template that is one field alone is left out where the field has no value, unless no field has one.
+
     Raises:
         Unusable: a value is null or missing, or of another type.
     """
+    expression = _without_empty_lines(expression, row)
     names = placeholders(expression, "prompt")
     if not names:
         value = row.get(expression)
         if isinstance(value, int | float):
             raise Unusable(f"the column {expression!r} holds {_kind(value)}, not a text; write '{{{expression}}}'")
-        return _text(value, f"the column {expression!r}")
+        return require_text(value, f"the column {expression!r}")
     for name in names:
         _text_or_number(_field(name, row), f"{{{name}}}")
     try:
         return expression.format(**row)
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise Unusable(f"the template {expression!r} cannot be filled ({error})") from error
+
+
+def _without_empty_lines(template: str, row: Row) -> str:
+    """Return a template without the lines that are a field alone and would be empty."""
+    lines = template.split("\n")
+    if len(lines) == 1:
+        return template
+    kept = [line for line in lines if not ((field := LONE_FIELD.fullmatch(line)) and _is_empty(field[1], row))]
+    return "\n".join(kept) if len(kept) < len(lines) and any("{" in line for line in kept) else template
+
+
+def _is_empty(name: str, row: Row) -> bool:
+    try:
+        value = _field(name, row)
+    except Unusable:
+        return True
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def read_prompt(expression: str, row: Row) -> str:
@@ -125,36 +146,7 @@ def read_references(expression: str, row: Row) -> list[str]:
     name = expression if names else f"the column {expression!r}"
     if not value:
         raise Unusable(f"{name} is an empty list, expected at least one text")
-    return [_text(item, f"the list in {name}") for item in value]
-
-
-def read_chat(column: str, row: Row, system: str | None) -> list[Message]:
-    """Return the messages up to the last one of the assistant, with `system` first if there is no system message.
-
-    Raises:
-        Unusable: no list of messages with a role and a content, no assistant message, or nothing before it.
-    """
-    messages = row.get(column)
-    if not isinstance(messages, list):
-        raise Unusable(f"the column {column!r} {_is(messages)}, expected a list of messages")
-    chat = [_message(message, column) for message in messages]
-    answers = [index for index, message in enumerate(chat) if message["role"] == "assistant"]
-    if not answers:
-        raise Unusable(f"the column {column!r} has no message of the role assistant")
-    if all(message["role"] == "system" for message in chat[: answers[-1]]):
-        raise Unusable(f"the column {column!r} has no message before the assistant's")
-    chat = chat[: answers[-1] + 1]
-    if system is not None and chat[0]["role"] != "system":
-        chat.insert(0, {"role": "system", "content": system})
-    return chat
-
-
-def _message(message: object, column: str) -> Message:
-    if not isinstance(message, dict):
-        raise Unusable(f"a message in the column {column!r} {_is(message)}, expected a role and a content")
-    if "role" not in message or "content" not in message:
-        raise Unusable(f"a message in the column {column!r} has {', '.join(message)}, expected role and content")
-    return {key: _text(message[key], f"the {key} of a message") for key in ("role", "content")}
+    return [require_text(item, f"the list in {name}") for item in value]
 
 
 def _field(name: str, row: Row) -> Any:
@@ -167,18 +159,24 @@ def _field(name: str, row: Row) -> Any:
         raise Unusable(f"{{{name}}} is missing") from error
 
 
-def _text(value: object, name: str) -> str:
+def require_text(value: object, name: str) -> str:
+    """Return a value that is a text.
+
+    Raises:
+        Unusable: it is something else; `name` says what it is.
+    """
     if not isinstance(value, str):
-        raise Unusable(f"{name} {_is(value)}, expected a text")
+        raise Unusable(f"{name} {describe_value(value)}, expected a text")
     return value
 
 
 def _text_or_number(value: object, name: str) -> None:
     if not isinstance(value, str | int | float):
-        raise Unusable(f"{name} {_is(value)}, expected a text or a number")
+        raise Unusable(f"{name} {describe_value(value)}, expected a text or a number")
 
 
-def _is(value: object) -> str:
+def describe_value(value: object) -> str:
+    """Return what a value is, in words that follow its name."""
     return "is null or missing" if value is None else f"holds {_kind(value)}"
 
 

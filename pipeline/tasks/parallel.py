@@ -1,10 +1,13 @@
 """Read parallel text: for each split a file of source lines and a file of target lines."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from pipeline.tasks.chats import Message, as_user_turn, with_system
 from pipeline.tasks.encoding import decode_text
-from pipeline.tasks.types import SPLITS, Task, TaskError, check_limits, hold_out, make_split, render
+from pipeline.tasks.types import SPLITS, Task, TaskError, check_chat, check_limits, hold_out, make_split, render
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,10 @@ class Config:
     max_validation_examples: int | None = None  # likewise
     max_test_examples: int | None = None  # likewise
     ppo_examples: int | None = None  # the last training rows, which SFT does not see and PPO answers
+    chat: bool | str = "auto"  # a prompt is a user's turn; auto: where a pretrained model has a chat template
+    system: str | None = None  # the system message of such chats
+    strip_thoughts: bool = False  # rewards and metrics do not see a <think>...</think> at the start of a completion
+    skip_broken_rows: bool = False  # leave out and count rows that the model cannot take, instead of stopping
 
     def __post_init__(self) -> None:
         for key in ("source", "target"):
@@ -37,6 +44,7 @@ class Config:
         if not self.prompt.strip():
             raise TaskError("task.prompt: empty; give a text with {source} in it")
         render(self.prompt, {"source": ""})
+        check_chat(self.chat, self.system)
         check_limits(
             max_train_examples=self.max_train_examples,
             max_validation_examples=self.max_validation_examples,
@@ -66,18 +74,40 @@ def files(config: Config) -> list[Path]:
 def load(config: Config) -> Task:
     """Read the six files into the three splits; pairs with an empty side are left out."""
     limits = {split: getattr(config, f"max_{split}_examples") for split in SPLITS}
-    splits, left_out = {}, []
+    splits, left_out, places = {}, [], {}
     for split in SPLITS:
         source, target = read_sides(config, split)
-        empty = [number for number, (s, t) in enumerate(zip(source, target, strict=True), 1) if not (s and t)]
+        numbered = list(enumerate(zip(source, target, strict=True), 1))
+        empty = [number for number, sides in numbered if not all(sides)]
         left_out += [f"line {number} of {_names(config, split)}: a side is empty" for number in empty]
         rows = [
-            {"prompt": render(config.prompt, {"source": s}), "completion": t, "references": [t], "source": s}
-            for s, t in zip(source, target, strict=True)
+            {"prompt": _prompt(config, s), "completion": t, "references": [t], "source": s}
+            for _, (s, t) in numbered
             if s and t
         ]
         splits[split] = make_split(rows, split, limits[split])
-    return hold_out(Task(**splits, language=config.language, left_out=tuple(left_out)), config.ppo_examples)
+        lines = [number for number, sides in numbered if all(sides)]
+        places[split] = partial(_place, lines, _names(config, split))
+    task = Task(
+        **splits,
+        language=config.language,
+        left_out=tuple(left_out),
+        places=places,
+        system=config.system,
+        strip_thoughts=config.strip_thoughts,
+        skip_broken_rows=config.skip_broken_rows,
+    )
+    return hold_out(task, config.ppo_examples)
+
+
+def _prompt(config: Config, source: str) -> str | list[Message]:
+    prompt = render(config.prompt, {"source": source})
+    return with_system(as_user_turn(prompt), config.system) if config.chat is True else prompt
+
+
+def _place(lines: Sequence[int], names: str, rows: Sequence[int]) -> str:
+    numbers = ", ".join(str(lines[row]) for row in rows[:3])
+    return f"line{'s' * (len(rows) > 1)} {numbers}{f' and {len(rows) - 3} more' * (len(rows) > 3)} of {names}"
 
 
 def training_rows(config: Config) -> int:

@@ -1,14 +1,16 @@
 """Read preference data by its columns: a prompt, the better and the worse of two answers, and by how much."""
 
 import math
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipeline.tasks import columns
+from pipeline.tasks.chats import Message, as_user_turn, read_messages, with_system
 from pipeline.tasks.examples import (
-    Message,
     Reader,
     Unusable,
     check_columns,
@@ -19,7 +21,7 @@ from pipeline.tasks.examples import (
 )
 from pipeline.tasks.parts import select_part
 from pipeline.tasks.text_rows import Row
-from pipeline.tasks.types import TaskError, check_limits
+from pipeline.tasks.types import TaskError, Where, check_limits
 
 PARTS = ("train", "validation")
 
@@ -29,9 +31,11 @@ class Config:
     """Say where the pairs are, and which columns make one: the keys of `reward.pairs` with a `path`.
 
     `path`, `data_dir`, `subset`, `revision`, `train` and `validation` are those of the task `columns`. `prompt` is a
-    column of texts or chat messages, or a template with `{column}` in it; null where `chosen` and `rejected` are
-    chats that begin with it. `chosen` and `rejected` are columns of texts or chats, of which the last message counts;
-    `margin` is a column of numbers: by how much chosen is better. `skip_broken_rows` is that of the task `columns`.
+    column of texts or chat messages, or a template with `{column}` in it. `chosen` and `rejected` are columns of texts
+    or chats, of which the last message is the answer; messages before it are the prompt, and are the same in both.
+    With null, or data without a column of that name, the prompt is what both begin with: the chats' messages, or in
+    transcripts of `Human:` and `Assistant:` all up to the last `Assistant:`. `margin` is a column of numbers: by how
+    much chosen is better. `messages_from` and `skip_broken_rows` are those of the task `columns`.
     """
 
     path: str  # as in the task columns
@@ -40,9 +44,10 @@ class Config:
     revision: str | None = None  # likewise
     train: str = "train"  # likewise
     validation: str = "validation"  # likewise: the held-out pairs
-    prompt: str | None = "prompt"  # a column or a template; None: chosen and rejected are chats that begin with it
-    chosen: str = "chosen"  # a column of texts or chats, of which the last message counts
+    prompt: str | None = "prompt"  # a column or a template; None: what chosen and rejected both begin with
+    chosen: str = "chosen"  # a column of texts or chats, of which the last message is the answer
     rejected: str = "rejected"  # likewise
+    messages_from: Mapping[str, str] | None = None  # as in the task columns
     margin: str | None = None  # a column of numbers: by how much chosen is better
     min_margin: float = 0.0  # drop pairs below it
     max_train_pairs: int | None = None  # keep the first pairs only
@@ -76,6 +81,14 @@ class Config:
 
 
 @dataclass(frozen=True)
+class PromptForm:
+    """How the prompts of a task are written: as plain texts, or as chats that begin with `system` where it is set."""
+
+    chat: bool
+    system: str | None = None
+
+
+@dataclass(frozen=True)
 class Preference:
     """Two answers to a prompt (a text or chat messages), the better one first; `margin` where the data has one."""
 
@@ -87,11 +100,15 @@ class Preference:
 
 @dataclass(frozen=True)
 class Preferences:
-    """The pairs of both parts; `left_out` says where each row without a pair is, and why it has none."""
+    """The pairs of both parts.
+
+    `left_out` says where each row without a pair is, and why it has none; `places` where the rows of a part are.
+    """
 
     train: list[Preference]
     validation: list[Preference]
     left_out: tuple[str, ...] = ()
+    places: Mapping[str, Where] = field(default_factory=dict)
 
 
 def with_named_keys(read: Any) -> Any:
@@ -124,73 +141,122 @@ def check_reachable(config: Config) -> None:
     with_named_keys(lambda: columns.check_reachable(config.as_columns))
 
 
-def load(config: Config) -> Preferences:
-    """Read the pairs of `train` and `validation`.
+def load(config: Config, form: PromptForm | None = None) -> Preferences:
+    """Read the pairs of `train` and `validation`, with prompts in the form of the task's; without `form` as they are.
 
     Raises:
         TaskError: a column that is not there, or values that give no pair, with the rows they are in.
     """
-    return with_named_keys(lambda: _load(config))
+    return with_named_keys(lambda: _load(config, form))
 
 
-def _load(config: Config) -> Preferences:
+def _load(config: Config, form: PromptForm | None) -> Preferences:
     tables = columns.read_tables(config.as_columns)
     broken = [line for part in PARTS for line in tables[part].broken]
-    readers, pairs = _readers(config), {}
+    pairs, places = {}, {}
     for part in PARTS:
         table = select_part(tables[part], part, getattr(config, part), getattr(config, f"max_{part}_pairs"))
-        for key, expression, _ in readers:
-            check_columns(table, key, expression)
+        has_prompt = config.prompt is not None and (
+            config.prompt != Config.prompt or config.prompt in table.dataset.column_names
+        )
+        read = replace(config, prompt=config.prompt if has_prompt else None)
+        for key in ("prompt", "chosen", "rejected", "margin"):
+            if getattr(read, key) is not None:
+                check_columns(table, key, getattr(read, key))
+        readers: list[Reader] = [("chosen", config.chosen, partial(_read_pair, config=read, form=form))]
+        readers += [] if config.margin is None else [("margin", config.margin, _margin)]
         rows = [read_row(readers, row) for row in table.dataset]
         table, kept = leave_out(table, [problem for _, problem in rows], config.skip_broken_rows)
-        pairs[part] = [Preference(*rows[index][0]) for index in kept]
+        pairs[part] = [Preference(*rows[index][0][0], *rows[index][0][1:]) for index in kept]
+        places[part] = table.where
         broken += table.broken
     left_out = (line.replace("task.", "reward.pairs.") for line in dict.fromkeys(broken))
-    return Preferences(**pairs, left_out=tuple(left_out))
+    return Preferences(**pairs, left_out=tuple(left_out), places=places)
 
 
-def _readers(config: Config) -> list[Reader]:
-    """Return a reader of everything that makes a pair: prompt, chosen, rejected, margin."""
-    readers: list[Reader] = [
-        ("chosen", config.chosen, partial(_shared_prompt, rejected=config.rejected))
-        if config.prompt is None
-        else ("prompt", config.prompt, _prompt),
-        ("chosen", config.chosen, _answer),
-        ("rejected", config.rejected, _answer),
-    ]
-    return readers if config.margin is None else [*readers, ("margin", config.margin, _margin)]
+def _read_pair(name: str, row: Row, config: Config, form: PromptForm | None) -> tuple[str | list[Message], str, str]:
+    """Return the prompt of a row and its two answers.
 
-
-def _prompt(name: str, row: Row) -> str | list[Message]:
-    value = row.get(name)
-    if isinstance(value, list):
-        return [_message(message, name) for message in value]
-    return read_prompt(name, row)
-
-
-def _answer(name: str, row: Row) -> str:
-    value = row.get(name)
-    if not isinstance(value, list):
-        return read_text(name, row)
-    if not value or _message(value[-1], name)["role"] != "assistant":
-        raise Unusable(f"the chat in the column {name!r} does not end with a message of the role assistant")
-    return value[-1]["content"]
-
-
-def _shared_prompt(chosen: str, row: Row, rejected: str) -> list[Message]:
-    chats = [row.get(name) for name in (chosen, rejected)]
-    if not all(isinstance(chat, list) and len(chat) > 1 for chat in chats):
-        raise Unusable("without a prompt column, chosen and rejected must be chats of two messages or more")
-    starts = [[_message(message, chosen) for message in chat[:-1]] for chat in chats]
-    if starts[0] != starts[1]:
+    Raises:
+        Unusable: they do not answer one prompt, or the prompt is not in the form of the task's.
+    """
+    sides = [_read_side(side, row, config) for side in (config.chosen, config.rejected)]
+    answers = [side if isinstance(side, str) else side[-1]["content"] for side in sides]
+    starts = [side[:-1] for side in sides if not isinstance(side, str) and len(side) > 1]
+    if len(starts) == 2 and starts[0] != starts[1]:
         raise Unusable("chosen and rejected differ before their last message, so they answer different prompts")
-    return starts[0]
+    prompt = None if config.prompt is None else _read_prompt(config, row)
+    if starts:
+        prompt = starts[0] if prompt is None else _same_prompt(prompt, starts[0])
+    elif prompt is None:
+        prompt, answers = split_transcripts(answers, as_chat=form is not None and form.chat)
+    if form is not None and form.chat:
+        prompt = with_system(as_user_turn(prompt) if isinstance(prompt, str) else prompt, form.system)
+    elif form is not None and not isinstance(prompt, str):
+        raise Unusable(
+            "the prompt of a pair is a chat, and those of the task are plain texts, which a model reads differently; "
+            "write chat: true or messages into the section of the task, or give pairs of texts"
+        )
+    return prompt, *answers
 
 
-def _message(message: object, column: str) -> Message:
-    if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-        raise Unusable(f"a message in the column {column!r} has no role and content that are texts")
-    return {"role": message["role"], "content": message["content"]}
+def _read_prompt(config: Config, row: Row) -> str | list[Message]:
+    if isinstance(row.get(config.prompt), list):
+        return read_messages(config.prompt, row, config.messages_from)
+    return read_prompt(config.prompt, row)
+
+
+def _read_side(name: str, row: Row, config: Config) -> str | list[Message]:
+    """Return an answer as a text, or as a chat that ends with it; one message stands for a chat of it."""
+    value = row.get(name)
+    if not isinstance(value, list | dict):
+        return read_text(name, row)
+    chat = read_messages(name, {name: value if isinstance(value, list) else [value]}, config.messages_from)
+    if not chat or chat[-1]["role"] != "assistant":
+        raise Unusable(f"the chat in the column {name!r} does not end with a message of the role assistant")
+    if chat[-1]["content"] is None or "tool_calls" in chat[-1]:
+        raise Unusable(f"the answer in the column {name!r} is a tool call, which is no text that can be compared")
+    return chat
+
+
+def _same_prompt(prompt: str | list[Message], start: list[Message]) -> list[Message]:
+    """Return what the chats of a pair begin with, which has to hold the prompt.
+
+    Raises:
+        Unusable: the prompt is another one.
+    """
+    contents = [str(message["content"]).strip() for message in start]
+    same = prompt.strip() in contents if isinstance(prompt, str) else start[-len(prompt) :] == prompt
+    if not same:
+        raise Unusable(
+            "the prompt is not what the chats in chosen and rejected begin with; set prompt: null to use that"
+        )
+    return start
+
+
+def split_transcripts(texts: Sequence[str], as_chat: bool) -> tuple[str | list[Message], list[str]]:
+    """Return the prompt that two transcripts share, up to the last `Assistant:`, and the texts after it.
+
+    Raises:
+        Unusable: they are no transcripts of `Human:` and `Assistant:`, or differ before that.
+    """
+    heads, ends = zip(*(text.rpartition("\n\nAssistant:")[::2] for text in texts), strict=True)
+    if not all(heads):
+        raise Unusable(
+            "without a prompt column, chosen and rejected must be chats of two messages or more, or transcripts of "
+            "Human: and Assistant:; name the column of the prompt in reward.pairs.prompt"
+        )
+    if heads[0] != heads[1]:
+        raise Unusable("chosen and rejected differ before the last Assistant:, so they answer different prompts")
+    answers = [text.strip() for text in ends]
+    if not as_chat:
+        return f"{heads[0]}\n\nAssistant:", answers
+    start, *turns = re.split(r"(?:^|\n\n)(Human|Assistant):", heads[0])
+    roles = {"Human": "user", "Assistant": "assistant"}
+    if start.strip() or not turns:
+        raise Unusable("a transcript does not begin with Human:")
+    pairs = zip(turns[::2], turns[1::2], strict=True)
+    return [{"role": roles[role], "content": text.strip()} for role, text in pairs], answers
 
 
 def _margin(name: str, row: Row) -> float:

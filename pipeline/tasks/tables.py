@@ -1,5 +1,6 @@
 """Read files, directories written by `save_to_disk` and data sets of the Hub with the library `datasets`."""
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -136,15 +137,20 @@ def _has_dates(dataset: Dataset) -> bool:
 
 
 def _in_memory(path: Path, rows: list[Row]) -> Dataset:
-    columns = dict.fromkeys(column for row in rows for column in row)
-    complete = [{column: row.get(column) for column in columns} for row in rows]
+    """Make a table of rows. A column that no table can hold, as of huge numbers, becomes one of JSON texts."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    table = {name: [row.get(name) for row in rows] for name in names}
+    unfit = (pyarrow.ArrowException, ValueError, TypeError, OverflowError)
+    for name, values in table.items():
+        try:
+            Dataset.from_list([{name: value} for value in values], on_mixed_types="use_json")
+        except unfit:
+            table[name] = [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
+    complete = [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
     try:
         return Dataset.from_list(complete, on_mixed_types="use_json")
-    except (pyarrow.ArrowException, ValueError, TypeError, OverflowError) as error:
-        raise TaskError(
-            f"task.path: a column of {str(path)!r} cannot be stored, as when its values are of several types "
-            f"({_one_line(error)}); mend it, or remove it from the data"
-        ) from error
+    except unfit as error:
+        raise TaskError(f"task.path: the rows of {str(path)!r} cannot be stored ({_one_line(error)})") from error
 
 
 def read_saved(directory: Path) -> dict[str, Table]:

@@ -1,13 +1,16 @@
 """The types all tasks share."""
 
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from datasets import Dataset
 
 SPLITS = ("train", "validation", "test")
 RESERVED_COLUMNS = ("prompt", "completion", "references")
+CHAT_CHOICES = ("auto", "true", "false")
+Where = Callable[[Sequence[int]], str]  # row numbers of a split -> where these rows are in the data
 
 
 class TaskError(ValueError):
@@ -32,9 +35,14 @@ class Task:
 
     `ppo_prompts` are training rows that SFT does not see, kept for PPO; without them PPO answers the rows of `train`.
 
-    `prompt` is a text or a list of chat messages. Every further column travels to the reward functions.
-    `left_out` says where each row without an example is, and why it has none.
+    `prompt` is a text or a list of chat messages, of which the first may hold `tools`. `completion` is a text, or a
+    list of one assistant message with tool calls; `references` may then be empty, and are what the model's chat
+    template makes of that message. Every further column travels to the reward functions.
+    `left_out` says where each row without an example is, and why it has none; `places` where the rows of a split are.
     `language` is that of the completions (an ISO 639-1 code), where known: metrics choose their tokenizer by it.
+    `system` is what chats without a system message begin with. With `strip_thoughts` rewards and metrics do not see a
+    `<think>...</think>` at the start of a completion; with `skip_broken_rows` rows that the model cannot take are left
+    out instead of refused.
     """
 
     train: Dataset
@@ -43,6 +51,17 @@ class Task:
     language: str | None = None
     ppo_prompts: Dataset | None = None
     left_out: tuple[str, ...] = ()
+    places: Mapping[str, Where] = field(default_factory=dict)
+    system: str | None = None
+    strip_thoughts: bool = False
+    skip_broken_rows: bool = False
+
+    def where(self, split: str, rows: Sequence[int]) -> str:
+        """Return where rows of a split (or of `ppo_prompts`) are in the data, the first three of them by number."""
+        if split in self.places:
+            return self.places[split](rows)
+        numbers = ", ".join(map(str, rows[:3])) + (f" and {len(rows) - 3} more" if len(rows) > 3 else "")
+        return f"row{'s' * (len(rows) > 1)} {numbers} of the {split} split (the first is row 0)"
 
     @property
     def prompts(self) -> Dataset:
@@ -63,8 +82,12 @@ def hold_out(task: Task, count: int | None) -> Task:
     rows = len(task.train)
     if count >= rows:
         raise TaskError(f"task.ppo_examples: must be below the {rows} training examples, found {count}")
-    train, prompts = task.train.select(range(rows - count)), task.train.select(range(rows - count, rows))
-    return replace(task, train=train, ppo_prompts=prompts)
+    kept = rows - count
+    train, prompts = task.train.select(range(kept)), task.train.select(range(kept, rows))
+    places = dict(task.places)
+    if "train" in places:
+        places["ppo_prompts"] = lambda chosen: task.places["train"]([kept + row for row in chosen])
+    return replace(task, train=train, ppo_prompts=prompts, places=places)
 
 
 def make_split(rows: list[dict[str, Any]], split: str, limit: int | None) -> Dataset:
@@ -79,6 +102,14 @@ def check_limits(**limits: int | None) -> None:
     for name, value in limits.items():
         if value is not None and value < 1:
             raise TaskError(f"task.{name}: must be at least 1, found {value}")
+
+
+def check_chat(chat: object, system: str | None) -> None:
+    """Refuse a value of `task.chat` that is none, and a system message that no prompt would have."""
+    if not isinstance(chat, bool) and chat != "auto":
+        raise TaskError(f"task.chat: {chat!r} is not one of {', '.join(CHAT_CHOICES)}")
+    if chat is False and system is not None:
+        raise TaskError("task.system: it would do nothing: with task.chat: false prompts are plain texts")
 
 
 def check_widths(template: str, key: str) -> None:

@@ -258,7 +258,7 @@ def test_prompts_that_leave_no_room_are_refused_before_sft_trains(tmp_path, capf
         write_rows(tmp_path)
         write_rows(tmp_path, [*ROWS, LONG, LONG], [split])
         said = refused(capfd, tmp_path, override)
-        assert f"error: sft: {key}: 2 of 6 prompts of {split} " in said and "in row 4 (the first is row 0)" in said
+        assert f"error: sft: {key}: 2 of 6 prompts of {split} " in said and f"in line 5 of '/{split}.jsonl'" in said
         assert ("leave no room for 8 tokens in the 64 positions" in said) == (architecture == "llama")
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pipeline.tasks.preferences import Config, Preference, files, load
+from pipeline.tasks.preferences import Config, Preference, PromptForm, files, load
 from pipeline.tasks.types import TaskError
 
 ROW = {"prompt": "p", "chosen": "good", "rejected": "bad"}
@@ -86,3 +86,50 @@ def test_what_is_missing_names_the_section(tmp_path):
         Config(path="x.jsonl", min_margin=1.0)
     with pytest.raises(TaskError, match=r"^reward\.pairs\.max_train_pairs: must be at least 1"):
         Config(path="x.jsonl", max_train_pairs=0)
+
+
+CHAT_PAIR = {"chosen": [USER, GOOD], "rejected": [USER, BAD]}
+SYSTEM = {"role": "system", "content": "Be brief."}
+TRANSCRIPT = {side: f"\n\nHuman: hi\n\nAssistant: {text}" for side, text in (("chosen", "good"), ("rejected", "bad"))}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "hi", **CHAT_PAIR},
+        {"prompt": "hi", "chosen": "good", "rejected": "bad"},
+        {"prompt": "hi", "chosen": [GOOD], "rejected": [BAD]},
+        {"prompt": [USER], **CHAT_PAIR},
+        CHAT_PAIR,
+        TRANSCRIPT,
+        {
+            "prompt": [{"from": "human", "value": "hi"}],
+            "chosen": {"from": "gpt", "value": "good"},
+            "rejected": {"from": "gpt", "value": "bad"},
+        },
+    ],
+)
+def test_pairs_of_every_form_have_the_prompts_of_a_task_of_chats(data, row):
+    form = PromptForm(chat=True, system="Be brief.")
+    assert load(data(row), form).train == [Preference([SYSTEM, USER], "good", "bad")]
+
+
+def test_the_beginning_of_the_chats_is_the_prompt_where_the_column_is_a_part_of_it(data):
+    start = [USER, {"role": "assistant", "content": "ho"}, {"role": "user", "content": "and?"}]
+    row = {"prompt": "hi", "chosen": [*start, GOOD], "rejected": [*start, BAD]}
+    assert load(data(row)).train[0].prompt == start
+    with pytest.raises(TaskError, match=r"^reward\.pairs\.chosen: the prompt is not what the chats .* prompt: null"):
+        load(data({**row, "prompt": "hello"}))
+
+
+def test_transcripts_for_a_task_of_plain_texts(data):
+    pair = load(data(TRANSCRIPT), PromptForm(chat=False)).train[0]
+    assert (pair.prompt, pair.chosen) == ("\n\nHuman: hi\n\nAssistant:", "good")
+    other = {**TRANSCRIPT, "rejected": TRANSCRIPT["rejected"].replace("hi", "ho")}
+    with pytest.raises(TaskError, match="differ before the last Assistant"):
+        load(data(other))
+
+
+def test_chats_for_a_task_of_plain_texts_are_refused(data):
+    with pytest.raises(TaskError, match=r"those of the task are plain texts.* chat: true .* line 1 of"):
+        load(data(CHAT_PAIR), PromptForm(chat=False))

@@ -40,6 +40,7 @@ def sample_pairs(
     settings: SampledPairs,
     metric: Metric,
     seed: int,
+    strip_thoughts: bool = False,
 ) -> tuple[list[Pair], list[RankedSample]]:
     """Sample completions of every prompt of `rows` and pair them; all pairs and samples, on every process.
 
@@ -50,7 +51,7 @@ def sample_pairs(
     def collect(block: Sequence[int]) -> list[tuple[list[Pair], list[RankedSample]]]:
         with torch.random.fork_rng():
             torch.manual_seed(derive_seed(seed, f"sampled pairs of {split}", block[0]))
-            drawn = _draw_samples(model, tokenizer, rows.select(block), settings, metric)
+            drawn = _draw_samples(model, tokenizer, rows.select(block), settings, metric, strip_thoughts)
         return _pair_samples(tokenizer, rows, block, drawn, split, settings, metric)
 
     blocks = [range(start, min(start + BLOCK, len(rows))) for start in range(0, len(rows), BLOCK)]
@@ -87,6 +88,7 @@ def _draw_samples(
     rows: Dataset,
     settings: SampledPairs,
     metric: Metric,
+    strip_thoughts: bool,
 ) -> list[list[RankedText]]:
     """Draw `settings.samples` completions of each prompt and compute their values by the ranking metric."""
     decoding = Decoding(
@@ -102,7 +104,7 @@ def _draw_samples(
     )
     count = settings.samples
     ids = generate(model, tokenizer, [p for p in prompts for _ in range(count)], decoding, settings.batch_size)
-    texts = decode(tokenizer, ids)
+    texts = decode(tokenizer, ids, strip_thoughts)
     values = metric.sample_scores(texts, [references for references in rows["references"] for _ in range(count)])
     samples = [RankedText(*sample) for sample in zip(texts, ids, values, strict=True)]
     return [samples[start : start + count] for start in range(0, len(samples), count)]

@@ -112,9 +112,10 @@ class CompletionWriter:
         accelerator: Accelerator,
         batch_size: int,
         warn: Warn,
+        strip_thoughts: bool = False,
     ) -> None:
         self.shared, self.tokenizer, self.accelerator = shared, tokenizer, accelerator
-        self.batch_size, self.warn = batch_size, warn
+        self.batch_size, self.warn, self.strip_thoughts = batch_size, warn, strip_thoughts
 
     def encode(self, examples: Dataset) -> list[list[int]]:
         """Tokenise the column `prompt`, texts or chat messages, as the policy reads it."""
@@ -130,7 +131,11 @@ class CompletionWriter:
                 seed_samples(model, decoding, sample_seed, rank, len(prompt_ids))
             ids = self.generate(prompt_ids, decoding)
         ended = torch.tensor(finished(model, self.tokenizer, ids, decoding))
-        return Completions(ids, decode(self.tokenizer, ids), ended)
+        return Completions(ids, self.decode(ids), ended)
+
+    def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
+        """Return the texts of completions as rewards and metrics see them."""
+        return decode(self.tokenizer, ids, self.strip_thoughts)
 
     def generate(self, prompt_ids: Sequence[Sequence[int]], decoding: Decoding) -> list[list[int]]:
         """Token ids of one completion for each prompt, with the same draws for any batch size."""

@@ -7,10 +7,8 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from pipeline.models.generation import Completions
-from pipeline.models.text import decode
 from pipeline.rewards import RewardError, RewardOutputs
 from pipeline.runtime.seeds import derive_seed
 from pipeline.trainers.ppo.config import PPOConfig
@@ -185,7 +183,7 @@ def prefix_scores(
     rewards: RewardOutputs,
     completion_ids: Sequence[Sequence[int]],
     examples: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
+    decode: Callable[[Sequence[Sequence[int]]], list[str]],
     compute_rewards: ComputeRewards,
 ) -> Tensor:
     """What each token adds to the score of the text so far, [B, C]; the sum over a completion is its score.
@@ -205,7 +203,7 @@ def prefix_scores(
     potentials = torch.zeros(0)
     if spans:
         repeated = examples.select([row for row, _ in spans])
-        potentials = compute_rewards(repeated, decode(tokenizer, prefixes), prefixes).weighted_sum
+        potentials = compute_rewards(repeated, decode(prefixes), prefixes).weighted_sum
     return prefix_increments(spans, potentials, [len(ids) for ids in completion_ids], rewards.weighted_sum)
 
 

@@ -58,6 +58,7 @@ class PPOTrainer:
         output_dir: Where metrics.jsonl and checkpoints/ are written.
         seed: From 0 on; prompts, samples and mini-batches follow from it.
         compute_metrics: Metrics of all held-out completions by name, logged as `eval_<name>`.
+        strip_thoughts: Rewards and metrics do not see a `<think>...</think>` at the start of a completion.
 
     Raises:
         ValueError: an input that PPO cannot work with, or a first step that would not start at ratio 1 and KL 0.
@@ -76,6 +77,7 @@ class PPOTrainer:
         output_dir: str | Path = "ppo",
         seed: int = 0,
         compute_metrics: ComputeMetrics | None = None,
+        strip_thoughts: bool = False,
     ) -> None:
         self.args, self.seed, self.output_dir = args, seed, Path(output_dir)
         self.tokenizer, self.rewards = processing_class, as_rewards(reward_funcs)
@@ -88,9 +90,9 @@ class PPOTrainer:
         shared = build_shared_model(model, args, peft_config, self.rewards)
         self.learner = Learner(shared, args, self.accelerator, self._warn)
         self.shared, self.optimizer = self.learner.shared, self.learner.optimizer
-        self.writer = CompletionWriter(
-            self.shared, processing_class, self.accelerator, args.local_rollout_forward_batch_size, self._warn
-        )
+        size = args.local_rollout_forward_batch_size
+        writer = CompletionWriter(self.shared, processing_class, self.accelerator, size, self._warn, strip_thoughts)
+        self.writer = writer
         self._prompt_ids = self.writer.encode(train_dataset)
         self._eval_prompt_ids = self.writer.encode(self.eval_dataset) if self.eval_dataset else []
         self._prompt_at = prompt_order(len(train_dataset), seed)
@@ -154,7 +156,7 @@ class PPOTrainer:
         self._enter("the rewards")
         rewards = self.compute_rewards(examples, completions.texts, completions.ids)
         if self.args.reward_shaping == "prefix":
-            token_scores = prefix_scores(rewards, completions.ids, examples, self.tokenizer, self.compute_rewards)
+            token_scores = prefix_scores(rewards, completions.ids, examples, self.writer.decode, self.compute_rewards)
         else:
             token_scores = rewards.token_scores(self.rewards, completions.lengths)
         seen = self.state.score_moments

@@ -1,0 +1,139 @@
+"""Read chat messages in the shapes that data sets have: OpenAI's, ShareGPT's, and those that a recipe maps."""
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from pipeline.tasks.examples import Unusable, describe_value, require_text
+from pipeline.tasks.text_rows import Row
+
+Message = dict[str, Any]
+# The keys of a message besides role and content that chat templates read.
+FURTHER_KEYS = ("tool_calls", "tool_call_id", "name")
+# ShareGPT's names: the keys of role and content, then of each role.
+SHAREGPT = {"role": "from", "content": "value"}
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
+SHAREGPT_ROLES |= {"observation": "tool"}
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+def as_user_turn(prompt: str) -> list[Message]:
+    """Return a plain prompt as the turn of a user, without the white space around it."""
+    return [{"role": "user", "content": prompt.strip()}]
+
+
+def with_system(chat: Sequence[Message], system: str | None) -> list[Message]:
+    """Return a chat with `system` as its first message, unless it begins with a system message."""
+    if system is None or (chat and chat[0]["role"] == "system"):
+        return list(chat)
+    return [{"role": "system", "content": system}, *chat]
+
+
+def with_tools(chat: Sequence[Message], tools: object) -> list[Message]:
+    """Return a chat whose first message holds the tools, which the chat template gets apart from the messages.
+
+    Raises:
+        Unusable: the tools are no list of functions, nor the JSON of one.
+    """
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except ValueError as error:
+            raise Unusable(f"the tools are a text that is not JSON ({error})") from error
+    if not tools:
+        return list(chat)
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise Unusable(f"the tools {describe_value(tools)}, expected a list of functions")
+    return [{**chat[0], "tools": without_nulls(tools)}, *chat[1:]]
+
+
+def read_messages(column: str, row: Row, names: Mapping[str, str] | None = None) -> list[Message]:
+    """Return the messages in a column, each with a role, a content, and tool calls where it has some.
+
+    `names` says what the data call `role` and `content`, and may map names of roles (`customer: user`). Without it
+    messages of `from` and `value` are read as ShareGPT's.
+
+    Raises:
+        Unusable: no list of messages with a role and a content.
+    """
+    messages = row.get(column)
+    if not isinstance(messages, list):
+        raise Unusable(f"the column {column!r} {describe_value(messages)}, expected a list of messages")
+    if names is None and is_sharegpt(messages):
+        names = {**SHAREGPT, **SHAREGPT_ROLES}
+    return [_read_message(message, column, names or {}) for message in messages]
+
+
+def split_answer(chat: Sequence[Message], column: str) -> tuple[list[Message], Message]:
+    """Return the messages before the last one of the assistant, and that message.
+
+    Raises:
+        Unusable: there is none, it is empty, or nothing but system messages is before it.
+    """
+    answers = [index for index, message in enumerate(chat) if message["role"] == "assistant"]
+    if not answers:
+        raise Unusable(f"the column {column!r} has no message of the role assistant")
+    prompt, answer = list(chat[: answers[-1]]), chat[answers[-1]]
+    if all(message["role"] == "system" for message in prompt):
+        raise Unusable(f"the column {column!r} has no message before the assistant's")
+    if "tool_calls" not in answer and not answer["content"].strip():
+        raise Unusable(f"the last message of the assistant in the column {column!r} is empty")
+    return prompt, answer
+
+
+def is_sharegpt(messages: object) -> bool:
+    """Tell whether something is a list of messages that all have `from` and `value`, and no role."""
+
+    def has_names(message: object) -> bool:
+        is_message = isinstance(message, dict) and message.get("role") is None
+        return is_message and all(message.get(key) is not None for key in SHAREGPT.values())
+
+    return isinstance(messages, list) and bool(messages) and all(map(has_names, messages))
+
+
+def _read_message(message: object, column: str, names: Mapping[str, str]) -> Message:
+    if not isinstance(message, dict):
+        raise Unusable(f"a message in the column {column!r} {describe_value(message)}, expected a role and a content")
+    keys = {key: names.get(key, key) for key in ("role", "content")}
+    calls = message.get("tool_calls")
+    missing = [key for key in keys.values() if key not in message and not (calls and key == keys["content"])]
+    if missing:
+        raise Unusable(
+            f"a message in the column {column!r} has {', '.join(message)}, expected {' and '.join(keys.values())}; "
+            "name its keys in task.messages_from, such as {role: from, content: value}"
+        )
+    role = require_text(message[keys["role"]], "the role of a message")
+    read: Message = {"role": names.get(role, role), "content": message.get(keys["content"])}
+    if names and read["role"] not in ROLES:
+        raise Unusable(
+            f"a message in the column {column!r} has the role {role!r}; map it in task.messages_from, such as "
+            f"{{role: {keys['role']}, content: {keys['content']}, {role}: user}}"
+        )
+    if calls:
+        read["tool_calls"] = [_read_call(call, column) for call in calls]
+    if not calls or read["content"] is not None:
+        require_text(read["content"], "the content of a message")
+    return read | {key: message[key] for key in FURTHER_KEYS[1:] if message.get(key) is not None}
+
+
+def _read_call(call: object, column: str) -> dict[str, Any]:
+    """Return a tool call with its arguments as a mapping, which is what chat templates expect."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise Unusable(f"a tool call in the column {column!r} has no function with a name")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        with suppress(ValueError):  # a text that is no JSON stays a text
+            arguments = json.loads(arguments) if arguments.strip() else {}
+    function = without_nulls({**function, "arguments": arguments})
+    return without_nulls({**call, "function": function} if "function" in call else function)
+
+
+def without_nulls(value: Any) -> Any:
+    """Return a value without the keys that are null: reading tables adds those that other rows have."""
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return value

@@ -1,0 +1,144 @@
+"""Chats in the shapes that data sets have: tool calls, ShareGPT, names of their own, TRL's rows, plain columns."""
+
+import json
+
+import pytest
+from column_data import refusal, single, write_lines
+
+from pipeline.tasks import TaskError, load_task
+from pipeline.tasks.parallel import Config as ParallelConfig
+
+USER, ANSWER = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}
+TOOLS = [{"type": "function", "function": {"name": "add", "description": "adds"}}]
+
+
+def first(tmp_path, *rows, **keys):
+    """The first of the examples of some rows, or of one row three times."""
+    path = write_lines(tmp_path / "data.jsonl", rows if len(rows) > 1 else rows * 3)
+    return load_task("columns", single(path, **{"prompt": None, "completion": None, **keys})).train[0]
+
+
+def test_tool_calls_and_tools_are_kept(tmp_path):
+    called = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    result = {"role": "tool", "content": "4", "name": "add", "tool_call_id": "1"}
+    row = {"chat": [USER, called, result, {**called, "content": "I add."}], "tools": TOOLS}
+    others = [{"chat": [USER, {**ANSWER, "content": text}], "tools": None} for text in ("4", "four")]
+    example = first(tmp_path, row, *others, messages="chat")
+    function = {"name": "add", "arguments": {"a": 2}}  # a mapping, as chat templates expect
+    calls = [{**CALL, "function": function}]
+    assert example["prompt"] == [{**USER, "tools": TOOLS}, {**called, "tool_calls": calls}, result]
+    assert example["completion"] == [{**called, "content": "I add.", "tool_calls": calls}]
+    assert example["references"] == []  # what the model's template makes of the call
+    text = first(tmp_path, *others, row, messages="chat", tools=None)
+    assert text["prompt"] == [USER] and text["references"] == ["4"]
+
+
+@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)])
+def test_tools_may_be_json(tmp_path, tools):
+    assert first(tmp_path, {"m": [USER, ANSWER], "tools": tools}, messages="m")["prompt"] == [{**USER, "tools": TOOLS}]
+
+
+def test_sharegpt_is_recognised_with_its_system_column(tmp_path):
+    turns = [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]
+    example = first(tmp_path, {"conversations": turns, "system": "Be brief."}, messages="conversations")
+    assert (example["prompt"], example["completion"]) == ([SYSTEM, USER], "4")
+
+
+def test_names_of_the_data_are_mapped(tmp_path):
+    turns = [{"who": "customer", "text": "2 + 2?"}, {"who": "agent", "text": "4"}]
+    names = {"role": "who", "content": "text", "customer": "user", "agent": "assistant"}
+    assert first(tmp_path, {"m": turns}, messages="m", messages_from=names)["prompt"] == [USER]
+    path = write_lines(tmp_path / "data.jsonl", [{"m": turns}] * 3)
+    keys = {"prompt": None, "completion": None, "messages": "m"}
+    assert "task.messages_from" in refusal(single(path, **keys))
+    assert "map it in task.messages_from" in refusal(single(path, **keys, messages_from={**names, "agent": "bot"}))
+
+
+@pytest.mark.parametrize(
+    ("row", "keys"),
+    [
+        ({"m": [USER, {**ANSWER, "content": ""}]}, {"messages": "m"}),
+        ({"m": [USER, {"role": "assistant", "content": None}]}, {"messages": "m"}),
+        ({"q": "2 + 2?", "a": " "}, {"prompt": "q", "completion": "a"}),
+        ({"q": "2 + 2?", "a": [""]}, {"prompt": "q", "references": "a"}),
+        ({"p": [USER], "c": [{**ANSWER, "content": "\n"}]}, {"prompt": "p", "completion": "c"}),
+    ],
+)
+def test_an_empty_completion_is_an_error_of_its_row(tmp_path, row, keys):
+    good = {**row, **({"m": [USER, ANSWER]} if "m" in row else {"a": "4", "c": [ANSWER]})}
+    if isinstance(row.get("a"), list):
+        good["a"] = ["4"]
+    path = write_lines(tmp_path / "data.jsonl", [good, {**row}, good, good])
+    keys = {"prompt": None, "completion": None, **keys}
+    message = refusal(single(path, **keys))
+    assert "line 2 of" in message and ("empty" in message or "null" in message)
+    task = load_task("columns", single(path, **keys, skip_broken_rows=True))
+    assert len(task.train) == 1 and len(task.left_out) == 1
+
+
+@pytest.mark.parametrize("answer", [[ANSWER], "4"])
+def test_rows_of_trl_with_a_prompt_of_messages(tmp_path, answer):
+    example = first(tmp_path, {"prompt": [SYSTEM, USER], "answer": answer}, prompt="prompt", completion="answer")
+    assert (example["prompt"], example["completion"], example["references"]) == ([SYSTEM, USER], "4", ["4"])
+
+
+def test_messages_before_the_last_answer_belong_to_the_prompt(tmp_path):
+    more = [{"role": "assistant", "content": "Sure?"}, USER, ANSWER]
+    example = first(tmp_path, {"p": [USER], "c": more}, prompt="p", completion="c", system="Be brief.")
+    assert (example["prompt"], example["completion"]) == ([SYSTEM, USER, *more[:2]], "4")
+
+
+def test_plain_columns_as_turns(tmp_path):
+    row = {"q": "2 + 2?", "a": "4"}
+    chats = first(tmp_path, row, prompt="{q}\n", completion="a", chat=True, system="Be brief.")
+    assert (chats["prompt"], chats["completion"], chats["references"]) == ([SYSTEM, USER], "4", ["4"])
+    assert first(tmp_path, row, prompt="{q}\n", completion="a")["prompt"] == "2 + 2?\n"
+
+
+def test_parallel_text_as_turns(tmp_path):
+    for split in ("train", "validation", "test"):
+        (tmp_path / f"{split}.en").write_text("a\n\nb\n")
+        (tmp_path / f"{split}.de").write_text("x\ny\nz\n")
+    keys = {"source": "{split}.en", "target": "{split}.de", "data_dir": str(tmp_path)}
+    task = load_task("parallel", ParallelConfig(**keys, chat=True, system="Translate."))
+    assert task.train[0]["prompt"] == [{**SYSTEM, "content": "Translate."}, {"role": "user", "content": "a"}]
+    assert task.where("train", [1]).startswith("line 3 of ")
+    with pytest.raises(TaskError, match=r"task\.system: it would do nothing"):
+        ParallelConfig(**keys, chat=False, system="Translate.")
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"i": "Do it.", "x": "here", "o": "y"}, "Do it.\nhere\n"),
+        ({"i": "Do it.", "x": "", "o": "y"}, "Do it.\n"),
+        ({"i": "Do it.", "x": None, "o": "y"}, "Do it.\n"),
+        ({"i": "Do it.", "o": "y"}, "Do it.\n"),
+    ],
+)
+def test_a_line_that_is_an_empty_field_is_left_out(tmp_path, row, prompt):
+    full = {"i": "Do it.", "x": "there", "o": "y"}
+    assert first(tmp_path, row, full, full, prompt="{i}\n{x}\n", completion="o")["prompt"] == prompt
+    assert first(tmp_path, row, full, full, prompt="{i}\n{x}", completion="o")["prompt"] == prompt.rstrip()
+
+
+def test_a_line_with_more_than_an_empty_field_is_refused(tmp_path):
+    path = write_lines(tmp_path / "data.jsonl", [{"i": "Do it.", "x": None, "o": "y"}] * 3)
+    assert "task.prompt: {x} is null" in refusal(single(path, prompt="{i}\nInput: {x}", completion="o"))
+    assert "task.prompt: {x} is null" in refusal(single(path, prompt="Input:\n{x}", completion="o"))
+
+
+@pytest.mark.parametrize("values", [(10**400, 1, 2), (2**64, "x", None), ({"": 1}, [1], "s")])
+def test_a_column_that_nobody_uses_cannot_refuse_the_data(tmp_path, values):
+    rows = [{"q": "2 + 2?", "a": "4", "n": value} for value in values]
+    assert first(tmp_path, *rows, prompt="q", completion="a")["completion"] == "4"
+
+
+def test_examples_of_rows_that_are_left_out_keep_their_places(tmp_path):
+    rows = [{"q": f"{n}?" if n % 3 else None, "a": str(n)} for n in range(9)]
+    path = write_lines(tmp_path / "data.jsonl", rows)
+    task = load_task("columns", single(path, prompt="q", completion="a", skip_broken_rows=True, ppo_examples=2))
+    assert task.train["a"][:] == ["1", "2"] and task.where("train", [1]).startswith("line 3 of ")
+    assert task.ppo_prompts["a"][:] == ["4", "5"] and task.where("ppo_prompts", [1]).startswith("line 6 of ")
