@@ -46,7 +46,7 @@ def train_ppo(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
         strip_thoughts=task.strip_thoughts,
     )
     with stop_signals():
-        state = trainer.train()
+        state = trainer.train(resume_from_checkpoint=True)
     trainer.save_model(run.ppo)
     figures = {"steps": state.step, "episodes": state.episodes, "best_step": state.best_step}
     figures["mixed_precision"] = trainer.accelerator.mixed_precision

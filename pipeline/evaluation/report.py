@@ -253,7 +253,12 @@ def _comparison(
 
 
 def compared_pairs(systems: Sequence[str]) -> list[tuple[str, str]]:
-    """List which systems are compared: base and SFT, SFT and PPO, SFT and each further one, the control and PPO."""
+    """List which systems are compared: base and SFT, SFT and PPO, SFT and each further one, the control and PPO.
+
+    Without SFT the first system is compared with each other one.
+    """
+    if "sft" not in systems:
+        return [(systems[0], name) for name in systems[1:]]
     further = [name for name in systems if name not in ("base", "sft", "ppo")]
     pairs = [("base", "sft"), ("sft", "ppo"), *[("sft", name) for name in further], (CONTROL, "ppo")]
     return [(a, b) for a, b in pairs if a in systems and b in systems]

@@ -66,7 +66,7 @@ class SystemPredictions:
 
 def predict_systems(
     sources: Sequence[Source],
-    sft: Source,
+    sft: Source | None,
     rows: Dataset,
     settings: EvalConfig,
     seed: int,
@@ -75,9 +75,9 @@ def predict_systems(
     """Let every system complete the test prompts; all predictions on every process, by system.
 
     Besides SFT one system at a time is in memory. With `strip_thoughts` the texts do not have a `<think>...</think>`
-    at their start.
+    at their start. Without SFT nothing is compared with it.
     """
-    loaded_sft = sft.load()
+    loaded_sft = None if sft is None else sft.load()
     predictions = {}
     for source in sources:
         if PartialState().is_main_process:
@@ -89,7 +89,7 @@ def predict_systems(
 
 
 def predict_system(
-    name: str, sft: Loaded, loaded: Loaded, rows: Dataset, settings: EvalConfig, seed: int
+    name: str, sft: Loaded | None, loaded: Loaded, rows: Dataset, settings: EvalConfig, seed: int
 ) -> SystemPredictions:
     """Let one system complete the test prompts, in batches of prompts alike in length.
 
@@ -103,10 +103,10 @@ def predict_system(
     prompts = encode_prompts(tokenizer, rows["prompt"], model.config.is_encoder_decoder)
     check_prompt_lengths(prompts, settings.max_new_tokens, model.config, "eval.max_new_tokens", f"test, for {name},")
     blocks = length_sorted_blocks([len(ids) for ids in prompts], size)
-    reference = sft[0] if _same_tokens(loaded, sft) else None
+    reference = sft[0] if sft is not None and _same_tokens(loaded, sft) else None
     reported = replace(decoding, num_beams=settings.num_beams)
     predictions = gather_rows(blocks, lambda block: predict(model, tokenizer, rows, block, reported, size, reference))
-    same = name != "sft" and same_weights(model, sft[0])
+    same = name != "sft" and sft is not None and same_weights(model, sft[0])
     if name == "base":
         return SystemPredictions(predictions, same_weights_as_sft=same)
 

@@ -21,14 +21,21 @@ LOST_ENTROPY = 0.25  # of SFT's entropy
 def verdict(comparisons: Sequence[SystemComparison], metric: str) -> str:
     """Say whether PPO beat SFT on the first metric, and where that is open, how large the difference can be."""
     comparison = _find(comparisons, "sft", "ppo", metric)
-    if comparison is None:
+    if comparison is not None:
+        return _verdict_on(comparison, "SFT", "PPO")
+    others = [c for c in comparisons if c.metric == metric and "sft" not in (c.a, c.b)]
+    if not others:
         return "SFT and PPO were not both evaluated, so there is nothing to compare."
+    return " ".join(_verdict_on(c, c.a, c.b) for c in others)
+
+
+def _verdict_on(comparison: SystemComparison, a: str, b: str) -> str:
     interval = f"95 % interval {comparison.low:+.2f} to {comparison.high:+.2f}"
-    figures = f"{metric} {comparison.delta:+.2f} ({interval}, {p_text(comparison.p_value)})"
+    figures = f"{comparison.metric} {comparison.delta:+.2f} ({interval}, {p_text(comparison.p_value)})"
     if comparison.p_value >= SIGNIFICANT:
         open_range = equivalence_text(comparison.equivalence_margin, comparison.standard_error)
-        return f"No difference between PPO and SFT is shown: {figures}.{open_range}"
-    return f"PPO is {'better' if comparison.gain > 0 else 'worse'} than SFT: {figures}."
+        return f"No difference between {b} and {a} is shown: {figures}.{open_range}"
+    return f"{b} is {'better' if comparison.gain > 0 else 'worse'} than {a}: {figures}."
 
 
 def findings(

@@ -43,7 +43,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     model = build_section(ModelConfig, _with_template(values["model"], document), ("model",), document)
     ppo = _build_ppo(values.get("ppo"), model, document)
     try:
-        return Recipe(
+        recipe = Recipe(
             **scalars,
             model=model,
             task=_build_task(values["task"], document),
@@ -53,6 +53,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             eval=_build_eval(values.get("eval"), ppo, document),
             source=document,
         )
+        needed = "sft" in values or ppo is not None or recipe.reward is not None or recipe.evaluation_reads_sft
+        return dataclasses.replace(recipe, sft=dataclasses.replace(recipe.sft, needed=needed))
     except RecipeError:
         raise
     except ValueError as error:
@@ -106,7 +108,10 @@ def _build_ppo(values: object, model: ModelConfig, document: Document) -> PPOCon
         return None
     keys = {"use_peft": model.use_peft, **as_mapping(values, ("ppo",), document)}
     keys = _with_options(keys, "rewards", RewardConfig, ("ppo",), document)
-    return build_section(PPOConfig, keys, ("ppo",), document)
+    ppo = build_section(PPOConfig, keys, ("ppo",), document)
+    if not ppo.rewards:
+        raise document.error(("ppo", "rewards"), "at least one reward is needed, such as [{name: bleu}]")
+    return ppo
 
 
 def _build_eval(values: object, ppo: PPOConfig | None, document: Document) -> EvalConfig:
@@ -159,7 +164,7 @@ def recipe_values(recipe: Recipe) -> dict[str, Any]:
         "output_dir": recipe.output_dir,
         "model": _plain(recipe.model),
         "task": {"name": recipe.task.name, **_plain(recipe.task.config)},
-        "sft": {"use_peft": recipe.sft.use_peft, **_plain(recipe.sft.arguments)},
+        **({"sft": {"use_peft": recipe.sft.use_peft, **_plain(recipe.sft.arguments)}} if recipe.sft.needed else {}),
         **({} if recipe.reward is None else {"reward": reward_values(recipe.reward)}),
         **({} if recipe.ppo is None else {"ppo": _plain(recipe.ppo)}),
         "eval": _plain(recipe.eval),

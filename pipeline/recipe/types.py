@@ -30,10 +30,14 @@ class TaskSection:
 
 @dataclass(frozen=True)
 class SFTSection:
-    """Hold the `sft:` section: whether an adapter is trained, and keyword arguments of `trl.SFTConfig` as written."""
+    """Hold the `sft:` section: whether an adapter is trained, and keyword arguments of `trl.SFTConfig` as written.
+
+    It is not `needed` where the recipe lacks the section and nothing in it reads an SFT model.
+    """
 
     use_peft: bool
     arguments: Mapping[str, Any]
+    needed: bool = True
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,12 @@ class Recipe:
     def sft_is_external(self) -> bool:
         """Return whether PPO starts from a model made elsewhere, so that this recipe's sft stage is not needed."""
         return self.ppo is not None and self.ppo.sft_model_path is not None
+
+    @property
+    def evaluation_reads_sft(self) -> bool:
+        """Return whether the evaluation loads the SFT model: as a system, or as the base of PPO or of a reward."""
+        learned = self.ppo is not None and self.ppo.learned_reward is not None
+        return learned or not {"sft", "ppo"}.isdisjoint(self.eval.system_names)
 
     @property
     def reward_is_external(self) -> bool:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from pipeline.rewards.results import Handling, RewardError, as_list, excerpt
-from pipeline.runtime.time_limit import TimedOut, time_limit
+from pipeline.runtime.time_limit import TimedOut, call_within
 
 # Calls that may run out of time in the search for the completions that are to blame: halving 512 takes 9.
 MAX_TIMEOUTS = 10
@@ -37,8 +37,7 @@ def call_reward(
         if len(rows) < len(completions):
             arguments = {key: [every[row] for row in rows] for key, every in arguments.items()}
         try:
-            with time_limit(name, handling.timeout):
-                result = function(**arguments)
+            result = call_within(name, handling.timeout, lambda: function(**arguments))
         except (Exception, TimedOut) as error:
             timeouts += isinstance(error, TimedOut)
             return error

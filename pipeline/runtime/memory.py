@@ -1,6 +1,5 @@
 """Memory of this process: how much it held, and smaller batches with the same result where it runs out."""
 
-import resource
 import sys
 from collections.abc import Callable
 from typing import TypeVar
@@ -48,5 +47,7 @@ def peak_memory_mib() -> float:
     """Return the most memory that this process held: of torch on its accelerator, else of the whole process."""
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    import resource  # not on every system that trains with PPOTrainer alone
+
     unit = 1 if sys.platform == "darwin" else 1024
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)

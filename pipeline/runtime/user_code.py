@@ -142,16 +142,20 @@ def user_code_files(names: Iterable[str]) -> dict[str, Path]:
 
 def _roots() -> list[Path]:
     """Return the folders of modules that hold no libraries, those of `search_user_code` first."""
-    standard = Path(sysconfig.get_path("stdlib"))
     others = [Path(entry or ".").absolute() for entry in sys.path]
-    libraries = [p for p in others if p.is_relative_to(standard) or set(p.parts) & set(LIBRARIES) or not p.is_dir()]
-    return list(dict.fromkeys([*_folders, *(p for p in others if p not in libraries)]))
+    return list(dict.fromkeys([*_folders, *(p for p in others if p.is_dir() and not is_library_file(p))]))
+
+
+def is_library_file(path: Path) -> bool:
+    """Tell whether a file or folder is of Python, of an installed library, or of Relay itself."""
+    standard = path.is_relative_to(sysconfig.get_path("stdlib"))
+    return standard or bool(set(path.parts) & set(LIBRARIES)) or path.resolve().is_relative_to(RELAY)
 
 
 def _collect(modules: Iterable[tuple[Path, Path]], roots: list[Path], files: dict[str, Path]) -> None:
     """Add files, each with the root of its modules, and all that they import."""
     for root, file in modules:
-        if file in files.values() or file.resolve().is_relative_to(RELAY):
+        if file in files.values() or is_library_file(file):
             continue
         key = file.relative_to(root).as_posix()
         files[key if key not in files else str(file)] = file

@@ -6,6 +6,7 @@ The ranges are those of pyproject.toml, read from the installed package.
 import os
 import sys
 from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
 
 from packaging.requirements import Requirement
 
@@ -36,6 +37,11 @@ def unsupported() -> list[str]:
     return problems
 
 
+NEEDED_MODULES = ("fcntl", "resource")  # of Linux and macOS: a lock of run directories, the memory of a process
+
+if any(find_spec(name) is None for name in NEEDED_MODULES):
+    print("error: Relay's stages run on Linux and macOS; on Windows install Relay in WSL 2", file=sys.stderr)
+    raise SystemExit(2)
 if problems := unsupported():
     if os.environ.get("RANK", "0") == "0":
         advice = "pip install --constraint constraints.txt --editable . installs the tested versions"

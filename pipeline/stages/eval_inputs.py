@@ -20,15 +20,15 @@ from pipeline.tasks import Task
 from pipeline.trainers.ppo.config import PPOConfig
 
 
-def sft_source(recipe: Recipe, run: RunDirectory) -> Source:
-    """Return where the SFT model is, which all systems are compared with."""
-    return Source("sft", sft_model_path(recipe, run), recipe.model)
+def sft_source(recipe: Recipe, run: RunDirectory) -> Source | None:
+    """Return where the SFT model is, which all systems are compared with; None for finished models alone."""
+    return Source("sft", sft_model_path(recipe, run), recipe.model) if recipe.evaluation_reads_sft else None
 
 
 def system_sources(recipe: Recipe, run: RunDirectory) -> list[Source]:
     """Return where each system is, in the report's order; a control run stands last."""
-    sft, config = sft_source(recipe, run), recipe.model
-    stages = {"sft": sft, "ppo": Source("ppo", run.ppo, config, sft.path)}
+    sft_path, config = sft_model_path(recipe, run), recipe.model
+    stages = {"sft": Source("sft", sft_path, config), "ppo": Source("ppo", run.ppo, config, sft_path)}
     sources = []
     for system in recipe.eval.systems:
         if system == "base":
@@ -36,7 +36,7 @@ def system_sources(recipe: Recipe, run: RunDirectory) -> list[Source]:
         else:
             sources.append(stages[system] if isinstance(system, str) else Source(system.name, system.path, config))
     control = control_run(recipe)
-    return sources if control is None else [*sources, Source(CONTROL, control / "ppo", config, sft.path)]
+    return sources if control is None else [*sources, Source(CONTROL, control / "ppo", config, sft_path)]
 
 
 def report_scoring(recipe: Recipe, run: RunDirectory, task: Task) -> Scoring:

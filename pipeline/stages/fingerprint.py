@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.recipe import Recipe, recipe_values
+from pipeline.stages.code_inputs import code_files
 from pipeline.stages.control import control_run
 from pipeline.stages.digests import file_digest, file_stamp, model_state, record_digest, remember_digests
 from pipeline.stages.directory import FINISHED, STAGES, RunDirectory, read_record
@@ -49,7 +50,8 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def needed_stages(recipe: Recipe, stage: str) -> list[str]:
     """Return the stages of this run whose results a stage reads."""
-    needed = [] if stage == "sft" or recipe.sft_is_external else ["sft"]
+    reads_sft = recipe.evaluation_reads_sft if stage == "eval" else stage != "sft"
+    needed = ["sft"] if reads_sft and not recipe.sft_is_external else []
     if stage in ("ppo", "eval") and recipe.uses_own_reward:
         needed.append("reward")
     return [*needed, "ppo"] if stage == "eval" and "ppo" in recipe.eval.systems else needed
@@ -88,8 +90,12 @@ def stage_inputs(recipe: Recipe, stage: str, recorded: Mapping[str, str] | None 
     An earlier stage counts by its record, not by its settings: made again, it gives other weights. A Hub model of
     which nothing is in the local cache is as it is `recorded`. Nothing goes to the network.
     """
-    data = {str(path): file_digest(path) for path in data_files(recipe, stage)}
-    return data | _model_states(recipe, stage, recorded or {}) | _earlier_results(recipe, stage)
+    files = {str(path): path for path in data_files(recipe, stage)} | code_files(recipe, stage)
+    return (
+        {name: file_digest(path) for name, path in files.items()}
+        | _model_states(recipe, stage, recorded or {})
+        | _earlier_results(recipe, stage)
+    )
 
 
 def _model_states(recipe: Recipe, stage: str, recorded: Mapping[str, str]) -> dict[str, str]:
@@ -177,4 +183,5 @@ def _input_differences(before: Mapping[str, str], after: Mapping[str, str]) -> S
             if name in STAGES:
                 change = "not finished" if state == ABSENT else "made again"
             lines.append(f"{name}: {change}")
+    lines += [f"{name}: no longer read" for name in before if name not in (*after, *STAGES)]
     return lines

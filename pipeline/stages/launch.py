@@ -19,6 +19,7 @@ from accelerate.utils import DistributedType, parse_flag_from_env
 from rich.console import Console
 
 from pipeline.recipe import Recipe
+from pipeline.runtime.devices import has_accelerator
 from pipeline.stages.directory import RunDirectory, set_aside
 from pipeline.stages.fingerprint import stage_status
 from pipeline.stages.first_failure import CAUSE_FILE
@@ -117,7 +118,7 @@ def default_launch_options() -> list[str]:
     a configuration made by `accelerate config` is used as it is.
     """
     common = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    if not torch.accelerator.is_available():
+    if not has_accelerator():
         threads = ["--num_cpu_threads_per_process", str(torch.get_num_threads())]  # respects OMP_NUM_THREADS
         return ["--cpu", "--num_processes", "1", *common, *threads]
     if Path(default_config_file).is_file():

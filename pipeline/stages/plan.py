@@ -13,6 +13,7 @@ from trl import SFTConfig
 
 from pipeline.recipe import Recipe, RecipeError
 from pipeline.recipe.document import Document
+from pipeline.runtime.devices import APPLE_GPU_IDLE, has_accelerator, has_apple_gpu
 from pipeline.stages.control import control_problem, control_run
 from pipeline.stages.directory import STAGES, RunDirectory
 from pipeline.stages.fingerprint import needed_stages, setting_differences, stage_status
@@ -66,6 +67,8 @@ def not_needed(recipe: Recipe) -> dict[str, str]:
     absent = {}
     if recipe.sft_is_external:
         absent["sft"] = f"ppo.sft_model_path is {recipe.ppo.sft_model_path}"
+    if not recipe.sft.needed:
+        absent["sft"] = "the recipe has no sft section, and nothing in it reads an SFT model"
     if recipe.reward is None:
         absent["reward"] = "the recipe has no reward section"
     elif recipe.reward_is_external:
@@ -161,8 +164,9 @@ def print_line(console: Console, text: str, style: str | None = None) -> None:
 
 def device_name(options: Sequence[str]) -> str:
     """Return the name of the device the stages run on."""
-    if "--cpu" in options or not torch.accelerator.is_available():
-        return f"cpu with {count(torch.get_num_threads(), 'thread', 'threads')}"
+    if "--cpu" in options or not has_accelerator():
+        threads = f"cpu with {count(torch.get_num_threads(), 'thread', 'threads')}"
+        return f"{threads}; {APPLE_GPU_IDLE}" if has_apple_gpu() else threads
     kind = torch.accelerator.current_accelerator().type
     return torch.cuda.get_device_name(0) if kind == "cuda" else kind
 

@@ -12,13 +12,13 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from torch.distributed import DistError
 
 from pipeline.models.hub import fetch_commit
 from pipeline.recipe import Recipe
 from pipeline.runtime.abort import record_failure
+from pipeline.runtime.devices import APPLE_GPU_IDLE, has_accelerator, has_apple_gpu
 from pipeline.runtime.distributed import on_main, shared_directory_problem
 from pipeline.runtime.libraries import limit_kernel_cache, quiet_libraries
 from pipeline.runtime.memory import is_out_of_memory, peak_memory_mib
@@ -106,7 +106,9 @@ def prepare_process(run: RunDirectory) -> None:
         patience = timedelta(minutes=timeout_minutes(), seconds=30)  # the watchdog, which knows more, ends it first
     except ValueError as error:
         raise CannotStartError(str(error)) from error
-    PartialState(cpu=not torch.accelerator.is_available(), timeout=patience)
+    PartialState(cpu=not has_accelerator(), timeout=patience)
+    if has_apple_gpu():
+        say(APPLE_GPU_IDLE)
     quiet_libraries()
     limit_kernel_cache()
     if problem := shared_directory_problem(run.path):

@@ -5,10 +5,12 @@ import sys
 import torch
 from accelerate import PartialState
 
+from pipeline.runtime.devices import has_accelerator
+
 
 def native_bf16() -> bool:
     """Whether this machine has instructions for bfloat16: emulated, it is slower than float32, on a CPU many times."""
-    if torch.accelerator.is_available():
+    if has_accelerator():
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     # Of what the processor has, torch may have been told to leave the wide vectors alone (ATEN_CPU_CAPABILITY).
     wide, capabilities = torch.backends.cpu.get_cpu_capability().startswith("AVX512"), torch.cpu.get_capabilities()
@@ -31,7 +33,7 @@ def check_precision(section: str, fp16: bool | None = None, bf16: bool | None = 
     Raises:
         ValueError: naming the key and what to set.
     """
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    device = torch.accelerator.current_accelerator() if has_accelerator() else torch.device("cpu")
     if fp16 and device.type == "cpu":
         raise ValueError(
             f"{section}.fp16: a CPU has no mixed precision in float16; set {section}.fp16: false, or bf16: true"

@@ -96,7 +96,7 @@ def ppo(make_trainer, taught_t5, t5_tokenizer, examples, model_config, tmp_path)
         settings = {"total_episodes": 32, "validation": examples.select(range(4)), "eval_steps": 2, **settings}
         trainer = make_trainer(output, reward=drawing_reward, **settings)
         before(trainer)
-        trainer.train()
+        trainer.train(resume_from_checkpoint=True)
         torch.save(weights(trainer), tmp_path / f"{output}.pt")
 
     return train

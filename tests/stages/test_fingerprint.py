@@ -3,6 +3,7 @@
 import os
 import shutil
 import socket
+import sys
 from pathlib import Path
 
 import datasets
@@ -218,3 +219,48 @@ def test_a_hub_model_that_is_not_here_is_asked_for_when_a_stage_begins(cache, mo
         assert stage_status(run, recipe, "ppo") == "complete"
     assert downloads == [("nobody/other", "config.json", "main")]
     assert stage_state(recipe, "ppo")["inputs"]["nobody/other"] == "c" * 40
+
+
+def test_a_users_code_and_what_it_imports_are_inputs_of_the_stages_that_run_it(monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    Path("my_task.py").write_text("from pipeline.tasks.parallel import Config, files, load\n")
+    Path("my_reward.py").write_text("from my_words import WORDS\ndef hits(completions, **_): return [0.0] * 2\n")
+    Path("my_words.py").write_text("WORDS = ['a']\n")
+    Path("my_metric.py").write_text("from pipeline.metrics.bleu import load\ndef own(): return load('bleu', None)\n")
+    overrides = ["task.name=my_task.py", "ppo.rewards=[my_reward:hits]", "eval.metrics=[my_metric.py:own]"]
+    recipe, chosen = recipe_with(*overrides), recipe_with(*overrides, "ppo.metric_for_best_model=eval_bleu")
+    for name, changed in (
+        ("my_task.py", ["sft", "ppo", "eval"]),
+        ("my_reward.py", ["ppo", "eval"]),
+        ("my_words.py", ["ppo", "eval"]),
+        ("my_metric.py", ["eval"]),
+    ):
+        before, with_metric = {s: stage_fingerprint(recipe, s) for s in OWN}, stage_fingerprint(chosen, "ppo")
+        with Path(name).open("a") as file:
+            file.write("# edited\n")
+        assert [s for s in OWN if stage_fingerprint(recipe, s) != before[s]] == changed, name
+        assert stage_fingerprint(chosen, "ppo") != with_metric, name
+
+
+def test_the_plan_names_the_file_of_code_that_was_edited(monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    Path("the_reward.py").write_text("from the_words import WORDS\ndef hits(completions, **_): return [0.0] * 2\n")
+    Path("the_words.py").write_text("WORDS = ['a']\n")
+    recipe = recipe_with("ppo.rewards=[the_reward.hits]")
+    run = RunDirectory.of(recipe)
+    complete(recipe, "sft", "ppo")
+    assert [plan.action for plan in plan_stages(recipe, None, None, False)][:2] == ["skip", "skip"]
+    Path("the_words.py").write_text("WORDS = ['b']\n")
+    sft, ppo, _ = plan_stages(recipe, None, None, False)
+    assert sft.action == "skip" and ppo.action == "run" and "the_words.py: its contents changed" in ppo.reason
+    Path("the_reward.py").write_text("def hits(completions, **_): return [0.0] * 2\n")
+    assert "the_words.py: no longer read" in setting_differences(run, recipe, "ppo")
+
+
+def test_the_script_of_a_local_metric_of_the_evaluate_library_is_an_input():
+    Path("measure").mkdir()
+    Path("measure/measure.py").write_text("import evaluate\n")
+    recipe = recipe_with("eval.metrics=['evaluate:./measure']")
+    before = {stage: stage_fingerprint(recipe, stage) for stage in OWN}
+    Path("measure/measure.py").write_text("import evaluate\n\n")
+    assert [stage for stage in OWN if stage_fingerprint(recipe, stage) != before[stage]] == ["eval"]

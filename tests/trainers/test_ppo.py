@@ -271,7 +271,7 @@ def test_the_restart_begins_at_the_checkpoint(make_trainer):
     steps = []
     original = resumed.collect_rollout
     resumed.collect_rollout = lambda rows: steps.append(resumed.state.step) or original(rows)
-    resumed.train()
+    resumed.train(resume_from_checkpoint=True)
     assert steps == [2]
     assert [line["step"] for line in read_metrics(resumed.output_dir)] == [1, 2, 3]
 
@@ -281,7 +281,7 @@ def test_a_finished_run_is_not_trained_again(make_trainer):
     first.train()
     again = make_trainer(reward=[Reward("colours", colours)])
     again.collect_rollout = None
-    again.train()
+    again.train(resume_from_checkpoint=True)
     assert same(weights(again), weights(first))
 
 

@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
+from pipeline.runtime.devices import has_accelerator
 from pipeline.trainers.precision import check_precision, native_bf16
 from pipeline.trainers.trackers import installed
 
@@ -23,7 +22,7 @@ def complete_arguments(section: str, defaults: Mapping[str, Any], arguments: Map
     if settings.get("bf16") is None and not settings.get("fp16"):
         settings["bf16"] = native_bf16()
     check_precision(section, settings.get("fp16"), settings.get("bf16"))
-    if settings.get("activation_offloading") and not torch.accelerator.is_available():
+    if settings.get("activation_offloading") and not has_accelerator():
         raise ValueError(f"{section}.activation_offloading: activations are on the CPU already; remove the key")
     if settings["eval_strategy"] == "no" and "load_best_model_at_end" not in arguments:
         settings["load_best_model_at_end"] = False

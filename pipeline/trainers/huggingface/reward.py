@@ -18,6 +18,7 @@ from pipeline.models.reward_model import RewardNetwork, load_head
 from pipeline.models.sequences import make_sequences
 from pipeline.models.text import encode_prompts
 from pipeline.rewards.pairs import HELD_OUT, TRAIN, Pair
+from pipeline.runtime.devices import has_accelerator
 from pipeline.trainers.huggingface.arguments import complete_arguments
 from pipeline.trainers.huggingface.resumable import ResumableTrainer
 from pipeline.trainers.logs import MetricsFileCallback
@@ -44,7 +45,7 @@ def reward_arguments(arguments: Mapping[str, Any], output_dir: Path, seed: int) 
         **{**settings, "remove_unused_columns": False, "max_length": None, "prediction_loss_only": True},
         output_dir=str(output_dir / "checkpoints"),
         seed=seed,
-        use_cpu=not torch.accelerator.is_available(),
+        use_cpu=not has_accelerator(),
     )
 
 

@@ -14,6 +14,7 @@ from trl import SFTConfig
 from pipeline.models.adapters import adapter_config, check_adapter
 from pipeline.models.decoder_start import decoder_prefix
 from pipeline.models.loading import position_limit
+from pipeline.runtime.devices import has_accelerator
 from pipeline.trainers.huggingface.arguments import complete_arguments
 from pipeline.trainers.huggingface.completion_head import CompletionHeadSFTTrainer, ResumableSFTTrainer
 from pipeline.trainers.huggingface.encoder_decoder import EncoderDecoderCollator, EncoderDecoderSFTTrainer
@@ -43,7 +44,7 @@ def sft_arguments(arguments: Mapping[str, Any], output_dir: Path, seed: int) -> 
         **complete_arguments("sft", DEFAULTS, arguments),
         output_dir=str(output_dir / "checkpoints"),
         seed=seed,
-        use_cpu=not torch.accelerator.is_available(),
+        use_cpu=not has_accelerator(),
     )
 
 

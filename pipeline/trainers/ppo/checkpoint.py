@@ -24,6 +24,7 @@ from pipeline.trainers.checkpoints import (
     require_finite,
     require_intact,
 )
+from pipeline.trainers.ppo.experiment import Experiment, check_experiment, record_experiment
 from pipeline.trainers.ppo.learner import Learner
 from pipeline.trainers.ppo.scores import RunningMoments
 
@@ -159,25 +160,35 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def restore_training(
-    directory: Path, state: TrainerState, learner: Learner, seed: int, resume: bool
+    directory: Path, state: TrainerState, learner: Learner, seed: int, resume: bool | None, experiment: Experiment
 ) -> tuple[TrainerState, list[str]]:
-    """Go on from the newest intact checkpoint if there is one; without `resume` remove them all.
+    """Go on from the newest intact checkpoint if there is one.
+
+    Where `resume` is False, remove them all instead. Where it is None, go on only with an unfinished run of the same
+    settings and rewards; where it is True, the rewards have to be the same.
 
     Returns:
         The state to go on from, `state` where there is no checkpoint, and sentences for the log.
 
     Raises:
-        ValueError: as `newest_checkpoint` and `load_checkpoint`.
+        ValueError: as `newest_checkpoint`, `load_checkpoint` and `check_experiment`, or the run is finished.
         OSError: the checkpoints of the run do not fit on the disk.
     """
-    if not resume:
+    if resume is False:
         clear_checkpoints(directory)
     path, notes = newest_checkpoint(directory)
+    args = learner.args
     if path:
+        check_experiment(directory, experiment, settings_too=resume is None)
         checkpoint = load_checkpoint(path)
         state = checkpoint.state
+        if resume is None and state.episodes >= args.total_episodes:
+            raise ValueError(
+                f"{directory} holds this experiment at its end, step {state.step}, so nothing would be trained: give "
+                "another output_dir, or train(resume_from_checkpoint=False), which removes them and starts anew"
+            )
         notes.append(f"continuing from {path}{_restore(checkpoint, learner, seed)}")
-    args = learner.args
+    record_experiment(directory, experiment)
     count = args.save_total_limit + 1 + args.load_best_model_at_end  # the one being written, the best
     check_space(directory, state_size(learner.shared.trainable_state()), count)
     return state, notes

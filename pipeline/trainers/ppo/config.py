@@ -29,7 +29,7 @@ class PPOConfig:
     `num_mini_batches` optimizer steps over them. `eval_steps`, `save_steps` and `logging_steps` count these PPO steps.
     """
 
-    rewards: tuple[RewardConfig, ...]  # what PPO raises: a list of names or mappings
+    rewards: tuple[RewardConfig, ...] = ()  # what PPO raises: a list of names or mappings; a recipe needs one
     # directory or Hub id to start from, full, merged or a peft adapter; None: this run's sft stage
     sft_model_path: str | None = None
     # of the reward `learned`: a reward folder or a sequence classifier; None: this run's reward stage
@@ -202,7 +202,6 @@ def _check_combinations(args: PPOConfig) -> None:
     two_rules = args.missing_eos_penalty is not None and args.missing_eos_score is not None
     needless_path = args.reward_model_path is not None and args.learned_reward is None
     for wrong, name, rule, found in (
-        (not args.rewards, "rewards", "at least one reward is needed, such as [{name: bleu}]", "none"),
         (
             args.warmup_steps and constant,
             "warmup_steps",

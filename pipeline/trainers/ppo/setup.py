@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 from pipeline.models.shared import SharedModel
 from pipeline.rewards import Reward
 from pipeline.rewards.learned import adapter_rewards
+from pipeline.runtime.devices import APPLE_GPU_IDLE, has_apple_gpu
+from pipeline.runtime.messages import say
 from pipeline.trainers.ppo.config import PPOConfig
 from pipeline.trainers.precision import mixed_precision
 from pipeline.trainers.trackers import installed
@@ -22,13 +24,17 @@ def make_accelerator(args: PPOConfig, directory: Path) -> Accelerator:
     Raises:
         ValueError: a precision that this machine does not have.
     """
-    return Accelerator(
+    accelerator = Accelerator(
+        cpu=has_apple_gpu(),
         mixed_precision=mixed_precision("ppo", args.bf16),
         log_with=installed(args.report_to, ppo=True) or None,
         project_dir=str(directory),
         # No buffer of a language model is trained; sent with a pass, one process could not repeat that pass alone.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+    if has_apple_gpu():
+        say(APPLE_GPU_IDLE)
+    return accelerator
 
 
 def build_shared_model(

@@ -36,6 +36,7 @@ from pipeline.trainers.ppo.advantages import adapt_kl_coef, estimate_advantages
 from pipeline.trainers.ppo.checkpoint import TrainerState, restore_best, restore_training, save_training
 from pipeline.trainers.ppo.checks import check_inputs, check_kl, check_start, first_examples
 from pipeline.trainers.ppo.config import PPOConfig
+from pipeline.trainers.ppo.experiment import describe_experiment
 from pipeline.trainers.ppo.held_out import ComputeMetrics, HeldOutCompletion, complete_held_out, held_out_figures
 from pipeline.trainers.ppo.learner import Learner
 from pipeline.trainers.ppo.rollout import CompletionWriter, Experience, Rollout, prompt_order
@@ -80,6 +81,7 @@ class PPOTrainer:
         strip_thoughts: bool = False,
     ) -> None:
         self.args, self.seed, self.output_dir = args, seed, Path(output_dir)
+        self.checkpoints = self.output_dir / "checkpoints"
         self.tokenizer, self.rewards = processing_class, as_rewards(reward_funcs)
         self.train_dataset, self.eval_dataset, self.compute_metrics = train_dataset, eval_dataset, compute_metrics
         if eval_dataset and args.eval_examples:
@@ -87,6 +89,7 @@ class PPOTrainer:
         self.accelerator = make_accelerator(args, self.output_dir)
         set_seed(seed)  # python, numpy and torch, before the adapter is initialised
         check_inputs(model, processing_class, train_dataset, self.rewards)
+        self.experiment = describe_experiment(model, args, self.rewards, train_dataset, peft_config, seed)
         shared = build_shared_model(model, args, peft_config, self.rewards)
         self.learner = Learner(shared, args, self.accelerator, self._warn)
         self.shared, self.optimizer = self.learner.shared, self.learner.optimizer
@@ -117,13 +120,12 @@ class PPOTrainer:
         """The KL coefficient of this step."""
         return self.args.kl_coef if self.state.kl_coef is None else self.state.kl_coef
 
-    @property
-    def checkpoints(self) -> Path:
-        """Where checkpoints are."""
-        return self.output_dir / "checkpoints"
+    def train(self, resume_from_checkpoint: bool | None = None) -> TrainerState:
+        """Run all PPO steps; the model ends as the best policy.
 
-    def train(self, resume_from_checkpoint: bool = True) -> TrainerState:
-        """Run all PPO steps, from the newest checkpoint if there is one; the model ends as the best policy."""
+        None goes on with an unfinished run of the same settings and rewards, and refuses a folder with other
+        checkpoints; True goes on with other settings too; False removes the checkpoints.
+        """
         self._start(resume_from_checkpoint)
         with watched(self.checkpoints):
             if self.state.step == 0 and self.eval_dataset:
@@ -250,27 +252,27 @@ class PPOTrainer:
             self.tokenizer.save_pretrained(target)
         self.accelerator.wait_for_everyone()
 
-    def _start(self, resume: bool) -> None:
+    def _start(self, resume: bool | None) -> None:
         """Go on from the newest checkpoint if there is one, and open the log."""
-        args = self.args
-        self.state, notes = restore_training(self.checkpoints, self.state, self.learner, self.seed, resume)
+        self.state, notes = restore_training(
+            self.checkpoints, self.state, self.learner, self.seed, resume, self.experiment
+        )
         self._origin = self.state
         self.log = TrainingLog(
             self.accelerator,
             self.output_dir,
             self.num_steps,
             self.state.step,
-            args.logging_steps,
-            args.num_sample_generations,
-            project=(args.run_name or "relay-ppo") if args.report_to else None,
+            self.args.logging_steps,
+            self.args.num_sample_generations,
+            project=(self.args.run_name or "relay-ppo") if self.args.report_to else None,
         )
         self.log.say(*notes)
 
     def _end_step(self, rollout: Rollout, stats: dict[str, float]) -> None:
         """Log, evaluate and save, each when it is due, and stop where a signal asks for it."""
-        args, total = self.args, self.num_steps
         self.advance(rollout, stats)
-        step = self.state.step
+        args, total, step = self.args, self.num_steps, self.state.step
         sample = sample_line(rollout.prompts[0], rollout.completions[0], float(rollout.scores[0]))
         self.log.end_step(step, self.state.episodes, stats, sample)
         evaluates = bool(self.eval_dataset) and (step % (args.eval_steps or max(1, total // 10)) == 0 or step == total)

@@ -1,0 +1,35 @@
+"""The user's code that a stage runs: the task, rewards and metrics of the recipe, and what they import."""
+
+import os
+from pathlib import Path
+
+from pipeline.recipe import Recipe
+from pipeline.rewards.pairs.settings import SampledPairs
+from pipeline.runtime.user_code import is_user_code, user_code_files
+
+LIBRARY = "evaluate:"
+MEAN_REWARD = "eval_reward"
+
+
+def code_files(recipe: Recipe, stage: str) -> dict[str, Path]:
+    """Return the files of a user's code that decide the result of a stage, by name.
+
+    A metric decides PPO's result only where it may choose the best checkpoint.
+    """
+    names = [recipe.task.name]
+    rewards = [] if recipe.ppo is None else [reward.name for reward in recipe.ppo.rewards]
+    if stage == "reward" and recipe.reward is not None and isinstance(recipe.reward.pairs, SampledPairs):
+        names.append(recipe.reward.pairs.metric)
+    if stage in ("ppo", "eval"):
+        names += rewards
+    if stage == "eval" or (stage == "ppo" and recipe.ppo.metric_for_best_model != MEAN_REWARD):
+        names += [metric.name for metric in recipe.eval.metrics]
+    own = [_script(name) if name.startswith(LIBRARY) else name for name in names if is_user_code(name)]
+    return user_code_files(name for name in own if name is not None)
+
+
+def _script(name: str) -> str | None:
+    """Return the script of a metric of the `evaluate` library; None for one of the Hub."""
+    path = Path(os.path.expanduser(name.removeprefix(LIBRARY)))
+    file = path / f"{path.name}.py" if path.is_dir() else path
+    return str(file) if file.is_file() else None
