@@ -76,7 +76,7 @@ def time_limit(name: str, seconds: float) -> Iterator[None]:
     Raises:
         TimedOut: the block was interrupted.
     """
-    active, limit = True, 2 * seconds + GRACE_SECONDS
+    active, limit = False, 2 * seconds + GRACE_SECONDS
 
     def interrupt(number: int, frame: object) -> None:
         if active:
@@ -94,6 +94,7 @@ def time_limit(name: str, seconds: float) -> Iterator[None]:
     faulthandler.dump_traceback_later(limit + GRACE_SECONDS, exit=True)
     try:
         try:
+            active = True  # a signal before it is ignored, and comes again
             yield
         finally:
             active = False  # if the signal comes here, the outer block still restores the timer and the handler

@@ -70,13 +70,13 @@ def check_experiment(directory: Path, experiment: Experiment, settings_too: bool
         differences, others = ["which does not say its settings"] if settings_too else [], ""
     else:
         differences = _reward_differences(before.rewards, experiment.rewards)
-        others = "" if differences else "True to go on from them all the same, or "
+        others = "" if differences else "train(resume_from_checkpoint=True) to go on from them all the same, "
         if settings_too:
             differences += _setting_differences(before.settings, experiment.settings)
     if differences:
         raise ValueError(
             f"{directory} holds the checkpoints of another experiment ({'; '.join(differences)}): give another "
-            f"output_dir, or train(resume_from_checkpoint={others}False), which removes them and starts anew"
+            f"output_dir, {others}or train(resume_from_checkpoint=False) to remove them and start anew"
         )
 
 
