@@ -267,7 +267,8 @@ def _render_answer(tokenizer: PreTrainedTokenizerBase, prompt: Messages, complet
     if not whole.startswith(start):
         raise ValueError(
             f"the chat template of {tokenizer.name_or_path!r} renders a prompt differently once it is answered, "
-            "so training and generation would read different prompts; use another template"
+            "so training and generation would read different prompts; set model.chat_template, or "
+            "model.chat_template_kwargs such as {enable_thinking: false}"
         )
     return whole[len(start) :]
 

@@ -1,5 +1,7 @@
 """What the eval stage makes of a recipe: the systems, how their texts are scored, and the settings it reports."""
 
+from dataclasses import replace
+
 from accelerate import PartialState
 
 from pipeline.evaluation.assemble import decoding_name
@@ -29,12 +31,13 @@ def system_sources(recipe: Recipe, run: RunDirectory) -> list[Source]:
     """Return where each system is, in the report's order; a control run stands last."""
     sft_path, config = sft_model_path(recipe, run), recipe.model
     stages = {"sft": Source("sft", sft_path, config), "ppo": Source("ppo", run.ppo, config, sft_path)}
+    others = replace(config, chat_template=None)  # a model of another kind is asked in its own template
     sources = []
     for system in recipe.eval.systems:
         if system == "base":
             sources.append(Source("base", base_model_path(recipe, run), config))
         else:
-            sources.append(stages[system] if isinstance(system, str) else Source(system.name, system.path, config))
+            sources.append(stages[system] if isinstance(system, str) else Source(system.name, system.path, others))
     control = control_run(recipe)
     return sources if control is None else [*sources, Source(CONTROL, control / "ppo", config, sft_path)]
 

@@ -1,0 +1,42 @@
+"""Rewards, metrics and reports see answers as a user means them: without the thoughts at their start."""
+
+import pytest
+
+from pipeline.evaluation.decodings import DecodedText
+from pipeline.evaluation.predictions import Prediction
+from pipeline.evaluation.systems import SystemPredictions
+from pipeline.models.generation import Decoding
+from pipeline.rewards.config import RewardConfig
+from pipeline.trainers.ppo import PPOConfig, PPOTrainer
+
+
+@pytest.mark.parametrize("strips", [False, True])
+def test_rewards_and_metrics_of_ppo_see_no_thoughts(
+    taught, tokenizer, examples, tmp_path, fresh_accelerate, monkeypatch, strips
+):
+    """What the policy writes is made to hold a thought; the same texts go to the rewards and to every prefix."""
+    seen = []
+
+    def reward(prompts, completions, **columns):
+        seen.extend(completions)
+        return [float(len(text)) for text in completions]
+
+    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "total_episodes": 2}
+    args = PPOConfig(rewards=(RewardConfig("bleu"),), response_length=30, use_peft=False, **sizes)
+    trainer = PPOTrainer(taught(), args, tokenizer, reward, examples, output_dir=tmp_path, strip_thoughts=strips)
+    seen.clear()
+    ids = tokenizer("<think> hm </think> north", add_special_tokens=False)["input_ids"]
+    monkeypatch.setattr(trainer.writer, "generate", lambda prompts, decoding: [ids for _ in prompts])
+    written = trainer.writer.write([[1], [1]], Decoding(30))
+    assert written.texts == ["north" if strips else "<think> hm </think> north"] * 2 and written.ids == [ids] * 2
+    trainer.collect_rollout([0, 1])
+    assert set(seen) == set(written.texts)
+
+
+def test_the_report_sees_no_thoughts():
+    text = "<think>hm</think> north"
+    prediction = Prediction(0, text, [1, 2], True, 1.0, 2, 1.0, None)
+    system = SystemPredictions([prediction], {2: [DecodedText(0, text, [1])]}, [DecodedText(0, text, [1])])
+    bare = system.without_thoughts()
+    texts = [bare.predictions[0], bare.beams[2][0], bare.samples[0]]
+    assert [each.completion for each in texts] == ["north"] * 3 and bare.predictions[0].completion_ids == [1, 2]
