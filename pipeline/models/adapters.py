@@ -63,13 +63,14 @@ def _adapter_on_shared_weights(model: PeftModel) -> str | None:
     users: dict[int, list[str]] = {}
     for name, module in network.named_modules():
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        if isinstance(base, nn.Embedding | nn.Linear) and not name.endswith(".base_layer"):
+        if not isinstance(base, nn.Embedding | nn.Linear) or name.endswith((".base_layer", ".original_module")):
+            continue
+        # Of single tokens that are trained alike on both sides peft makes one adapter, which the other side follows.
+        if not isinstance(module, TrainableTokensLayer) or module.tied_adapter is None:
             users.setdefault(id(base.weight), []).append(name)
     for name, module in network.named_modules():
-        # The one for single tokens is shared by peft where the weights are.
-        adapts = isinstance(module, BaseTunerLayer) and not isinstance(module, TrainableTokensLayer)
-        if adapts and len(users.get(id(module.get_base_layer().weight), [])) > 1:
-            return name.rpartition(".")[2]
+        if isinstance(module, BaseTunerLayer) and len(users.get(id(module.get_base_layer().weight), [])) > 1:
+            return name.removesuffix(".token_adapter").rpartition(".")[2]
     return None
 
 
