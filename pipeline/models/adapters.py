@@ -17,27 +17,42 @@ from transformers import PreTrainedModel
 from pipeline.models.hub import unreadable
 from pipeline.models.weights import shown_weights
 
-DECODER_LINEAR = "decoder-linear"  # of lora_target_modules, beside peft's all-linear
+DECODER_LINEAR, ALL_LINEAR = "decoder-linear", "all-linear"  # of lora_target_modules; peft has the second alone
+# peft takes layers of these names for experts, and adapts the tensor of all experts in their stead.
+EXPERT_LAYERS = ("gate", "shared_expert_gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
 def adapter_config(model: PreTrainedModel, lora: LoraConfig) -> LoraConfig:
-    """`lora` for this model: its kind of task, and `decoder-linear` as the decoder's dense layers by name.
+    """Fit `lora` to this model: its kind of task, and `decoder-linear` as the decoder's dense layers by name.
+
+    Of a mixture of experts `all-linear` is what has other names than layers of experts: above all the attention.
 
     Raises:
         ValueError: `decoder-linear` and a causal model.
     """
-    if not model.config.is_encoder_decoder:
-        if lora.target_modules == DECODER_LINEAR:
+    targets, is_encoder_decoder = lora.target_modules, model.config.is_encoder_decoder
+    if targets == DECODER_LINEAR:
+        if not is_encoder_decoder:
             raise ValueError(
                 f"model.lora_target_modules: {DECODER_LINEAR!r} is for encoder-decoders, and this "
                 f"{model.config.model_type} has no encoder; use all-linear"
             )
-        return replace(lora, task_type="CAUSAL_LM")
-    targets = lora.target_modules
-    if targets == DECODER_LINEAR:
         inside = set(model.get_decoder().modules())
         targets = [n for n, m in model.named_modules() if m in inside and isinstance(m, nn.Linear)]
-    return replace(lora, task_type="SEQ_2_SEQ_LM", target_modules=targets)
+    elif targets == ALL_LINEAR and fused_experts(model):
+        head = model.get_output_embeddings()
+        linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+        targets = [name for name in linear if name.rpartition(".")[2] not in EXPERT_LAYERS]
+    return replace(lora, task_type="SEQ_2_SEQ_LM" if is_encoder_decoder else "CAUSAL_LM", target_modules=targets)
+
+
+def fused_experts(model: PreTrainedModel) -> list[str]:
+    """Return the modules of a mixture of experts whose experts are one tensor instead of a dense layer each.
+
+    peft adapts such a tensor without dropout only, and by weights for each expert; `all-linear` leaves it out.
+    """
+    modules = [(name, module) for name, module in model.named_modules() if name.endswith("experts")]
+    return [name for name, module in modules if any(p.dim() == 3 for p in module.parameters(recurse=False))]
 
 
 def check_adapter(model: PeftModel) -> None:
@@ -68,9 +83,10 @@ def _adapter_on_shared_weights(model: PeftModel) -> str | None:
         # Of single tokens that are trained alike on both sides peft makes one adapter, which the other side follows.
         if not isinstance(module, TrainableTokensLayer) or module.tied_adapter is None:
             users.setdefault(id(base.weight), []).append(name)
-    for name, module in network.named_modules():
-        if isinstance(module, BaseTunerLayer) and len(users.get(id(module.get_base_layer().weight), [])) > 1:
-            return name.removesuffix(".token_adapter").rpartition(".")[2]
+    adapters = {name for name, module in network.named_modules() if isinstance(module, BaseTunerLayer)}
+    for names in users.values():
+        if len(names) > 1 and (shared := adapters.intersection(names)):
+            return min(shared).removesuffix(".token_adapter").rpartition(".")[2]
     return None
 
 

@@ -131,6 +131,8 @@ def load_model(path: str | Path, config: ModelConfig, frozen: bool = False) -> P
     except (pickle.UnpicklingError, SafetensorError) as error:
         raise unreadable(path, "weights", "weight files", error) from error
     check_loaded_weights(model, path, info)
+    if "output_router_logits" in model.config.get_text_config().to_dict():
+        model.config.get_text_config().output_router_logits = False  # for training alone: TRL asks for it by itself
     if frozen and config.load_in_4bit:
         use_one_product(model)
     if model_config.is_encoder_decoder:

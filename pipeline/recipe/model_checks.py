@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 
+from pipeline.models.adapters import ALL_LINEAR, fused_experts
 from pipeline.models.hub import check_model_path
 from pipeline.models.loading import check_weights, load_tokenizer
+from pipeline.models.weights import shown_weights
 from pipeline.recipe.types import Recipe
 from pipeline.trainers.ppo.checks import check_special_tokens
 
@@ -35,3 +37,19 @@ def named_models(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield recipe.ppo.sft_model_path, "ppo.sft_model_path"
     if recipe.model.model_name_or_path is not None:
         yield recipe.model.model_name_or_path, "model.model_name_or_path"
+
+
+def model_notes(recipe: Recipe) -> list[str]:
+    """Return what a user should know of the recipe's model before it is trained."""
+    config = recipe.model
+    trains_reward = recipe.reward is not None and recipe.reward.model is None
+    uses_adapter = recipe.sft.use_peft or trains_reward or (recipe.ppo is not None and recipe.ppo.use_peft)
+    if config.model_name_or_path is None or config.lora_target_modules != ALL_LINEAR or not uses_adapter:
+        return []
+    model = check_weights(config.model_name_or_path, config)
+    if model is None or not (experts := fused_experts(model)):
+        return []
+    return [
+        f"model.lora_target_modules: {ALL_LINEAR} leaves out the experts of this {model.config.model_type} "
+        f"({shown_weights(experts)}), their router and feed-forward layers beside them; the attention gets adapters"
+    ]

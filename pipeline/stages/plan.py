@@ -13,6 +13,7 @@ from trl import SFTConfig
 
 from pipeline.recipe import Recipe, RecipeError
 from pipeline.recipe.document import Document
+from pipeline.recipe.model_checks import model_notes
 from pipeline.runtime.devices import APPLE_GPU_IDLE, has_accelerator, has_apple_gpu
 from pipeline.stages.control import control_problem, control_run
 from pipeline.stages.directory import STAGES, RunDirectory
@@ -140,6 +141,8 @@ def show_plan(
     for stage, sizes in (("sft", sft_sizes), ("ppo", ppo_sizes)):
         if stage in launched:
             print_line(console, f"{stage}: {sizes(recipe, processes)}")
+    for note in model_notes(recipe) if launched & {"sft", "reward", "ppo"} else ():
+        print_line(console, note)
 
 
 def prompts_line(recipe: Recipe) -> str | None:

@@ -5,11 +5,13 @@ from pathlib import Path
 from accelerate.utils import DistributedType, parse_flag_from_env
 from peft import PeftModel
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import PretrainedConfig, Trainer, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from pipeline.models.config import ModelConfig
-from pipeline.models.loading import merged
+from pipeline.models.loading import load_config, merged
+
+ROUTER_KEYS = ("output_router_logits", "router_aux_loss_coef")
 
 
 def check_sharding(arguments: TrainingArguments, in_4_bits: bool) -> None:
@@ -49,6 +51,14 @@ def whole_weights(trainer: Trainer) -> dict[str, Tensor] | None:
     return weights
 
 
+def restore_router(saved: PretrainedConfig, base: PretrainedConfig) -> None:
+    """Give a mixture of experts the router's settings of its base again: TRL changes them for its own loss."""
+    before = base.get_text_config().to_dict()
+    for key in ROUTER_KEYS:
+        if key in before:
+            setattr(saved.get_text_config(), key, before[key])
+
+
 def save_plain_model(trainer: Trainer, base: Path | str, config: ModelConfig, directory: Path) -> None:
     """Save plain weights, an adapter merged into `base`, and the tokenizer.
 
@@ -58,6 +68,7 @@ def save_plain_model(trainer: Trainer, base: Path | str, config: ModelConfig, di
     if trainer.is_world_process_zero():
         if isinstance(model, PeftModel):
             model, weights = merged(model, base, config, weights), None
+        restore_router(model.config, load_config(base, config))
         model.save_pretrained(directory, state_dict=weights)
         trainer.processing_class.save_pretrained(directory)
     trainer.accelerator.wait_for_everyone()
