@@ -13,6 +13,7 @@ from pipeline.models.loading import load_model, load_tokenizer, lora_config
 from pipeline.recipe import Recipe, parse_stage_arguments
 from pipeline.runtime.signals import stop_signals
 from pipeline.stages.directory import RunDirectory
+from pipeline.stages.early_checks import check_later_stages
 from pipeline.stages.stage import run_stage
 from pipeline.stages.task import base_model_path, left_out_record, load_recipe_task, template_record
 from pipeline.trainers.huggingface.gather_weights import check_sharding, save_plain_model
@@ -33,6 +34,7 @@ def train_sft(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
     arguments = sft_arguments(recipe.sft.arguments, run.sft, recipe.seed)
     check_sharding(arguments, recipe.model.load_in_4bit and recipe.sft.use_peft)
     model, tokenizer = load_model(base, recipe.model, frozen=recipe.sft.use_peft), load_tokenizer(base, recipe.model)
+    check_later_stages(recipe, task, model, tokenizer)  # before the hours of this stage
     adapter = lora_config(recipe.model) if recipe.sft.use_peft else None
     trainer = build_sft_trainer(
         model, arguments, tokenizer, task.train, task.validation, adapter, run.sft / "metrics.jsonl"

@@ -18,6 +18,7 @@ from pipeline.models.config import ModelConfig
 from pipeline.models.generation import Decoding
 from pipeline.models.loading import load_model, load_policy, load_tokenizer
 from pipeline.models.prompt_lengths import check_prompt_lengths
+from pipeline.models.states import check_causal
 from pipeline.models.text import encode_prompts, without_thoughts
 from pipeline.runtime.distributed import gather_rows
 
@@ -41,6 +42,7 @@ class Source:
         else:
             model = load_policy(self.path, self.base, self.config)
             tokenizer = load_tokenizer(self.base, self.config)
+        check_causal(model)
         return model.to(PartialState().device).eval(), tokenizer
 
 

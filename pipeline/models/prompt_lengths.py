@@ -60,6 +60,22 @@ def check_prompt_lengths(
         )
 
 
+def check_token_ids(rows: Sequence[Sequence[int]], embeddings: int, what: str) -> None:
+    """Refuse token ids that a model with so many embeddings does not have; `what` the rows are stands in the message.
+
+    Raises:
+        ValueError: how many rows, the first of them and its token.
+    """
+    unknown = [(row, max(ids)) for row, ids in enumerate(rows) if ids and max(ids) >= embeddings]
+    if unknown:
+        row, token = unknown[0]
+        raise ValueError(
+            f"model: {len(unknown)} of {len(rows)} {what} have tokens beyond the model's {embeddings} embeddings, the "
+            f"first in row {row} (token {token}); use the model's own tokenizer and chat template, or "
+            "model.resize_token_embeddings"
+        )
+
+
 def truncate_prompts(
     prompts: Sequence[Sequence[int]], targets: Sequence[list[int]], config: PretrainedConfig
 ) -> tuple[list[list[int]], int]:

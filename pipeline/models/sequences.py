@@ -100,3 +100,16 @@ def make_sequences(
 def length_sorted_chunks(lengths: Tensor, size: int) -> list[Tensor]:
     """Row indices in order of length, cut into chunks of `size`: rows of a chunk need little padding."""
     return list(torch.argsort(lengths, stable=True).split(size))
+
+
+def probe_sequences(vocabulary: int, limit: int | None, device: torch.device) -> Sequences:
+    """Make rows of many tokens, all over the vocabulary, to compare two ways of computing; two share their prompt.
+
+    `limit` is how many positions the model has.
+    """
+    longest = min(48, limit or 48)
+    ids = torch.randint(vocabulary, (4 * longest,), generator=torch.Generator().manual_seed(0)).tolist()
+    shared, long, short = ids[: longest // 2], ids[longest : longest + 2 * longest // 3], ids[-1:]
+    answers = [ids[start : start + longest // 3] for start in (3, 7, 11)]
+    completions = [answers[0], answers[1][: longest // 5 + 1], answers[2], answers[0][1:3]]
+    return make_sequences([shared, shared, long, short], completions, 0, device)

@@ -16,9 +16,10 @@ from pipeline.models.adapters import adapter_config, check_adapter, save_adapter
 from pipeline.models.dropout import remove_dropout
 from pipeline.models.kernels.lm_head import token_logprobs
 from pipeline.models.kernels.packing import disable_packing, enable_packing, pack, packed_states
+from pipeline.models.loading import position_limit
 from pipeline.models.reward_model import apply_head, load_head
-from pipeline.models.sequences import Sequences, make_sequences
-from pipeline.models.states import completion_states, encode, final_states, head_parts
+from pipeline.models.sequences import Sequences, probe_sequences
+from pipeline.models.states import ROUNDING, completion_states, encode, final_states, head_parts, lm_head
 
 # In bf16 on a CPU oneDNN compiles a kernel for each shape of a product: so many tokens more are less than that costs.
 ROUNDED_UP_TO = 32
@@ -270,18 +271,20 @@ class SharedModel(nn.Module):
 
     @torch.no_grad()
     def _packing_agrees(self) -> bool:
-        """Whether packed and padded passes give the same states: a model may do more between tokens than attend."""
-        sequences = make_sequences([[1], [2, 3], [1]], [[3, 1, 2], [1], [2, 3]], 0, self.language_model.device)
+        """Whether packed and padded passes agree: a model may do more between tokens than attend."""
+        model = self.language_model
+        vocabulary, limit = model.get_input_embeddings().weight.shape[0], position_limit(model.config)
+        sequences = probe_sequences(vocabulary, limit, model.device)
         try:
-            packed = self._states(self.language_model, sequences)
+            packed = lm_head(model)(self._states(model, sequences)).log_softmax(-1)
         except TypeError:  # a forward method without room for one more argument
             return False
         self.padding_free = False
-        padded = self._states(self.language_model, sequences)
+        padded = lm_head(model)(self._states(model, sequences)).log_softmax(-1)
         self.padding_free = True
+        targets = sequences.completion_ids[sequences.completion_mask].unsqueeze(1)
         # Broken weights give NaN either way, and are reported by the checks at the start of a run.
-        difference = (packed - padded).abs().max()
-        return not bool(difference > 1e-2 * padded.abs().max())
+        return not bool((packed - padded).gather(1, targets).abs().max() > ROUNDING[model.dtype])
 
     def _token_logprobs(self, model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies of completion tokens, [M] each from [M, H], without keeping [M, V]."""

@@ -108,6 +108,16 @@ def test_a_model_that_does_more_between_tokens_is_found_out(monkeypatch, full):
         assert model.config._attn_implementation == "sdpa"
 
 
+def test_a_difference_in_longer_texts_alone_is_found_out(monkeypatch):
+    original = packing._rows
+
+    def rows(x, at, mask):
+        return original(x, at, mask) * (mask.shape[1] <= 4)
+
+    monkeypatch.setattr(packing, "_rows", rows)
+    assert not SharedModel(build("llama", "sdpa"), lora()).padding_free
+
+
 def test_the_saved_model_keeps_its_own_attention(tmp_path):
     shared = SharedModel(build("llama", "eager"), None)
     shared.save_pretrained(tmp_path)

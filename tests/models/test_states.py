@@ -12,7 +12,7 @@ from pipeline.models.adapters import adapter_config
 from pipeline.models.decoder_start import decoder_prefix
 from pipeline.models.sequences import Sequences, make_sequences
 from pipeline.models.shared import SharedModel
-from pipeline.models.states import check_trunk_and_head, completion_states, encode, final_states, lm_head
+from pipeline.models.states import check_causal, check_trunk_and_head, completion_states, encode, final_states, lm_head
 
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11, 12], [9]]
 COMPLETIONS = [[13, 14], [15, 16, 17, 18, 2], [19], [20, 21]]
@@ -240,3 +240,18 @@ def test_gradient_checkpointing_changes_nothing(kind, full):
 def test_an_adapter_on_a_shared_embedding_is_refused(target):
     with pytest.raises(ValueError, match=rf"'{target}' of this t5 shares its weights"):
         SharedModel(build("t5"), lora(["q", target]))
+
+
+def test_a_model_that_reads_both_ways_is_refused(taught, taught_t5):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    for is_decoder in (False, True):
+        config = AutoConfig.for_model("bert", vocab_size=20, is_decoder=is_decoder, **sizes)
+        model = AutoModelForCausalLM.from_config(config)
+        if is_decoder:
+            check_causal(model)
+            continue
+        with pytest.raises(ValueError, match="'bert' reads the whole text in both directions"):
+            check_causal(model)
+    for model in (taught().train(), taught_t5().train()):
+        check_causal(model)
+        assert model.training

@@ -14,6 +14,7 @@ from trl import SFTConfig
 from pipeline.models.adapters import adapter_config, check_adapter
 from pipeline.models.decoder_start import decoder_prefix
 from pipeline.models.loading import position_limit
+from pipeline.models.prompt_lengths import check_token_ids
 from pipeline.runtime.devices import has_accelerator
 from pipeline.trainers.huggingface.arguments import complete_arguments
 from pipeline.trainers.huggingface.completion_head import CompletionHeadSFTTrainer, ResumableSFTTrainer
@@ -113,6 +114,8 @@ def _prepare_splits(
 ) -> tuple[Dataset, Dataset | None]:
     """Tokenise the splits and cut their examples, but not those that are packed: packing splits what is too long."""
 
+    embeddings = model.get_input_embeddings().num_embeddings  # weights that are sharded have no shape of their own
+
     def prepare(split: Dataset, packs: bool, name: str) -> Dataset:
         examples = sft_dataset(
             tokenizer,
@@ -121,6 +124,8 @@ def _prepare_splits(
             encoder_decoder=model.config.is_encoder_decoder,
             num_proc=args.dataset_num_proc,
         )
+        for column in ("input_ids", "labels"):
+            check_token_ids(examples[column], embeddings, f"examples of {name}")
         return truncate_examples(examples, None if packs else args.max_length, name, args.dataset_num_proc)
 
     train_examples = prepare(train, args.packing, "train")

@@ -15,12 +15,10 @@ from pipeline.models.prompt_lengths import check_prompt_lengths
 from pipeline.models.reward_model import check_base
 from pipeline.models.sequences import Sequences, make_sequences
 from pipeline.models.shared import SharedModel
-from pipeline.models.states import check_trunk_and_head
+from pipeline.models.states import ROUNDING, check_causal, check_trunk_and_head
 from pipeline.rewards import Reward
 from pipeline.rewards.learned import adapter_rewards
 
-# The largest |log pi - log rho| of a token that rounding explains: DoRA and checkpointing compute in another order.
-ROUNDING = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
 PROBE_ROWS = 4
 
 
@@ -66,6 +64,7 @@ def check_start(
     check_prompt_ids(prompts, response_length, model.language_model)
     check_prompt_ids(eval_prompts, response_length, model.language_model, "eval_dataset")
     check_first_step(model, prompts, tokenizer, accelerator)
+    check_causal(model.language_model)
     check_trunk_and_head(model.language_model)  # last: noise and NaN would look like it
 
 

@@ -1,0 +1,53 @@
+"""What the later stages would refuse, found before the hours of SFT: prompts, models and rewards that cannot work."""
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline.models.prompt_lengths import check_token_ids
+from pipeline.models.states import check_causal, check_trunk_and_head
+from pipeline.models.text import encode_prompts_of
+from pipeline.recipe import Recipe
+from pipeline.rewards import build_rewards, check_rewards
+from pipeline.rewards.constant import constant_reward
+from pipeline.runtime.distributed import on_main
+from pipeline.stages.launch import launched_engine
+from pipeline.tasks import Task
+
+
+def check_later_stages(recipe: Recipe, task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Try on the model that SFT starts from what PPO and the evaluation need.
+
+    Raises:
+        ValueError: prompts with unknown tokens, or a model that PPO or the evaluation cannot take.
+        RewardError: a reward that fails on the first rows of the data.
+    """
+    check_prompts(task, model, tokenizer)
+    if launched_engine() is None:  # no weights are whole under one
+        check_causal(model)
+        if recipe.ppo is not None:
+            check_trunk_and_head(model)
+    if recipe.ppo is not None:
+        on_main(lambda: try_rewards(recipe, task))
+
+
+def check_prompts(task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse prompts with tokens that the model has no embedding for.
+
+    Raises:
+        ValueError: as `check_token_ids`.
+    """
+    embeddings = model.get_input_embeddings().num_embeddings
+    for split in ("test", "prompts", "validation"):
+        rows = encode_prompts_of(tokenizer, getattr(task, split), model.config.is_encoder_decoder)
+        check_token_ids(rows, embeddings, f"prompts of {split}")
+
+
+def try_rewards(recipe: Recipe, task: Task) -> None:
+    """Call each reward on references of the first rows; a constant stands for a learned one, which may not be there.
+
+    Raises:
+        RewardError: naming the reward.
+    """
+    rows = task.prompts[: min(2, len(task.prompts))]
+    examples = {**rows, "completion": [references[0] for references in rows["references"]]}
+    rewards = build_rewards(recipe.ppo.rewards, task.language, constant_reward())
+    check_rewards(rewards, examples, recipe.ppo.reward_timeout)

@@ -1,0 +1,110 @@
+"""What PPO or the evaluation would refuse is refused by the plan, or by SFT before its first step."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from pipeline import run, sft
+from pipeline.models.config import FromScratchConfig
+from pipeline.models.from_scratch import build_from_scratch
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+RECIPE = """\
+name: early
+model: {model_name_or_path: MODEL}
+task: {name: parallel, source: '{split}.en', target: '{split}.de'}
+sft: {max_steps: 1, per_device_train_batch_size: 2, gradient_checkpointing: false}
+ppo:
+  rewards: [bleu]
+  total_episodes: 4
+  per_device_train_batch_size: 2
+  gradient_accumulation_steps: 2
+  response_length: 8
+eval: {metrics: [bleu], n_bootstrap: 20}
+"""
+REWARDS = """\
+def short(completions, **columns):
+    return [float(len(text) < 1000) for text in completions]
+
+def topic(completions, topic, **columns):
+    return [1.0 for _ in completions]
+
+def numbers(completions, **columns):
+    return [float(text) for text in completions]
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch) -> str:
+    """A recipe over two pairs of texts and a tiny model in `model`, in the current directory."""
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "validation", "test"):
+        Path(f"{split}.en").write_text("a dog\nthe cat\n" * 4)
+        Path(f"{split}.de").write_text("ein Hund\ndie Katze\n" * 4)
+    Path("early_rewards.py").write_text(REWARDS)
+    config = FromScratchConfig(
+        vocab_size=280, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=64
+    )
+    build_from_scratch(config, ["a dog", "ein Hund"], 0, tmp_path / "model")
+    Path("recipe.yaml").write_text(RECIPE.replace("MODEL", str(tmp_path / "model")))
+    return "recipe.yaml"
+
+
+def tokenizer(recipe: str):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained("model")
+
+
+def refusal(main, capfd, *arguments: str) -> tuple[int, str]:
+    """The exit code, and the one error."""
+    try:
+        code = main(list(arguments))
+    except SystemExit as end:
+        code = end.code
+    (error,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert not list(Path("runs").rglob("checkpoint-*"))
+    return code, error
+
+
+def test_a_pad_token_without_an_embedding_is_refused_by_the_plan(recipe, capfd):
+    grown = tokenizer(recipe)
+    grown.add_special_tokens({"pad_token": "[PAD]"})
+    grown.save_pretrained("model")
+    code, error = refusal(run.main, capfd, recipe, "--dry-run")
+    assert code == 2 and "model.model_name_or_path: the pad token" in error and "embeddings" in error
+
+
+@pytest.mark.parametrize(("word", "rows"), [("dog", "prompts of test"), ("Hund", "examples of train")])
+def test_a_token_of_the_data_without_an_embedding_is_refused_before_sft(recipe, capfd, word, rows):
+    grown = tokenizer(recipe)
+    grown.add_tokens([word])
+    grown.save_pretrained("model")
+    code, error = refusal(sft.main, capfd, recipe)
+    assert code == 1 and error.startswith("error: sft: model: ") and rows in error and "beyond the model's" in error
+
+
+@pytest.mark.parametrize(("name", "words"), [("topic", "topic"), ("numbers", "could not convert")])
+def test_a_reward_that_fails_on_the_first_rows_is_refused_before_sft(recipe, capfd, name, words):
+    code, error = refusal(sft.main, capfd, recipe, f"ppo.rewards=[early_rewards.short, early_rewards.{name}]")
+    assert code == 1 and error.startswith("error: sft: ") and f"early_rewards.{name}" in error and words in error
+
+
+def test_a_reward_that_works_is_no_hindrance(recipe, capfd):
+    assert sft.main([recipe, "ppo.rewards=[early_rewards.short]"]) == 0
+
+
+@pytest.mark.parametrize(("kind", "words"), [("bert", "both directions"), ("gemma2", "changes its logits")])
+def test_an_architecture_that_ppo_cannot_take_is_refused_before_sft(recipe, capfd, kind, words):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    sizes |= {"num_key_value_heads": 1, "head_dim": 8} if kind == "gemma2" else {}
+    size = len(tokenizer(recipe))
+    config = AutoConfig.for_model(kind, vocab_size=size, max_position_embeddings=64, initializer_range=2.0, **sizes)
+    torch.manual_seed(0)
+    for file in Path("model").glob("*.safetensors"):
+        file.unlink()
+    AutoModelForCausalLM.from_config(config).save_pretrained("model")
+    code, error = refusal(sft.main, capfd, recipe)
+    assert code == 1 and error.startswith(f"error: sft: model: '{kind}'") and words in error
