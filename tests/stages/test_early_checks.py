@@ -22,7 +22,7 @@ ppo:
   per_device_train_batch_size: 2
   gradient_accumulation_steps: 2
   response_length: 8
-eval: {metrics: [bleu], n_bootstrap: 20}
+eval: {metrics: [bleu], n_bootstrap: 1000}
 """
 REWARDS = """\
 def short(completions, **columns):
