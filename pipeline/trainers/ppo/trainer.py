@@ -93,15 +93,13 @@ class PPOTrainer:
         shared = build_shared_model(model, args, peft_config, self.rewards)
         self.learner = Learner(shared, args, self.accelerator, self._warn)
         self.shared, self.optimizer = self.learner.shared, self.learner.optimizer
-        size = args.local_rollout_forward_batch_size
-        writer = CompletionWriter(self.shared, processing_class, self.accelerator, size, self._warn, strip_thoughts)
-        self.writer = writer
+        size, length = args.local_rollout_forward_batch_size, args.response_length
+        self.writer = CompletionWriter(self.shared, self.tokenizer, self.accelerator, size, self._warn, strip_thoughts)
         self._prompt_ids = self.writer.encode(train_dataset)
         self._eval_prompt_ids = self.writer.encode(self.eval_dataset) if self.eval_dataset else []
         self._prompt_at = prompt_order(len(train_dataset), seed)
         check_rewards(self.rewards, first_examples(train_dataset), args.reward_timeout)
-        length, prompt_ids, eval_ids = args.response_length, self._prompt_ids, self._eval_prompt_ids
-        check_start(self.shared, processing_class, prompt_ids, eval_ids, length, self.accelerator)
+        check_start(self.shared, self.tokenizer, self._prompt_ids, self._eval_prompt_ids, length, self.accelerator)
         self.state = TrainerState()
         self._origin = self.state  # from which this number of processes counts on
 
