@@ -137,7 +137,7 @@ def assemble_report(
     return EvaluationReport(
         systems=figures,
         comparisons=comparisons,
-        verdict=verdict(comparisons, first),
+        verdict=verdict(comparisons, first, resampling.n_resamples),
         findings=findings(comparisons, figures, best_of, first, settings.get("control_kind")),
         warnings=find_warnings(predictions, comparisons, figures, references, rewards),
         settings=dict(settings),

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from pipeline.evaluation.config import CONTROL, SHUFFLED
+from pipeline.evaluation.config import CONTROL, MIN_BOOTSTRAP, SHUFFLED
 from pipeline.evaluation.decodings import BestOfN
 from pipeline.evaluation.power import equivalence_text, p_text, size_text
 from pipeline.evaluation.predictions import Prediction
@@ -18,8 +18,13 @@ SAME_TEXT = 0.2  # of all prompts answered by one text, beyond what the referenc
 LOST_ENTROPY = 0.25  # of SFT's entropy
 
 
-def verdict(comparisons: Sequence[SystemComparison], metric: str) -> str:
-    """Say whether PPO beat SFT on the first metric, and where that is open, how large the difference can be."""
+def verdict(comparisons: Sequence[SystemComparison], metric: str, n_resamples: int = MIN_BOOTSTRAP) -> str:
+    """Say whether PPO beat SFT on the first metric, and where that is open, how large the difference can be.
+
+    With too few resamples no p-value can be small, so there is no verdict.
+    """
+    if n_resamples < MIN_BOOTSTRAP:
+        return f"No verdict: eval.n_bootstrap is {n_resamples}, and p-values need at least {MIN_BOOTSTRAP} resamples."
     comparison = _find(comparisons, "sft", "ppo", metric)
     if comparison is not None:
         return _verdict_on(comparison, "SFT", "PPO")

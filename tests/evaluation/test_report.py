@@ -93,7 +93,7 @@ def test_what_is_compared_with_what():
     assert compared_pairs(["base", "sft", "ppo"]) == [("base", "sft"), ("sft", "ppo")]
     found = compared_pairs(["sft", "other", "ppo", "control"])
     assert found == [("sft", "ppo"), ("sft", "other"), ("sft", "control"), ("control", "ppo")]
-    assert compared_pairs(["base", "ppo"]) == []
+    assert compared_pairs(["base", "ppo"]) == [("base", "ppo")]  # without SFT, the first system with each other
 
 
 def test_best_of_n_counts_every_sample():

@@ -64,6 +64,7 @@ def test_the_verdict_takes_the_p_value_at_its_word():
     assert "p < 0.001" in verdict([comparison(p_value=1 / 1001)], "bleu")
     assert "p = 0.002" in verdict([comparison(p_value=2 / 1001)], "bleu")
     assert "nothing to compare" in verdict([], "bleu")
+    assert verdict([comparison()], "bleu", 999).startswith("No verdict: eval.n_bootstrap is 999")
     assert verdict([], "bleu") == verdict([comparison(a="base", b="sft")], "bleu")
 
 
