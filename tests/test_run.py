@@ -331,6 +331,7 @@ def test_accelerate_starts_a_stage_on_a_cpu_without_noise(monkeypatch, tmp_path)
 
 def test_launch_options_follow_the_machine(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     common = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     for devices, expected in ((1, ["--num_processes", "1"]), (4, ["--multi_gpu", "--num_processes", "4"])):
         monkeypatch.setattr(torch.accelerator, "device_count", lambda devices=devices: devices)
