@@ -155,13 +155,12 @@ def test_a_stage_without_its_input_names_the_command(recipe, capsys):
         ("return [float('nan')] * len(completions)", "expected a finite number or None"),
     ],
 )
-def test_a_broken_reward_stops_ppo_before_it_trains(recipe, tmp_path, monkeypatch, capsys, body, message):
+def test_a_broken_reward_stops_the_chain_before_anything_trains(recipe, tmp_path, monkeypatch, capsys, body, message):
     (tmp_path / "broken_rewards.py").write_text(f"def reward(prompts, completions, **columns):\n    {body}\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "broken_rewards", raising=False)
     path = recipe("broken_rewards.reward")
-    assert sft_stage.main([path]) == 0
-    assert ppo_stage.main([path]) == 1
+    assert sft_stage.main([path]) == 1
     error = capsys.readouterr().err
-    assert "error: ppo: reward 'broken_rewards.reward'" in error and message in error
-    assert not (tmp_path / "runs" / "tiny" / "ppo" / "metrics.jsonl").exists()
+    assert "reward 'broken_rewards.reward'" in error and message in error
+    assert not (tmp_path / "runs" / "tiny" / "sft" / "metrics.jsonl").exists()

@@ -143,7 +143,7 @@ def test_text_that_is_no_yaml_is_named_by_its_line():
 def test_missing_keys_are_named():
     check_recipe(load_recipe(write(line2="")))
     assert_names(refusal(line1=""), "recipe.yaml", "name", "missing")
-    assert_names(refusal(line8=""), "recipe.yaml:7", "ppo.rewards", "missing")
+    assert_names(refusal(line8=""), "recipe.yaml:7", "ppo.rewards", "at least one reward")
     assert_names(refusal(line4="  model_revision: x"), "recipe.yaml:3", "model", "exactly one", "found neither")
 
 

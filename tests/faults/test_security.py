@@ -335,7 +335,7 @@ SECRET = SECRETS["AWS_SECRET_ACCESS_KEY"]
     [
         ("sft.lr_scheduler_type", SECRET, "a secret of the environment"),
         ("ppo.rewards", f"[{{name: constant, options: {{key: {SECRET}}}}}]", "a secret of the environment"),
-        ("sft.hub_token", f"[{SECRET}", "not valid YAML"),
+        ("sft.num_train_epochs", f"[{SECRET}", "not valid YAML"),
         (f"ppo.{SECRET}", "1", "***"),
     ],
 )

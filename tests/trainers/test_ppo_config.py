@@ -71,7 +71,6 @@ BAD_VALUES: dict[str, tuple] = {
     **dict.fromkeys(
         ["kl_placement", "reward_shaping", "score_scaling", "value_model", "on_reward_error"], ("no such thing",)
     ),
-    "rewards": ((),),
     "lr_scheduler_type": ("polynomial",),
     "kl_estimator": ("k4",),
     "adam_beta1": (1.0,),
