@@ -27,7 +27,7 @@ from pipeline.tasks.examples import (
     read_row,
     read_text,
 )
-from pipeline.tasks.tables import Table
+from pipeline.tasks.tables import SourceTable
 from pipeline.tasks.text_rows import Row
 from pipeline.tasks.types import RESERVED_COLUMNS
 
@@ -36,7 +36,7 @@ TAKEN_COLUMNS = (*RESERVED_COLUMNS, "prompts", "completions", "completion_ids")
 SOURCE = "".join(sha256(Path(__file__).with_name(name)) for name in ("column_examples.py", "chats.py", "examples.py"))
 
 
-def make_examples(config: Config, table: Table) -> tuple[Dataset, Table]:
+def make_examples(config: Config, table: SourceTable) -> tuple[Dataset, SourceTable]:
     """Make the examples of a table; return them and the table of the same rows, which describes those left out."""
     readers = _readers(config)
     for key, expression, _ in readers:

@@ -5,7 +5,7 @@ from pathlib import Path
 from pipeline.tasks.column_config import Config
 from pipeline.tasks.column_examples import make_examples
 from pipeline.tasks.parts import check_disjoint, select_part, split_name
-from pipeline.tasks.tables import SUFFIXES, Table, check_hub, read_file, read_hub, read_saved
+from pipeline.tasks.tables import SUFFIXES, SourceTable, check_hub, read_file, read_hub, read_saved
 from pipeline.tasks.types import SPLITS, Task, TaskError, hold_out
 
 __all__ = ["Config", "check_reachable", "files", "load", "read_tables"]
@@ -103,7 +103,7 @@ def load(config: Config) -> Task:
     return hold_out(task, config.ppo_examples)
 
 
-def read_tables(config: Config) -> dict[str, Table]:
+def read_tables(config: Config) -> dict[str, SourceTable]:
     """Read each split's file or data set, which may hold more than the split.
 
     Raises:
@@ -127,7 +127,7 @@ def read_tables(config: Config) -> dict[str, Table]:
     }
 
 
-def _named(tables: dict[str, Table], name: str, split: str) -> Table:
+def _named(tables: dict[str, SourceTable], name: str, split: str) -> SourceTable:
     if name not in tables:
         raise TaskError(
             f"task.{split}: the data has no split {name!r}; there are: {', '.join(tables)}; "

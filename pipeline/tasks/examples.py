@@ -6,7 +6,7 @@ from string import Formatter
 from typing import Any
 
 from pipeline.runtime.messages import did_you_mean
-from pipeline.tasks.tables import Table
+from pipeline.tasks.tables import SourceTable
 from pipeline.tasks.text_rows import Row
 from pipeline.tasks.types import TaskError, check_widths
 
@@ -42,7 +42,7 @@ def _column_of(field: str) -> str:
     return re.split(r"[.\[]", field, maxsplit=1)[0]
 
 
-def check_columns(table: Table, key: str, expression: str) -> None:
+def check_columns(table: SourceTable, key: str, expression: str) -> None:
     """Refuse an expression with a column that the data does not have.
 
     Raises:
@@ -66,7 +66,7 @@ def read_row(readers: Sequence[Reader], row: Row) -> tuple[list[Any], str | None
     return values, None
 
 
-def leave_out(table: Table, problems: Sequence[str | None], skip: bool) -> tuple[Table, list[int]]:
+def leave_out(table: SourceTable, problems: Sequence[str | None], skip: bool) -> tuple[SourceTable, list[int]]:
     """Return the table without the rows that have a problem, and the indices that are left.
 
     Raises:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from itertools import combinations
 
-from pipeline.tasks.tables import Table
+from pipeline.tasks.tables import SourceTable
 from pipeline.tasks.types import TaskError
 
 PART = re.compile(r"([^\[\]]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
@@ -37,7 +37,7 @@ def _row(text: str | None, size: int) -> int | None:
     return round(int(text[:-1]) * size / 100)
 
 
-def select_part(table: Table, key: str, expression: str, limit: int | None) -> Table:
+def select_part(table: SourceTable, key: str, expression: str, limit: int | None) -> SourceTable:
     """Return the rows of `name[from:to]`, at most the first `limit` of them; `key` is the recipe's.
 
     Raises:

@@ -20,7 +20,7 @@ SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 
 
 @dataclass(frozen=True)
-class Table:
+class SourceTable:
     """A data set, and what messages call its rows.
 
     `rows` are the numbers of its rows in the data (from 0); `file` is the text file whose lines messages name instead.
@@ -33,11 +33,11 @@ class Table:
     file: Path | None = None
     broken: tuple[str, ...] = ()
 
-    def select(self, indices: Sequence[int]) -> "Table":
+    def select(self, indices: Sequence[int]) -> "SourceTable":
         """Return the table of these rows alone."""
         return replace(self, dataset=self.dataset.select(indices), rows=[self.rows[i] for i in indices], broken=())
 
-    def without(self, reasons: Mapping[int, str]) -> "Table":
+    def without(self, reasons: Mapping[int, str]) -> "SourceTable":
         """Return the table without the rows at these indices, which are broken for these reasons."""
         kept = self.select([index for index in range(len(self.rows)) if index not in reasons])
         places = self.numbers(list(reasons))
@@ -62,7 +62,7 @@ class Table:
         return f"{unit} {first}{more} of {self.place}{' (the first is row 0)' if self.file is None else ''}"
 
 
-def read_file(path: Path, skip_broken: bool = False) -> Table:
+def read_file(path: Path, skip_broken: bool = False) -> SourceTable:
     """Read a file in the format that its suffix names.
 
     Text files are UTF-8, with or without a byte-order mark; CSV values are texts, JSON values keep their types. With
@@ -83,7 +83,7 @@ def read_file(path: Path, skip_broken: bool = False) -> Table:
             raise TaskError(f"task.path: the file {str(path)!r} has no row{why}")
         dataset = _in_memory(path, rows)
     lines = path if path.suffix.lower() != ".parquet" and has_lines(path) else None
-    return Table(repr(str(path)), dataset, range(len(dataset)), lines, tuple(broken))
+    return SourceTable(repr(str(path)), dataset, range(len(dataset)), lines, tuple(broken))
 
 
 def _read_with_datasets(path: Path) -> Dataset | None:
@@ -153,7 +153,7 @@ def _in_memory(path: Path, rows: list[Row]) -> Dataset:
         raise TaskError(f"task.path: the rows of {str(path)!r} cannot be stored ({_one_line(error)})") from error
 
 
-def read_saved(directory: Path) -> dict[str, Table]:
+def read_saved(directory: Path) -> dict[str, SourceTable]:
     """Read the splits of a directory written by `save_to_disk`; one without splits is called train.
 
     Raises:
@@ -176,7 +176,7 @@ def check_hub(name: str, subset: str | None, revision: str | None) -> None:
         _load(datasets.load_dataset_builder, name, subset, revision)
 
 
-def read_hub(name: str, subset: str | None, revision: str | None) -> dict[str, Table]:
+def read_hub(name: str, subset: str | None, revision: str | None) -> dict[str, SourceTable]:
     """Read the splits of a data set on the Hub, or with HF_HUB_OFFLINE of its cached copy; no code of it runs.
 
     Raises:
@@ -224,9 +224,10 @@ def _check_cached_revision(name: str, revision: str, splits: DatasetDict) -> Non
         )
 
 
-def _tables(splits: Mapping[str, Dataset], name: str) -> dict[str, Table]:
+def _tables(splits: Mapping[str, Dataset], name: str) -> dict[str, SourceTable]:
     return {
-        split: Table(f"split {split!r} of {name!r}", dataset, range(len(dataset))) for split, dataset in splits.items()
+        split: SourceTable(f"split {split!r} of {name!r}", dataset, range(len(dataset)))
+        for split, dataset in splits.items()
     }
 
 
