@@ -16,6 +16,7 @@ from pipeline.models.config import ModelConfig
 from pipeline.models.loading import load_model, lora_config, merged
 from pipeline.models.shared import SharedModel
 from pipeline.rewards.config import RewardConfig
+from pipeline.stages import reward_inputs
 from pipeline.trainers.ppo.config import PPOConfig
 from pipeline.trainers.ppo.trainer import PPOTrainer
 
@@ -25,7 +26,7 @@ QUANTIZED = ["model.load_in_4bit=true", "sft.use_peft=true", "sft.bf16=false", "
 
 def test_every_stage_over_four_bits(recipe, tmp_path, monkeypatch):  # noqa: F811
     seen = {}
-    for stage, module in {"sft": sft_stage, "reward": reward_stage, "ppo": ppo_stage}.items():
+    for stage, module in {"sft": sft_stage, "reward": reward_inputs, "ppo": ppo_stage}.items():
 
         def load(*args, stage=stage, plain=module.load_model, **kwargs):
             model = plain(*args, **kwargs)

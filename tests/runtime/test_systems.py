@@ -33,8 +33,11 @@ def run(code):
 def test_a_script_ends_with_one_sentence():
     for script in ("run", "ppo"):
         done = run(f"sys.argv = ['x']; runpy.run_path({str(PIPELINE / script) + '.py'!r}, run_name='__main__')")
-        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-        assert done.stderr.startswith("error: ") and "WSL" in done.stderr
+        *libraries, sentence = (
+            done.stderr.splitlines()
+        )  # peft imports bitsandbytes, which may say something of its own
+        assert done.returncode == 2 and sentence.startswith("error: ") and "WSL" in sentence, done.stderr
+        assert not any("Relay" in line or "Traceback" in line for line in libraries), done.stderr
 
 
 def test_the_trainer_alone_can_be_imported():
