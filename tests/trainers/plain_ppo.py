@@ -19,11 +19,11 @@ from pipeline.trainers.ppo.config import PPOConfig
 
 @dataclass
 class Episode:
-    """Token ids of a prompt and its completion, its score, and per token what was computed before the update."""
+    """Token ids of a prompt and its completion, and per token its score and what was computed before the update."""
 
     prompt: list[int]
     completion: list[int]
-    score: float
+    token_scores: list[float]
     logprobs: Tensor
     ref_logprobs: Tensor
     values: Tensor
@@ -61,14 +61,14 @@ def credit(episodes: list[Episode], args: PPOConfig) -> None:
         pairs = zip(episode.logprobs.tolist(), episode.ref_logprobs.tolist(), strict=True)
         kl_coef = args.kl_coef if args.kl_placement == "reward" else 0.0
         tokens = [-kl_coef * (logprob - ref) for logprob, ref in pairs]
-        score = episode.score
+        baselines = [0.0] * (len(tokens) + 1)
         if args.group_baseline:
             start = number - number % args.num_generations
-            others = [
-                e.score for i, e in enumerate(episodes[start : start + args.num_generations], start) if i != number
-            ]
-            score -= sum(others) / len(others)
-        tokens[-1] += score
+            group = enumerate(episodes[start : start + args.num_generations], start)
+            others = [episode.token_scores for i, episode in group if i != number]
+            baselines[:-1] = [sum(still_to_come(o, t) for o in others) / len(others) for t in range(len(tokens))]
+        for t, score in enumerate(episode.token_scores):
+            tokens[t] += score - (baselines[t] - baselines[t + 1])
         rewards.append(tokens)
     if args.whiten_rewards:
         mean, deviation = mean_and_deviation(rewards)
@@ -85,6 +85,11 @@ def credit(episodes: list[Episode], args: PPOConfig) -> None:
         mean, deviation = mean_and_deviation([episode.advantages for episode in episodes])
         for episode in episodes:
             episode.advantages = [(a - mean) / deviation for a in episode.advantages]
+
+
+def still_to_come(token_scores: list[float], position: int) -> float:
+    """What a completion scores from a position on, its last token always included."""
+    return sum(token_scores[min(position, len(token_scores) - 1) :])
 
 
 def mean_and_deviation(rows: list[list[float]]) -> tuple[float, float]:

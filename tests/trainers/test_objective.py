@@ -12,6 +12,7 @@ from pipeline.trainers.ppo.advantages import (
     compute_gae,
     spread_scores,
     subtract_group_baseline,
+    subtract_token_baseline,
     whiten,
 )
 from pipeline.trainers.ppo.objective import Clipping, LossTerms, kl_penalty, ppo_loss
@@ -153,6 +154,32 @@ def test_group_baseline_where_scores_are_missing():
     # 1 - 6 = -5 and 6 - 1 = 5 without the second; 5 is alone
     scored = tensor([True, False, True, True, False, False])
     close(subtract_group_baseline(tensor([1.0, 2.0, 6.0, 5.0, 7.0, 9.0]), scored, 3), [-5, 0, 5, 0, 0, 0])
+
+
+def test_group_baseline_of_token_scores():
+    # still to come: 3, 2, 1 | 4, 2 | 1, and after its end a completion counts as what its last token scored: 2, 1
+    scores = tensor([[1.0, 1.0, 1.0], [2.0, 2.0, 0.0], [1.0, 0.0, 0.0]])
+    mask = tensor([[True, True, True], [True, True, False], [True, False, False]])
+    rewards = subtract_token_baseline(scores, ALL[:3], mask, 3)
+    # to go less the mean of the others: 3 - 2.5, 2 - 1.5, 1 - 1.5;  4 - 2, 2 - 1.5;  1 - 3.5
+    to_go = [[0.5, 0.5, -0.5], [2.0, 0.5, 0.0], [-2.5, 0.0, 0.0]]
+    close(rewards.flip(1).cumsum(1).flip(1), to_go)
+
+
+def test_group_baseline_of_token_scores_at_the_last_token_is_that_of_whole_scores():
+    mask = torch.arange(4) < tensor([4, 1, 2, 3]).unsqueeze(1)
+    scores, scored = tensor([1.0, 2.0, 6.0, 5.0]), tensor([True, False, True, True])
+    token_scores = spread_scores(scores * scored, mask)
+    expected = spread_scores(subtract_group_baseline(scores, scored, 4), mask)
+    close(subtract_token_baseline(token_scores, scored, mask, 4), expected)
+
+
+def test_a_token_is_not_better_for_being_early():
+    scores = torch.rand(512, 20, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(512, 20, dtype=torch.bool)
+    rewards = subtract_token_baseline(scores, torch.ones(512, dtype=torch.bool), mask, 4)
+    advantages, _ = compute_gae(rewards, torch.zeros(512, 20), mask, 1.0, 1.0)
+    assert advantages.mean(0).var() < 0.01 * advantages.var()  # 87 % against the others' whole scores
 
 
 def test_whiten_by_hand():

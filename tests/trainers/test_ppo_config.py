@@ -100,6 +100,7 @@ BAD_COMBINATIONS: tuple[dict, ...] = (
     {"missing_eos_score": -1.0, "missing_eos_penalty": 1.0},
     {"reward_model_path": "runs/other/reward"},
     {"shuffle_scores": True, "reward_shaping": "prefix"},
+    {"reward_shaping": "prefix", "gamma": 0.99},
 )
 
 

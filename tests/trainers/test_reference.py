@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import fmean
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from plain_ppo import Episode, PlainPPO, credit, read, value_of
 from ppo_toys import COLOURS, weights
 
+from pipeline.models.text import decode
 from pipeline.trainers.ppo.rollout import Experience, Rollout
 from pipeline.trainers.ppo.trainer import PPOTrainer
 
@@ -21,6 +23,7 @@ SETTINGS = {
     "k3 in the loss": {"kl_placement": "loss", "kl_estimator": "k3", "num_ppo_epochs": 3, "learning_rate": 3e-2},
     "k2 in the loss": {"kl_placement": "loss", "kl_estimator": "k2", "num_ppo_epochs": 3, "learning_rate": 3e-2},
     "whitened rewards": {"whiten_rewards": True, "whiten_advantages": False, "missing_eos_penalty": 1.0},
+    "groups of shaped rewards": {"num_generations": 2, "group_baseline": True, "reward_shaping": "prefix"},
     "groups": {"num_generations": 2, "group_baseline": True, "max_grad_norm": 0.05, "value_learning_rate": 0.1},
 }
 
@@ -62,14 +65,18 @@ def plain_episodes(trainer: PPOTrainer, rollout: Rollout, reference) -> list[Epi
     for row in range(len(sequences)):
         prompt = sequences.prompt_ids[row][sequences.prompt_mask[row]].tolist()
         completion = sequences.completion_ids[row][sequences.completion_mask[row]].tolist()
-        score = eighths([], [rollout.completions[row]])[0]
+        starts = range(len(completion) if args.reward_shaping == "prefix" else 1)
+        texts = decode(trainer.tokenizer, [completion[:end] for end in starts])
+        scores = [*eighths([], texts), *eighths([], [rollout.completions[row]])]
+        token_scores = [after - before for before, after in pairwise(scores)]
+        token_scores = [0.0] * (len(completion) - len(token_scores)) + token_scores
         if args.missing_eos_penalty is not None and completion[-1] != trainer.tokenizer.eos_token_id:
-            score -= args.missing_eos_penalty
+            token_scores[-1] -= args.missing_eos_penalty
         with torch.no_grad():
             logprobs, entropies, states = read(trainer.shared.language_model, prompt, completion, args.temperature)
             ref_logprobs = read(reference, prompt, completion, args.temperature)[0]
             values = value_of(trainer.shared.value_head, states)
-        episodes.append(Episode(prompt, completion, score, logprobs, ref_logprobs, values, entropies, [], []))
+        episodes.append(Episode(prompt, completion, token_scores, logprobs, ref_logprobs, values, entropies, [], []))
     credit(episodes, args)
     return episodes
 
@@ -166,8 +173,9 @@ def test_statistics_are_those_of_the_papers(make_trainer, taught, settings, mini
         "policy/grad_norm": fmean(plain.norms),
         "objective/kl": fmean(kl),
         "objective/non_score_reward": -cost,
-        "objective/scores": fmean(e.score for e in episodes),
-        "objective/rlhf_reward": fmean(e.score for e in episodes) - cost,
+        "objective/scores": fmean(sum(e.token_scores) for e in episodes),
+        "objective/rlhf_reward": fmean(sum(e.token_scores) for e in episodes) - cost,
+        "objective/advantage_std": float((returns - values).std(correction=0)),
         "objective/entropy": fmean(float(e.entropies.sum()) for e in episodes),
         "val/explained_variance": 1 - float((returns - values).var() / returns.var()),
     }

@@ -38,8 +38,8 @@ def estimate_advantages(
     kl_penalties = kl_penalty(rollout.logprobs, rollout.ref_logprobs, args.kl_estimator)
     kl_penalties = (kl_coef if in_rewards else 0.0) * kl_penalties
     if args.group_baseline:
-        centred = subtract_group_baseline(rollout.scores, rollout.scored, args.num_generations)
-        token_scores = token_scores + spread_scores(centred - rollout.scores, rollout.sequences.completion_mask)
+        completion_mask = rollout.sequences.completion_mask
+        token_scores = subtract_token_baseline(token_scores, rollout.scored, completion_mask, args.num_generations)
     rewards = (token_scores - kl_penalties) * mask
     if args.whiten_rewards:
         rewards = whiten_globally(rewards, shift_mean=False)
@@ -88,16 +88,30 @@ def compute_gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam
 
 
 def subtract_group_baseline(scores: Tensor, scored: Tensor, size: int) -> Tensor:
-    """Subtract from `scores [B]` the mean of the other scores of the prompt, whose `size` completions are neighbours.
+    """Subtract from `scores [B, ...]` the mean of the prompt's other scores; its `size` completions are neighbours.
 
     A leave-one-out baseline is unbiased, and knows how hard a prompt is (Kool et al. 2019, "Buy 4 REINFORCE samples").
     Only those `scored [B]` count; one that is alone has nothing to compare with and gets 0, as do those without one.
     """
-    known = scored.view(-1, size).to(scores.dtype)
-    groups = scores.view(-1, size) * known
+    known = scored.view(-1, size, *[1] * (scores.ndim - 1)).to(scores.dtype)
+    groups = scores.view(-1, size, *scores.shape[1:]) * known
     count = known.sum(1, keepdim=True) - known
     others = (groups.sum(1, keepdim=True) - groups) / count.clamp(min=1)
-    return ((groups - others) * known * (count > 0)).reshape(-1)
+    return ((groups - others) * known * (count > 0)).reshape(scores.shape)
+
+
+def subtract_token_baseline(token_scores: Tensor, scored: Tensor, mask: Tensor, size: int) -> Tensor:
+    """Subtract the group baseline from `token_scores [B, C]`: what is still to come is compared with the others' rest.
+
+    The baseline of a token is the mean of what the others score from that position on, and at least what each of them
+    scores with its last token. So scores of whole completions, which are there, are compared as they are, and where
+    single tokens score, a position is not better for being early. What others score after the end of a completion
+    counts at its last token.
+    """
+    final = token_scores[torch.arange(len(mask), device=mask.device), mask.sum(1) - 1]
+    centred = subtract_group_baseline(token_scores - spread_scores(final, mask), scored, size)
+    final = subtract_group_baseline(final, scored, size) + (centred * ~mask).sum(1)
+    return centred * mask + spread_scores(final, mask)
 
 
 def spread_scores(scores: Tensor, mask: Tensor) -> Tensor:

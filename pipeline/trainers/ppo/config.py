@@ -253,6 +253,12 @@ def _check_combinations(args: PPOConfig) -> None:
             args.missing_eos_score,
         ),
         (
+            args.reward_shaping == "prefix" and args.gamma < 1,
+            "reward_shaping",
+            "prefix needs gamma 1: with a discount the shaping changes which completions are best",
+            args.gamma,
+        ),
+        (
             args.shuffle_scores and args.reward_shaping != "none",
             "shuffle_scores",
             "needs reward_shaping none: only scores of whole completions can change places",

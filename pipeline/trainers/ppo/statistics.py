@@ -36,6 +36,7 @@ def rollout_statistics(
     )
     variance = sums["squared returns"] / tokens - (sums["returns"] / tokens) ** 2
     residual = sums["squared errors"] / tokens - (sums["errors"] / tokens) ** 2
+    stats["objective/advantage_std"] = max(0.0, residual) ** 0.5  # an advantage is the return less the value
     stats["val/explained_variance"] = 1 - residual / variance if variance > 1e-12 else 0.0
     for name in rollout.rewards:
         count = sums[f"completions with reward/{name}"]
