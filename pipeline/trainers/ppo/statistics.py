@@ -14,7 +14,8 @@ def rollout_statistics(
     """Means over the scored episodes of all processes, under TRL's names; KL and entropy are nats per episode.
 
     `kl_penalties [B, C]` is what each token's reward loses for its KL; `objective/kl` itself is the k1 estimate, which
-    is unbiased. `num_generations` neighbouring rows answer one prompt. `step` is for the message.
+    is unbiased where samples are those of the whole policy: not with top-k, top-p or a minimum length.
+    `num_generations` neighbouring rows answer one prompt. `step` is for the message.
 
     Raises:
         RewardError: not one episode has a score.
