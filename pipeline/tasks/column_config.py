@@ -79,8 +79,8 @@ class Config:
 
     def _check_columns(self) -> None:
         if (self.prompt is None) == (self.messages is None):
-            found = "neither" if self.prompt is None else "both"
-            raise TaskError(f"task: set exactly one of prompt and messages, found {found}")
+            number = "neither" if self.prompt is None else "both"
+            raise TaskError(f"task: set exactly one of prompt and messages, found {number}")
         if self.messages is None and self.completion is None and self.references is None:
             raise TaskError("task: set completion or references, or both, found neither")
         if self.messages is not None and self.completion is not None:

@@ -34,9 +34,9 @@ def test_no_effect_is_found_one_time_in_twenty(seeds, of_seeds, of_examples, of_
     """At most 8.5 % of 400 (standard deviation 1.1 %), whatever scatters; t over seeds errs in half of the first."""
     rng, shares = np.random.default_rng(1), counts()
     values = [differences(rng, seeds, of_seeds, of_examples, of_both) @ shares.T for _ in range(400)]
-    found = [crossed_comparison(value, EXAMPLES) for value in values]
-    assert sum(test.p_value < 0.05 for test in found) <= 34
-    assert sum(test.low <= 0 <= test.high for test in found) >= 366
+    tested = [crossed_comparison(value, EXAMPLES) for value in values]
+    assert sum(test.p_value < 0.05 for test in tested) <= 34
+    assert sum(test.low <= 0 <= test.high for test in tested) >= 366
 
 
 def test_two_groups_of_seeds_without_an_effect():
@@ -54,8 +54,8 @@ def test_a_mean_gain_of_three_seeds_is_found():
     rng, shares = np.random.default_rng(3), counts()
     noise = differences(rng, 3, 0, 1.5, 3)
     noise += np.array([[0.95], [1.0], [0.57]]) - noise.mean(axis=1, keepdims=True)
-    found = crossed_comparison(noise @ shares.T, EXAMPLES)
-    assert found.delta == pytest.approx(0.84) and found.low > 0 and found.p_value < 0.01
+    tested = crossed_comparison(noise @ shares.T, EXAMPLES)
+    assert tested.delta == pytest.approx(0.84) and tested.low > 0 and tested.p_value < 0.01
     alone = seeds_alone([0.95, 1.0, 0.57])
     assert (alone.delta, alone.p_value) == pytest.approx((0.84, 0.0252), abs=1e-4)
     assert (alone.low, alone.high) == pytest.approx((0.84 - 4.30265 * alone.standard_error, 1.4238), abs=1e-3)
@@ -68,8 +68,8 @@ def test_the_error_of_crossed_means_by_the_analysis_of_variance():
     examples = values.mean(axis=0).var(ddof=1) / EXAMPLES
     residual = values - values.mean(axis=1, keepdims=True) - values.mean(axis=0) + values.mean()
     both = (residual**2).sum() / 3 / (EXAMPLES - 1) / EXAMPLES / 4
-    found = crossed_comparison(values @ shares.T, EXAMPLES)
-    assert found.standard_error == pytest.approx((seeds + examples - both) ** 0.5, rel=0.05)
+    tested = crossed_comparison(values @ shares.T, EXAMPLES)
+    assert tested.standard_error == pytest.approx((seeds + examples - both) ** 0.5, rel=0.05)
 
 
 def test_one_example_decides_nothing():
