@@ -1,6 +1,9 @@
 """Calls of a reward function: their time limit, and the completions they fail on."""
 
-from collections.abc import Callable, Sequence
+import asyncio
+import inspect
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from pipeline.rewards.results import Handling, RewardError, as_list, excerpt
 from pipeline.runtime.time_limit import TimedOut, call_within
@@ -37,7 +40,7 @@ def call_reward(
         if len(rows) < len(completions):
             arguments = {key: [every[row] for row in rows] for key, every in arguments.items()}
         try:
-            result = call_within(name, handling.timeout, lambda: function(**arguments))
+            result = call_within(name, handling.timeout, lambda: _result(function(**arguments)))
         except (Exception, TimedOut) as error:
             timeouts += isinstance(error, TimedOut)
             return error
@@ -68,3 +71,19 @@ def call_reward(
                 "for none of them alone"
             ) from error
     return values, failures
+
+
+def _result(returned: object) -> object:
+    """Return what a function returned, or what its coroutine comes to."""
+    if not inspect.isawaitable(returned):
+        return returned
+
+    async def wait(awaitable: Awaitable) -> object:
+        return await awaitable
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(wait(returned))
+    with ThreadPoolExecutor(1) as thread:  # a notebook's loop runs here, and one thread runs one loop
+        return thread.submit(asyncio.run, wait(returned)).result()

@@ -1,5 +1,6 @@
 """Rewards: how they are looked up, what they are called with, how they are weighed, and which results are refused."""
 
+import asyncio
 import sys
 import types
 
@@ -9,6 +10,7 @@ import torch
 
 from pipeline.metrics import load_metric
 from pipeline.rewards import (
+    Handling,
     Reward,
     RewardConfig,
     RewardError,
@@ -215,6 +217,41 @@ def test_a_function_that_raises():
         score(lambda prompts, completions: [1.0, 1.0])  # every column arrives, so **kwargs is needed
     with pytest.raises(RewardError, match=r"^reward 'mine' raised TypeError: .*missing 1 required .*'difficulty'"):
         score(lambda completions, difficulty, **kwargs: difficulty)
+
+
+class AsyncReward:
+    """A reward whose call is a coroutine."""
+
+    async def __call__(self, completions, **columns):
+        await asyncio.sleep(0)
+        return [float(len(text)) for text in completions]
+
+
+async def failing_reward(completions, **columns):
+    await asyncio.sleep(0)
+    return [1 / (len(text) - 8) for text in completions]  # "Ein Hund" has 8 letters
+
+
+def test_a_coroutine_is_awaited():
+    assert score(AsyncReward()).tolist() == [28.0, 8.0]
+    with pytest.raises(RewardError, match=r"ZeroDivisionError: .* for completion 1 "):
+        score(failing_reward)
+    check_rewards([Reward("mine", AsyncReward())], {"prompt": PROMPTS, "completion": COMPLETIONS})
+
+
+def test_a_coroutine_is_awaited_where_a_loop_runs():
+    async def cell():
+        return score(AsyncReward()).tolist()
+
+    assert asyncio.run(cell()) == [28.0, 8.0]
+
+
+def test_a_coroutine_that_takes_too_long():
+    async def slow(completions, **columns):
+        await asyncio.sleep(60)
+
+    with pytest.raises(RewardError, match=r"^reward 'slow' did not answer within 0\.1 s"):
+        compute_rewards([Reward("slow", slow)], PROMPTS, COMPLETIONS, COLUMNS, Handling("stop", 0.1))
 
 
 @pytest.mark.parametrize(

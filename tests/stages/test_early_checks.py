@@ -33,6 +33,12 @@ def topic(completions, topic, **columns):
 
 def numbers(completions, **columns):
     return [float(text) for text in completions]
+
+async def asked(completions, topic, **columns):
+    return [1.0 for _ in completions]
+
+async def answered(completions, **columns):
+    return [1.0 for _ in completions]
 """
 
 
@@ -86,14 +92,14 @@ def test_a_token_of_the_data_without_an_embedding_is_refused_before_sft(recipe, 
     assert code == 1 and error.startswith("error: sft: model: ") and rows in error and "beyond the model's" in error
 
 
-@pytest.mark.parametrize(("name", "words"), [("topic", "topic"), ("numbers", "could not convert")])
+@pytest.mark.parametrize(("name", "words"), [("topic", "topic"), ("numbers", "could not convert"), ("asked", "topic")])
 def test_a_reward_that_fails_on_the_first_rows_is_refused_before_sft(recipe, capfd, name, words):
     code, error = refusal(sft.main, capfd, recipe, f"ppo.rewards=[early_rewards.short, early_rewards.{name}]")
     assert code == 1 and error.startswith("error: sft: ") and f"early_rewards.{name}" in error and words in error
 
 
 def test_a_reward_that_works_is_no_hindrance(recipe, capfd):
-    assert sft.main([recipe, "ppo.rewards=[early_rewards.short]"]) == 0
+    assert sft.main([recipe, "ppo.rewards=[early_rewards.short, early_rewards.answered]"]) == 0
 
 
 @pytest.mark.parametrize(("kind", "words"), [("bert", "both directions"), ("gemma2", "changes its logits")])
