@@ -3,14 +3,16 @@
 import inspect
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from transformers import TrainerState
 
 from pipeline.metrics import METRIC_NAMES, load_metric
-from pipeline.rewards.calling import call_reward
+from pipeline.rewards.arguments import RewardLog
+from pipeline.rewards.calling import RewardCall, merged_log, run_calls
 from pipeline.rewards.config import RewardConfig
 from pipeline.rewards.constant import constant_reward
 from pipeline.rewards.metric import metric_reward
@@ -24,6 +26,7 @@ __all__ = [
     "RewardConfig",
     "RewardError",
     "RewardFunction",
+    "RewardLog",
     "RewardOutputs",
     "as_rewards",
     "build_rewards",
@@ -41,10 +44,12 @@ class RewardFunction(Protocol):
 
     A list with one number for each of the completion's tokens rewards those tokens; its sum is the value. `prompts`
     and `completions` are texts (for chat data, message lists); `completion_ids` their token ids; every column of the
-    data set arrives by name, aligned, `references` among them.
+    data set arrives by name, aligned, `references` among them. `trainer_state` is a `transformers.TrainerState`;
+    `log_metric(name, value)` and `log_extra(column, values)` log a number and a column. A function without
+    `**kwargs` gets the arguments that it names. It may be `async`.
     """
 
-    def __call__(self, prompts: list, completions: list, **columns: list) -> list[float | list[float] | None]:
+    def __call__(self, prompts: list, completions: list, **columns: object) -> list[float | list[float] | None]:
         """Score the completions."""
         ...
 
@@ -59,17 +64,22 @@ class Reward:
 
 
 def as_rewards(functions: Reward | Callable | Sequence[Reward | Callable]) -> list[Reward]:
-    """Turn functions into rewards with different names.
-
-    Raises:
-        ValueError: a name twice.
-    """
+    """Turn functions into rewards with different names: the second `f` is logged as `f_2`."""
     functions = functions if isinstance(functions, Sequence) else [functions]
     rewards = [f if isinstance(f, Reward) else Reward(_name_of(f), f) for f in functions]
-    names = [reward.name for reward in rewards]
-    if len(set(names)) != len(names):  # they are logged by name
-        raise ValueError(f"reward_funcs: each needs a name of its own, not {', '.join(names)}; use Reward(name, ...)")
-    return rewards
+    return with_different_names(rewards)
+
+
+def with_different_names(rewards: Sequence[Reward]) -> list[Reward]:
+    """Number the rewards that share a name, from the second on: each is logged by its name."""
+    names: set[str] = {reward.name for reward in rewards}
+    different: dict[str, Reward] = {}
+    for reward in rewards:
+        name, number = reward.name, 2
+        while name in different or (name != reward.name and name in names):
+            name, number = f"{reward.name}_{number}", number + 1
+        different[name] = replace(reward, name=name)
+    return list(different.values())
 
 
 def _name_of(function: Callable) -> str:
@@ -93,10 +103,12 @@ def build_rewards(
         )
         for config in configs
     ]
-    names = [reward.name for reward in rewards]
-    if len(set(names)) != len(names):
-        raise ValueError(f"ppo.rewards: each reward once, found {', '.join(names)}")
-    return rewards
+    for number, config in enumerate(configs):
+        earlier = [other for other in configs[:number] if other.name == config.name]
+        if any(other.options == config.options or config.name == LEARNED for other in earlier):
+            names = ", ".join(each.name for each in configs)
+            raise ValueError(f"ppo.rewards: each reward once, or with other options, found {names}")
+    return with_different_names(rewards)
 
 
 def _function(config: RewardConfig, language: str | None) -> RewardFunction:
@@ -138,13 +150,15 @@ class RewardOutputs:
 
     `weighted_sum [B]` is NaN for a completion that is to be skipped; `by_name` has each reward's values [B], NaN where
     a function returned None or failed; `by_token` has, by the name of a reward that returned a number for each token,
-    those lists (None for a completion that got a single number); `failures` says by completion what went wrong.
+    those lists (None for a completion that got a single number); `failures` says by completion what went wrong; `log`
+    has what the functions logged.
     """
 
     weighted_sum: Tensor
     by_name: dict[str, Tensor]
     by_token: dict[str, list[list[float] | None]]
     failures: Mapping[int, str] = field(default_factory=dict)
+    log: RewardLog = field(default_factory=RewardLog)
 
     def token_scores(self, rewards: Sequence["Reward"], lengths: Sequence[int]) -> Tensor:
         """Spread the weighted sum over tokens, [B, longest]: at the tokens that a function names, else at the last."""
@@ -170,18 +184,23 @@ def compute_rewards(
     completions: list,
     columns: dict[str, list],
     handling: Handling = AS_THEY_ARE,
+    trainer_state: TrainerState | None = None,
 ) -> RewardOutputs:
-    """Call every reward function, and weigh and add what they return.
+    """Call every reward function, those that are `async` together, and weigh and add what they return.
 
     A completion on which a function fails ends the run, has no score, or gets 0 from that function: `handling` says.
+    The same holds for a completion that no reward applies to.
 
     Raises:
         RewardError: a function failed and `handling` is to stop; its result is not, for each completion, one number,
-            None, or a list of one number for each of its tokens; or a completion that no reward applies to.
+            None, or a list of one number for each of its tokens; it needs an argument that there is not; or no reward
+            applies to a completion and `handling` is to stop.
     """
     by_name, by_token, failures = {}, {}, {}
-    for reward in rewards:
-        result, failed = call_reward(reward.name, reward.function, prompts, completions, columns, handling)
+    calls = [RewardCall(r.name, r.function, prompts, completions, columns, handling, trainer_state) for r in rewards]
+    run_calls(calls)
+    for reward, call in zip(rewards, calls, strict=True):
+        result, failed = call.values, call.failures
         if any(is_per_token(value) for value in result):
             lists = token_values(reward.name, result, completions, columns["completion_ids"], failed, handling)
             by_token[reward.name] = lists
@@ -191,10 +210,17 @@ def compute_rewards(
         values = finite_values(reward.name, result, completions, failed, handling)
         by_name[reward.name] = torch.tensor(values, dtype=torch.float32)
         failures = failed | failures
-    weighted_sum = combine(rewards, by_name, failures)
+    without = rows_without_reward(by_name, failures)
+    weighted_sum = combine(rewards, by_name, [*failures, *(without if handling.on_error != "stop" else [])])
     if handling.on_error == "skip":
-        weighted_sum[list(failures)] = math.nan
-    return RewardOutputs(weighted_sum, by_name, by_token, failures)
+        weighted_sum[[*failures, *without]] = math.nan
+    return RewardOutputs(weighted_sum, by_name, by_token, failures, merged_log([call.log for call in calls]))
+
+
+def rows_without_reward(by_name: dict[str, Tensor], failures: Collection[int]) -> list[int]:
+    """Return the completions for which every function returned None, without those that one failed on."""
+    nothing = torch.stack(list(by_name.values())).isnan().all(0)
+    return [row for row in nothing.nonzero().flatten().tolist() if row not in failures]
 
 
 def as_completions(prompts: Sequence, texts: Sequence[str]) -> list:
@@ -213,16 +239,19 @@ def combine(rewards: Sequence[Reward], by_name: dict[str, Tensor], failures: Col
     """
     values = torch.stack([by_name[reward.name] for reward in rewards])
     weights = torch.tensor([reward.weight for reward in rewards]).unsqueeze(1)
-    nothing = [row for row in values.isnan().all(0).nonzero().flatten().tolist() if row not in failures]
-    if nothing:
-        raise RewardError(f"no reward applies to completion {nothing[0]}: every function returned None")
+    if nothing := rows_without_reward({reward.name: by_name[reward.name] for reward in rewards}, failures):
+        raise RewardError(
+            f"no reward applies to completion {nothing[0]}: every function returned None; return a number, or set "
+            "ppo.on_reward_error to skip or zero"
+        )
     return (values.nan_to_num(0.0) * weights).sum(0)
 
 
-def check_rewards(rewards: Sequence[Reward], examples: dict[str, list], timeout: float | None = None) -> None:
+def check_rewards(rewards: Sequence[Reward], examples: dict[str, list], handling: Handling = AS_THEY_ARE) -> None:
     """Score the completions of a few `examples` of the data, so that a broken reward stops the run before it trains.
 
-    Whatever is done about failures later, a function that fails here would fail throughout.
+    Whatever is done about failures later, a function that fails here would fail throughout. A completion that no
+    reward applies to is refused where `handling` would end the run for it.
 
     Raises:
         RewardError: as `compute_rewards`.
@@ -230,4 +259,6 @@ def check_rewards(rewards: Sequence[Reward], examples: dict[str, list], timeout:
     columns = {name: values for name, values in examples.items() if name not in ("prompt", "completion")}
     columns["completion_ids"] = [[0]] * len(examples["prompt"])
     completions = as_completions(examples["prompt"], examples["completion"])
-    compute_rewards(rewards, examples["prompt"], completions, columns, Handling("stop", timeout))
+    if handling.on_error != "stop":
+        rewards = [*rewards, Reward("", constant_reward(0.0))]
+    compute_rewards(rewards, examples["prompt"], completions, columns, Handling("stop", handling.timeout))

@@ -80,7 +80,7 @@ def token_values(
         if not is_per_token(value):
             lists.append(None)
             continue
-        numbers = [_number(item) for item in value]
+        numbers = [as_number(item) for item in value]
         if len(numbers) != len(ids):
             raise RewardError(
                 f"reward {name!r} returned a list of {len(numbers)} for completion {index} "
@@ -112,7 +112,7 @@ def finite_values(
         if value is None or index in failures:
             values.append(math.nan)
             continue
-        number = _number(value)
+        number = as_number(value)
         problem = (
             f"reward {name!r} returned {excerpt(value)} for completion {index} ({excerpt(completion)}), "
             "expected a finite number or None"
@@ -125,9 +125,10 @@ def finite_values(
     return values
 
 
-def _number(value: object) -> float | None:
+def as_number(value: object) -> float | None:
     """A number of any library as a float; None for what is none, a text with digits included."""
     try:
+        value = value.item() if isinstance(value, Tensor | np.ndarray) else value
         return None if isinstance(value, str | bytes) else float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several elements
         return None

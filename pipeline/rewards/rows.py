@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from datasets import Dataset
+from transformers import TrainerState
 
 from pipeline.rewards import Handling, Reward, RewardOutputs, as_completions, compute_rewards
 from pipeline.runtime.messages import one_line
@@ -14,6 +15,7 @@ def compute_row_rewards(
     completions: Sequence[str],
     completion_ids: Sequence[Sequence[int]],
     handling: Handling,
+    trainer_state: TrainerState | None = None,
 ) -> RewardOutputs:
     """Compute the rewards of completions (one for each row) to the prompts of `rows`.
 
@@ -22,7 +24,7 @@ def compute_row_rewards(
     columns = {name: list(rows[name]) for name in rows.column_names if name not in ("prompt", "completion")}
     columns["completion_ids"] = list(completion_ids)
     prompts = list(rows["prompt"])
-    return compute_rewards(rewards, prompts, as_completions(prompts, completions), columns, handling)
+    return compute_rewards(rewards, prompts, as_completions(prompts, completions), columns, handling, trainer_state)
 
 
 def count_failures(failures: Sequence[str], on_error: str) -> str:

@@ -50,4 +50,4 @@ def try_rewards(recipe: Recipe, task: Task) -> None:
     rows = task.prompts[: min(2, len(task.prompts))]
     examples = {**rows, "completion": [references[0] for references in rows["references"]]}
     rewards = build_rewards(recipe.ppo.rewards, task.language, constant_reward())
-    check_rewards(rewards, examples, recipe.ppo.reward_timeout)
+    check_rewards(rewards, examples, recipe.ppo.reward_handling)

@@ -83,7 +83,9 @@ def test_none_means_that_a_reward_does_not_apply():
     scores = compute_rewards(rewards, PROMPTS, COMPLETIONS, COLUMNS).by_name
     assert scores["a"].isnan().tolist() == [True, False]
     assert combine(rewards, scores).tolist() == [1.0, 1.0]
-    with pytest.raises(RewardError, match=r"^no reward applies to completion 0: every function returned None$"):
+    with pytest.raises(
+        RewardError, match=r"^no reward applies to completion 0: every function returned None; .*on_reward_err"
+    ):
         combine(rewards[:1], scores)
 
 
@@ -100,7 +102,9 @@ def test_a_function_is_called_as_trl_calls_it(module):
     scores = compute_rewards(rewards, PROMPTS, COMPLETIONS, COLUMNS).by_name
     assert scores["my_rewards.my_reward"].tolist() == [3.0, 2.0]
     ids, references, source = COLUMNS["completion_ids"], COLUMNS["references"], COLUMNS["source"]
-    assert calls == [(PROMPTS, COMPLETIONS, ids, references, {"source": source})]
+    ((*given, others),) = calls
+    assert given == [PROMPTS, COMPLETIONS, ids, references] and others["source"] == source
+    assert others.keys() == {"source", "trainer_state", "log_metric", "log_extra"}
 
 
 def test_chat_completions_are_message_lists():
@@ -213,9 +217,7 @@ def test_a_function_that_raises():
     ) as raised:
         score(broken)
     assert isinstance(raised.value.__cause__, ZeroDivisionError)
-    with pytest.raises(RewardError, match=r"^reward 'mine' raised TypeError: .*unexpected keyword argument"):
-        score(lambda prompts, completions: [1.0, 1.0])  # every column arrives, so **kwargs is needed
-    with pytest.raises(RewardError, match=r"^reward 'mine' raised TypeError: .*missing 1 required .*'difficulty'"):
+    with pytest.raises(RewardError, match=r"^reward 'mine' asks for 'difficulty', which the data has no column for; "):
         score(lambda completions, difficulty, **kwargs: difficulty)
 
 
@@ -286,7 +288,7 @@ def test_a_module_that_cannot_be_read(tmp_path, monkeypatch):
 
 
 def test_each_reward_once():
-    with pytest.raises(ValueError, match=r"^ppo\.rewards: each reward once, found bleu, chrf, bleu$"):
+    with pytest.raises(ValueError, match=r"^ppo\.rewards: each reward once, .*found bleu, chrf, bleu$"):
         build_rewards([RewardConfig("bleu"), RewardConfig("chrf"), RewardConfig("bleu", weight=2.0)])
 
 
@@ -309,7 +311,7 @@ def test_rewards_are_tried_on_the_data_before_training():
 
     def reward(completions, source, completion_ids, **kwargs):
         seen.append(completions)
-        assert kwargs.keys() == {"prompts", "references"} and len(completion_ids) == len(source) == 2
+        assert {"prompts", "references"} < kwargs.keys() and len(completion_ids) == len(source) == 2
         return [1.0, None]
 
     rows = {"prompt": PROMPTS, "completion": COMPLETIONS, **{k: COLUMNS[k] for k in ("references", "source")}}

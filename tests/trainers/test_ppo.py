@@ -454,9 +454,12 @@ def test_a_broken_reward_stops_before_training(make_trainer, result, message):
         make_trainer(reward=broken)
 
 
-def test_two_rewards_of_one_name_are_refused(make_trainer):
-    with pytest.raises(ValueError, match="each needs a name of its own, not <lambda>"):
-        make_trainer(reward=[lambda prompts, **c: [1.0] * len(prompts), lambda prompts, **c: [0.0] * len(prompts)])
+def test_two_rewards_of_one_name_are_logged_apart(make_trainer):
+    rewards = [lambda prompts, **c: [1.0] * len(prompts), lambda prompts, **c: [0.5] * len(prompts)]
+    trainer = make_trainer(reward=rewards, total_episodes=8)
+    trainer.train()
+    (step,) = training_steps(trainer.output_dir)
+    assert step["reward/<lambda>"] == 1.0 and step["reward/<lambda>_2"] == 0.5 and step["objective/scores"] == 1.5
 
 
 def test_a_data_set_needs_nothing_but_prompts(make_trainer, examples):

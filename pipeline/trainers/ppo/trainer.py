@@ -98,7 +98,7 @@ class PPOTrainer:
         self._prompt_ids = self.writer.encode(train_dataset)
         self._eval_prompt_ids = self.writer.encode(self.eval_dataset) if self.eval_dataset else []
         self._prompt_at = prompt_order(len(train_dataset), seed)
-        check_rewards(self.rewards, first_examples(train_dataset), args.reward_timeout)
+        check_rewards(self.rewards, first_examples(train_dataset), args.reward_handling)
         check_start(self.shared, self.tokenizer, self._prompt_ids, self._eval_prompt_ids, length, self.accelerator)
         self.state = TrainerState()
         self._origin = self.state  # from which this number of processes counts on
