@@ -18,6 +18,14 @@ ComputeMetrics = Callable[[list[str], Dataset], dict[str, float]]
 
 
 @dataclass(frozen=True)
+class HeldOutData:
+    """The held-out examples, and the token ids of each one's prompt."""
+
+    examples: Dataset
+    prompt_ids: Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
 class HeldOutCompletion:
     """A greedy completion of the held-out prompt in `row`; `length` is in tokens, `rewards` are by name."""
 
@@ -29,17 +37,33 @@ class HeldOutCompletion:
     finished: bool
 
 
+def evaluate_held_out(
+    data: HeldOutData,
+    batch_size: int,
+    writer: CompletionWriter,
+    decoding: Decoding,
+    compute_rewards: ComputeRewards,
+    compute_metrics: ComputeMetrics | None,
+) -> dict[str, float]:
+    """Complete the held-out prompts, `batch_size` at once: each reward, their weighted sum, length, metrics."""
+
+    def complete(rows: list[int]) -> list[HeldOutCompletion]:
+        return complete_held_out(rows, data, writer, decoding, compute_rewards)
+
+    metrics = None if compute_metrics is None else lambda texts: compute_metrics(texts, data.examples)
+    return held_out_figures([len(ids) for ids in data.prompt_ids], batch_size, complete, metrics)
+
+
 def complete_held_out(
     rows: list[int],
-    examples: Dataset,
-    prompt_ids: Sequence[Sequence[int]],
+    data: HeldOutData,
     writer: CompletionWriter,
     decoding: Decoding,
     compute_rewards: ComputeRewards,
 ) -> list[HeldOutCompletion]:
-    """Complete and score the prompts at `rows` of the held-out `examples`."""
-    completions = writer.write([prompt_ids[row] for row in rows], decoding)
-    rewards = compute_rewards(examples.select(rows), completions.texts, completions.ids)
+    """Complete and score the prompts at `rows` of the held-out data."""
+    completions = writer.write([data.prompt_ids[row] for row in rows], decoding)
+    rewards = compute_rewards(data.examples.select(rows), completions.texts, completions.ids)
     return [
         HeldOutCompletion(
             row,

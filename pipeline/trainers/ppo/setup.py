@@ -1,4 +1,4 @@
-"""What a PPO run is built from: the accelerator, and the shared model with its learned rewards."""
+"""What a PPO run is built from: the accelerator, the shared model with its learned rewards, the log."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +13,7 @@ from pipeline.rewards import Reward
 from pipeline.rewards.learned import adapter_rewards
 from pipeline.runtime.devices import APPLE_GPU_IDLE, has_apple_gpu
 from pipeline.runtime.messages import say
+from pipeline.trainers.logs import TrainingLog
 from pipeline.trainers.ppo.config import PPOConfig
 from pipeline.trainers.precision import mixed_precision
 from pipeline.trainers.trackers import installed
@@ -55,3 +56,16 @@ def build_shared_model(
     if args.gradient_checkpointing:
         shared.enable_gradient_checkpointing()
     return shared.train()
+
+
+def open_log(accelerator: Accelerator, directory: Path, num_steps: int, step: int, args: PPOConfig) -> TrainingLog:
+    """Open the log of a run of `num_steps` that goes on after `step`."""
+    return TrainingLog(
+        accelerator,
+        directory,
+        num_steps,
+        step,
+        args.logging_steps,
+        args.num_sample_generations,
+        project=(args.run_name or "relay-ppo") if args.report_to else None,
+    )

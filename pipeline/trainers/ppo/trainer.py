@@ -31,17 +31,17 @@ from pipeline.rewards.rows import compute_row_rewards, count_failures
 from pipeline.runtime.seeds import derive_seed
 from pipeline.runtime.signals import Stopped, requested_stop
 from pipeline.runtime.watchdog import enter, watched
-from pipeline.trainers.logs import TrainingLog, sample_line
+from pipeline.trainers.logs import sample_line
 from pipeline.trainers.ppo.advantages import adapt_kl_coef, estimate_advantages
 from pipeline.trainers.ppo.checkpoint import TrainerState, restore_best, restore_training, save_training
 from pipeline.trainers.ppo.checks import check_inputs, check_kl, check_start, first_examples
 from pipeline.trainers.ppo.config import PPOConfig
 from pipeline.trainers.ppo.experiment import describe_experiment
-from pipeline.trainers.ppo.held_out import ComputeMetrics, HeldOutCompletion, complete_held_out, held_out_figures
+from pipeline.trainers.ppo.held_out import ComputeMetrics, HeldOutData, evaluate_held_out
 from pipeline.trainers.ppo.learner import Learner
 from pipeline.trainers.ppo.rollout import CompletionWriter, Experience, Rollout, prompt_order
 from pipeline.trainers.ppo.scores import prefix_scores, process_scores
-from pipeline.trainers.ppo.setup import build_shared_model, make_accelerator
+from pipeline.trainers.ppo.setup import build_shared_model, make_accelerator, open_log
 from pipeline.trainers.ppo.statistics import rollout_statistics
 
 
@@ -227,14 +227,9 @@ class PPOTrainer:
     def evaluate(self) -> dict[str, float]:
         """Answer the held-out prompts greedily: each reward, their weighted sum `eval_reward`, length, metrics."""
         enter(f"the evaluation after PPO step {self.state.step}")
-        examples, prompt_ids, compute = self.eval_dataset, self._eval_prompt_ids, self.compute_metrics
-
-        def complete(rows: list[int]) -> list[HeldOutCompletion]:
-            return complete_held_out(rows, examples, prompt_ids, self.writer, self.args.greedy, self.compute_rewards)
-
-        lengths, size = [len(ids) for ids in prompt_ids], self.args.local_rollout_forward_batch_size
-        metrics = None if compute is None else lambda texts: compute(texts, examples)
-        return held_out_figures(lengths, size, complete, metrics)
+        data = HeldOutData(self.eval_dataset, self._eval_prompt_ids)
+        size = self.args.local_rollout_forward_batch_size
+        return evaluate_held_out(data, size, self.writer, self.args.greedy, self.compute_rewards, self.compute_metrics)
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint of the current step; every process calls it, the main one writes."""
@@ -256,15 +251,7 @@ class PPOTrainer:
             self.checkpoints, self.state, self.learner, self.seed, resume, self.experiment
         )
         self._origin = self.state
-        self.log = TrainingLog(
-            self.accelerator,
-            self.output_dir,
-            self.num_steps,
-            self.state.step,
-            self.args.logging_steps,
-            self.args.num_sample_generations,
-            project=(self.args.run_name or "relay-ppo") if self.args.report_to else None,
-        )
+        self.log = open_log(self.accelerator, self.output_dir, self.num_steps, self.state.step, self.args)
         self.log.say(*notes)
 
     def _end_step(self, rollout: Rollout, stats: dict[str, float]) -> None:

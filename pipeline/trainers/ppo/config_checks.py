@@ -1,0 +1,115 @@
+"""Which settings of the `ppo:` section go together; `args` is a PPOConfig."""
+
+from typing import Any
+
+from pipeline.trainers.ppo.ranges import require
+
+
+def check_sizes(args: Any) -> None:
+    """Refuse batches that do not divide, and a shortest completion that is not shorter than the longest."""
+    accumulation = args.gradient_accumulation_steps
+    episodes = args.per_device_train_batch_size * accumulation
+    for holds, name, rule in (
+        (
+            accumulation % args.num_mini_batches == 0,
+            "num_mini_batches",
+            f"must divide gradient_accumulation_steps ({accumulation})",
+        ),
+        (
+            episodes % args.num_generations == 0,
+            "num_generations",
+            f"must divide per_device_train_batch_size x gradient_accumulation_steps ({episodes})",
+        ),
+        (
+            args.min_new_tokens < args.response_length,
+            "min_new_tokens",
+            f"must be below response_length ({args.response_length})",
+        ),
+    ):
+        require(holds, name, rule, getattr(args, name))
+
+
+def check_combinations(args: Any) -> None:
+    """Refuse options that need another one, exclude it, or would do nothing."""
+    constant, moved = args.lr_scheduler_type == "constant", args.kl_horizon != type(args).kl_horizon
+    largest_ratio = 1 + (args.cliprange_high or args.cliprange)
+    two_rules = args.missing_eos_penalty is not None and args.missing_eos_score is not None
+    needless_path = args.reward_model_path is not None and args.learned_reward is None
+    for wrong, name, rule, found in (
+        (
+            args.warmup_steps and constant,
+            "warmup_steps",
+            "does nothing with lr_scheduler_type constant; use constant_with_warmup",
+            args.warmup_steps,
+        ),
+        (
+            args.group_baseline and args.num_generations < 2,
+            "group_baseline",
+            "needs num_generations of at least 2",
+            args.num_generations,
+        ),
+        (
+            args.kl_placement == "loss" and args.kl_estimator == "k1",
+            "kl_placement",
+            "loss needs kl_estimator k3 or k2 (the gradient of k1 is 0 on average)",
+            args.kl_estimator,
+        ),
+        (
+            args.kl_placement == "reward" and args.kl_estimator != "k1",
+            "kl_estimator",
+            "as a reward it hardly holds the policy (near the reference k3 has 1 % of the KL's gradient); "
+            "use k1, or kl_placement: loss",
+            args.kl_estimator,
+        ),
+        (
+            args.kl_target is not None and not args.kl_coef,
+            "kl_target",
+            "needs a kl_coef above 0 to start from",
+            args.kl_coef,
+        ),
+        (args.kl_target is None and moved, "kl_horizon", "does nothing without kl_target", args.kl_horizon),
+        (
+            args.dual_clip is not None and args.dual_clip <= largest_ratio,
+            "dual_clip",
+            "must be above 1 + cliprange_high, or the clip below it never acts",
+            args.dual_clip,
+        ),
+        (
+            args.value_model == "adapter" and not args.use_peft,
+            "value_model",
+            "adapter needs ppo.use_peft: true",
+            args.value_model,
+        ),
+        (
+            two_rules,
+            "missing_eos_score",
+            "replaces the score that missing_eos_penalty would be subtracted from; keep one",
+            args.missing_eos_score,
+        ),
+        (
+            args.reward_shaping == "prefix" and args.gamma < 1,
+            "reward_shaping",
+            "prefix needs gamma 1: with a discount the shaping changes which completions are best",
+            args.gamma,
+        ),
+        (
+            args.shuffle_scores and args.reward_shaping != "none",
+            "shuffle_scores",
+            "needs reward_shaping none: only scores of whole completions can change places",
+            args.shuffle_scores,
+        ),
+        (
+            needless_path,
+            "reward_model_path",
+            "does nothing without the reward learned in ppo.rewards",
+            args.reward_model_path,
+        ),
+        ("" in args.stop_strings, "stop_strings", "must not hold an empty text", args.stop_strings),
+        (
+            args.value_warmup_steps and not args.vf_coef,
+            "value_warmup_steps",
+            "does nothing with vf_coef 0",
+            args.value_warmup_steps,
+        ),
+    ):
+        require(not wrong, name, rule, found)
