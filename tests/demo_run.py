@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from pipeline.recipe import Recipe, load_recipe
-from pipeline.stages.directory import STAGES, RunDirectory
+from pipeline.stages.directory import RunDirectory
 from pipeline.stages.stage import begin_stage, finish_stage
 
-OWN = tuple(stage for stage in STAGES if stage != "reward")  # the stages of a recipe without a reward section
+OWN = ("sft", "ppo", "eval")  # the stages of a recipe without a reward section and controls
 RECIPE = """\
 name: demo
 model: {from_scratch: {hidden_size: 32, num_attention_heads: 2, vocab_size: 400, max_position_embeddings: 64}}

@@ -129,6 +129,27 @@ def test_the_report_shows_further_systems_other_beams_and_the_control(recipe, tm
     assert report["best_of"] == {}
 
 
+def test_a_control_is_run_by_the_same_script_and_shown(recipe, tmp_path):
+    path = recipe("{name: chrf}")
+    for arguments in (["control=true"], ["control=true", "--stage", "control"]):
+        assert (sft_stage.main([path, "control=true"]), ppo_stage.main([path, *arguments])) == (0, 0)
+    assert eval_stage.main([path, "control=true", "eval.samples_per_prompt=0"]) == 0
+    run = tmp_path / "runs" / "tiny"
+    ppo, control = (
+        [*map(json.loads, (run / s / "metrics.jsonl").read_text().splitlines())] for s in ("ppo", "control")
+    )
+    assert len(control) == len(ppo) and control[0]["objective/scores"] == pytest.approx(ppo[0]["objective/scores"])
+    assert control[0]["policy/grad_norm"] != ppo[0]["policy/grad_norm"]
+    report = json.loads((run / "eval" / "report.json").read_text())
+    assert list(report["systems"]) == ["base", "sft", "ppo", "control"]
+    assert {("sft", "control"), ("control", "ppo")} <= {(c["a"], c["b"]) for c in report["comparisons"]}
+    assert (report["settings"]["control"], report["settings"]["control_kind"]) == ("control", "shuffled scores")
+    assert any("The control with shuffled scores moved bleu by" in line for line in report["findings"])
+    assert not any("the reward earned" in line for line in report["findings"])  # four sentences show nothing
+    assert [stage["stage"] for stage in report["cost"]] == ["sft", "ppo", "control", "eval"]
+    assert report["cost"][2]["tokens"] > 0
+
+
 @pytest.mark.parametrize(("variable", "engine"), [("DEEPSPEED", "DeepSpeed"), ("FSDP", "FSDP")])
 def test_a_stage_that_needs_whole_models_refuses_to_shard_them(recipe, capsys, monkeypatch, variable, engine):
     """By what accelerate launch puts into the environment, whatever else is missing."""

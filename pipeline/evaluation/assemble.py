@@ -63,7 +63,8 @@ def build_report(
     test = TestSet([plain_text(prompt) for prompt in rows["prompt"]], list(rows["references"]))
     systems = compute_system_metrics(systems, test.references, scoring.metrics)
     outputs = save_outputs(systems, rows, run / "eval")
-    report = assemble_report(systems, outputs, test, scoring, settings, read_cost(run, ("sft", "reward", "ppo")))
+    stages = dict.fromkeys(["sft", "reward", "ppo", *(s.name for s in sources if s.path == run / s.name)])
+    report = assemble_report(systems, outputs, test, scoring, settings, read_cost(run, tuple(stages)))
     details = Details(
         examples=all_examples(test, outputs, scoring.metrics[0].name),
         panels=read_panels(run),

@@ -129,7 +129,7 @@ def read_cost(run: Path, stages: Sequence[str]) -> list[StageCost]:
             continue
         record = json.loads(file.read_text(encoding="utf-8"))
         tokens = record.get("tokens")
-        if tokens is None and stage in PANELS:
+        if tokens is None:
             by_step = tokens_by_step(stage, read_events(run / stage / "metrics.jsonl"))
             tokens = round(max(by_step.values())) if by_step else None
         seconds = record.get("seconds")

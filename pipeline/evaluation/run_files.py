@@ -28,8 +28,10 @@ class Run:
 
 @dataclass(frozen=True)
 class RunComparison:
-    """PPO compared with SFT in one run by one measure, with the p-value of its report."""
+    """System `b` compared with `a` in one run by one measure, with the p-value of its report."""
 
+    a: str
+    b: str
     run: str
     seed: object
     metric: str
@@ -68,12 +70,17 @@ def load_run(path: Path) -> Run:
 
 def compare_to_sft(run: Run) -> list[RunComparison]:
     """Read how PPO compares with SFT in one run, by each measure."""
+    return read_comparisons(run, "sft", "ppo")
+
+
+def read_comparisons(run: Run, a: str, b: str) -> list[RunComparison]:
+    """Read how a system compares with another in one run, by each measure; none where they were not compared."""
     gains = []
     for c in run.report["comparisons"]:
-        if (c["a"], c["b"]) == ("sft", "ppo"):
+        if (c["a"], c["b"]) == (a, b):
             up = c.get("higher_is_better", True)
             better = (c["delta"] > 0) if up else (c["delta"] < 0)
-            gains.append(RunComparison(run.name, run.seed, c["metric"], c["delta"], c["p_value"], better, up))
+            gains.append(RunComparison(a, b, run.name, run.seed, c["metric"], c["delta"], c["p_value"], better, up))
     return gains
 
 

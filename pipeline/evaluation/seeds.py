@@ -6,27 +6,32 @@ from statistics import fmean, stdev
 
 import numpy as np
 
+from pipeline.evaluation.config import CONTROL
+from pipeline.evaluation.controls import Effect, control_finding
 from pipeline.evaluation.crossed import CrossedComparison, crossed_comparison, seeds_alone
 from pipeline.evaluation.power import equivalence_margin, equivalence_text, p_text, size_text, smallest_difference
 from pipeline.evaluation.report import REWARD
-from pipeline.evaluation.run_files import Run, RunComparison, ScoredRows, compare_to_sft, read_rows, run_metrics
+from pipeline.evaluation.run_files import Run, RunComparison, ScoredRows, read_comparisons, read_rows, run_metrics
 from pipeline.evaluation.significance import SIGNIFICANT
 from pipeline.metrics import Metric
 from pipeline.metrics.resampling import bootstrap_indices, resampled_means, with_full_set
 
 N_RESAMPLES = 1000
+OTHER_PAIRS = (("sft", CONTROL), (CONTROL, "ppo"))
 
 
 @dataclass(frozen=True)
 class SeedSummary:
-    """PPO - SFT by one measure over runs that differ in their seed alone.
+    """System `b` - system `a` by one measure over runs that differ in their seed alone.
 
     `deltas` are the differences of the seeds; `deviation` is their sample standard deviation, `low` and `high` are
-    the extremes, `ahead` is the share of seeds in which PPO has the better score. `over_both` tests the mean over
+    the extremes, `ahead` is the share of seeds in which `b` has the better score. `over_both` tests the mean over
     seeds and examples, `over_seeds` over seeds alone; the first is None where the seeds have other test sets, and the
     second decides. `p_holm` is the deciding p corrected for all of the page. `sft_models` counts the SFT models.
     """
 
+    a: str
+    b: str
     metric: str
     runs: list[str]
     seeds: list
@@ -47,14 +52,27 @@ class SeedSummary:
         """Return the test that decides."""
         return self.over_both or self.over_seeds
 
+    @property
+    def gain(self) -> float:
+        """Return the mean with its sign chosen so that it is positive where `b` is better."""
+        return self.deciding.delta if self.higher_is_better else -self.deciding.delta
+
 
 def summarise_seeds(runs: Sequence[Run]) -> list[SeedSummary]:
-    """Summarise PPO - SFT over runs of several seeds by each measure, in the order of the report."""
-    gains = [gain for run in runs for gain in compare_to_sft(run)]
-    rows = [[read_rows(run, system) for system in ("sft", "ppo")] for run in runs]
-    sft_models, metrics = len({sft.texts for sft, _ in rows}), run_metrics(runs[0])
+    """Summarise runs of several seeds: PPO - SFT by each measure, then other pairs of systems by the first."""
+    summaries = summarise_pair(runs, "sft", "ppo")
+    for a, b in OTHER_PAIRS if summaries else ():
+        summaries += summarise_pair(runs, a, b, summaries[0].metric)
+    return summaries
+
+
+def summarise_pair(runs: Sequence[Run], a: str, b: str, only: str | None = None) -> list[SeedSummary]:
+    """Summarise b - a by each measure that all runs have, in the order of the report, or by one measure alone."""
+    gains = [gain for run in runs for gain in read_comparisons(run, a, b)]
+    rows = [[read_rows(run, system) for system in (a, b)] for run in runs]
+    sft_models, metrics = len({read_rows(run, "sft").texts for run in runs}), run_metrics(runs[0])
     summaries = []
-    for metric in dict.fromkeys(gain.metric for gain in gains):
+    for metric in dict.fromkeys(gain.metric for gain in gains if only in (None, gain.metric)):
         group = [gain for gain in gains if gain.metric == metric]
         if len(group) == len(runs):
             known = metric == REWARD or metric in metrics
@@ -68,6 +86,8 @@ def _summary(
 ) -> SeedSummary:
     deltas = [gain.delta for gain in group]
     return SeedSummary(
+        a=group[0].a,
+        b=group[0].b,
         metric=metric,
         runs=[gain.run for gain in group],
         seeds=[gain.seed for gain in group],
@@ -149,10 +169,20 @@ def seeds_findings(summary: SeedSummary) -> list[str]:
     return [tested, *([beside] if summary.over_both is not None else []), reseeded]
 
 
+def control_over_seeds(seeds: Sequence[SeedSummary], kinds: Sequence[object]) -> list[str]:
+    """Say over the seeds what `control_finding` says of one run; `kinds` are those of the runs' controls."""
+    effects = {(s.a, s.b): Effect(s.metric, s.deciding.delta, s.gain, s.p_holm) for s in reversed(seeds)}
+    alone, beyond = effects.get(("sft", CONTROL)), effects.get((CONTROL, "ppo"))
+    if alone is None or beyond is None:
+        return []
+    kind = kinds[0] if len(set(kinds)) == 1 else "different rewards"
+    return [f"Over the {len(kinds)} seeds: {control_finding(alone, beyond, kind)}"]
+
+
 def disagreements(seeds: Sequence[SeedSummary]) -> list[str]:
     """List the measures by which PPO is better than SFT with some seeds and worse with others."""
     return [
         f"seeds disagree on {s.metric}: PPO is ahead of SFT in {s.ahead:.0%} of them ({s.low:+.2f} to {s.high:+.2f})"
         for s in seeds
-        if 0 < s.ahead < 1
+        if 0 < s.ahead < 1 and s.a == "sft" and s.b == "ppo"
     ]

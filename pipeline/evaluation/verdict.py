@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from pipeline.evaluation.config import CONTROL, MIN_BOOTSTRAP, SHUFFLED
+from pipeline.evaluation.config import CONTROL, MIN_BOOTSTRAP
+from pipeline.evaluation.controls import Effect, control_finding
 from pipeline.evaluation.decodings import BestOfN
 from pipeline.evaluation.power import equivalence_text, p_text, size_text
 from pipeline.evaluation.predictions import Prediction
@@ -117,15 +118,11 @@ def _control(comparisons: Sequence[SystemComparison], kind: object) -> str:
     alone, beyond = _first_metric(comparisons, "sft", CONTROL), _first_metric(comparisons, CONTROL, "ppo")
     if alone is None or beyond is None:
         return ""
-    change = f"{alone.metric} by {alone.delta:+.2f} ({p_text(alone.p_holm)})"
-    moved = f"The control with {kind} moved {change}"
-    figures = f"{beyond.delta:+.2f}, {p_text(beyond.p_holm)}"
-    if beyond.p_holm < SIGNIFICANT and beyond.gain > 0:
-        words = (
-            "which the reward earned" if kind == SHUFFLED else "but only ppo.shuffle_scores makes a matched control"
-        )
-        return f"{moved}; PPO is better than it ({figures}), {words}."
-    return f"{moved}; PPO is not better than it ({figures}), so no gain is shown to be the reward's."
+    return control_finding(_effect(alone), _effect(beyond), kind)
+
+
+def _effect(comparison: SystemComparison) -> Effect:
+    return Effect(comparison.metric, comparison.delta, comparison.gain, comparison.p_holm)
 
 
 def _distance(systems: Mapping[str, System]) -> str:

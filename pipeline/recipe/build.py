@@ -17,7 +17,7 @@ from pipeline.recipe.types import RewardSection
 from pipeline.runtime.messages import did_you_mean
 from pipeline.trainers.ppo.config import PPOConfig
 
-TOP_LEVEL = ("name", "seed", "output_dir", "model", "task", "sft", "reward", "ppo", "eval")
+TOP_LEVEL = ("name", "seed", "output_dir", "control", "model", "task", "sft", "reward", "ppo", "eval")
 SECTIONS = {"model": ModelConfig, "sft": SFTConfig, "reward": RewardSection, "ppo": PPOConfig, "eval": EvalConfig}
 # What pydantic expected, by the type of its error.
 EXPECTED = {

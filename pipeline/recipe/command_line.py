@@ -20,17 +20,29 @@ def parse_stage_arguments(argv: Sequence[str], description: str) -> Recipe:
 
     A recipe that cannot be run ends the process with exit code 2 and one sentence on stderr, without a traceback.
     """
+    return _parse(argv, description)[0]
+
+
+def parse_arguments_of_stages(argv: Sequence[str], description: str, stages: Sequence[str]) -> tuple[Recipe, str]:
+    """Do the same for a script that runs several stages; return the one that `--stage` names too, else the first."""
+    return _parse(argv, description, stages)
+
+
+def _parse(argv: Sequence[str], description: str, stages: Sequence[str] = ()) -> tuple[Recipe, str]:
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help=f"a YAML file (default: {DEFAULT_RECIPE})")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="replaces a value of the recipe, as YAML"
     )
-    arguments = parser.parse_args(argv)
+    if stages:
+        parser.add_argument("--stage", choices=stages, default=stages[0], help=f"default: {stages[0]}")
+    arguments = parser.parse_intermixed_args(argv)
     path, overrides = split_recipe_argument([arguments.recipe or "", *arguments.overrides])
     try:
-        return load_checked_recipe(path, overrides, int(os.environ.get("WORLD_SIZE", "1")))
+        recipe = load_checked_recipe(path, overrides, int(os.environ.get("WORLD_SIZE", "1")))
     except RecipeError as error:
         exit_with_error(str(error))
+    return recipe, arguments.stage if stages else ""
 
 
 def split_recipe_argument(arguments: Sequence[str]) -> tuple[Path, list[str]]:

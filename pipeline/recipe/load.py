@@ -37,7 +37,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             raise document.error((section,), "missing: this key is needed")
     scalars = {
         key: convert(values[key], kind, (key,), document)
-        for key, kind in (("name", str), ("seed", int), ("output_dir", str))
+        for key, kind in (("name", str), ("seed", int), ("output_dir", str), ("control", bool))
         if key in values
     }
     model = build_section(ModelConfig, _with_template(values["model"], document), ("model",), document)
@@ -162,6 +162,7 @@ def recipe_values(recipe: Recipe) -> dict[str, Any]:
         "name": recipe.name,
         "seed": recipe.seed,
         "output_dir": recipe.output_dir,
+        **({"control": True} if recipe.control else {}),
         "model": _plain(recipe.model),
         "task": {"name": recipe.task.name, **_plain(recipe.task.config)},
         **({"sft": {"use_peft": recipe.sft.use_peft, **_plain(recipe.sft.arguments)}} if recipe.sft.needed else {}),

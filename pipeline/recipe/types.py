@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.evaluation.config import EvalConfig
+from pipeline.evaluation.config import AUTO, EvalConfig
 from pipeline.models.config import ModelConfig
 from pipeline.recipe.document import Document
 from pipeline.rewards.pairs.settings import SampledPairs
@@ -70,11 +70,15 @@ class RewardSection:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Hold everything one experiment depends on; no value is left to be derived from another section."""
+    """Hold everything one experiment depends on; no value is left to be derived from another section.
+
+    With `control` PPO runs once more with shuffled scores, and the report compares PPO with that.
+    """
 
     name: str
     seed: int = 0
     output_dir: str = "runs"
+    control: bool = False
     model: ModelConfig
     task: TaskSection
     sft: SFTSection
@@ -95,6 +99,26 @@ class Recipe:
             raise ValueError(f"output_dir: a path cannot hold a NUL character, found {self.output_dir!r}")
         if not 0 <= self.seed <= MAX_SEED:
             raise ValueError(f"seed: must be from 0 to {MAX_SEED}, found {self.seed}")
+        if self.control:
+            self._check_control()
+
+    def _check_control(self) -> None:
+        if self.ppo is None:
+            raise ValueError("control: true runs PPO once more with shuffled scores, so it needs a ppo section")
+        if self.ppo.shuffle_scores:
+            raise ValueError(
+                "control: true runs PPO once more with shuffled scores, and ppo.shuffle_scores shuffles those of PPO "
+                "itself; keep one of the two"
+            )
+        if self.ppo.reward_shaping != "none":
+            raise ValueError(
+                "control: only scores of whole completions can change places, so it needs ppo.reward_shaping: none, "
+                f"found {self.ppo.reward_shaping!r}"
+            )
+        if self.eval.control != AUTO:
+            raise ValueError(
+                "eval.control: with control: true the report shows the control of this run; remove one of the two"
+            )
 
     @property
     def language(self) -> str | None:

@@ -116,6 +116,11 @@ def _function(config: RewardConfig, language: str | None) -> RewardFunction:
         return _make(constant_reward, config)
     if config.name in METRIC_NAMES or config.name.startswith("evaluate:"):
         return metric_reward(load_metric(config.name, language, **config.options))
+    if config.name == "shuffled":
+        raise ValueError(
+            "ppo.rewards: 'shuffled' is no reward: control: true runs PPO once more with its scores shuffled, and "
+            "ppo.shuffle_scores: true shuffles them"
+        )
     if not is_user_code(config.name):
         known = ("constant", LEARNED, *METRIC_NAMES)
         raise ValueError(
@@ -247,7 +252,9 @@ def combine(rewards: Sequence[Reward], by_name: dict[str, Tensor], failures: Col
     return (values.nan_to_num(0.0) * weights).sum(0)
 
 
-def check_rewards(rewards: Sequence[Reward], examples: dict[str, list], handling: Handling = AS_THEY_ARE) -> None:
+def check_rewards(
+    rewards: Sequence[Reward], examples: dict[str, list], handling: Handling = AS_THEY_ARE
+) -> RewardOutputs:
     """Score the completions of a few `examples` of the data, so that a broken reward stops the run before it trains.
 
     Whatever is done about failures later, a function that fails here would fail throughout. A completion that no
@@ -261,4 +268,4 @@ def check_rewards(rewards: Sequence[Reward], examples: dict[str, list], handling
     completions = as_completions(examples["prompt"], examples["completion"])
     if handling.on_error != "stop":
         rewards = [*rewards, Reward("", constant_reward(0.0))]
-    compute_rewards(rewards, examples["prompt"], completions, columns, Handling("stop", handling.timeout))
+    return compute_rewards(rewards, examples["prompt"], completions, columns, Handling("stop", handling.timeout))

@@ -13,7 +13,8 @@ from ruamel.yaml import YAML
 from pipeline.recipe import Recipe, recipe_values
 from pipeline.runtime.files import write_atomically
 
-STAGES = ("sft", "reward", "ppo", "eval")
+STAGES = ("sft", "reward", "ppo", "control", "eval")
+SCRIPTS = {"control": "ppo"}  # of the stages that are a second run of another stage's script
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "sacrebleu", "trl-relay")
 STARTED, FINISHED = "started.json", "stage.json"
 
@@ -50,6 +51,11 @@ class RunDirectory:
         return self.path / "ppo"
 
     @property
+    def control(self) -> Path:
+        """The adapter of the control: PPO with shuffled scores."""
+        return self.path / "control"
+
+    @property
     def eval(self) -> Path:
         """The report of the eval stage."""
         return self.path / "eval"
@@ -73,6 +79,16 @@ class RunDirectory:
         file = self.path / "recipe.yaml"
         write_atomically(file, "".join(f"# {line}\n" for line in lines) + "\n" + text.getvalue())
         return file
+
+
+def script_of(stage: str) -> str:
+    """Return the name of the script that runs a stage, which is also the section of the recipe that it follows."""
+    return SCRIPTS.get(stage, stage)
+
+
+def stage_option(stage: str) -> list[str]:
+    """Return the arguments by which a script runs another stage than that of its name."""
+    return [] if script_of(stage) == stage else ["--stage", stage]
 
 
 def versions() -> dict[str, str]:

@@ -6,7 +6,7 @@ from pipeline.models.prompt_lengths import check_token_ids
 from pipeline.models.states import check_causal, check_trunk_and_head
 from pipeline.models.text import encode_prompts_of
 from pipeline.recipe import Recipe
-from pipeline.rewards import build_rewards, check_rewards
+from pipeline.rewards import RewardError, build_rewards, check_rewards
 from pipeline.rewards.constant import constant_reward
 from pipeline.runtime.distributed import on_main
 from pipeline.stages.launch import launched_engine
@@ -45,9 +45,15 @@ def try_rewards(recipe: Recipe, task: Task) -> None:
     """Call each reward on references of the first rows; a constant stands for a learned one, which may not be there.
 
     Raises:
-        RewardError: naming the reward.
+        RewardError: naming the reward; one that scores single tokens where scores are to be shuffled.
     """
     rows = task.prompts[: min(2, len(task.prompts))]
     examples = {**rows, "completion": [references[0] for references in rows["references"]]}
     rewards = build_rewards(recipe.ppo.rewards, task.language, constant_reward())
-    check_rewards(rewards, examples, recipe.ppo.reward_handling)
+    outputs = check_rewards(rewards, examples, recipe.ppo.reward_handling)
+    if outputs.by_token and (recipe.control or recipe.ppo.shuffle_scores):
+        key = "control: true" if recipe.control else "ppo.shuffle_scores"
+        raise RewardError(
+            f"reward {next(iter(outputs.by_token))!r} scores single tokens, and {key} needs scores of whole "
+            "completions; return one number for each completion"
+        )

@@ -14,7 +14,7 @@ from pipeline.models.reward_model import RewardNetwork, check_base
 from pipeline.recipe import Recipe
 from pipeline.rewards import Handling, RewardFunction, build_rewards
 from pipeline.rewards.learned import AdapterReward
-from pipeline.stages.control import control_kind, control_run
+from pipeline.stages.control import control_kind, control_policy, control_run
 from pipeline.stages.directory import RunDirectory, versions
 from pipeline.stages.inputs import learned_reward, sft_model_path
 from pipeline.stages.task import base_model_path
@@ -28,7 +28,7 @@ def sft_source(recipe: Recipe, run: RunDirectory) -> Source | None:
 
 
 def system_sources(recipe: Recipe, run: RunDirectory) -> list[Source]:
-    """Return where each system is, in the report's order; a control run stands last."""
+    """Return where each system is, in the report's order; a control stands last."""
     sft_path, config = sft_model_path(recipe, run), recipe.model
     stages = {"sft": Source("sft", sft_path, config), "ppo": Source("ppo", run.ppo, config, sft_path)}
     others = replace(config, chat_template=None)  # a model of another kind is asked in its own template
@@ -38,8 +38,8 @@ def system_sources(recipe: Recipe, run: RunDirectory) -> list[Source]:
             sources.append(Source("base", base_model_path(recipe, run), config))
         else:
             sources.append(stages[system] if isinstance(system, str) else Source(system.name, system.path, others))
-    control = control_run(recipe)
-    return sources if control is None else [*sources, Source(CONTROL, control / "ppo", config, sft_path)]
+    control = control_policy(recipe)
+    return sources if control is None else [*sources, Source(CONTROL, control, config, sft_path)]
 
 
 def report_scoring(recipe: Recipe, run: RunDirectory, task: Task) -> Scoring:
@@ -74,7 +74,7 @@ def _attached_reward(recipe: Recipe, run: RunDirectory, task: Task) -> RewardFun
 
 def report_settings(recipe: Recipe, task: Task) -> dict[str, object]:
     """Return the settings that the figures depend on."""
-    control = control_run(recipe)
+    control, other = control_policy(recipe), control_run(recipe)
     return {
         "name": recipe.name,
         "seed": recipe.seed,
@@ -87,7 +87,7 @@ def report_settings(recipe: Recipe, task: Task) -> dict[str, object]:
         "metrics": [{"name": m.name, "options": dict(m.options)} for m in recipe.eval.metrics],
         "language": task.language,
         "rewards": [f"{r.name} x {r.weight:g}" for r in recipe.ppo.rewards] if recipe.ppo else [],
-        "control": None if control is None else control.name,
+        "control": CONTROL if recipe.control and control else other and other.name,
         "control_kind": None if control is None else control_kind(control),
         "versions": versions(),
     }

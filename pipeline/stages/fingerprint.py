@@ -4,14 +4,16 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline.evaluation.config import CONTROL
 from pipeline.recipe import Recipe, recipe_values
 from pipeline.stages.code_inputs import code_files
-from pipeline.stages.control import control_run
+from pipeline.stages.control import control_run, ppo_arguments
 from pipeline.stages.digests import file_digest, file_stamp, model_state, record_digest, remember_digests
-from pipeline.stages.directory import FINISHED, STAGES, RunDirectory, read_record
+from pipeline.stages.directory import FINISHED, STAGES, RunDirectory, read_record, script_of
 from pipeline.tasks import preferences, task_module
 
 ABSENT = "absent"
@@ -25,10 +27,13 @@ def stage_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
     """Return the settings that the result of a stage depends on, flat: `{"model.lora_r": 16, ...}`.
 
     The stages after sft depend on its settings too, unless `ppo.sft_model_path` names another model; ppo depends on a
-    reward stage that rewards it, and eval on everything before it. The name and place of the run and
-    `reward.min_accuracy` change no result.
+    reward stage that rewards it, control on the same as ppo, and eval on everything before it. The name and place of
+    the run and `reward.min_accuracy` change no result.
     """
-    sections = ["seed", "model", "task", "sft", "reward", "ppo", "eval"][: 4 + STAGES.index(stage)]
+    sections = ["seed", "model", "task", "sft", "reward", "ppo", "control", "eval"]
+    sections = sections[: sections.index(script_of(stage)) + 1]
+    if stage == CONTROL:
+        recipe = replace(recipe, control=False, ppo=ppo_arguments(recipe, stage))
     values = recipe_values(recipe)
     if recipe.sft_is_external and stage != "sft":
         sections.remove("sft")
@@ -52,9 +57,11 @@ def needed_stages(recipe: Recipe, stage: str) -> list[str]:
     """Return the stages of this run whose results a stage reads."""
     reads_sft = recipe.evaluation_reads_sft if stage == "eval" else stage != "sft"
     needed = ["sft"] if reads_sft and not recipe.sft_is_external else []
-    if stage in ("ppo", "eval") and recipe.uses_own_reward:
+    if script_of(stage) in ("ppo", "eval") and recipe.uses_own_reward:
         needed.append("reward")
-    return [*needed, "ppo"] if stage == "eval" and "ppo" in recipe.eval.systems else needed
+    if stage == "eval" and "ppo" in recipe.eval.systems:
+        needed += ["ppo", *([CONTROL] if recipe.control else [])]
+    return needed
 
 
 def data_files(recipe: Recipe, stage: str) -> list[Path]:
@@ -77,7 +84,7 @@ def external_models(recipe: Recipe, stage: str) -> dict[str, str]:
         models[recipe.ppo.sft_model_path] = revision
     if stage == "reward" and recipe.reward is not None:
         models[recipe.reward.model] = HUB_REVISION
-    if stage in ("ppo", "eval") and recipe.reward_is_external:
+    if script_of(stage) in ("ppo", "eval") and recipe.reward_is_external:
         models[recipe.ppo.reward_model_path] = HUB_REVISION
     if stage == "eval":
         models |= {system.path: revision for system in recipe.eval.further_systems}
@@ -183,5 +190,6 @@ def _input_differences(before: Mapping[str, str], after: Mapping[str, str]) -> S
             if name in STAGES:
                 change = "not finished" if state == ABSENT else "made again"
             lines.append(f"{name}: {change}")
-    lines += [f"{name}: no longer read" for name in before if name not in (*after, *STAGES)]
+    stages = set(STAGES) - {CONTROL}  # a setting says why they are not; a control may be another run's
+    lines += [f"{name}: no longer read" for name in before if name not in (*after, *stages)]
     return lines

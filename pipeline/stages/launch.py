@@ -20,7 +20,7 @@ from rich.console import Console
 
 from pipeline.recipe import Recipe
 from pipeline.runtime.devices import has_accelerator
-from pipeline.stages.directory import RunDirectory, set_aside
+from pipeline.stages.directory import RunDirectory, script_of, set_aside, stage_option
 from pipeline.stages.fingerprint import stage_status
 from pipeline.stages.first_failure import CAUSE_FILE
 from pipeline.stages.lock import RunInUseError, run_lock
@@ -40,7 +40,7 @@ WHOLE = {
     "ppo": "PPO's policy, reference and values are adapters over a whole model on each, which also writes",
     "eval": "each answers its share of the prompts with a whole model",
 }
-SCRIPTS = Path(__file__).resolve().parent.parent
+SCRIPT_FOLDER = Path(__file__).resolve().parent.parent
 
 
 class StageError(Exception):
@@ -98,7 +98,8 @@ def stage_command(stage: str, path: Path, overrides: Sequence[str], options: Seq
     """Return the command of one stage's process group."""
     # Not accelerate itself: its traceback would bury the message of the stage.
     launcher = [sys.executable, "-m", "pipeline.stages.first_failure"]
-    return [*launcher, *options, str(SCRIPTS / f"{stage}.py"), str(path), *overrides]
+    script = SCRIPT_FOLDER / f"{script_of(stage)}.py"
+    return [*launcher, *options, str(script), str(path), *overrides, *stage_option(stage)]
 
 
 def launch_and_ask(command: Sequence[str]) -> tuple[int, str]:
@@ -189,7 +190,7 @@ def engine_problem(stage: str, engine: str | None) -> str | None:
     if engine is None or (stage == "sft" and engine != "Megatron-LM"):
         return None
     return (
-        f"{stage}: {engine} shards the model over the processes, and {WHOLE[stage]}; launch it with "
+        f"{stage}: {engine} shards the model over the processes, and {WHOLE[script_of(stage)]}; launch it with "
         "accelerate_configs/multi_gpu.yaml or multi_node.yaml; FSDP and DeepSpeed are for sft alone (--only sft)"
     )
 

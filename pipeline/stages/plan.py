@@ -11,12 +11,13 @@ from rich.table import Table
 from rich.text import Text
 from trl import SFTConfig
 
+from pipeline.evaluation.config import CONTROL
 from pipeline.recipe import Recipe, RecipeError
 from pipeline.recipe.document import Document
 from pipeline.recipe.model_checks import model_notes
 from pipeline.runtime.devices import APPLE_GPU_IDLE, has_accelerator, has_apple_gpu
 from pipeline.stages.control import control_problem, control_run
-from pipeline.stages.directory import STAGES, RunDirectory
+from pipeline.stages.directory import STAGES, RunDirectory, script_of, stage_option
 from pipeline.stages.fingerprint import needed_stages, setting_differences, stage_status
 from pipeline.stages.task import choose_prompts
 from pipeline.tasks import TaskError
@@ -41,7 +42,7 @@ class PlannedStage:
 
 
 def plan_stages(recipe: Recipe, only: str | None, start: str | None, force: bool) -> list[PlannedStage]:
-    """Decide what to do with each stage, in order; a reward stage that the recipe does not have is left out.
+    """Decide what to do with each stage, in order; reward and control are left out where the recipe has none.
 
     Raises:
         RecipeError: a stage is asked for that this recipe does not have.
@@ -51,8 +52,9 @@ def plan_stages(recipe: Recipe, only: str | None, start: str | None, force: bool
     if (only or start) in absent:
         raise RecipeError(f"{only or start}: this recipe does not run that stage: {absent[only or start]}")
     run, plan = RunDirectory.of(recipe), []
+    hidden = {"reward": recipe.reward is None, CONTROL: not recipe.control}
     for stage in STAGES:
-        if stage == "reward" and recipe.reward is None:
+        if hidden.get(stage):
             continue
         if stage in absent:
             plan.append(PlannedStage(stage, "not needed", absent[stage]))
@@ -76,6 +78,8 @@ def not_needed(recipe: Recipe) -> dict[str, str]:
         absent["reward"] = f"ppo.reward_model_path is {recipe.ppo.reward_model_path}"
     if recipe.ppo is None:
         absent["ppo"] = "the recipe has no ppo section"
+    if not recipe.control:
+        absent[CONTROL] = "the recipe does not say control: true"
     return absent
 
 
@@ -118,7 +122,7 @@ def typed_command(recipe: Recipe, stage: str) -> str:
     source = recipe.source
     recipe_file = str(RunDirectory.of(recipe).path / "recipe.yaml")
     arguments = [recipe_file] if source is None else [source.file, *source.overrides]
-    return shlex.join(["accelerate", "launch", f"pipeline/{stage}.py", *arguments])
+    return shlex.join(["accelerate", "launch", f"pipeline/{script_of(stage)}.py", *arguments, *stage_option(stage)])
 
 
 def show_plan(
@@ -138,10 +142,10 @@ def show_plan(
     launched = {planned.stage for planned in plan if planned.launches}
     if launched and (prompts := prompts_line(recipe)):
         print_line(console, prompts)
-    for stage, sizes in (("sft", sft_sizes), ("ppo", ppo_sizes)):
+    for stage, sizes in (("sft", sft_sizes), ("ppo", ppo_sizes), (CONTROL, ppo_sizes)):
         if stage in launched:
             print_line(console, f"{stage}: {sizes(recipe, processes)}")
-    for note in model_notes(recipe) if launched & {"sft", "reward", "ppo"} else ():
+    for note in model_notes(recipe) if launched - {"eval"} else ():
         print_line(console, note)
 
 

@@ -25,7 +25,16 @@ from pipeline.runtime.memory import is_out_of_memory, peak_memory_mib
 from pipeline.runtime.messages import one_line, say
 from pipeline.runtime.signals import Stopped
 from pipeline.runtime.watchdog import timeout_minutes
-from pipeline.stages.directory import FINISHED, STARTED, RunDirectory, read_record, set_aside, versions, write_record
+from pipeline.stages.directory import (
+    FINISHED,
+    STARTED,
+    RunDirectory,
+    read_record,
+    script_of,
+    set_aside,
+    versions,
+    write_record,
+)
 from pipeline.stages.fingerprint import STATE, external_models, setting_differences, stage_state, stage_status
 from pipeline.stages.launch import engine_problem, launched_engine
 from pipeline.stages.lock import RunInUseError, run_lock
@@ -34,8 +43,8 @@ from pipeline.trainers.ppo.learner import LastPassError
 
 StageBody = Callable[[Recipe, RunDirectory], dict[str, object]]
 OUT_OF_MEMORY = (
-    "out of memory: lower {stage}.per_device_train_batch_size and raise {stage}.gradient_accumulation_steps by as "
-    "much, which changes no result, or set {stage}.gradient_checkpointing: true ({error})"
+    "out of memory: lower {section}.per_device_train_batch_size and raise {section}.gradient_accumulation_steps by "
+    "as much, which changes no result, or set {section}.gradient_checkpointing: true ({error})"
 )
 # gloo raises plain RuntimeErrors, so its errors are known by their words alone.
 GLOO_WORDS = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", "Connection refused")
@@ -214,7 +223,7 @@ def outcome_of(stage: str, error: BaseException) -> Outcome | None:
         case ValueError() | OSError() | FloatingPointError():
             return Outcome(1, str(error), failed=True)
     if isinstance(error, LastPassError) or is_out_of_memory(error):
-        return Outcome(1, OUT_OF_MEMORY.format(stage=stage, error=error), failed=True)
+        return Outcome(1, OUT_OF_MEMORY.format(section=script_of(stage), error=error), failed=True)
     if is_lost_connection(error):
         return Outcome(1, f"another process is gone or does not answer: {error}", failed=True, consequence=True)
     return None

@@ -46,10 +46,10 @@ def test_a_run_with_shuffled_scores_of_the_same_rewards_is_the_better_control():
     control_of(recipe, "other", "ter", "ppo.shuffle_scores=true")
     assert control_run(recipe) is None
     constant = control_of(recipe, "constant")
-    assert control_run(recipe) == constant and control_kind(constant) == "a constant reward"
+    assert control_run(recipe) == constant and control_kind(constant / "ppo") == "a constant reward"
     shuffled = control_of(recipe, "shuffled", "bleu", "ppo.shuffle_scores=true", "seed=7")
     control_of(recipe, "later")
-    assert control_run(recipe) == shuffled and control_kind(shuffled) == "shuffled scores"
+    assert control_run(recipe) == shuffled and control_kind(shuffled / "ppo") == "shuffled scores"
     assert control_run(recipe_with("ppo.shuffle_scores=true")) is None
 
 

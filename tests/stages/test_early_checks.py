@@ -31,6 +31,9 @@ def short(completions, **columns):
 def topic(completions, topic, **columns):
     return [1.0 for _ in completions]
 
+def each(completion_ids, **columns):
+    return [[1.0 for _ in ids] for ids in completion_ids]
+
 def numbers(completions, **columns):
     return [float(text) for text in completions]
 
@@ -96,6 +99,12 @@ def test_a_token_of_the_data_without_an_embedding_is_refused_before_sft(recipe, 
 def test_a_reward_that_fails_on_the_first_rows_is_refused_before_sft(recipe, capfd, name, words):
     code, error = refusal(sft.main, capfd, recipe, f"ppo.rewards=[early_rewards.short, early_rewards.{name}]")
     assert code == 1 and error.startswith("error: sft: ") and f"early_rewards.{name}" in error and words in error
+
+
+def test_a_reward_of_single_tokens_is_refused_where_scores_are_shuffled(recipe, capfd):
+    overrides = ["ppo.rewards=[early_rewards.each]", "control=true"]
+    code, error = refusal(sft.main, capfd, recipe, *overrides)
+    assert code == 1 and "early_rewards.each" in error and "control: true needs scores of whole completions" in error
 
 
 def test_a_reward_that_works_is_no_hindrance(recipe, capfd):

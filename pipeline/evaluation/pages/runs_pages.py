@@ -77,11 +77,23 @@ def comparison_tables(runs: Sequence[Run], report: RunsReport) -> list[Table]:
 
 
 def seeds_table(report: RunsReport) -> Table:
-    """Make the table of PPO - SFT over the seeds."""
-    header = ["metric", "seeds", "mean", "95 % interval", "p", "p Holm", "t over seeds", "std. dev.", "ahead"]
+    """Make the table of the differences over the seeds: of PPO and SFT, and of either and the control."""
+    header = [
+        "systems",
+        "metric",
+        "seeds",
+        "mean",
+        "95 % interval",
+        "p",
+        "p Holm",
+        "t over seeds",
+        "std. dev.",
+        "ahead",
+    ]
     several = len({tuple(s.runs) for s in report.seeds}) > 1
     rows = [
         [
+            f"{s.b} - {s.a}",
             f"{s.metric} ({s.runs[0]})" if several else s.metric,
             str(len(s.seeds)),
             f"{s.mean:+.3f}",
@@ -96,9 +108,9 @@ def seeds_table(report: RunsReport) -> Table:
     note = (
         "Interval and p: crossed bootstrap over seeds and test examples. t over seeds: Student's t of the "
         "differences, blind to the choice of examples. Holm: corrected for all comparisons of this page. Ahead: share "
-        "of seeds in which PPO has the better score."
+        "of seeds in which the first of the two systems has the better score."
     )
-    return Table("PPO - SFT over the seeds", header, rows, note)
+    return Table("Over the seeds", header, rows, note)
 
 
 def _interval(low: float, high: float) -> str:
