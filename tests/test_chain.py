@@ -10,6 +10,7 @@ from pipeline import eval as eval_stage
 from pipeline import ppo as ppo_stage
 from pipeline import reward as reward_stage
 from pipeline import sft as sft_stage
+from pipeline.evaluation.curves import read_events
 from pipeline.models.config import ModelConfig
 from pipeline.models.loading import load_model, load_policy
 
@@ -135,9 +136,8 @@ def test_a_control_is_run_by_the_same_script_and_shown(recipe, tmp_path):
         assert (sft_stage.main([path, "control=true"]), ppo_stage.main([path, *arguments])) == (0, 0)
     assert eval_stage.main([path, "control=true", "eval.samples_per_prompt=0"]) == 0
     run = tmp_path / "runs" / "tiny"
-    ppo, control = (
-        [*map(json.loads, (run / s / "metrics.jsonl").read_text().splitlines())] for s in ("ppo", "control")
-    )
+    logs = [read_events(run / stage / "metrics.jsonl") for stage in ("ppo", "control")]
+    ppo, control = ([event for event in log if "objective/scores" in event] for log in logs)
     assert len(control) == len(ppo) and control[0]["objective/scores"] == pytest.approx(ppo[0]["objective/scores"])
     assert control[0]["policy/grad_norm"] != ppo[0]["policy/grad_norm"]
     report = json.loads((run / "eval" / "report.json").read_text())

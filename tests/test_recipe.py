@@ -100,7 +100,7 @@ def test_numbers_and_text_reach_the_configs_as_written():
     ("line", "text", "key", "words"),
     [
         (2, "sede: 3", "sede", ["unknown key", "'seed'"]),
-        (2, "xyz: 3", "xyz", ["unknown key", "name, seed, output_dir, model, task, sft, reward, ppo, eval"]),
+        (2, "xyz: 3", "xyz", ["unknown key", "name, seed, output_dir, control, model, task, sft, reward, ppo, eval"]),
         (10, "  per_device_batch_size: 8", "ppo.per_device_batch_size", ["'per_device_train_batch_size'"]),
         (10, "  seed: 1", "ppo.seed", ["a key of the top level"]),
         (6, "sft: {kl_coef: 1}", "sft.kl_coef", ["a key of ppo"]),

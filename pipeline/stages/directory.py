@@ -14,7 +14,7 @@ from pipeline.recipe import Recipe, recipe_values
 from pipeline.runtime.files import write_atomically
 
 STAGES = ("sft", "reward", "ppo", "control", "eval")
-SCRIPTS = {"control": "ppo"}  # of the stages that are a second run of another stage's script
+SCRIPT_OF = {"control": "ppo"}  # of the stages that are a second run of another stage's script
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "sacrebleu", "trl-relay")
 STARTED, FINISHED = "started.json", "stage.json"
 
@@ -83,7 +83,7 @@ class RunDirectory:
 
 def script_of(stage: str) -> str:
     """Return the name of the script that runs a stage, which is also the section of the recipe that it follows."""
-    return SCRIPTS.get(stage, stage)
+    return SCRIPT_OF.get(stage, stage)
 
 
 def stage_option(stage: str) -> list[str]:

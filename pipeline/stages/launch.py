@@ -40,7 +40,7 @@ WHOLE = {
     "ppo": "PPO's policy, reference and values are adapters over a whole model on each, which also writes",
     "eval": "each answers its share of the prompts with a whole model",
 }
-SCRIPT_FOLDER = Path(__file__).resolve().parent.parent
+SCRIPTS = Path(__file__).resolve().parent.parent
 
 
 class StageError(Exception):
@@ -98,7 +98,7 @@ def stage_command(stage: str, path: Path, overrides: Sequence[str], options: Seq
     """Return the command of one stage's process group."""
     # Not accelerate itself: its traceback would bury the message of the stage.
     launcher = [sys.executable, "-m", "pipeline.stages.first_failure"]
-    script = SCRIPT_FOLDER / f"{script_of(stage)}.py"
+    script = SCRIPTS / f"{script_of(stage)}.py"
     return [*launcher, *options, str(script), str(path), *overrides, *stage_option(stage)]
 
 

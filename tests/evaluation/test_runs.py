@@ -64,19 +64,19 @@ def test_it_is_told_whether_sft_was_reseeded(evaluated):
     assert any("trained anew" in line for line in found.findings) and found.seeds[0].sft_models == 2
 
 
-@pytest.mark.parametrize("controls", [(MIXED, MIXED, MIXED), (GOOD, GOOD[:11] + BAD[11:], GOOD[:10] + BAD[10:])])
-def test_the_words_of_the_control_need_a_win_over_all_seeds(evaluated, controls):
+@pytest.mark.parametrize("wins", [True, False])
+def test_the_words_of_the_control_need_a_win_over_all_seeds(evaluated, wins):
     texts = [GOOD, GOOD[:11] + BAD[11:], GOOD[:10] + BAD[10:]]
-    runs = [evaluated(f"a-{n}", texts[n], seed=n, others={"control": controls[n]}) for n in range(3)]
+    controls = [{"control": BAD if wins else texts[n]} for n in range(3)]
+    runs = [evaluated(f"a-{n}", texts[n], seed=n, sft=BAD, others=controls[n]) for n in range(3)]
     found = compared(*runs)
     pairs = [(summary.a, summary.b, summary.metric) for summary in found.seeds]
     of_ppo = [("sft", "ppo", "bleu"), ("sft", "ppo", "reward")]
     assert pairs == [*of_ppo, ("sft", "control", "bleu"), ("control", "ppo", "bleu")]
     assert [s.p_holm for s in found.seeds] == holm([s.deciding.p_value for s in found.seeds])
     (line,) = [line for line in found.findings if line.startswith("Over the 3 seeds: The control")]
-    wins = found.seeds[3].p_holm < 0.05 and found.seeds[3].gain > 0
-    assert wins == (controls[0] is MIXED) == ("which the reward earned" in line)
-    assert ("even without a signal" in line) == ("no gain is shown to be the reward's" in line) == (not wins)
+    assert ("which the reward earned" in line) is wins is (found.seeds[3].p_holm < 0.05)
+    assert ("even without a signal" in line) is ("no gain is shown to be the reward's" in line) is not wins
     table = comparison_tables([load_run(run) for run in runs], found)[0]
     assert [row[0] for row in table.rows] == ["ppo - sft", "ppo - sft", "control - sft", "ppo - control"]
 
