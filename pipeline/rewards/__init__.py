@@ -13,7 +13,7 @@ from transformers import TrainerState
 from pipeline.metrics import METRIC_NAMES, load_metric
 from pipeline.rewards.arguments import RewardLog
 from pipeline.rewards.calling import RewardCall, merged_log, run_calls
-from pipeline.rewards.config import RewardConfig
+from pipeline.rewards.config import RewardConfig, check_score_scaling
 from pipeline.rewards.constant import constant_reward
 from pipeline.rewards.metric import metric_reward
 from pipeline.rewards.results import Handling, RewardError, finite_values, is_per_token, token_values
@@ -56,11 +56,18 @@ class RewardFunction(Protocol):
 
 @dataclass(frozen=True)
 class Reward:
-    """A reward function under the name it is logged by, with its weight in the score."""
+    """A reward function under the name it is logged by, with its weight in the score.
+
+    With `score_scaling` reference PPO divides it by its standard deviation in the first rollout.
+    """
 
     name: str
     function: RewardFunction
     weight: float = 1.0
+    score_scaling: str = "none"
+
+    def __post_init__(self) -> None:
+        check_score_scaling(self.name, self.score_scaling)
 
 
 def as_rewards(functions: Reward | Callable | Sequence[Reward | Callable]) -> list[Reward]:
@@ -99,7 +106,10 @@ def build_rewards(
     """
     rewards = [
         Reward(
-            config.name, learned if config.name == LEARNED and learned else _function(config, language), config.weight
+            config.name,
+            learned if config.name == LEARNED and learned else _function(config, language),
+            config.weight,
+            config.score_scaling,
         )
         for config in configs
     ]

@@ -5,6 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.runtime.messages import did_you_mean
+
+SCORE_SCALING = ("none", "reference")
+
 
 @dataclass(frozen=True)
 class RewardConfig:
@@ -12,6 +16,8 @@ class RewardConfig:
 
     name: str  # a metric, learned, constant, or the dotted path of a function
     weight: float = 1.0  # in the sum
+    # reference divides the reward by its standard deviation in the first rollout, before it is weighted
+    score_scaling: str = "none"
     # what goes to the reward; in a recipe the keys beside name and weight
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -22,3 +28,17 @@ class RewardConfig:
             raise ValueError(f"ppo.rewards: the weight of {self.name!r} must be finite, found {self.weight}")
         if self.weight == 0:
             raise ValueError(f"ppo.rewards: {self.name!r} has weight 0, so it would change nothing: remove it")
+        check_score_scaling(self.name, self.score_scaling)
+
+
+def check_score_scaling(name: str, value: object) -> None:
+    """Refuse a `score_scaling` that a reward cannot have.
+
+    Raises:
+        ValueError: naming the reward, with the choices.
+    """
+    if value not in SCORE_SCALING:
+        raise ValueError(
+            f"ppo.rewards: the score_scaling of {name!r} must be one of {', '.join(SCORE_SCALING)}, found "
+            f"{value!r}{did_you_mean(str(value), SCORE_SCALING)}"
+        )

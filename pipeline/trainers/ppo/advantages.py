@@ -135,6 +135,13 @@ def whiten(values: Tensor, mask: Tensor, moments: Tensor, shift_mean: bool = Tru
     return (whitened * mask).to(values.dtype)
 
 
+def next_kl_coef(args: PPOConfig, kl_coef: float, kl: float, episodes: int) -> float | None:
+    """Return the KL coefficient after a batch of `episodes` with a KL of `kl`; None where it stays the setting."""
+    if args.kl_target is None:
+        return None
+    return adapt_kl_coef(kl_coef, kl, args.kl_target, episodes, args.kl_horizon)
+
+
 def adapt_kl_coef(kl_coef: float, kl: float, target: float, episodes: int, horizon: int) -> float:
     """Move the KL coefficient after a batch whose KL was `kl` nats per episode (Ziegler et al. 2019, section 2.2).
 

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -47,6 +47,7 @@ class TrainerState:
     score_count: float = 0.0  # moments of the scores that were scaled by them
     score_mean: float = 0.0
     score_squares: float = 0.0
+    reward_deviations: Mapping[str, float] = field(default_factory=dict)  # by name, of the rewards that are scaled
 
     @property
     def score_moments(self) -> RunningMoments:
@@ -217,17 +218,18 @@ def _restore(checkpoint: Checkpoint, learner: Learner, seed: int) -> str:
     )
 
 
-def restore_best(directory: Path, state: TrainerState, shared: SharedModel) -> str:
+def restore_best(directory: Path, state: TrainerState, shared: SharedModel, metric: str) -> str:
     """Make the policy that of the best step, or of the start where no step was better; return a sentence on it."""
+    best = f"best {metric} {state.best_metric:.4f} at step {state.best_step}"
     if state.best_step:
         shared.load_trainable_state(load_checkpoint(directory / f"checkpoint-{state.best_step}").weights)
-        return f"at step {state.best_step}"
+        return best
     shared.restart_policy()
-    return "at step 0: no later one was better, so the policy is the model it started from"
+    return f"{best}: no later one was better, so the policy is the model it started from"
 
 
 def _load_state(file: Path) -> TrainerState:
-    values, names = json.loads(file.read_text()), {field.name for field in fields(TrainerState)}
+    values, names = json.loads(file.read_text()), {entry.name for entry in fields(TrainerState)}
     if values.keys() != names:
         missing, unknown = sorted(names - values.keys()), sorted(values.keys() - names)
         raise ValueError(

@@ -26,7 +26,7 @@ MAX_SHOWN = 100  # characters of a value; longer ones are compared by their dige
 
 @dataclass(frozen=True)
 class Experiment:
-    """Settings by name, and for each reward its weight and a digest of its code (None for Relay's own)."""
+    """Settings by name, and for each reward weight, scaling and a digest of its code (None for Relay's own)."""
 
     settings: dict[str, object] = field(default_factory=dict)
     rewards: dict[str, dict[str, object]] = field(default_factory=dict)
@@ -53,7 +53,11 @@ def describe_experiment(
         code = _FunctionCode()
         code.add(reward.function, reward.name)
         digest = _digest("\n".join(code.sources)) if code.sources else None
-        described[reward.name] = {"weight": reward.weight, "code": digest}
+        described[reward.name] = {
+            "weight": reward.weight,
+            "score_scaling": reward.score_scaling,
+            "code": digest,
+        }
         settings |= code.values
     return Experiment(**json.loads(json.dumps({"settings": settings, "rewards": described})))
 
@@ -103,8 +107,9 @@ def _reward_differences(before: dict, after: dict) -> list[str]:
     lines = []
     for name, old in before.items():
         new = after[name]
-        if old["weight"] != new["weight"]:
-            lines.append(f"the weight of reward {name!r}: {old['weight']} -> {new['weight']}")
+        for key in ("weight", "score_scaling"):
+            if old.get(key, new[key]) != new[key]:
+                lines.append(f"the {key} of reward {name!r}: {old[key]} -> {new[key]}")
         if old["code"] != new["code"]:
             lines.append(f"the code of reward {name!r} has changed")
     return lines

@@ -32,13 +32,14 @@ from pipeline.runtime.seeds import derive_seed
 from pipeline.runtime.signals import Stopped, requested_stop
 from pipeline.runtime.watchdog import enter, watched
 from pipeline.trainers.logs import sample_line
-from pipeline.trainers.ppo.advantages import adapt_kl_coef, estimate_advantages
+from pipeline.trainers.ppo.advantages import estimate_advantages, next_kl_coef
 from pipeline.trainers.ppo.checkpoint import TrainerState, restore_best, restore_training, save_training
 from pipeline.trainers.ppo.checks import check_inputs, check_kl, check_start, first_examples
 from pipeline.trainers.ppo.config import PPOConfig
 from pipeline.trainers.ppo.experiment import describe_experiment
 from pipeline.trainers.ppo.held_out import ComputeMetrics, HeldOutData, evaluate_held_out
 from pipeline.trainers.ppo.learner import Learner
+from pipeline.trainers.ppo.reward_scales import fit_scales, scale_rewards, share_sentences, variance_shares
 from pipeline.trainers.ppo.rollout import CompletionWriter, Experience, Rollout, prompt_order
 from pipeline.trainers.ppo.scores import prefix_scores, process_scores
 from pipeline.trainers.ppo.setup import build_shared_model, make_accelerator, open_log
@@ -100,8 +101,7 @@ class PPOTrainer:
         self._prompt_at = prompt_order(len(train_dataset), seed)
         check_rewards(self.rewards, first_examples(train_dataset), args.reward_handling)
         check_start(self.shared, self.tokenizer, self._prompt_ids, self._eval_prompt_ids, length, self.accelerator)
-        self.state = TrainerState()
-        self._origin = self.state  # from which this number of processes counts on
+        self.state = self._origin = TrainerState()  # the latter: from which this number of processes counts on
 
     @property
     def batch_size(self) -> int:
@@ -118,6 +118,11 @@ class PPOTrainer:
         """The KL coefficient of this step."""
         return self.args.kl_coef if self.state.kl_coef is None else self.state.kl_coef
 
+    @property
+    def scaled_rewards(self) -> list[Reward]:
+        """The rewards, with weights that undo the deviations of those that are scaled."""
+        return scale_rewards(self.rewards, self.state.reward_deviations)
+
     def train(self, resume_from_checkpoint: bool | None = None) -> TrainerState:
         """Run all PPO steps; the model ends as the best policy.
 
@@ -126,16 +131,15 @@ class PPOTrainer:
         """
         self._start(resume_from_checkpoint)
         with watched(self.checkpoints):
-            if self.state.step == 0 and self.eval_dataset:
-                self._evaluate_and_compare()
             while self.state.step < self.num_steps:
                 rollout = self.collect_rollout(self.prompt_rows(self.state.step))
+                if self.state.step == 0 and self.eval_dataset:  # after the rollout by which rewards are scaled
+                    self._evaluate_and_compare()
                 experience, stats = self.compute_advantages(rollout)
                 stats |= self.update(experience)
                 self._end_step(rollout, stats)
         if self.args.load_best_model_at_end and self.state.best_metric is not None:
-            best = restore_best(self.checkpoints, self.state, self.shared)
-            self.log.say(f"best {self.args.metric_for_best_model} {self.state.best_metric:.4f} {best}")
+            self.log.say(restore_best(self.checkpoints, self.state, self.shared, self.args.metric_for_best_model))
         self.log.close()
         return self.state
 
@@ -155,10 +159,13 @@ class PPOTrainer:
         completions = self.writer.write(prompt_ids, self.args.sampling, seed)
         self._enter("the rewards")
         rewards = self.compute_rewards(examples, completions.texts, completions.ids)
+        if self.state.step == 0:
+            deviations, rewards = fit_scales(self.rewards, rewards, self.accelerator)
+            self.state = replace(self.state, reward_deviations=deviations)
         if self.args.reward_shaping == "prefix":
             token_scores = prefix_scores(rewards, completions.ids, examples, self.writer.decode, self.compute_rewards)
         else:
-            token_scores = rewards.token_scores(self.rewards, completions.lengths)
+            token_scores = rewards.token_scores(self.scaled_rewards, completions.lengths)
         seen = self.state.score_moments
         scores = process_scores(rewards, token_scores, completions, seen, self.args, self.accelerator, seed)
         self._enter("the log-probabilities")
@@ -177,7 +184,8 @@ class PPOTrainer:
         self, examples: Dataset, completions: Sequence[str], completion_ids: Sequence[Sequence[int]]
     ) -> RewardOutputs:
         """Call the reward functions on completions to the prompts of `examples`, whose other columns they get."""
-        return compute_row_rewards(self.rewards, examples, completions, completion_ids, self.args.reward_handling)
+        rewards, handling = self.scaled_rewards, self.args.reward_handling
+        return compute_row_rewards(rewards, examples, completions, completion_ids, handling)
 
     def compute_advantages(self, rollout: Rollout) -> tuple[Experience, dict[str, float]]:
         """Turn scores and KL into an advantage and a return for each token, and the statistics of the rollout.
@@ -193,6 +201,7 @@ class PPOTrainer:
         stats = rollout_statistics(
             rollout, experience.returns, penalties, args.num_generations, step, self.accelerator
         )
+        stats |= variance_shares(self.scaled_rewards, rollout.rewards, rollout.scored, self.accelerator)
         check_kl(stats["objective/kl"], args.max_kl, step, self.state.best_step)
         return experience, stats | {"objective/kl_coef": self.kl_coef}
 
@@ -209,19 +218,15 @@ class PPOTrainer:
             update = self.learner.update(experience, seed, step < self.args.value_warmup_steps, state.skipped_in_row)
         except FloatingPointError as error:
             raise FloatingPointError(f"PPO step {step + 1}, {error}") from error
-        if self.accelerator.is_main_process:
-            for note in update.notes:
-                tqdm.write(f"step {step + 1}, {note}", file=sys.stderr)
+        for note in update.notes if self.accelerator.is_main_process else ():
+            tqdm.write(f"step {step + 1}, {note}", file=sys.stderr)
         skipped = state.skipped_steps + len(update.notes)
         self.state = replace(state, skipped_steps=skipped, skipped_in_row=update.skipped_in_row)
         return update.stats | {"policy/skipped_steps": float(skipped)}
 
     def advance(self, rollout: Rollout, stats: dict[str, float]) -> None:
         """Count the step, and move what adapts with it: the KL coefficient and the moments of the scores."""
-        args, kl_coef = self.args, None
-        if args.kl_target is not None:
-            kl = stats["objective/kl"]
-            kl_coef = adapt_kl_coef(self.kl_coef, kl, args.kl_target, self.batch_size, args.kl_horizon)
+        kl_coef = next_kl_coef(self.args, self.kl_coef, stats["objective/kl"], self.batch_size)
         self.state = self.state.advanced(self.batch_size, rollout.moments, kl_coef)
 
     def evaluate(self) -> dict[str, float]:
@@ -258,6 +263,7 @@ class PPOTrainer:
         """Log, evaluate and save, each when it is due, and stop where a signal asks for it."""
         self.advance(rollout, stats)
         args, total, step = self.args, self.num_steps, self.state.step
+        self.log.say(*(share_sentences(stats) if step == 1 else ()))
         sample = sample_line(rollout.prompts[0], rollout.completions[0], float(rollout.scores[0]))
         self.log.end_step(step, self.state.episodes, stats, sample)
         evaluates = bool(self.eval_dataset) and (step % (args.eval_steps or max(1, total // 10)) == 0 or step == total)
