@@ -28,6 +28,7 @@ from pipeline.evaluation.scoring import ScoredPrediction, ScoredSystem, Scoring,
 from pipeline.evaluation.systems import Source
 from pipeline.evaluation.text_statistics import text_statistics
 from pipeline.evaluation.verdict import find_warnings, findings, verdict
+from pipeline.metrics.sacrebleu_metric import short_references
 from pipeline.models.text import plain_text
 from pipeline.runtime.memory import peak_memory_mib
 
@@ -140,7 +141,8 @@ def assemble_report(
         comparisons=comparisons,
         verdict=verdict(comparisons, first, resampling.n_resamples),
         findings=findings(comparisons, figures, best_of, first, settings.get("control_kind")),
-        warnings=find_warnings(predictions, comparisons, figures, references, rewards),
+        warnings=find_warnings(predictions, comparisons, figures, references, rewards)
+        + [text for metric in metrics if (text := short_references(metric, test.references))],
         settings=dict(settings),
         references=references,
         decodings=decoding_scores(systems, test, scoring),

@@ -1,14 +1,16 @@
 """Adapt the metrics of sacreBLEU to `Metric`: Post, A Call for Clarity in Reporting BLEU Scores (2018)."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from sacrebleu.metrics import BLEU
 from sacrebleu.metrics.base import Metric as Scorer
 
 from pipeline.metrics.checks import check_examples
 from pipeline.metrics.resampling import resampled_sums, score_with_interval
-from pipeline.metrics.types import Score
+from pipeline.metrics.types import Metric, Score
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,13 @@ class SacrebleuMetric:
         confidence: float = 0.95,
         seed: int = 0,
     ) -> Score:
-        """Return sacreBLEU's score over all examples, with a bootstrap interval; see `Metric`."""
+        """Return sacreBLEU's score over all examples, with a bootstrap interval; see `Metric`.
+
+        Warns as `short_references`.
+        """
         check_examples(predictions, references)
+        if text := short_references(self, references):
+            warnings.warn(text, stacklevel=2)
         value = self.corpus.corpus_score(list(predictions), _streams(references)).score
         return replace(score_with_interval(self, predictions, references, n_bootstrap, confidence, seed), value=value)
 
@@ -85,3 +92,24 @@ def _streams(references: Sequence[Sequence[str]]) -> list[list[str | None]]:
     """
     width = max(len(texts) for texts in references)
     return [[texts[k] if k < len(texts) else None for texts in references] for k in range(width)]
+
+
+def short_references(metric: Metric, references: Sequence[Sequence[str]]) -> str | None:
+    """Warn where most references are too short for corpus BLEU; None for other metrics and longer references.
+
+    A text of fewer words than the highest n-gram order has no n-grams of that order. If no text has any, corpus BLEU
+    is 0 even where all answers are right; if few have, those few decide it.
+    """
+    scorer = metric.corpus if isinstance(metric, SacrebleuMetric) else None
+    if not isinstance(scorer, BLEU) or scorer.effective_order:
+        return None
+    order = scorer.max_ngram_order
+    lengths = [max(len(scorer.tokenizer(text).split()) for text in texts) for texts in references]
+    short = sum(length < order for length in lengths) / len(lengths)
+    if short <= 0.5:
+        return None
+    return (
+        f"{metric.name}: {short:.0%} of the references are shorter than {order} words, and corpus BLEU counts n-grams "
+        f"of up to {order} words: right answers may score 0; use exact_match, token_f1 or chrf, or "
+        f"{{name: {metric.name}, effective_order: true}}"
+    )

@@ -16,10 +16,10 @@ class RewardConfig:
 
     name: str  # a metric, learned, constant, or the dotted path of a function
     weight: float = 1.0  # in the sum
-    # reference divides the reward by its standard deviation in the first rollout, before it is weighted
-    score_scaling: str = "none"
     # what goes to the reward; in a recipe the keys beside name and weight
     options: Mapping[str, Any] = field(default_factory=dict)
+    # reference divides the reward by its standard deviation in the first rollout, before it is weighted
+    score_scaling: str = "none"
 
     def __post_init__(self) -> None:
         if not self.name:

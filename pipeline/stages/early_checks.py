@@ -2,6 +2,8 @@
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pipeline.metrics import load_metric
+from pipeline.metrics.sacrebleu_metric import short_references
 from pipeline.models.prompt_lengths import check_token_ids
 from pipeline.models.states import check_causal, check_trunk_and_head
 from pipeline.models.text import encode_prompts_of
@@ -9,6 +11,7 @@ from pipeline.recipe import Recipe
 from pipeline.rewards import RewardError, build_rewards, check_rewards
 from pipeline.rewards.constant import constant_reward
 from pipeline.runtime.distributed import on_main
+from pipeline.runtime.messages import say
 from pipeline.stages.launch import launched_engine
 from pipeline.tasks import Task
 
@@ -21,12 +24,20 @@ def check_later_stages(recipe: Recipe, task: Task, model: PreTrainedModel, token
         RewardError: a reward that fails on the first rows of the data.
     """
     check_prompts(task, model, tokenizer)
+    say(*metric_warnings(recipe, task))
     if launched_engine() is None:  # no weights are whole under one
         check_causal(model)
         if recipe.ppo is not None:
             check_trunk_and_head(model)
     if recipe.ppo is not None:
         on_main(lambda: try_rewards(recipe, task))
+
+
+def metric_warnings(recipe: Recipe, task: Task) -> list[str]:
+    """Say which metrics do not fit the references of the test split."""
+    metrics = [load_metric(metric.name, task.language, **metric.options) for metric in recipe.eval.metrics]
+    references = task.test["references"][:]
+    return [f"warning: {text}" for metric in metrics if (text := short_references(metric, references))]
 
 
 def check_prompts(task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,5 +1,8 @@
 """The words of the report against the figures they come from."""
 
+from dataclasses import replace
+
+import evaluation_toys
 import pytest
 from evaluation_toys import BAD, BLEU, GOOD, MIXED, TER, make_report
 
@@ -132,6 +135,12 @@ def test_no_warning_where_nothing_is_wrong():
     assert (
         make_report({"base": [""] * 12, "sft": MIXED, "ppo": GOOD})[0].warnings == []
     )  # an untrained base is no news
+
+
+def test_bleu_of_short_references_is_warned_of(monkeypatch):
+    monkeypatch.setattr(evaluation_toys, "TEST", replace(evaluation_toys.TEST, references=[["yes"]] * 12))
+    (warning,) = make_report({"sft": MIXED, "ppo": GOOD})[0].warnings
+    assert warning.startswith("bleu: 100% of the references are shorter than 4 words")
 
 
 def test_the_same_texts_and_the_same_weights_are_told_apart():

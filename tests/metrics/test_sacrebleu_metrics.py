@@ -11,6 +11,7 @@ from sacrebleu.metrics import BLEU, CHRF, TER
 
 from pipeline.metrics import load_metric
 from pipeline.metrics.resampling import bootstrap_indices
+from pipeline.metrics.sacrebleu_metric import short_references
 
 CAT, MAT, MATS = "the cat sat on mats", "the cat sat on the mat", "a cat lay on mats"
 
@@ -36,6 +37,30 @@ def test_short_sentences_by_hand():
     """`the dog` against `the cat`: 1/2 of the words; no pair, smoothed to 1/2; no longer n-grams. The root of 1/4."""
     scores = load_metric("bleu").sample_scores(["the dog", "cat"], [["the cat"], ["cat"]])
     assert scores == pytest.approx([0.5, 1.0])
+
+
+SHORT = [["yes"], ["New York"], ["no"], ["the cat sat on the mat"]]
+
+
+def test_corpus_bleu_of_short_references_warns():
+    with pytest.warns(UserWarning, match=r"^bleu: 75% of the references .* 4 words.* exact_match, token_f1 or chrf"):
+        load_metric("bleu").corpus_score([text for [text] in SHORT], SHORT, n_bootstrap=0)
+
+
+@pytest.mark.parametrize(
+    ("metric", "references"),
+    [
+        (load_metric("bleu"), SHORT[2:]),  # half of them
+        (load_metric("bleu"), [["yes", "yes, as far as I know"]]),
+        (load_metric("bleu", effective_order=True), SHORT),
+        (load_metric("bleu", max_ngram_order=1), SHORT),
+        (load_metric("bleu", "th"), [["ข้าวผัด"]]),  # characters are its words
+        (load_metric("chrf"), SHORT),
+        (load_metric("exact_match"), SHORT),
+    ],
+)
+def test_metrics_that_take_short_references(metric, references):
+    assert short_references(metric, references) is None
 
 
 def test_chrf_by_hand():

@@ -109,6 +109,8 @@ def test_a_reward_of_single_tokens_is_refused_where_scores_are_shuffled(recipe, 
 
 def test_a_reward_that_works_is_no_hindrance(recipe, capfd):
     assert sft.main([recipe, "ppo.rewards=[early_rewards.short, early_rewards.answered]"]) == 0
+    (warning,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: bleu")]
+    assert "100% of the references are shorter than 4 words" in warning
 
 
 @pytest.mark.parametrize(("kind", "words"), [("bert", "both directions"), ("gemma2", "changes its logits")])

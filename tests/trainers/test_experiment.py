@@ -141,3 +141,9 @@ def test_objects_partial_functions_and_functions_without_a_file(make_trainer):
 def test_settings_need_no_rewards_where_the_trainer_has_functions(make_trainer):
     assert PPOConfig().rewards == ()
     assert make_trainer(rewards=(), total_episodes=8, reward=length_reward(1)).train().step == 1
+
+
+def test_the_settings_have_the_import_path_of_the_first_release():
+    from pipeline.trainers import config, ppo
+
+    assert config.PPOConfig is ppo.PPOConfig
