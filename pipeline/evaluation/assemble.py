@@ -8,6 +8,7 @@ from pathlib import Path
 from accelerate import PartialState
 from datasets import Dataset
 
+from pipeline.evaluation.config import CONTROL
 from pipeline.evaluation.curves import Panel, read_cost, read_panels
 from pipeline.evaluation.decodings import BestOfN, DecodingScores, expected_best
 from pipeline.evaluation.gains import Gains, find_gains
@@ -64,8 +65,9 @@ def build_report(
     test = TestSet([plain_text(prompt) for prompt in rows["prompt"]], list(rows["references"]))
     systems = compute_system_metrics(systems, test.references, scoring.metrics)
     outputs = save_outputs(systems, rows, run / "eval")
-    stages = dict.fromkeys(["sft", "reward", "ppo", *(s.name for s in sources if s.path == run / s.name)])
-    report = assemble_report(systems, outputs, test, scoring, settings, read_cost(run, tuple(stages)))
+    own_control = any(source.path == run / CONTROL for source in sources)
+    stages = ("sft", "reward", "ppo", *([CONTROL] if own_control else []))
+    report = assemble_report(systems, outputs, test, scoring, settings, read_cost(run, stages))
     details = Details(
         examples=all_examples(test, outputs, scoring.metrics[0].name),
         panels=read_panels(run),
