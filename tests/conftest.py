@@ -81,6 +81,7 @@ SLOW = (
     "trainers/test_reward.py",
     "trainers/test_sft_config.py",
     "trainers/test_sft_encoder_decoder.py",
+    "trainers/test_trl_algorithms.py",
 )
 COLOURS = ("red", "blue", "green", "white", "black")
 NUMBERS = ("one", "two", "three", "four", "five")

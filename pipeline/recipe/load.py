@@ -11,12 +11,14 @@ from pipeline.models.config import ModelConfig
 from pipeline.recipe.build import TOP_LEVEL, as_mapping, build_section, check_keys, convert, shown
 from pipeline.recipe.document import Document, KeyPath, RecipeError
 from pipeline.recipe.reader import read_document
+from pipeline.recipe.refused import REFUSED_PPO_KEYS
 from pipeline.recipe.trl_sections import build_reward_section, build_sft_section, fill_lengths, reward_values
 from pipeline.recipe.types import Recipe, TaskSection
 from pipeline.rewards.config import RewardConfig
 from pipeline.runtime.messages import did_you_mean
 from pipeline.runtime.user_code import search_user_code
 from pipeline.tasks import TASK_NAMES, task_module
+from pipeline.trainers.ppo.algorithms import ALGORITHMS, expand_algorithm
 from pipeline.trainers.ppo.config import PPOConfig
 
 
@@ -107,7 +109,14 @@ def _build_ppo(values: object, model: ModelConfig, document: Document) -> PPOCon
     if values is None:
         return None
     keys = {"use_peft": model.use_peft, **as_mapping(values, ("ppo",), document)}
+    for key in keys.keys() & REFUSED_PPO_KEYS.keys():
+        raise document.error(("ppo", key), REFUSED_PPO_KEYS[key])
     keys = _with_options(keys, "rewards", RewardConfig, ("ppo",), document)
+    if isinstance(keys.get("algorithm"), str) and keys["algorithm"] in ALGORITHMS:
+        try:
+            keys |= expand_algorithm(keys["algorithm"], keys)
+        except ValueError as error:
+            raise document.restate(error) from error
     ppo = build_section(PPOConfig, keys, ("ppo",), document)
     if not ppo.rewards:
         raise document.error(("ppo", "rewards"), "at least one reward is needed, such as [{name: bleu}]")

@@ -1,4 +1,4 @@
-"""Keys of TRL's configs that a recipe may not set, each with the reason: data, no code."""
+"""Keys of TRL's configs, and former ones of Relay, that a recipe may not set, each with the reason: data, no code."""
 
 _DIRECTORY = "Relay sets it: every stage has its own directory in the run directory"
 _SEED = "write seed at the top of the recipe, where it holds for every stage"
@@ -85,6 +85,9 @@ REFUSED_REWARD_KEYS: dict[str, str] = REFUSED_SFT_KEYS | {
     "average_tokens_across_devices": _NO_LABELS,
     "include_num_input_tokens_seen": "it does nothing here: num_tokens is always logged",
     "neftune_noise_alpha": "a reward model has an adapter and a head, and no embeddings of its own to add noise to",
+}
+REFUSED_PPO_KEYS: dict[str, str] = {
+    "whiten_advantages": "it is now scale_rewards: batch for true, none for false",
 }
 DEPRECATED_VALUES: dict[str, str] = {"loss_type": "chunked_nll"}
 

@@ -22,6 +22,7 @@ from pipeline.stages.fingerprint import needed_stages, setting_differences, stag
 from pipeline.stages.task import choose_prompts
 from pipeline.tasks import TaskError
 from pipeline.tasks.counts import count_examples
+from pipeline.trainers.ppo.algorithms import describe_algorithm
 
 SHOWN_DIFFERENCES = 8
 
@@ -200,8 +201,10 @@ def ppo_sizes(recipe: Recipe, processes: int) -> str:
     """Describe batch > mini-batch > micro-batch and the steps of PPO."""
     ppo = recipe.ppo
     batch = ppo.batch_size(processes)
+    algorithm = "" if ppo.algorithm is None else f"algorithm {describe_algorithm(ppo)}; "
     return (
-        f"batch {ppo.per_device_train_batch_size} per device x {ppo.gradient_accumulation_steps} accumulated x "
+        f"{algorithm}batch "
+        f"{ppo.per_device_train_batch_size} per device x {ppo.gradient_accumulation_steps} accumulated x "
         f"{processes} = {batch} episodes, mini-batch {batch // ppo.num_mini_batches}, micro-batch "
         f"{ppo.per_device_train_batch_size} per device; {count(ppo.num_steps(processes), 'step', 'steps')} of "
         f"{count(ppo.num_ppo_epochs, 'PPO epoch', 'PPO epochs')}, "

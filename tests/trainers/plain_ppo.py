@@ -81,7 +81,7 @@ def credit(episodes: list[Episode], args: PPOConfig) -> None:
             for t in range(len(delta))
         ]
         episode.returns = [a + v for a, v in zip(episode.advantages, values, strict=False)]
-    if args.whiten_advantages:
+    if args.scale_rewards == "batch":
         mean, deviation = mean_and_deviation([episode.advantages for episode in episodes])
         for episode in episodes:
             episode.advantages = [(a - mean) / deviation for a in episode.advantages]

@@ -66,6 +66,8 @@ def policy_gradients(logits: Tensor, term: str, kl_estimator: str, advantages: T
         advantages=zeros + advantages,
         returns=zeros,
         mask=torch.ones(20, 1, dtype=torch.bool),
+        weights=zeros + 1,
+        counts=torch.ones(20, dtype=torch.long),
     )
     loss = getattr(ppo_loss(outputs, experience, CLIPPING, kl_estimator), term).sum() / 20
     exact = (logprobs.exp() * (logprobs - REFERENCE)).sum()
@@ -234,6 +236,8 @@ def loss_of(*, clipping: Clipping = CLIPPING, **tensors: Tensor) -> LossTerms:
     outputs = PolicyOutputs(*(tensors[name] for name in ("logprobs", "entropies", "values")))
     experience = Experience(
         sequences=None,
+        weights=tensors["mask"].to(tensors["old_logprobs"].dtype),
+        counts=tensors["mask"].sum(1),
         logprobs=tensors["old_logprobs"],
         values=tensors["old_values"],
         **{name: tensors[name] for name in ("ref_logprobs", "advantages", "returns", "mask")},

@@ -37,7 +37,7 @@ def test_the_value_learns_alone_while_it_warms_up(make_trainer):
 def test_a_value_adapter_leaves_the_policy_to_the_policy(make_trainer):
     """The value loss moves the head and its own adapter only; a head on the trunk moves the policy too."""
     for value_model, moved in (("head", True), ("adapter", False)):
-        trainer = make_trainer(value_model, value_model=value_model, vf_coef=5.0, whiten_advantages=False)
+        trainer = make_trainer(value_model, value_model=value_model, vf_coef=5.0, scale_rewards="none")
         experience = trainer.compute_advantages(rollout_of(trainer))[0]
         silent = replace(experience, advantages=torch.zeros_like(experience.advantages))
         with torch.no_grad():
@@ -220,7 +220,7 @@ def test_a_reward_for_single_tokens_reaches_those_tokens(make_trainer, tokenizer
             return [[0.0]] * len(prompts)
         return [[float(tokenizer.decode([i]).strip() in COLOURS) for i in ids] for ids in completion_ids]
 
-    trainer = make_trainer(reward=each, kl_coef=0.0, lam=1.0, whiten_advantages=False)
+    trainer = make_trainer(reward=each, kl_coef=0.0, lam=1.0, scale_rewards="none")
     rollout = rollout_of(trainer)
     for row, mask in enumerate(rollout.sequences.completion_mask):
         ids = rollout.sequences.completion_ids[row][mask].tolist()

@@ -22,7 +22,7 @@ SETTINGS = {
     "temperature, discount": {"temperature": 0.7, "gamma": 0.9, "lam": 0.8, "top_p": 0.9},
     "k3 in the loss": {"kl_placement": "loss", "kl_estimator": "k3", "num_ppo_epochs": 3, "learning_rate": 3e-2},
     "k2 in the loss": {"kl_placement": "loss", "kl_estimator": "k2", "num_ppo_epochs": 3, "learning_rate": 3e-2},
-    "whitened rewards": {"whiten_rewards": True, "whiten_advantages": False, "missing_eos_penalty": 1.0},
+    "whitened rewards": {"whiten_rewards": True, "scale_rewards": "none", "missing_eos_penalty": 1.0},
     "groups of shaped rewards": {"num_generations": 2, "group_baseline": True, "reward_shaping": "prefix"},
     "groups": {"num_generations": 2, "group_baseline": True, "max_grad_norm": 0.05, "value_learning_rate": 0.1},
 }

@@ -14,6 +14,9 @@ from pipeline.trainers.ppo.objective import kl_penalty
 from pipeline.trainers.ppo.rollout import Experience, Rollout
 from pipeline.trainers.ppo.scores import masked_moments
 
+# TRL's: keeps the scores of a prompt whose completions are nearly equal from growing without bound
+GROUP_EPSILON = 1e-4
+
 
 def estimate_advantages(
     rollout: Rollout, kl_coef: float, args: PPOConfig, accelerator: Accelerator
@@ -23,7 +26,7 @@ def estimate_advantages(
     Args:
         rollout: The episodes of this process.
         kl_coef: What one nat of KL costs, in the rewards or in the loss, as `args.kl_placement` says.
-        args: The estimator of KL, `group_baseline`, `gamma`, `lam` and the two `whiten_...` are read.
+        args: How the KL, baselines, scales, GAE and the mean of the loss are computed.
         accelerator: Sums the moments for whitening over processes.
 
     Returns:
@@ -31,20 +34,21 @@ def estimate_advantages(
     """
 
     def whiten_globally(values: Tensor, shift_mean: bool) -> Tensor:
-        moments = accelerator.reduce(masked_moments(values, mask), reduction="sum")
-        return whiten(values, mask, moments, shift_mean)
+        moments = accelerator.reduce(masked_moments(values, learnt), reduction="sum")
+        return whiten(values, learnt, moments, shift_mean)
 
-    mask, token_scores, in_rewards = rollout.mask, rollout.token_scores, args.kl_placement == "reward"
-    kl_penalties = kl_penalty(rollout.logprobs, rollout.ref_logprobs, args.kl_estimator)
-    kl_penalties = (kl_coef if in_rewards else 0.0) * kl_penalties
-    if args.group_baseline:
-        completion_mask = rollout.sequences.completion_mask
-        token_scores = subtract_token_baseline(token_scores, rollout.scored, completion_mask, args.num_generations)
-    rewards = (token_scores - kl_penalties) * mask
+    mask = learnt = rollout.mask
+    if args.mask_truncated_completions:
+        learnt = mask & rollout.finished.to(mask.device).unsqueeze(1)
+    kl_penalties = kl_costs(rollout, kl_coef, args)
+    rewards = group_token_scores(rollout, kl_penalties, args)
+    if args.kl_placement != "score":
+        rewards = rewards - kl_penalties
+    rewards = rewards * mask
     if args.whiten_rewards:
         rewards = whiten_globally(rewards, shift_mean=False)
     advantages, returns = compute_gae(rewards, rollout.values, mask, args.gamma, args.lam)
-    if args.whiten_advantages:
+    if args.scale_rewards == "batch":
         advantages = whiten_globally(advantages, shift_mean=True)
     experience = Experience(
         sequences=rollout.sequences,
@@ -53,10 +57,44 @@ def estimate_advantages(
         values=rollout.values,
         advantages=advantages,
         returns=returns,
-        mask=mask,
-        kl_coef=0.0 if in_rewards else kl_coef,
+        mask=learnt,
+        weights=loss_weights(learnt, args.loss_type, args.response_length),
+        counts=learnt.sum(1) if args.loss_type == "dapo" else rollout.scored.long(),
+        kl_coef=kl_coef if args.kl_placement == "loss" else 0.0,
     )
     return experience, kl_penalties
+
+
+def kl_costs(rollout: Rollout, kl_coef: float, args: PPOConfig) -> Tensor:
+    """What each token's reward loses for its KL, [B, C]: with `kl_placement: score` the last token for all of them."""
+    costs = kl_penalty(rollout.logprobs, rollout.ref_logprobs, args.kl_estimator)
+    costs = (0.0 if args.kl_placement == "loss" else kl_coef) * costs
+    if args.kl_placement == "score":
+        mask = rollout.sequences.completion_mask
+        costs = spread_scores((costs * mask).sum(1), mask)
+    return costs
+
+
+def group_token_scores(rollout: Rollout, kl_penalties: Tensor, args: PPOConfig) -> Tensor:
+    """Compare the token scores [B, C] of each prompt's completions: less a baseline, divided by their deviation."""
+    token_scores, mask, size = rollout.token_scores, rollout.sequences.completion_mask, args.num_generations
+    if args.kl_placement == "score":
+        token_scores = token_scores - kl_penalties
+    if not args.group_baseline:
+        return token_scores
+    compared = subtract_token_baseline(token_scores, rollout.scored, mask, size, args.group_baseline == "mean")
+    if args.scale_rewards == "group":
+        deviation = group_deviation(token_scores.sum(1), rollout.scored, size)
+        compared = compared / (deviation + GROUP_EPSILON).unsqueeze(1)
+    return compared
+
+
+def loss_weights(mask: Tensor, loss_type: str, response_length: int) -> Tensor:
+    """What each token [B, C] counts in the loss, whose sum is divided by tokens (dapo) or completions (the others)."""
+    weights = mask.float()
+    if loss_type == "grpo":
+        return weights / mask.sum(1, keepdim=True).clamp(min=1)
+    return weights / response_length if loss_type == "dr_grpo" else weights
 
 
 def compute_gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
@@ -87,20 +125,35 @@ def compute_gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam
     return advantages, advantages + values
 
 
-def subtract_group_baseline(scores: Tensor, scored: Tensor, size: int) -> Tensor:
+def subtract_group_baseline(scores: Tensor, scored: Tensor, size: int, of_all: bool = False) -> Tensor:
     """Subtract from `scores [B, ...]` the mean of the prompt's other scores; its `size` completions are neighbours.
 
     A leave-one-out baseline is unbiased, and knows how hard a prompt is (Kool et al. 2019, "Buy 4 REINFORCE samples").
     Only those `scored [B]` count; one that is alone has nothing to compare with and gets 0, as do those without one.
+    With `of_all` the mean is that of all the prompt's scores (GRPO), so differences shrink by (n - 1) / n.
     """
     known = scored.view(-1, size, *[1] * (scores.ndim - 1)).to(scores.dtype)
     groups = scores.view(-1, size, *scores.shape[1:]) * known
     count = known.sum(1, keepdim=True) - known
     others = (groups.sum(1, keepdim=True) - groups) / count.clamp(min=1)
+    if of_all:
+        others = groups.sum(1, keepdim=True) / known.sum(1, keepdim=True).clamp(min=1)
     return ((groups - others) * known * (count > 0)).reshape(scores.shape)
 
 
-def subtract_token_baseline(token_scores: Tensor, scored: Tensor, mask: Tensor, size: int) -> Tensor:
+def group_deviation(scores: Tensor, scored: Tensor, size: int) -> Tensor:
+    """Return for each of `scores [B]` the sample deviation of its prompt's scores; 0 where fewer than two count."""
+    known = scored.view(-1, size).to(scores.dtype)
+    count = known.sum(1, keepdim=True)
+    groups = scores.view(-1, size) * known
+    mean = groups.sum(1, keepdim=True) / count.clamp(min=1)
+    squares = ((groups - mean) * known).square().sum(1, keepdim=True)
+    return (squares / (count - 1).clamp(min=1)).sqrt().expand_as(groups).reshape(scores.shape)
+
+
+def subtract_token_baseline(
+    token_scores: Tensor, scored: Tensor, mask: Tensor, size: int, of_all: bool = False
+) -> Tensor:
     """Subtract the group baseline from `token_scores [B, C]`: what is still to come is compared with the others' rest.
 
     The baseline of a token is the mean of what the others score from that position on, and at least what each of them
@@ -109,8 +162,8 @@ def subtract_token_baseline(token_scores: Tensor, scored: Tensor, mask: Tensor, 
     counts at its last token.
     """
     final = token_scores[torch.arange(len(mask), device=mask.device), mask.sum(1) - 1]
-    centred = subtract_group_baseline(token_scores - spread_scores(final, mask), scored, size)
-    final = subtract_group_baseline(final, scored, size) + (centred * ~mask).sum(1)
+    centred = subtract_group_baseline(token_scores - spread_scores(final, mask), scored, size, of_all)
+    final = subtract_group_baseline(final, scored, size, of_all) + (centred * ~mask).sum(1)
     return centred * mask + spread_scores(final, mask)
 
 
@@ -127,8 +180,8 @@ def whiten(values: Tensor, mask: Tensor, moments: Tensor, shift_mean: bool = Tru
     `moments` are those of `masked_moments`, summed over processes.
     """
     count, summed, squares = moments
-    mean = summed / count
-    variance = ((squares / count - mean.square()) * count / (count - 1).clamp(min=1)).clamp(min=0)
+    mean = summed / count.clamp(min=1)
+    variance = ((squares / count.clamp(min=1) - mean.square()) * count / (count - 1).clamp(min=1)).clamp(min=0)
     whitened = (values - mean) * torch.rsqrt(variance + 1e-8)
     if not shift_mean:
         whitened = whitened + mean

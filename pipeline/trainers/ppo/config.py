@@ -1,6 +1,7 @@
 """PPO's settings: the `ppo:` section."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Literal
 
 from transformers import SchedulerType
 
@@ -8,6 +9,7 @@ from pipeline.models.generation import Decoding
 from pipeline.rewards.config import RewardConfig
 from pipeline.rewards.results import ON_ERROR, Handling
 from pipeline.runtime.messages import did_you_mean
+from pipeline.trainers.ppo.algorithms import ALGORITHMS, expand_algorithm
 from pipeline.trainers.ppo.config_checks import check_combinations, check_sizes
 from pipeline.trainers.ppo.ranges import check_ranges, require
 
@@ -15,7 +17,10 @@ SCHEDULERS = tuple(
     s.value for s in SchedulerType if s.value in ("linear", "cosine", "constant", "constant_with_warmup")
 )
 KL_ESTIMATORS = ("k1", "k2", "k3")
-KL_PLACEMENTS = ("reward", "loss")
+KL_PLACEMENTS = ("reward", "score", "loss")
+SCALE_REWARDS = ("batch", "group", "none")
+LOSS_TYPES = ("dapo", "grpo", "dr_grpo", "sum")
+IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence", "completion")
 REWARD_SHAPING = ("none", "prefix")
 SCORE_SCALING = ("none", "running", "reference")
 VALUE_MODELS = ("head", "adapter")
@@ -31,6 +36,8 @@ class PPOConfig:
     """
 
     rewards: tuple[RewardConfig, ...] = ()  # what PPO raises: a list of names or mappings; a recipe needs one
+    # ppo, rloo, grpo, dr_grpo, dapo, reinforce or reinforce++: sets other keys, which the plan shows; None: as written
+    algorithm: str | None = None
     # directory or Hub id to start from, full, merged or a peft adapter; None: this run's sft stage
     sft_model_path: str | None = None
     # of the reward `learned`: a reward folder or a sequence classifier; None: this run's reward stage
@@ -65,7 +72,8 @@ class PPOConfig:
 
     response_length: int = 53  # most tokens of a completion; TRL's value
     num_generations: int = 1  # completions of each prompt in a rollout
-    group_baseline: bool = False  # subtract the mean score of the prompt's other completions from each score
+    # subtract the mean score of the prompt's other completions from each score; mean: of all its completions
+    group_baseline: bool | Literal["mean"] = False
     reward_shaping: str = "none"  # prefix rewards each token by what it adds to the score of the text so far
     temperature: float = 1.0  # divides the logits of sampling, policy and reference alike
     top_k: int = 0  # 0: off, the raw policy
@@ -75,8 +83,9 @@ class PPOConfig:
     stop_strings: tuple[str, ...] = ()
 
     kl_coef: float = 0.05  # weight of the KL penalty
-    kl_estimator: str = "k1"  # k1 with kl_placement reward; k3 (times the ratio, as in TRL) or k2 with loss
-    kl_placement: str = "reward"  # reward: in the token reward; loss: a term of the loss
+    kl_estimator: str = "k1"  # k1 with kl_placement reward or score; k3 (times the ratio, as in TRL) or k2 with loss
+    # reward: in the token reward; score: of the whole completion, in its score; loss: a term of the loss
+    kl_placement: str = "reward"
     # nats per episode: kl_coef follows it by at most 20 % per horizon (Ziegler et al. 2019)
     kl_target: float | None = None
     kl_horizon: int = 10_000  # episodes of that adaptation
@@ -84,6 +93,13 @@ class PPOConfig:
     target_kl: float | None = None
     cliprange: float = 0.2  # ratios within 1 - it and 1 + it
     cliprange_high: float | None = None  # an upper clip of its own; None: cliprange
+    # of which the ratio is: a token; sequence, the mean of its log ratios (GSPO); completion, their sum (RLOO)
+    importance_sampling_level: str = "token"
+    # dapo: mean over all tokens; grpo: over tokens, then completions; dr_grpo: sum / response_length, mean over
+    # completions; sum: the sum over tokens, mean over completions
+    loss_type: str = "dapo"
+    # learn nothing from a completion that did not end; its score still counts in the baseline
+    mask_truncated_completions: bool = False
     dual_clip: float | None = None  # largest ratio that counts where the advantage is negative, such as 3.0
     entropy_coef: float = 0.0  # entropy bonus; language models rarely need one
     vf_coef: float = 0.1  # weight of the value loss; 0: no value function
@@ -91,7 +107,9 @@ class PPOConfig:
     gamma: float = 1.0  # generalised advantage estimation; texts are short, nothing is discounted
     lam: float = 0.95  # generalised advantage estimation: 1 is the whole return, 0 one step
     whiten_rewards: bool = False  # unit variance of token rewards, over all processes
-    whiten_advantages: bool = True  # mean 0 and unit variance, over all processes
+    # batch: advantages get mean 0 and unit variance, over all processes; group: scores are divided by the deviation
+    # of the prompt's scores; none
+    scale_rewards: str = "batch"
     # divide scores by the standard deviation of all so far (running) or of the first rollout (reference)
     score_scaling: str = "none"
     score_clip: float | None = None  # scores stay within +- this, after scaling
@@ -120,13 +138,33 @@ class PPOConfig:
     report_to: tuple[str, ...] = ()  # trackers, as in TRL
     run_name: str | None = None  # the name of the run for trackers
 
+    _written: ClassVar[frozenset[str]] = frozenset()  # the fields that this object was called with
+
+    def __new__(cls, *args: Any, **settings: Any) -> "PPOConfig":
+        """Note which settings are written: `algorithm` sets the others."""
+        config = super().__new__(cls)
+        names = [field.name for field in fields(cls)]
+        object.__setattr__(config, "_written", frozenset([*names[: len(args)], *settings]))
+        return config
+
     def __post_init__(self) -> None:
+        if self.algorithm in ALGORITHMS:
+            self._expand()
         check_ranges(self)
         for name, choices in CHOICES.items():
             value = getattr(self, name)
-            require(value in choices, name, f"must be one of {choices}{did_you_mean(value, choices)}", value)
+            texts = [choice for choice in choices if isinstance(choice, str)]
+            hint = did_you_mean(value, texts) if isinstance(value, str) else ""
+            require(value in choices, name, f"must be one of {choices}{hint}", value)
         check_sizes(self)
         check_combinations(self)
+
+    def _expand(self) -> None:
+        """Set the keys of `algorithm`. An object that is made without a call, from a recipe, has them already."""
+        written = self._written if "algorithm" in self._written else [field.name for field in fields(self)]
+        keys = expand_algorithm(self.algorithm, {name: getattr(self, name) for name in written})
+        for name, value in keys.items():
+            object.__setattr__(self, name, value)
 
     @property
     def learned_reward(self) -> RewardConfig | None:
@@ -162,6 +200,11 @@ class PPOConfig:
 
 
 CHOICES = {
+    "algorithm": (None, *ALGORITHMS),
+    "group_baseline": (False, True, "mean"),
+    "scale_rewards": SCALE_REWARDS,
+    "loss_type": LOSS_TYPES,
+    "importance_sampling_level": IMPORTANCE_SAMPLING_LEVELS,
     "lr_scheduler_type": SCHEDULERS,
     "kl_estimator": KL_ESTIMATORS,
     "kl_placement": KL_PLACEMENTS,

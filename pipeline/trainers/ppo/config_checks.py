@@ -49,13 +49,25 @@ def check_combinations(args: Any) -> None:
             args.num_generations,
         ),
         (
+            args.scale_rewards == "group" and not args.group_baseline,
+            "scale_rewards",
+            "group needs group_baseline, and num_generations of at least 2",
+            args.scale_rewards,
+        ),
+        (
+            args.algorithm == "ppo" and args.vf_coef == 0,
+            "vf_coef",
+            "algorithm ppo learns a value function; use rloo, grpo or reinforce++ without one",
+            args.vf_coef,
+        ),
+        (
             args.kl_placement == "loss" and args.kl_estimator == "k1",
             "kl_placement",
             "loss needs kl_estimator k3 or k2 (the gradient of k1 is 0 on average)",
             args.kl_estimator,
         ),
         (
-            args.kl_placement == "reward" and args.kl_estimator != "k1",
+            args.kl_placement != "loss" and args.kl_estimator != "k1",
             "kl_estimator",
             "as a reward it hardly holds the policy (near the reference k3 has 1 % of the KL's gradient); "
             "use k1, or kl_placement: loss",

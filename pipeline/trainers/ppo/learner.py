@@ -47,7 +47,11 @@ class Learner:
         self.shared: SharedModel = accelerator.unwrap_model(self.model)
         self.scheduler = self._schedule(args.num_optimizer_steps(accelerator.num_processes))
         self.clipping = Clipping(
-            args.cliprange, args.cliprange_high or args.cliprange, args.cliprange_value, args.dual_clip
+            args.cliprange,
+            args.cliprange_high or args.cliprange,
+            args.cliprange_value,
+            args.dual_clip,
+            args.importance_sampling_level,
         )
 
     def _schedule(self, steps: int) -> LRScheduler:
@@ -114,10 +118,11 @@ class Learner:
 
     def optimizer_step(self, mini_batch: Experience, value_only: bool = False) -> OptimizerStep:
         """Learn from one mini-batch: forward and backward in micro-batches, clip the gradient, step."""
-        tokens = int(self.accelerator.reduce(torch.tensor(mini_batch.num_tokens, device=self.accelerator.device)))
+        sizes = torch.tensor([mini_batch.num_tokens, int(mini_batch.counts.sum())], device=self.accelerator.device)
+        tokens, count = self.accelerator.reduce(sizes, reduction="sum").tolist()
         if not tokens:
             return OptimizerStep(torch.zeros(len(TERMS)), 0, None)
-        step = OptimizerStep(self._accumulate_gradients(mini_batch, tokens), tokens, None)
+        step = OptimizerStep(self._accumulate_gradients(mini_batch, tokens, count), tokens, None)
         target_kl = self.args.target_kl
         if target_kl is not None and step.mean("approx_kl") > EARLY_STOP_FACTOR * target_kl:
             step = OptimizerStep(step.sums, tokens, None, is_too_far=True)
@@ -128,8 +133,10 @@ class Learner:
         self.optimizer.zero_grad()
         return step
 
-    def _accumulate_gradients(self, mini_batch: Experience, tokens: int) -> Tensor:
+    def _accumulate_gradients(self, mini_batch: Experience, tokens: int, count: int) -> Tensor:
         """Compute the gradients of a mini-batch with `tokens` on all processes; return the global sums of `TERMS`.
+
+        The policy loss is divided by `count`: tokens, or completions, of all processes.
 
         Where memory runs out it begins anew with half as many episodes at a time: the gradient is the same. Processes
         meet in the last pass, so what happens there cannot be repeated by one of several alone.
@@ -147,6 +154,7 @@ class Learner:
                 with self._synchronised(number == len(micro_batches) - 1), self.accelerator.autocast():
                     outputs = self.model(micro_batch.sequences)
                     terms = ppo_loss(outputs, micro_batch, self.clipping, self.args.kl_estimator)
+                    terms = terms.rescaled(tokens / count)
                     # DDP averages over processes, so their number turns its mean back into the sum.
                     loss = self._loss(terms, mini_batch.kl_coef) * self.accelerator.num_processes / tokens
                     self.accelerator.backward(loss)

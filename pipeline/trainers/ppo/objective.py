@@ -4,7 +4,7 @@ Shapes: `B` episodes, `C` completion tokens. `mask [B, C]` is True on real token
 Source: Schulman et al. 2017 (PPO, arXiv:1707.06347), equation 7.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,18 +22,21 @@ class Clipping:
 
     `dual` bounds what a token with a negative advantage can cost, whose ratio is otherwise unbounded above (Ye et al.
     2020, arXiv:1912.09729). `high` above `low` leaves unlikely tokens room to grow (Yu et al. 2025, arXiv:2503.14476).
+    `level` says of what a ratio is, see `importance_ratio`.
     """
 
     low: float = 0.2
     high: float = 0.2
     value: float = 0.2
     dual: float | None = None
+    level: str = "token"
 
 
 @dataclass(frozen=True)
 class LossTerms:
     """Sums over the tokens of a micro-batch, to be divided by the tokens of the whole mini-batch.
 
+    `policy` and `reference_kl` are weighted as the experience says, and to be divided by its counts instead.
     `policy`, `value`, `entropy` and `reference_kl` carry gradients; the rest are statistics.
     """
 
@@ -45,6 +48,10 @@ class LossTerms:
     policy_clipped: Tensor
     value_clipped: Tensor
     ratio: Tensor
+
+    def rescaled(self, factor: float) -> "LossTerms":
+        """Return terms with a policy loss and a KL to the reference that are `factor` times as large."""
+        return replace(self, policy=self.policy * factor, reference_kl=self.reference_kl * factor)
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
@@ -73,6 +80,19 @@ def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, ratio: Tensor, estimator: st
     return kl * ratio if estimator == "k3" else kl
 
 
+def importance_ratio(log_ratio: Tensor, mask: Tensor, level: str) -> Tensor:
+    """Turn the log ratios of new and old policy, [B, C] and 0 where masked, into ratios: 1 before the first step.
+
+    `token`: [B, C]. The others are one for each completion, [B, 1]: `sequence` of the mean of its log ratios (Zheng et
+    al. 2025, GSPO, arXiv:2507.18071), `completion` of their sum, which is the ratio of its probabilities.
+    """
+    if level != "token":
+        log_ratio = log_ratio.sum(1, keepdim=True)
+    if level == "sequence":
+        log_ratio = log_ratio / mask.sum(1, keepdim=True).clamp(min=1)
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
 def ppo_loss(
     outputs: PolicyOutputs, experience: Experience, clipping: Clipping, kl_estimator: str = "k3"
 ) -> LossTerms:
@@ -85,9 +105,8 @@ def ppo_loss(
         kl_estimator: The estimator of `reference_kl`, see `kl_loss`.
     """
     mask, advantages, returns = experience.mask, experience.advantages, experience.returns
-    # The ratio of new and old policy is 1 before the first optimizer step.
     log_ratio = ((outputs.logprobs - experience.logprobs) * mask).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    ratio = log_ratio.exp()
+    ratio = importance_ratio(log_ratio, mask, clipping.level)
     unclipped = -advantages * ratio
     policy = torch.maximum(unclipped, -advantages * ratio.clamp(1.0 - clipping.low, 1.0 + clipping.high))
     if clipping.dual is not None:
@@ -98,10 +117,10 @@ def ppo_loss(
     reference_kl = kl_loss(outputs.logprobs * mask, experience.ref_logprobs * mask, ratio, kl_estimator)
     weights = mask.to(outputs.logprobs.dtype)
     return LossTerms(
-        policy=(policy * weights).sum(),
+        policy=(policy * experience.weights).sum(),
         value=0.5 * (torch.maximum(value_unclipped, value_clipped) * weights).sum(),
         entropy=(outputs.entropies * weights).sum(),
-        reference_kl=(reference_kl * weights).sum(),
+        reference_kl=(reference_kl * experience.weights).sum(),
         approx_kl=(0.5 * log_ratio.detach().square() * weights).sum(),
         policy_clipped=((policy != unclipped) * weights).sum(),
         value_clipped=((value_clipped > value_unclipped) * weights).sum(),

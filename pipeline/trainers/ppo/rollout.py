@@ -65,7 +65,8 @@ class Rollout:
 class Experience:
     """What the update learns from: `logprobs, ref_logprobs, values, advantages, returns [B, C]` and the sequences.
 
-    `mask [B, C]` is True on the tokens that are learnt from, those of the episodes that have a score. `kl_coef` is the
+    `mask [B, C]` is True on the tokens that are learnt from. The policy loss is a sum over tokens, each times its
+    `weights [B, C]`, divided by the sum of `counts [B]` over the mini-batch: tokens or completions. `kl_coef` is the
     weight of the KL to the reference in the loss: 0 where that KL is part of the rewards.
     """
 
@@ -76,6 +77,8 @@ class Experience:
     advantages: Tensor
     returns: Tensor
     mask: Tensor
+    weights: Tensor
+    counts: Tensor
     kl_coef: float = 0.0
 
     def rows(self, index: Tensor) -> "Experience":
@@ -83,7 +86,8 @@ class Experience:
         sequences = self.sequences.rows(index)
         width = sequences.completion_ids.shape[1]
         tensors = (self.logprobs, self.ref_logprobs, self.values, self.advantages, self.returns, self.mask)
-        return Experience(sequences, *(tensor[index, :width] for tensor in tensors), self.kl_coef)
+        trimmed = (tensor[index, :width] for tensor in (*tensors, self.weights))
+        return Experience(sequences, *trimmed, self.counts[index], self.kl_coef)
 
     def mini_batches(self, count: int, generator: torch.Generator) -> list["Experience"]:
         """Deal the episodes out to `count` random mini-batches. One keeps the order, which only changes rounding."""
