@@ -16,6 +16,7 @@ from pipeline.models.generation import Decoding, finished, generate
 from pipeline.models.prompt_lengths import truncate_prompts
 from pipeline.models.sequences import Sequences, length_sorted_chunks, make_sequences
 from pipeline.models.text import decode, encode_completions, encode_prompts
+from pipeline.runtime.devices import in_float64
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def reference_nats(model: PreTrainedModel, sequences: Sequences, chunks: Sequenc
     for index in chunks:
         batch = sequences.rows(index)
         logprobs = log_softmax(model, batch).gather(-1, batch.completion_ids.unsqueeze(-1)).squeeze(-1)
-        sums[index] = -(logprobs * batch.completion_mask).double().sum(1).cpu()
+        sums[index] = -in_float64(logprobs * batch.completion_mask).sum(1).cpu()
     return sums.tolist()
 
 
@@ -102,10 +103,10 @@ def _entropy_and_divergence(
         batch = sequences.rows(index)
         logprobs = log_softmax(model, batch)
         probabilities, mask = logprobs.exp(), batch.completion_mask
-        sums[0, index] = -((probabilities * logprobs).sum(-1) * mask).double().sum(1).cpu()
+        sums[0, index] = -in_float64((probabilities * logprobs).sum(-1) * mask).sum(1).cpu()
         if sft is not None and sft is not model:
             kl = (probabilities * (logprobs - log_softmax(sft, batch))).sum(-1)
-            sums[1, index] = (kl * mask).double().sum(1).cpu()
+            sums[1, index] = in_float64(kl * mask).sum(1).cpu()
     return sums[0].tolist(), sums[1].tolist()
 
 

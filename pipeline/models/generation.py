@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from pipeline.models.decoder_start import decoder_prefix
 from pipeline.models.kernels.decode_loop import Choose, Stop, decode_batch, supports_decode_loop
 from pipeline.models.sequences import length_sorted_chunks, pad_left, pad_right
+from pipeline.runtime.devices import in_float64
 from pipeline.runtime.seeds import derive_seed
 
 
@@ -160,15 +161,16 @@ def sample_tokens(logits: Tensor, decoding: Decoding, draws: Tensor) -> Tensor:
     if decoding.top_k or decoding.top_p < 1:
         logits, order = logits.topk(min(decoding.top_k or logits.shape[-1], logits.shape[-1]))
     # In float64, where sums over a large vocabulary keep what small probabilities add.
-    probabilities = torch.softmax(logits, dim=-1).double()
+    probabilities = in_float64(torch.softmax(logits, dim=-1))
     cumulative = probabilities.cumsum(-1)
     if decoding.top_p < 1:  # the fewest likeliest tokens that together reach top_p
         probabilities = probabilities.masked_fill(cumulative - probabilities >= decoding.top_p, 0.0)
         cumulative = probabilities.cumsum(-1)
-    targets = draws.double().unsqueeze(-1) * cumulative[:, -1:]
+    targets = in_float64(draws).unsqueeze(-1) * cumulative[:, -1:]
     index = torch.searchsorted(cumulative, targets, right=True)  # the first whose sum passes: never one of weight 0
     if (index == logits.shape[-1]).any():
         raise FloatingPointError("generation: the probabilities of the next token are not finite (NaN in the model)")
+    index = index.to(logits.device)
     return (index if order is None else order.gather(-1, index)).squeeze(-1)
 
 

@@ -289,9 +289,9 @@ class SharedModel(nn.Module):
     def _token_logprobs(self, model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies of completion tokens, [M] each from [M, H], without keeping [M, V]."""
         vocabulary = model.config.get_text_config().vocab_size
-        head, scale, offset = head_parts(model)
+        head, scale, transform = head_parts(model)
         hidden = hidden if scale == 1 else hidden * scale
-        return token_logprobs(head, hidden, targets, vocabulary, self.temperature, self.entropy_gradient, offset)
+        return token_logprobs(head, hidden, targets, vocabulary, self.temperature, self.entropy_gradient, transform)
 
 
 def _scatter(values: Tensor, mask: Tensor) -> Tensor:

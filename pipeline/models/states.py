@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.models.decoder_start import decoder_prefix
+from pipeline.models.kernels.lm_head import LogitTransform
 from pipeline.models.sequences import Sequences
 
 # The largest |log pi - log rho| of a token that rounding explains: DoRA and checkpointing compute in another order.
@@ -21,6 +22,20 @@ SCALED_WHERE = {
     "longt5": "scale_decoder_outputs",
     "umt5": "tie_word_embeddings",
     "switch_transformers": "tie_word_embeddings",
+}
+# The key of their config by which models multiply or divide the logits of their LM head.
+MULTIPLIED_BY = {
+    "cohere": "logit_scale",
+    "cohere2": "logit_scale",
+    "cohere2_moe": "logit_scale",
+    "hyperclovax": "logits_scaling",
+}
+DIVIDED_BY = {
+    "granite": "logits_scaling",
+    "granite_swa": "logits_scaling",
+    "granitemoe": "logits_scaling",
+    "granitemoe_swa": "logits_scaling",
+    "granitemoeshared": "logits_scaling",
 }
 
 
@@ -73,24 +88,26 @@ def encode(model: PreTrainedModel, sequences: Sequences, size: int | None = None
     return torch.cat(states).index_select(0, index)
 
 
-def head_parts(model: PreTrainedModel) -> tuple[nn.Module, float, Tensor | None]:
-    """The LM head, what states are multiplied by before it, and what is added to its logits, [V] (None: nothing)."""
-    head = model.get_output_embeddings()
+def head_parts(model: PreTrainedModel) -> tuple[nn.Module, float, LogitTransform]:
+    """The LM head, what states are multiplied by before it, and what is done to its logits."""
+    head, config = model.get_output_embeddings(), model.config.get_text_config(decoder=True).to_dict()
+    multiplier = config.get(MULTIPLIED_BY.get(model.config.model_type, ""), 1.0)
+    divisor = config.get(DIVIDED_BY.get(model.config.model_type, ""), 1.0)
+    cap = config.get("final_logit_softcapping")
     if not model.config.is_encoder_decoder:
-        return head, 1.0, None
+        return head, 1.0, LogitTransform(None, multiplier / divisor, cap)
     flag = SCALED_WHERE.get(model.config.model_type)
     scale = model.config.d_model**-0.5 if flag and getattr(model.config, flag) else 1.0
     bias = dict(model.named_buffers(recurse=False)).get("final_logits_bias")
-    return head, scale, None if bias is None else bias[0]
+    return head, scale, LogitTransform(None if bias is None else bias[0], cap=cap)
 
 
 def lm_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
-    """States [N, H] of the trunk -> logits [N, V], with what some encoder-decoders do before and after their head."""
-    head, scale, bias = head_parts(model)
+    """States [N, H] of the trunk -> logits [N, V], with what some models do before and after their head."""
+    head, scale, transform = head_parts(model)
 
     def logits(states: Tensor) -> Tensor:
-        scores = head(states if scale == 1 else states * scale)
-        return scores if bias is None else scores + bias
+        return transform(head(states if scale == 1 else states * scale))
 
     return logits
 
@@ -123,7 +140,7 @@ def check_trunk_and_head(model: PreTrainedModel) -> None:
     """Refuse a model whose logits are more than its LM head on its trunk, which is how PPO computes them.
 
     Raises:
-        ValueError: the logits differ (a model that scales or caps them), naming the model type.
+        ValueError: the logits differ (a model that changes them in a way that is not known here), naming its type.
     """
     ids, training = torch.arange(1, 5, device=model.device).unsqueeze(0), model.training
     model.eval()  # dropout would make any two passes differ
@@ -138,6 +155,6 @@ def check_trunk_and_head(model: PreTrainedModel) -> None:
     model.train(training)
     if not torch.allclose(computed.float(), expected.float(), rtol=1e-3, atol=1e-3):
         raise ValueError(
-            f"model: {model.config.model_type!r} changes its logits after the LM head (scaling or soft-capping), "
-            "which PPO here does not reproduce; choose another model"
+            f"model: {model.config.model_type!r} changes its states before or its logits after the LM head in a way "
+            "that PPO here does not reproduce; choose another model"
         )

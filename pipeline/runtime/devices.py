@@ -1,8 +1,9 @@
-"""Say what a run computes on: an accelerator, or the CPU, also where the only accelerator is Apple's GPU."""
+"""Say what a run computes on, and where exact sums are taken: Apple's GPU is not used, and has no float64."""
 
 import torch
+from torch import Tensor
 
-APPLE_GPU_IDLE = "Apple's GPU (mps) is not used, because it has no float64: everything runs on the CPU"
+APPLE_GPU_IDLE = "Apple's GPU (mps) is not used, because no run on it has been tested: everything runs on the CPU"
 
 
 def has_accelerator() -> bool:
@@ -13,3 +14,13 @@ def has_accelerator() -> bool:
 def has_apple_gpu() -> bool:
     """Tell whether the accelerator of this machine is Apple's GPU."""
     return torch.accelerator.is_available() and torch.accelerator.current_accelerator().type == "mps"
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """Return where the numbers of `device` can be held in float64: there, or on the CPU if `device` is Apple's GPU."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def in_float64(values: Tensor) -> Tensor:
+    """Widen numbers to float64, on `float64_device`: all float64 of rollouts and updates is made here."""
+    return values.to(float64_device(values.device)).double()

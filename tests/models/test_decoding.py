@@ -30,6 +30,13 @@ MODELS = {
     "gemma": {**COMMON, "num_key_value_heads": 1, "head_dim": 16},
     "opt": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 48},
     "gpt_neox": COMMON,
+    "cohere": {**COMMON, "num_key_value_heads": 2, "logit_scale": 0.25},
+    "granite": {**COMMON, "num_key_value_heads": 2, "embedding_multiplier": 3.0, "logits_scaling": 4.0},
+}
+WINDOWS = {
+    "cohere2": {**COMMON, "head_dim": 8, "sliding_window": 4, "logit_scale": 0.25},
+    "gemma2": {**COMMON, "head_dim": 8, "sliding_window": 4, "final_logit_softcapping": 3.0},
+    "gemma3_text": {**COMMON, "head_dim": 8, "sliding_window": 4},
 }
 BART = {
     "d_model": 32,
@@ -97,6 +104,7 @@ def test_greedy_tokens_are_those_of_transformers(architecture, attention):
     ("architecture", "options"),
     [
         ("mistral", {"sliding_window": 4, "num_key_value_heads": 2}),
+        *WINDOWS.items(),
         ("mamba", {"state_size": 4}),
         ("bloom", {"n_head": 2, "n_layer": 1}),
     ],
@@ -114,6 +122,21 @@ def test_other_caches_and_positions_are_left_to_transformers(architecture, optio
         assert generate(model, tokenizer, PROMPTS, Decoding(6), 8) == by_transformers(model, PROMPTS, 6, [2])
     [line] = capsys.readouterr().err.splitlines()  # once, not for every batch
     assert line.startswith(f"warning: {architecture}:") and "decode loop" in line
+
+
+@pytest.mark.parametrize("architecture", WINDOWS)
+def test_with_sliding_windows_transformers_writes_what_full_passes_find_likeliest(
+    architecture, tokenizer, monkeypatch
+):
+    model = build(architecture, **WINDOWS[architecture])
+    monkeypatch.setattr(generation, "eos_token_ids", lambda *_: [2])
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+    completions = generate(model, tokenizer, PROMPTS, Decoding(12), 8)
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
+        written = []
+        while len(written) < 12 and written[-1:] != [2]:  # without any cache or padding
+            written.append(int(model(torch.tensor([prompt + written]), use_cache=False).logits[0, -1].argmax()))
+        assert completion == written
 
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])

@@ -45,6 +45,16 @@ MIXTURES = {
     "glm4_moe": {**EXPERTS, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
 }
 ARCHITECTURES |= MIXTURES
+GRANITE = {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3}
+CAPPED = {"attn_logit_softcapping": 1.0, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 16}
+# Models that scale or cap their logits; windows of 8 tokens, shorter than some rows and longer than others.
+ARCHITECTURES |= {
+    "cohere": {**GROUPED, "logit_scale": 0.5},
+    "cohere2": {**GROUPED, "logit_scale": 0.5, "sliding_window": 8},
+    "granite": {**GROUPED, **GRANITE},
+    "gemma2": {**GROUPED, **CAPPED, "sliding_window": 8},
+    "gemma3_text": {**GROUPED, "query_pre_attn_scalar": 16, "sliding_window": 8},
+}
 BART = {
     "d_model": 32,
     "encoder_layers": 2,
@@ -63,7 +73,7 @@ ENCODER_DECODERS = {
     "marian": BART,
 }
 ARCHITECTURES |= ENCODER_DECODERS
-TIED = {"gpt2", "qwen2", "gemma", "opt", *ENCODER_DECODERS}
+TIED = {"gpt2", "qwen2", "gemma", "opt", "cohere", "cohere2", "gemma2", "gemma3_text", *ENCODER_DECODERS}
 # Float64, but some norms compute in float32 inside, and constants such as Gemma's scale of embeddings were made in it.
 CLOSE = {"rtol": 1e-6, "atol": 1e-6}
 

@@ -1,5 +1,6 @@
 """Log-probs and entropies of chosen tokens from the LM head, without keeping [tokens, vocabulary]."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,35 @@ LOGIT_BUDGET = 2**24
 CACHED_LOGITS, THINNEST = 2**21, 128
 
 
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a model does to the logits of its LM head: `offset [V]` is added, then they are multiplied, then capped.
+
+    A cap c makes c * tanh(logit / c) of a logit, which stays between -c and c (Gemma 2, arXiv:2408.00118, section 2).
+    """
+
+    offset: Tensor | None = None
+    multiplier: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Transform logits [N, V], which stay as they are."""
+        if self.offset is not None:
+            logits = logits + self.offset
+        if self.multiplier != 1:
+            logits = logits * self.multiplier
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+    def slope(self, transformed: Tensor) -> Tensor | float:
+        """The derivative of transformed logits [N, V] by those of the head: [N, V], or one number for all of them."""
+        if self.cap is None:
+            return self.multiplier
+        return (transformed / self.cap).square_().neg_().add_(1.0).mul_(self.multiplier)
+
+
+UNCHANGED = LogitTransform()
+
+
 def token_logprobs(
     head: nn.Module,
     hidden: Tensor,
@@ -21,11 +51,11 @@ def token_logprobs(
     vocabulary: int,
     temperature: float,
     entropy_gradient: bool,
-    offset: Tensor | None = None,
+    transform: LogitTransform = UNCHANGED,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies (nats), [M] each, float32 or wider, of `targets [M]` given `hidden [M, H]`.
 
-    Entropies have a gradient only with `entropy_gradient`. `offset [V]` is added to the head's logits.
+    Entropies have a gradient only with `entropy_gradient`. `transform` is what the model does to the head's logits.
     """
     frozen = not entropy_gradient and _is_frozen(head)
     rows = max(1, LOGIT_BUDGET // vocabulary)
@@ -34,11 +64,11 @@ def token_logprobs(
     pieces = []
     for states, tokens in zip(hidden.split(rows), targets.split(rows), strict=True):
         if frozen:
-            pieces.append(_FrozenHead.apply(states, head.weight, head.bias, tokens, temperature, offset))
+            pieces.append(_FrozenHead.apply(states, head.weight, head.bias, tokens, temperature, transform))
         elif len(tokens) == len(targets):
-            pieces.append(_score(head, states, tokens, temperature, entropy_gradient, offset))
+            pieces.append(_score(head, states, tokens, temperature, entropy_gradient, transform))
         else:
-            given = (head, states, tokens, temperature, entropy_gradient, offset)
+            given = (head, states, tokens, temperature, entropy_gradient, transform)
             pieces.append(checkpoint(_score, *given, use_reentrant=False))
     return torch.cat([logprobs for logprobs, _ in pieces]), torch.cat([entropies for _, entropies in pieces])
 
@@ -68,17 +98,22 @@ class _FrozenHead(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         temperature: float,
-        offset: Tensor | None,
+        transform: LogitTransform,
     ) -> tuple[Tensor, Tensor]:
         logits = functional.linear(hidden, weight, bias)
-        logprobs = _log_softmax(logits, temperature, offset)
+        dtype, logits = logits.dtype, _widened(logits, transform)
+        logprobs = _log_softmax(logits, temperature)
+        by_logits = transform.slope(logits) if ctx.needs_input_grad[0] else 1.0
+        del logits
         chosen = logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
         probabilities = logprobs.exp()
         entropies = -logprobs.mul_(probabilities).sum(-1)
         if ctx.needs_input_grad[0]:
             slope = probabilities.neg_()
             slope.scatter_add_(-1, targets.unsqueeze(-1), torch.ones_like(slope[:, :1]))
-            by_hidden = slope.to(logits.dtype) @ weight.to(logits.dtype)
+            if transform.cap is not None or transform.multiplier != 1:
+                slope.mul_(by_logits)
+            by_hidden = slope.to(dtype) @ weight.to(dtype)
             ctx.save_for_backward(by_hidden if temperature == 1 else by_hidden / temperature)
             ctx.dtype = hidden.dtype
         ctx.mark_non_differentiable(entropies)
@@ -90,10 +125,11 @@ class _FrozenHead(torch.autograd.Function):
         return (by_hidden * gradient.unsqueeze(-1)).to(ctx.dtype), None, None, None, None, None
 
 
-def _log_softmax(logits: Tensor, temperature: float, offset: Tensor | None) -> Tensor:
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if offset is not None:
-        logits = logits + offset
+def _widened(logits: Tensor, transform: LogitTransform) -> Tensor:
+    return transform(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+
+
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
     return torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
 
 
@@ -103,9 +139,9 @@ def _score(
     targets: Tensor,
     temperature: float,
     entropy_gradient: bool,
-    offset: Tensor | None,
+    transform: LogitTransform,
 ) -> tuple[Tensor, Tensor]:
-    logprobs = _log_softmax(head(hidden), temperature, offset)
+    logprobs = _log_softmax(_widened(head(hidden), transform), temperature)
     with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         entropies = -(logprobs.exp() * logprobs).sum(-1)
     return logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropies

@@ -182,7 +182,8 @@ def whiten(values: Tensor, mask: Tensor, moments: Tensor, shift_mean: bool = Tru
     count, summed, squares = moments
     mean = summed / count.clamp(min=1)
     variance = ((squares / count.clamp(min=1) - mean.square()) * count / (count - 1).clamp(min=1)).clamp(min=0)
-    whitened = (values - mean) * torch.rsqrt(variance + 1e-8)
+    mean, scale = mean.to(values), torch.rsqrt(variance + 1e-8).to(values)
+    whitened = (values - mean) * scale
     if not shift_mean:
         whitened = whitened + mean
     return (whitened * mask).to(values.dtype)

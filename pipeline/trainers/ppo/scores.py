@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pipeline.models.generation import Completions
 from pipeline.rewards import RewardError, RewardOutputs
+from pipeline.runtime.devices import float64_device, in_float64
 from pipeline.runtime.seeds import derive_seed
 from pipeline.trainers.ppo.config import PPOConfig
 
@@ -96,7 +97,8 @@ def process_scores(
     scores = rewards.weighted_sum.masked_fill(~scored, 0.0)
     token_scores = token_scores.masked_fill(~scored.unsqueeze(1), 0.0)
     if args.score_scaling == "running" or (args.score_scaling == "reference" and not seen.count):
-        sums = accelerator.reduce(masked_moments(scores, scored).to(accelerator.device), reduction="sum")
+        sums = masked_moments(scores, scored).to(float64_device(accelerator.device))
+        sums = accelerator.reduce(sums, reduction="sum")
         seen = seen.merged(RunningMoments.from_sums(sums)) if float(sums[0]) else seen
     deviation = 1.0 if args.score_scaling == "none" else seen.deviation
     scores, token_scores = transform_scores(scores, token_scores, deviation, args.score_clip)
@@ -135,9 +137,8 @@ def shuffle_scores(
 
 def masked_moments(values: Tensor, mask: Tensor) -> Tensor:
     """`[count, sum, sum of squares]` of `values` where `mask`, in float64: summed over processes they are global."""
-    chosen = values[mask].double()
-    count = torch.tensor(float(chosen.numel()), device=values.device, dtype=torch.float64)
-    return torch.stack([count, chosen.sum(), chosen.square().sum()])
+    chosen = in_float64(values[mask])
+    return torch.stack([torch.ones_like(chosen).sum(), chosen.sum(), chosen.square().sum()])
 
 
 def transform_scores(

@@ -5,6 +5,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from pipeline.rewards import RewardError
+from pipeline.runtime.devices import float64_device, in_float64
 from pipeline.trainers.ppo.rollout import Rollout
 
 
@@ -50,7 +51,7 @@ def _rollout_sums(rollout: Rollout, returns: Tensor, kl_penalties: Tensor, num_g
     mask, scored, scores = rollout.mask, rollout.scored, rollout.scores
     non_score_reward = -(kl_penalties * mask).sum(1)
     equal, prompts = prompts_with_equal_scores(scores, scored, num_generations)
-    errors, chosen_returns = (returns - rollout.values)[mask].double(), returns[mask].double()
+    errors, chosen_returns = in_float64((returns - rollout.values)[mask]), in_float64(returns[mask])
     per_episode = {
         "objective/scores": scores,
         "objective/kl": ((rollout.logprobs - rollout.ref_logprobs) * mask).sum(1),
@@ -59,9 +60,9 @@ def _rollout_sums(rollout: Rollout, returns: Tensor, kl_penalties: Tensor, num_g
         "objective/rlhf_reward": scores + non_score_reward,
         "objective/length": mask.sum(1),
         "objective/finished": rollout.finished.to(scored.device).float() * scored,
-        "squared scores": scores.double().square(),
+        "squared scores": in_float64(scores).square(),
     }
-    sums = {name: values.double().sum() for name, values in per_episode.items()} | {
+    sums = {name: in_float64(values).sum() for name, values in per_episode.items()} | {
         "episodes": scored.sum(),
         "failures": torch.tensor(len(rollout.failures)),
         "prompts": prompts,
@@ -73,13 +74,14 @@ def _rollout_sums(rollout: Rollout, returns: Tensor, kl_penalties: Tensor, num_g
         "squared returns": chosen_returns.square().sum(),
     }
     for name, values in rollout.rewards.items():
-        sums[f"reward/{name}"] = values.nan_to_num(0.0).double().sum()
+        sums[f"reward/{name}"] = in_float64(values.nan_to_num(0.0)).sum()
         sums[f"completions with reward/{name}"] = (~values.isnan()).sum()
     return sums
 
 
 def _sums_over_processes(sums: dict[str, Tensor], accelerator: Accelerator) -> dict[str, float]:
-    stacked = torch.stack([value.double().cpu() for value in sums.values()]).to(accelerator.device)
+    stacked = torch.stack([in_float64(value).cpu() for value in sums.values()])
+    stacked = stacked.to(float64_device(accelerator.device))
     return dict(zip(sums, accelerator.reduce(stacked, reduction="sum").tolist(), strict=True))
 
 

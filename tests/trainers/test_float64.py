@@ -1,0 +1,93 @@
+"""Apple's GPU has no float64: rollouts and updates make such numbers in one function alone, which moves them away."""
+
+import sys
+from weakref import WeakKeyDictionary
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from pipeline.models.generation import Decoding, sample_tokens
+from pipeline.runtime.devices import float64_device, in_float64
+
+
+class NoFloat64OnDevice(TorchDispatchMode):
+    """Take every tensor for one of a device without float64, but what `in_float64` returns and is made of that.
+
+    Raises:
+        TypeError: a float64 tensor on the device, or an operation on tensors of the device and others.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elsewhere: WeakKeyDictionary | WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self.widened = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        result = function(*args, **(kwargs or {}))
+        made = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        if _inside(in_float64):
+            self.widened += 1
+            self._leave(made)
+        elif any(x in self.elsewhere for x in given):
+            if any(x not in self.elsewhere and x.dim() for x in given) and "copy" not in str(function):
+                raise TypeError(f"{function} of tensors of two devices")
+            self._leave(made)
+        elif any(x.dtype == torch.float64 for x in made):
+            raise TypeError(f"{function} makes float64")
+        return result
+
+    def _leave(self, tensors: list[torch.Tensor]) -> None:
+        for tensor in tensors:
+            self.elsewhere[tensor] = True
+
+
+def _inside(function) -> bool:
+    frame = sys._getframe()
+    while frame is not None and frame.f_code is not function.__code__:
+        frame = frame.f_back
+    return frame is not None
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"top_k": 5, "top_p": 0.9, "num_generations": 2, "group_baseline": True, "num_sample_generations": 1},
+        {"score_scaling": "running", "whiten_rewards": True, "kl_placement": "reward"},
+    ],
+)
+def test_training_makes_no_float64_on_the_device(make_trainer, examples, settings):
+    trainer = make_trainer(**settings, validation=examples.select(range(4)), total_episodes=16)
+    with NoFloat64OnDevice() as mode:
+        trainer.train()
+    assert mode.widened > 10 and trainer.shared.language_model.dtype == torch.float32
+
+
+def test_the_check_finds_float64_and_mixed_devices():
+    values = torch.ones(3)
+    with NoFloat64OnDevice():
+        assert in_float64(values).sum() == 3
+        for mistake in (
+            values.double,
+            lambda: torch.zeros(2, dtype=torch.float64),
+            lambda: in_float64(values) * values,
+        ):
+            with pytest.raises(TypeError, match=r"float64|two devices"):
+                mistake()
+
+
+def test_numbers_of_apples_gpu_are_widened_on_the_cpu():
+    assert float64_device(torch.device("mps", 0)) == torch.device("cpu")
+    assert float64_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
+    assert in_float64(torch.tensor([0.1])).dtype == torch.float64
+
+
+def test_draws_are_the_same_numbers_as_before():
+    torch.manual_seed(0)
+    logits, draws = torch.randn(64, 500) * 3, torch.rand(64)
+    cumulative = logits.softmax(-1).double().cumsum(-1)
+    expected = torch.searchsorted(cumulative, draws.double().unsqueeze(-1) * cumulative[:, -1:], right=True)
+    assert torch.equal(sample_tokens(logits, Decoding(1, 1.0), draws), expected.squeeze(-1))
