@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from peft import LoraConfig, PeftConfig, PeftModel, load_peft_weights
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, load_peft_weights
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
@@ -53,6 +53,24 @@ def fused_experts(model: PreTrainedModel) -> list[str]:
     """
     modules = [(name, module) for name, module in model.named_modules() if name.endswith("experts")]
     return [name for name, module in modules if any(p.dim() == 3 for p in module.parameters(recurse=False))]
+
+
+def check_expert_targets(model: PreTrainedModel, lora: LoraConfig) -> None:
+    """Refuse names of layers of fused experts that peft cannot adapt; `model` has no weights, and is changed.
+
+    Raises:
+        ValueError: naming the keys and what to do.
+    """
+    if not fused_experts(model):
+        return
+    try:
+        get_peft_model(model, adapter_config(model, lora), low_cpu_mem_usage=True)
+    except ValueError as error:
+        raise ValueError(
+            f"model.lora_target_modules: peft cannot adapt these layers of this {model.config.model_type} "
+            f"({' '.join(str(error).split())[:200].rstrip('.')}); to train experts name all their layers and set "
+            f"model.lora_dropout: 0, or leave them out with {ALL_LINEAR}"
+        ) from error
 
 
 def check_adapter(model: PeftModel) -> None:

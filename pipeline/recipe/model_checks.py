@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
-from pipeline.models.adapters import ALL_LINEAR, fused_experts
+from pipeline.models.adapters import ALL_LINEAR, check_expert_targets, fused_experts
 from pipeline.models.hub import check_model_path
-from pipeline.models.loading import check_weights, load_tokenizer
+from pipeline.models.loading import check_weights, load_tokenizer, lora_config
 from pipeline.models.weights import shown_weights
 from pipeline.recipe.types import Recipe
 from pipeline.trainers.ppo.checks import check_special_tokens
@@ -15,7 +15,7 @@ def check_models(recipe: Recipe) -> None:
 
     Raises:
         ValueError: a model that is not there, lacks weights, or has a tokenizer with special tokens that it has no
-            embedding for; the message names the key.
+            embedding for, or layers that get no adapter; the message names the key.
     """
     models = dict(named_models(recipe))
     for path, key in models.items():
@@ -27,6 +27,8 @@ def check_models(recipe: Recipe) -> None:
                 check_special_tokens(model, load_tokenizer(path, recipe.model))
         except ValueError as error:
             raise ValueError(f"{key}: {str(error).removeprefix('processing_class: ')}") from error
+        if model is not None and key == "model.model_name_or_path" and trains_adapter(recipe):
+            check_expert_targets(model, lora_config(recipe.model))
 
 
 def named_models(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -42,9 +44,7 @@ def named_models(recipe: Recipe) -> Iterator[tuple[str, str]]:
 def model_notes(recipe: Recipe) -> list[str]:
     """Return what a user should know of the recipe's model before it is trained."""
     config = recipe.model
-    trains_reward = recipe.reward is not None and recipe.reward.model is None
-    uses_adapter = recipe.sft.use_peft or trains_reward or (recipe.ppo is not None and recipe.ppo.use_peft)
-    if config.model_name_or_path is None or config.lora_target_modules != ALL_LINEAR or not uses_adapter:
+    if config.model_name_or_path is None or config.lora_target_modules != ALL_LINEAR or not trains_adapter(recipe):
         return []
     model = check_weights(config.model_name_or_path, config)
     if model is None or not (experts := fused_experts(model)):
@@ -53,3 +53,9 @@ def model_notes(recipe: Recipe) -> list[str]:
         f"model.lora_target_modules: {ALL_LINEAR} leaves out the experts of this {model.config.model_type} "
         f"({shown_weights(experts)}), their router and feed-forward layers beside them; the attention gets adapters"
     ]
+
+
+def trains_adapter(recipe: Recipe) -> bool:
+    """Tell whether a stage of the recipe trains an adapter as its `model.lora_*` keys describe it."""
+    trains_reward = recipe.reward is not None and recipe.reward.model is None
+    return recipe.sft.use_peft or trains_reward or (recipe.ppo is not None and recipe.ppo.use_peft)

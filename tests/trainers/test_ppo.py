@@ -12,6 +12,7 @@ from datasets import Dataset
 from ppo_toys import colours, read_metrics, training_steps, weights
 
 from pipeline.models.loading import load_policy
+from pipeline.models.states import completion_states, lm_head
 from pipeline.models.text import decode
 from pipeline.rewards import Reward, RewardError
 from pipeline.trainers.checkpoints import list_checkpoints
@@ -56,6 +57,20 @@ def test_before_the_first_update_the_ratio_is_1_and_the_kl_0(make_trainer, setti
     assert first["objective/kl"] == 0.0 and first["objective/non_score_reward"] == 0.0
     assert second["objective/kl"] != 0.0  # the policy moved
     assert first["val/ratio"] != 1.0  # in the second epoch
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 2}, {"top_p": 0.5}, {"min_new_tokens": 4}], ids=str)
+def test_the_kl_that_is_logged_is_the_mean_log_ratio_of_the_whole_policies(make_trainer, taught, settings):
+    trainer = make_trainer(temperature=0.7, total_episodes=16, **settings)
+    trainer.update(one_experience(trainer)[1])
+    rollout = trainer.collect_rollout(trainer.prompt_rows(1))
+    logged, sequences, ratios = trainer.compute_advantages(rollout)[1]["objective/kl"], rollout.sequences, []
+    with torch.no_grad():
+        for model in (trainer.shared.language_model, taught().eval()):
+            logits = lm_head(model)(completion_states(model, sequences)) / 0.7  # nothing cut off
+            chosen = logits.log_softmax(-1).gather(-1, sequences.completion_ids.unsqueeze(-1)).squeeze(-1)
+            ratios.append((chosen * sequences.completion_mask).sum(1))
+    assert logged == pytest.approx(float((ratios[0] - ratios[1]).mean()), abs=1e-5) and abs(logged) > 1e-3
 
 
 def test_the_saved_generation_settings_change_neither_ratio_nor_kl(make_trainer, taught):
