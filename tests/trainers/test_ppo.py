@@ -59,7 +59,7 @@ def test_before_the_first_update_the_ratio_is_1_and_the_kl_0(make_trainer, setti
     assert first["val/ratio"] != 1.0  # in the second epoch
 
 
-@pytest.mark.parametrize("settings", [{}, {"top_k": 2}, {"top_p": 0.5}, {"min_new_tokens": 4}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"top_k": 2}, {"top_p": 0.5}, {"min_new_tokens": 3}], ids=str)
 def test_the_kl_that_is_logged_is_the_mean_log_ratio_of_the_whole_policies(make_trainer, taught, settings):
     trainer = make_trainer(temperature=0.7, total_episodes=16, **settings)
     trainer.update(one_experience(trainer)[1])
