@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 from ppo_toys import training_steps, weights
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers.models.gemma2 import modeling_gemma2
 
 from pipeline.models.loading import load_policy, lora_config
 from pipeline.runtime.signals import Stopped
@@ -80,6 +81,18 @@ CLOSE = {"rtol": 1e-6, "atol": 1e-6}
 
 EIGHT_AT_ONCE = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
 ONE_BY_ONE = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
+
+
+@pytest.fixture(autouse=True)
+def finite_masks(monkeypatch):
+    """The lowest float64 masks what is not read; in the float32 of Gemma 2's softmax it is -inf: NaN in padding."""
+    attend, lowest = modeling_gemma2.eager_attention_forward, torch.finfo(torch.float32).min
+
+    def eager_attention_forward(module, query, key, value, attention_mask, **options):
+        mask = None if attention_mask is None else attention_mask.clamp(min=lowest)
+        return attend(module, query, key, value, mask, **options)
+
+    monkeypatch.setattr(modeling_gemma2, "eager_attention_forward", eager_attention_forward)
 
 
 def experts_option(architecture: str) -> dict[str, str]:
