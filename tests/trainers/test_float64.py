@@ -4,10 +4,12 @@ import sys
 
 import pytest
 import torch
+from ppo_toys import colours
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline.models.generation import Decoding, sample_tokens
+from pipeline.rewards import Reward
 from pipeline.runtime.devices import float64_device, in_float64
 
 
@@ -44,11 +46,17 @@ def _inside(function) -> bool:
     return frame is not None
 
 
+def length(prompts: list, completions: list, **columns: list) -> list[float]:
+    """Characters of a completion."""
+    return [float(len(completion)) for completion in completions]
+
+
 @pytest.mark.parametrize(
     "settings",
     [
         {"top_k": 5, "top_p": 0.9, "num_generations": 2, "group_baseline": True, "num_sample_generations": 1},
         {"score_scaling": "running", "whiten_rewards": True, "kl_placement": "reward"},
+        {"reward": [Reward("colours", colours, score_scaling="reference"), Reward("length", length)]},
     ],
 )
 def test_training_makes_no_float64_on_the_device(make_trainer, examples, settings):

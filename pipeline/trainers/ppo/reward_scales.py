@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from pipeline.rewards import Reward, RewardOutputs, combine
+from pipeline.runtime.devices import float64_device, in_float64
 from pipeline.trainers.ppo.scores import RunningMoments, masked_moments
 
 SHARE = "reward_share/"  # before the name of a reward in the log
@@ -30,7 +31,7 @@ def reward_deviations(
     if not names:
         return {}
     sums = torch.stack([masked_moments(by_name[name], by_name[name].isfinite()) for name in names])
-    rows = accelerator.reduce(sums.to(accelerator.device), reduction="sum")
+    rows = accelerator.reduce(sums.to(float64_device(accelerator.device)), reduction="sum")
     moments = [RunningMoments.from_sums(row) if float(row[0]) else RunningMoments() for row in rows]
     return {name: seen.deviation for name, seen in zip(names, moments, strict=True)}
 
@@ -56,11 +57,11 @@ def variance_shares(
     """
     if len(rewards) < 2:
         return {}
-    values = torch.stack([reward.weight * by_name[reward.name].nan_to_num(0.0).double() for reward in rewards])
+    values = torch.stack([reward.weight * in_float64(by_name[reward.name].nan_to_num(0.0)) for reward in rewards])
     chosen = values[:, scored.cpu()]  # [R, scored]
     total = chosen.sum(0)
-    sums = torch.cat([torch.tensor([float(total.numel())]).double(), chosen.sum(1), (chosen * total).sum(1)])
-    sums = accelerator.reduce(sums.to(accelerator.device), reduction="sum").cpu()
+    sums = torch.cat([torch.ones_like(total).sum().view(1), chosen.sum(1), (chosen * total).sum(1)])
+    sums = accelerator.reduce(sums.to(float64_device(accelerator.device)), reduction="sum").cpu()
     if not sums[0]:
         return {}
     means, products = (sums[1:] / sums[0]).chunk(2)
