@@ -8,10 +8,13 @@ import pipeline.runtime.versions  # noqa: F401  # first: before an import fails 
 # isort: split
 import sys
 from collections.abc import Sequence
+from functools import partial
 
+from pipeline.evaluation.config import BASELINES, SFT_BY_METRIC
 from pipeline.models.loading import load_model, load_tokenizer, lora_config
-from pipeline.recipe import Recipe, parse_stage_arguments
+from pipeline.recipe import Recipe, parse_arguments_of_stages
 from pipeline.runtime.signals import stop_signals
+from pipeline.stages.baselines import choose_checkpoint, sft_keys
 from pipeline.stages.directory import RunDirectory
 from pipeline.stages.early_checks import check_later_stages
 from pipeline.stages.stage import run_stage
@@ -23,30 +26,31 @@ from pipeline.trainers.huggingface.sft import build_sft_trainer, sft_arguments
 
 def main(argv: Sequence[str]) -> int:
     """Run the stage; 0 when its artefact is complete."""
-    recipe = parse_stage_arguments(argv, __doc__)
-    return run_stage(recipe, "sft", train_sft)
+    recipe, stage = parse_arguments_of_stages(argv, __doc__, ("sft", *BASELINES))
+    return run_stage(recipe, stage, partial(train_sft, stage=stage))
 
 
-def train_sft(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
-    """Train, then save the model as plain weights."""
-    task = load_recipe_task(recipe, run)
-    base = base_model_path(recipe, run)
-    arguments = sft_arguments(recipe.sft.arguments, run.sft, recipe.seed)
+def train_sft(recipe: Recipe, run: RunDirectory, stage: str) -> dict[str, object]:
+    """Train SFT or a baseline, then save the model as plain weights."""
+    task, base, output = load_recipe_task(recipe, run), base_model_path(recipe, run), run.stage(stage)
+    arguments = sft_arguments(sft_keys(recipe, run, stage), output, recipe.seed)
     check_sharding(arguments, recipe.model.load_in_4bit and recipe.sft.use_peft)
     model, tokenizer = load_model(base, recipe.model, frozen=recipe.sft.use_peft), load_tokenizer(base, recipe.model)
     check_later_stages(recipe, task, model, tokenizer)  # before the hours of this stage
     adapter = lora_config(recipe.model) if recipe.sft.use_peft else None
-    trainer = build_sft_trainer(
-        model, arguments, tokenizer, task.train, task.validation, adapter, run.sft / "metrics.jsonl"
-    )
+    log = output / "metrics.jsonl"
+    trainer = build_sft_trainer(model, arguments, tokenizer, task.train, task.validation, adapter, log)
+    checkpoint = last_checkpoint(arguments)
     with stop_signals():
-        result = trainer.train(resume_from_checkpoint=last_checkpoint(arguments))
-    save_plain_model(trainer, base, recipe.model, run.sft)
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    save_plain_model(trainer, base, recipe.model, output)
     return {
         "train_loss": result.training_loss,
         "steps": trainer.state.global_step,
         "best_eval_loss": trainer.state.best_metric,
         "mixed_precision": trainer.accelerator.mixed_precision,  # the machine's choice, where the recipe makes none
+        **({"training_seconds": result.metrics["train_runtime"]} if checkpoint is None else {}),
+        **(choose_checkpoint(recipe, run, task, output) if stage == SFT_BY_METRIC else {}),
         **left_out_record(task),
         **template_record(tokenizer),
     }

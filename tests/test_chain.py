@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline import eval as eval_stage
 from pipeline import ppo as ppo_stage
@@ -148,6 +149,54 @@ def test_a_control_is_run_by_the_same_script_and_shown(recipe, tmp_path):
     assert not any("the reward earned" in line for line in report["findings"])  # four sentences show nothing
     assert [stage["stage"] for stage in report["cost"]] == ["sft", "ppo", "control", "eval"]
     assert report["cost"][2]["tokens"] > 0
+
+
+def test_the_fair_baselines_are_made_and_shown(recipe, tmp_path, capsys):
+    """PPO's rule is the longest answer here, which loss does not choose."""
+    rule = ["ppo.metric_for_best_model=eval_length", "sft.num_train_epochs=4", "eval.samples_per_prompt=0"]
+    arguments = [recipe("{name: chrf}"), "eval.baselines=[sft_by_metric, sft_longer]", *rule]
+    stages = [(sft_stage, "sft"), (ppo_stage, "ppo"), (sft_stage, "sft_by_metric"), (sft_stage, "sft_longer")]
+    for script, stage in stages:
+        assert script.main([*arguments, "--stage", stage]) == 0
+    assert eval_stage.main(arguments) == 0
+    run = tmp_path / "runs" / "tiny"
+    records = {stage: json.loads((run / stage / "stage.json").read_text()) for _, stage in stages}
+
+    lengths = {int(step): value for step, value in records["sft_by_metric"]["eval_length_by_step"].items()}
+    chosen = records["sft_by_metric"]["best_step"]
+    assert len(lengths) == 4 and lengths[chosen] == max(lengths.values())
+    config = ModelConfig(model_name_or_path="unused")
+    saved, checkpoint, last = (
+        load_model(folder, config).state_dict()
+        for folder in (
+            run / "sft_by_metric",
+            run / "sft_by_metric" / "checkpoints" / f"checkpoint-{chosen}",
+            run / "sft_by_metric" / "checkpoints" / f"checkpoint-{max(lengths)}",
+        )
+    )
+    assert all(torch.equal(saved[name], checkpoint[name]) for name in saved)
+    assert chosen == max(lengths) or any((saved[name] != last[name]).any() for name in saved)
+    # The same training as SFT's, and the same evaluation as PPO's before its first step.
+    sft = json.loads((run / "sft" / "checkpoints" / f"checkpoint-{max(lengths)}" / "trainer_state.json").read_text())
+    started_from = max(lengths) if sft["best_global_step"] is None else sft["best_global_step"]
+    first = read_events(run / "ppo" / "metrics.jsonl")[0]
+    assert lengths[started_from] == first["eval_length"]
+
+    factor = 1 + records["ppo"]["seconds"] / records["sft"]["training_seconds"]
+    steps = records["sft_longer"]["steps"]
+    assert steps == pytest.approx(factor * records["sft"]["steps"], abs=1) and steps > records["sft"]["steps"]
+    report = json.loads((run / "eval" / "report.json").read_text())
+    assert list(report["systems"]) == ["base", "sft", "ppo", "sft_by_metric", "sft_longer"]
+    assert {("sft_by_metric", "ppo"), ("sft_longer", "ppo")} <= {(c["a"], c["b"]) for c in report["comparisons"]}
+    assert any("(sft_by_metric: bleu" in line and "(sft_longer: bleu" in line for line in report["findings"])
+    assert any("SFT's by eval_loss; PPO ended with the last checkpoint" in line for line in report["findings"])
+    assert [stage["stage"] for stage in report["cost"]] == ["sft", "ppo", "sft_by_metric", "sft_longer", "eval"]
+
+    before = (run / "sft_by_metric" / "model.safetensors").read_bytes()
+    (run / "sft_by_metric" / "stage.json").unlink()  # interrupted while it chose
+    assert sft_stage.main([*arguments, "--stage", "sft_by_metric"]) == 0
+    assert (run / "sft_by_metric" / "model.safetensors").read_bytes() == before
+    assert json.loads((run / "sft_by_metric" / "stage.json").read_text())["best_step"] == chosen
 
 
 @pytest.mark.parametrize(("variable", "engine"), [("DEEPSPEED", "DeepSpeed"), ("FSDP", "FSDP")])

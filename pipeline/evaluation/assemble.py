@@ -8,7 +8,7 @@ from pathlib import Path
 from accelerate import PartialState
 from datasets import Dataset
 
-from pipeline.evaluation.config import CONTROL
+from pipeline.evaluation.config import BASELINES, CONTROL
 from pipeline.evaluation.curves import Panel, read_cost, read_panels
 from pipeline.evaluation.decodings import BestOfN, DecodingScores, expected_best
 from pipeline.evaluation.gains import Gains, find_gains
@@ -65,8 +65,8 @@ def build_report(
     test = TestSet([plain_text(prompt) for prompt in rows["prompt"]], list(rows["references"]))
     systems = compute_system_metrics(systems, test.references, scoring.metrics)
     outputs = save_outputs(systems, rows, run / "eval")
-    own_control = any(source.path == run / CONTROL for source in sources)
-    stages = ("sft", "reward", "ppo", *([CONTROL] if own_control else []))
+    further = [name for name in (CONTROL, *BASELINES) if any(source.path == run / name for source in sources)]
+    stages = ("sft", "reward", "ppo", *further)
     report = assemble_report(systems, outputs, test, scoring, settings, read_cost(run, stages))
     details = Details(
         examples=all_examples(test, outputs, scoring.metrics[0].name),
@@ -142,7 +142,7 @@ def assemble_report(
         systems=figures,
         comparisons=comparisons,
         verdict=verdict(comparisons, first, resampling.n_resamples),
-        findings=findings(comparisons, figures, best_of, first, settings.get("control_kind")),
+        findings=findings(comparisons, figures, best_of, first, settings),
         warnings=find_warnings(predictions, comparisons, figures, references, rewards)
         + [text for metric in metrics if (text := short_references(metric, test.references))],
         settings=dict(settings),

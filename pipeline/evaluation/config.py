@@ -8,6 +8,9 @@ from typing import Any
 SYSTEMS = ("base", "sft", "ppo")
 CONTROL = "control"
 SHUFFLED, CONSTANT = "shuffled scores", "a constant reward"  # the kinds of control
+SFT_BY_METRIC, SFT_LONGER = "sft_by_metric", "sft_longer"
+BASELINES = (SFT_BY_METRIC, SFT_LONGER)
+TUNED_ON = ("validation", "test", "not tuned")
 AUTO = "auto"
 MIN_BOOTSTRAP = 1000  # p-values of fewer resamples are too coarse for a verdict
 
@@ -28,10 +31,10 @@ class SystemConfig:
     path: str
 
     def __post_init__(self) -> None:
-        if self.name in (*SYSTEMS, CONTROL) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", self.name):
+        if self.name in (*SYSTEMS, CONTROL, *BASELINES) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", self.name):
             raise ValueError(
                 f"eval.systems: a further system needs a name of letters, digits, '.', '_' and '-' that is not one of "
-                f"{', '.join((*SYSTEMS, CONTROL))}, found {self.name!r}"
+                f"{', '.join((*SYSTEMS, CONTROL, *BASELINES))}, found {self.name!r}"
             )
         if not self.path:
             raise ValueError(f"eval.systems: {self.name!r} needs a path: a model directory or a Hub id")
@@ -52,6 +55,11 @@ class EvalConfig:
     systems: tuple[str | SystemConfig, ...] = SYSTEMS
     # the directory of a run with ppo.shuffle_scores or a constant reward; auto finds one beside this run, None: none
     control: str | None = AUTO
+    # SFT models that PPO is compared with too: sft_by_metric, the checkpoint of SFT that PPO's rule chooses, and
+    # sft_longer, SFT for as long as SFT and PPO took together
+    baselines: tuple[str, ...] = ()
+    # what chose the hyper-parameters, for the report to say: validation, test or not tuned
+    hyperparameters: str | None = None
     metrics: tuple[MetricConfig, ...] = (MetricConfig("bleu"), MetricConfig("chrf"))  # the first decides the verdict
     num_beams: int = 1  # the decoding of every score; 1 is greedy
     beam_sizes: tuple[int, ...] = ()  # other numbers of beams to show beside it
@@ -75,6 +83,14 @@ class EvalConfig:
                     f"eval.systems: {system!r} is not one of {', '.join(SYSTEMS)}; "
                     f"another model is a mapping: {{name: ..., path: a directory or Hub id}}"
                 )
+        for name in self.baselines:
+            if name not in BASELINES or self.baselines.count(name) > 1:
+                raise ValueError(f"eval.baselines: each of {', '.join(BASELINES)} at most once, found {name!r}")
+        if self.baselines and "ppo" not in self.systems:
+            raise ValueError("eval.baselines: PPO is compared with them, so eval.systems must have ppo")
+        if self.hyperparameters not in (None, *TUNED_ON):
+            rule = f"must be one of {', '.join(TUNED_ON)}, or null"
+            raise ValueError(f"eval.hyperparameters: {rule}, found {self.hyperparameters!r}")
         names = self.system_names
         if len(set(names)) != len(names) or not names:
             raise ValueError(f"eval.systems: each system once, at least one, found {list(names)}")
@@ -104,7 +120,7 @@ class EvalConfig:
 
     @property
     def system_names(self) -> tuple[str, ...]:
-        """Return the names of the systems, in the report's order, without a control."""
+        """Return the names of the systems, in the report's order, without control and baselines."""
         return tuple(system if isinstance(system, str) else system.name for system in self.systems)
 
     @property

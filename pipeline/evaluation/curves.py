@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from pipeline.evaluation.config import BASELINES
 from pipeline.evaluation.report import StageCost
 
 # Panel -> logged names, for each stage; a name that was not logged is omitted.
@@ -95,7 +96,7 @@ def _curve(events: Sequence[Mapping[str, object]], name: str) -> Curve:
 
 def tokens_by_step(stage: str, events: Sequence[Mapping[str, object]]) -> dict[int, float]:
     """Count the tokens a stage had trained on (sft, reward) or sampled (ppo) by each logged step."""
-    if stage == "sft":
+    if stage in ("sft", *BASELINES):
         return {int(e["step"]): float(e[SEEN]) for e in events if isinstance(e.get(SEEN), int | float)}
     if stage == "reward":
         return {int(e["step"]): float(e["num_tokens"]) for e in events if isinstance(e.get("num_tokens"), int | float)}

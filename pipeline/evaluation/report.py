@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from pipeline.evaluation.config import CONTROL
+from pipeline.evaluation.config import BASELINES, CONTROL
 from pipeline.evaluation.decodings import BestOfN, DecodingScores
 from pipeline.evaluation.gains import Gains
 from pipeline.evaluation.power import equivalence_margin, smallest_difference
@@ -253,14 +253,17 @@ def _comparison(
 
 
 def compared_pairs(systems: Sequence[str]) -> list[tuple[str, str]]:
-    """List which systems are compared: base and SFT, SFT and PPO, SFT and each further one, the control and PPO.
+    """List which systems are compared: base and SFT, SFT and PPO, SFT and each further one, others and PPO.
+
+    The others are the control and the baselines.
 
     Without SFT the first system is compared with each other one.
     """
     if "sft" not in systems:
         return [(systems[0], name) for name in systems[1:]]
-    further = [name for name in systems if name not in ("base", "sft", "ppo")]
-    pairs = [("base", "sft"), ("sft", "ppo"), *[("sft", name) for name in further], (CONTROL, "ppo")]
+    further = [name for name in systems if name not in ("base", "sft", "ppo", *BASELINES)]
+    pairs = [("base", "sft"), ("sft", "ppo"), *[("sft", name) for name in further]]
+    pairs += [(name, "ppo") for name in (CONTROL, *BASELINES)]
     return [(a, b) for a, b in pairs if a in systems and b in systems]
 
 

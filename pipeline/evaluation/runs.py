@@ -8,7 +8,7 @@ from pipeline.evaluation.power import equivalence_margin, p_text, size_text, sma
 from pipeline.evaluation.run_files import Run, RunComparison, compare_to_sft, read_rows, run_metrics
 from pipeline.evaluation.seeds import (
     SeedSummary,
-    control_over_seeds,
+    controls_over_seeds,
     disagreements,
     resampled_rows,
     seeds_findings,
@@ -68,7 +68,7 @@ def compare_runs(runs: Sequence[Run]) -> RunsReport:
     details = pairwise_findings(duels)
     if about_seeds:
         kinds = [run.report["settings"].get("control_kind") for run in groups[0]]
-        details = [*seeds_findings(seeds[0]), *control_over_seeds(seeds, kinds)]
+        details = [*seeds_findings(seeds[0]), *controls_over_seeds(seeds, kinds)]
     return RunsReport(
         runs=[run.name for run in runs],
         verdict=seeds_verdict(seeds[0]) if about_seeds else pairwise_verdict(duels),

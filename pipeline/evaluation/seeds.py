@@ -6,8 +6,8 @@ from statistics import fmean, stdev
 
 import numpy as np
 
-from pipeline.evaluation.config import CONTROL
-from pipeline.evaluation.controls import Effect, control_finding
+from pipeline.evaluation.config import BASELINES, CONTROL
+from pipeline.evaluation.controls import Effect, baselines_finding, control_finding
 from pipeline.evaluation.crossed import CrossedComparison, crossed_comparison, seeds_alone
 from pipeline.evaluation.power import equivalence_margin, equivalence_text, p_text, size_text, smallest_difference
 from pipeline.evaluation.report import REWARD
@@ -17,7 +17,7 @@ from pipeline.metrics import Metric
 from pipeline.metrics.resampling import bootstrap_indices, resampled_means, with_full_set
 
 N_RESAMPLES = 1000
-OTHER_PAIRS = (("sft", CONTROL), (CONTROL, "ppo"))
+OTHER_PAIRS = (("sft", CONTROL), *((name, "ppo") for name in (CONTROL, *BASELINES)))
 
 
 @dataclass(frozen=True)
@@ -169,14 +169,14 @@ def seeds_findings(summary: SeedSummary) -> list[str]:
     return [tested, *([beside] if summary.over_both is not None else []), reseeded]
 
 
-def control_over_seeds(seeds: Sequence[SeedSummary], kinds: Sequence[object]) -> list[str]:
-    """Say over the seeds what `control_finding` says of one run; `kinds` are those of the runs' controls."""
+def controls_over_seeds(seeds: Sequence[SeedSummary], kinds: Sequence[object]) -> list[str]:
+    """Say over the seeds what the findings of one run say of control and baselines; `kinds` are those of controls."""
     effects = {(s.a, s.b): Effect(s.metric, s.deciding.delta, s.gain, s.p_holm) for s in reversed(seeds)}
     alone, beyond = effects.get(("sft", CONTROL)), effects.get((CONTROL, "ppo"))
-    if alone is None or beyond is None:
-        return []
     kind = kinds[0] if len(set(kinds)) == 1 else "different rewards"
-    return [f"Over the {len(kinds)} seeds: {control_finding(alone, beyond, kind)}"]
+    lines = [control_finding(alone, beyond, kind)] if alone and beyond else []
+    lines.append(baselines_finding({a: effects[a, "ppo"] for a in BASELINES if (a, "ppo") in effects}))
+    return [f"Over the {len(kinds)} seeds: {line}" for line in lines if line]
 
 
 def disagreements(seeds: Sequence[SeedSummary]) -> list[str]:

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from pipeline.evaluation.config import CONTROL, MIN_BOOTSTRAP
-from pipeline.evaluation.controls import Effect, control_finding
+from pipeline.evaluation.config import BASELINES, CONTROL, MIN_BOOTSTRAP
+from pipeline.evaluation.controls import Effect, baselines_finding, choices_finding, control_finding
 from pipeline.evaluation.decodings import BestOfN
 from pipeline.evaluation.power import equivalence_text, p_text, size_text
 from pipeline.evaluation.predictions import Prediction
@@ -49,14 +49,19 @@ def findings(
     systems: Mapping[str, System],
     best_of: Mapping[str, BestOfN],
     metric: str,
-    control_kind: object = None,
+    settings: Mapping[str, object],
 ) -> list[str]:
-    """Explain the verdict, a line each: power, other metrics, tests, shares, the control, distance, best of n."""
+    """Explain the verdict, a line each: power, other metrics, tests, shares, controls, choices, distance, best of n.
+
+    Of the run's `settings` those are read that say what the control is and what chose the models.
+    """
     comparison = _find(comparisons, "sft", "ppo", metric)
     if comparison is None:
         return []
     lines = [_power(comparison), _other_metrics(comparisons, metric), _agreement(comparison), _shares(comparison)]
-    lines += [_control(comparisons, control_kind), _distance(systems), _best_of(best_of)]
+    lines += [_control(comparisons, settings.get("control_kind")), _baselines(comparisons)]
+    lines += [choices_finding(settings.get("checkpoints") or {}, settings.get("hyperparameters"))]
+    lines += [_distance(systems), _best_of(best_of)]
     return [line for line in lines if line]
 
 
@@ -121,6 +126,11 @@ def _control(comparisons: Sequence[SystemComparison], kind: object) -> str:
     return control_finding(_effect(alone), _effect(beyond), kind)
 
 
+def _baselines(comparisons: Sequence[SystemComparison]) -> str:
+    first = {name: _first_metric(comparisons, name, "ppo") for name in BASELINES}
+    return baselines_finding({name: _effect(c) for name, c in first.items() if c is not None})
+
+
 def _effect(comparison: SystemComparison) -> Effect:
     return Effect(comparison.metric, comparison.delta, comparison.gain, comparison.p_holm)
 
@@ -179,7 +189,7 @@ def find_warnings(
             warnings.append(f"{name} collapsed: it answers {share:.0%} of the prompts with one and the same text")
     if "sft" in systems:
         for name in systems:
-            if name not in ("base", "sft"):
+            if name not in ("base", "sft", *BASELINES):
                 warnings += _drift(name, systems[name], systems["sft"])
     return warnings
 

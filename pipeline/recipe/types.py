@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.evaluation.config import AUTO, EvalConfig
+from pipeline.evaluation.config import AUTO, SFT_BY_METRIC, EvalConfig
 from pipeline.models.config import ModelConfig
 from pipeline.recipe.document import Document
 from pipeline.rewards.pairs.settings import SampledPairs
@@ -101,6 +101,8 @@ class Recipe:
             raise ValueError(f"seed: must be from 0 to {MAX_SEED}, found {self.seed}")
         if self.control:
             self._check_control()
+        if self.eval.baselines:
+            self._check_baselines()
 
     def _check_control(self) -> None:
         if self.ppo is None:
@@ -118,6 +120,18 @@ class Recipe:
         if self.eval.control != AUTO:
             raise ValueError(
                 "eval.control: with control: true the report shows the control of this run; remove one of the two"
+            )
+
+    def _check_baselines(self) -> None:
+        if self.ppo is None or self.sft_is_external:
+            raise ValueError(
+                "eval.baselines: they are trained as this run's SFT and compared with its PPO, so they need both: "
+                + ("a ppo section" if self.ppo is None else "remove ppo.sft_model_path")
+            )
+        if SFT_BY_METRIC in self.eval.baselines and self.sft.arguments.get("save_strategy") == "no":
+            raise ValueError(
+                f"eval.baselines: {SFT_BY_METRIC} chooses among SFT's checkpoints, and sft.save_strategy is 'no'; "
+                "remove one of the two"
             )
 
     @property

@@ -6,7 +6,7 @@ from pathlib import Path
 from pipeline.recipe import Recipe
 from pipeline.rewards.pairs.settings import SampledPairs
 from pipeline.runtime.user_code import is_user_code, user_code_files
-from pipeline.stages.directory import script_of
+from pipeline.stages.directory import last_section
 
 LIBRARY = "evaluate:"
 MEAN_REWARD = "eval_reward"
@@ -21,9 +21,9 @@ def code_files(recipe: Recipe, stage: str) -> dict[str, Path]:
     rewards = [] if recipe.ppo is None else [reward.name for reward in recipe.ppo.rewards]
     if stage == "reward" and recipe.reward is not None and isinstance(recipe.reward.pairs, SampledPairs):
         names.append(recipe.reward.pairs.metric)
-    if script_of(stage) in ("ppo", "eval"):
+    if last_section(stage) in ("ppo", "eval"):
         names += rewards
-    if stage == "eval" or (script_of(stage) == "ppo" and recipe.ppo.metric_for_best_model != MEAN_REWARD):
+    if stage == "eval" or (last_section(stage) == "ppo" and recipe.ppo.metric_for_best_model != MEAN_REWARD):
         names += [metric.name for metric in recipe.eval.metrics]
     own = [_script(name) if name.startswith(LIBRARY) else name for name in names if is_user_code(name)]
     return user_code_files(name for name in own if name is not None)

@@ -10,11 +10,13 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from pipeline.evaluation.config import BASELINES, CONTROL, SFT_BY_METRIC, SFT_LONGER
 from pipeline.recipe import Recipe, recipe_values
 from pipeline.runtime.files import write_atomically
 
-STAGES = ("sft", "reward", "ppo", "control", "eval")
-SCRIPT_OF = {"control": "ppo"}  # of the stages that are a second run of another stage's script
+STAGES = ("sft", "reward", "ppo", CONTROL, *BASELINES, "eval")
+# Of the stages that are another run of a stage's script: that stage.
+SCRIPT_OF = {CONTROL: "ppo", SFT_BY_METRIC: "sft", SFT_LONGER: "sft"}
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "sacrebleu", "trl-relay")
 STARTED, FINISHED = "started.json", "stage.json"
 
@@ -82,8 +84,13 @@ class RunDirectory:
 
 
 def script_of(stage: str) -> str:
-    """Return the name of the script that runs a stage, which is also the section of the recipe that it follows."""
+    """Return the name of the script that runs a stage, which is also the section of the recipe that it trains by."""
     return SCRIPT_OF.get(stage, stage)
+
+
+def last_section(stage: str) -> str:
+    """Return the section of the recipe up to which its sections decide the result of a stage."""
+    return "ppo" if stage == SFT_BY_METRIC else script_of(stage)  # which chooses by PPO's rule
 
 
 def stage_option(stage: str) -> list[str]:

@@ -12,13 +12,14 @@ from pipeline.metrics import load_metric
 from pipeline.models.loading import load_model, load_tokenizer, plain_model_directory
 from pipeline.models.reward_model import RewardNetwork, check_base
 from pipeline.recipe import Recipe
-from pipeline.rewards import Handling, RewardFunction, build_rewards
+from pipeline.rewards import Handling, Reward, RewardFunction, build_rewards
 from pipeline.rewards.learned import AdapterReward
 from pipeline.stages.control import control_kind, control_policy, control_run
 from pipeline.stages.directory import RunDirectory, versions
 from pipeline.stages.inputs import learned_reward, sft_model_path
 from pipeline.stages.task import base_model_path
 from pipeline.tasks import Task
+from pipeline.trainers.huggingface.sft import DEFAULTS
 from pipeline.trainers.ppo.config import PPOConfig
 
 
@@ -28,7 +29,7 @@ def sft_source(recipe: Recipe, run: RunDirectory) -> Source | None:
 
 
 def system_sources(recipe: Recipe, run: RunDirectory) -> list[Source]:
-    """Return where each system is, in the report's order; a control stands last."""
+    """Return where each system is, in the report's order; baselines and a control stand last."""
     sft_path, config = sft_model_path(recipe, run), recipe.model
     stages = {"sft": Source("sft", sft_path, config), "ppo": Source("ppo", run.ppo, config, sft_path)}
     others = replace(config, chat_template=None)  # a model of another kind is asked in its own template
@@ -38,6 +39,7 @@ def system_sources(recipe: Recipe, run: RunDirectory) -> list[Source]:
             sources.append(Source("base", base_model_path(recipe, run), config))
         else:
             sources.append(stages[system] if isinstance(system, str) else Source(system.name, system.path, others))
+    sources += [Source(name, run.stage(name), config) for name in recipe.eval.baselines]
     control = control_policy(recipe)
     return sources if control is None else [*sources, Source(CONTROL, control, config, sft_path)]
 
@@ -46,10 +48,14 @@ def report_scoring(recipe: Recipe, run: RunDirectory, task: Task) -> Scoring:
     """Load the metrics and the rewards, a learned one included."""
     rewards, handling = [], Handling()
     if recipe.ppo is not None:
-        rewards = build_rewards(recipe.ppo.rewards, task.language, _attached_reward(recipe, run, task))
-        handling = report_handling(recipe.ppo)
+        rewards, handling = report_rewards(recipe, run, task), report_handling(recipe.ppo)
     metrics = [load_metric(metric.name, task.language, **metric.options) for metric in recipe.eval.metrics]
     return Scoring(metrics, rewards, handling, recipe.eval, recipe.seed)
+
+
+def report_rewards(recipe: Recipe, run: RunDirectory, task: Task) -> list[Reward]:
+    """Build PPO's rewards outside of PPO: a learned one has a network of its own."""
+    return build_rewards(recipe.ppo.rewards, task.language, _attached_reward(recipe, run, task))
 
 
 def report_handling(ppo: PPOConfig) -> Handling:
@@ -89,5 +95,18 @@ def report_settings(recipe: Recipe, task: Task) -> dict[str, object]:
         "rewards": [f"{r.name} x {r.weight:g}" for r in recipe.ppo.rewards] if recipe.ppo else [],
         "control": CONTROL if recipe.control and control else other and other.name,
         "control_kind": None if control is None else control_kind(control),
+        "checkpoints": checkpoint_rules(recipe),
+        "hyperparameters": recipe.eval.hyperparameters,
         "versions": versions(),
     }
+
+
+def checkpoint_rules(recipe: Recipe) -> dict[str, str | None]:
+    """Return the metric of the validation split that chose the checkpoint of SFT and of PPO; None for the last one."""
+    rules: dict[str, str | None] = {}
+    if recipe.sft.needed and not recipe.sft_is_external:
+        keys = {**DEFAULTS, **recipe.sft.arguments}
+        rules["sft"] = keys["metric_for_best_model"] if keys["load_best_model_at_end"] else None
+    if recipe.ppo is not None:
+        rules["ppo"] = recipe.ppo.metric_for_best_model if recipe.ppo.load_best_model_at_end else None
+    return rules

@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.evaluation.config import CONTROL
+from pipeline.evaluation.config import CONTROL, SFT_LONGER
 from pipeline.recipe import Recipe, recipe_values
 from pipeline.stages.code_inputs import code_files
 from pipeline.stages.control import control_run, ppo_arguments
 from pipeline.stages.digests import file_digest, file_stamp, model_state, record_digest, remember_digests
-from pipeline.stages.directory import FINISHED, STAGES, RunDirectory, read_record, script_of
+from pipeline.stages.directory import FINISHED, STAGES, RunDirectory, last_section, read_record
 from pipeline.tasks import preferences, task_module
 
 ABSENT = "absent"
@@ -27,17 +27,17 @@ def stage_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
     """Return the settings that the result of a stage depends on, flat: `{"model.lora_r": 16, ...}`.
 
     The stages after sft depend on its settings too, unless `ppo.sft_model_path` names another model; ppo depends on a
-    reward stage that rewards it, control on the same as ppo, and eval on everything before it. The name and place of
-    the run and `reward.min_accuracy` change no result.
+    reward stage that rewards it, control and sft_by_metric on the same as ppo, and eval on everything before it. The
+    name and place of the run and `reward.min_accuracy` change no result.
     """
     sections = ["seed", "model", "task", "sft", "reward", "ppo", "control", "eval"]
-    sections = sections[: sections.index(script_of(stage)) + 1]
+    sections = sections[: sections.index(last_section(stage)) + 1]
     if stage == CONTROL:
         recipe = replace(recipe, control=False, ppo=ppo_arguments(recipe, stage))
     values = recipe_values(recipe)
     if recipe.sft_is_external and stage != "sft":
         sections.remove("sft")
-    if stage not in ("sft", "reward") and not recipe.uses_own_reward:
+    if last_section(stage) in ("ppo", "eval") and not recipe.uses_own_reward:
         sections.remove("reward")
     flat = _flat({section: values[section] for section in sections if section in values})
     flat.pop("reward.min_accuracy", None)
@@ -55,12 +55,14 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def needed_stages(recipe: Recipe, stage: str) -> list[str]:
     """Return the stages of this run whose results a stage reads."""
+    if stage == SFT_LONGER:
+        return ["sft", "ppo"]  # their times
     reads_sft = recipe.evaluation_reads_sft if stage == "eval" else stage != "sft"
     needed = ["sft"] if reads_sft and not recipe.sft_is_external else []
-    if script_of(stage) in ("ppo", "eval") and recipe.uses_own_reward:
+    if last_section(stage) in ("ppo", "eval") and recipe.uses_own_reward:
         needed.append("reward")
     if stage == "eval" and "ppo" in recipe.eval.systems:
-        needed += ["ppo", *([CONTROL] if recipe.control else [])]
+        needed += ["ppo", *([CONTROL] if recipe.control else []), *recipe.eval.baselines]
     return needed
 
 
@@ -84,7 +86,7 @@ def external_models(recipe: Recipe, stage: str) -> dict[str, str]:
         models[recipe.ppo.sft_model_path] = revision
     if stage == "reward" and recipe.reward is not None:
         models[recipe.reward.model] = HUB_REVISION
-    if script_of(stage) in ("ppo", "eval") and recipe.reward_is_external:
+    if last_section(stage) in ("ppo", "eval") and recipe.reward_is_external:
         models[recipe.ppo.reward_model_path] = HUB_REVISION
     if stage == "eval":
         models |= {system.path: revision for system in recipe.eval.further_systems}

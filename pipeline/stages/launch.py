@@ -18,6 +18,7 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType, parse_flag_from_env
 from rich.console import Console
 
+from pipeline.evaluation.config import SFT_BY_METRIC, SFT_LONGER
 from pipeline.recipe import Recipe
 from pipeline.runtime.devices import has_accelerator
 from pipeline.stages.directory import RunDirectory, script_of, set_aside, stage_option
@@ -187,10 +188,11 @@ def launched_engine() -> str | None:
 
 def engine_problem(stage: str, engine: str | None) -> str | None:
     """Return why a stage cannot run under an engine that shards the model, and what to use; None if it can."""
-    if engine is None or (stage == "sft" and engine != "Megatron-LM"):
+    if engine is None or (stage in ("sft", SFT_LONGER) and engine != "Megatron-LM"):
         return None
+    reason = WHOLE["eval" if stage == SFT_BY_METRIC else script_of(stage)]
     return (
-        f"{stage}: {engine} shards the model over the processes, and {WHOLE[script_of(stage)]}; launch it with "
+        f"{stage}: {engine} shards the model over the processes, and {reason}; launch it with "
         "accelerate_configs/multi_gpu.yaml or multi_node.yaml; FSDP and DeepSpeed are for sft alone (--only sft)"
     )
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from trl import SFTConfig
 
-from pipeline.evaluation.config import CONTROL
+from pipeline.evaluation.config import BASELINES, CONTROL, SFT_BY_METRIC
 from pipeline.recipe import Recipe, RecipeError
 from pipeline.recipe.document import Document
 from pipeline.recipe.model_checks import model_notes
@@ -43,7 +43,7 @@ class PlannedStage:
 
 
 def plan_stages(recipe: Recipe, only: str | None, start: str | None, force: bool) -> list[PlannedStage]:
-    """Decide what to do with each stage, in order; reward and control are left out where the recipe has none.
+    """Decide what to do with each stage, in order; one that only some recipes have is left out of the plan of others.
 
     Raises:
         RecipeError: a stage is asked for that this recipe does not have.
@@ -54,6 +54,7 @@ def plan_stages(recipe: Recipe, only: str | None, start: str | None, force: bool
         raise RecipeError(f"{only or start}: this recipe does not run that stage: {absent[only or start]}")
     run, plan = RunDirectory.of(recipe), []
     hidden = {"reward": recipe.reward is None, CONTROL: not recipe.control}
+    hidden |= {name: name not in recipe.eval.baselines for name in BASELINES}
     for stage in STAGES:
         if hidden.get(stage):
             continue
@@ -81,6 +82,9 @@ def not_needed(recipe: Recipe) -> dict[str, str]:
         absent["ppo"] = "the recipe has no ppo section"
     if not recipe.control:
         absent[CONTROL] = "the recipe does not say control: true"
+    for name in BASELINES:
+        if name not in recipe.eval.baselines:
+            absent[name] = "it is not in eval.baselines"
     return absent
 
 
@@ -143,7 +147,7 @@ def show_plan(
     launched = {planned.stage for planned in plan if planned.launches}
     if launched and (prompts := prompts_line(recipe)):
         print_line(console, prompts)
-    for stage, sizes in (("sft", sft_sizes), ("ppo", ppo_sizes), (CONTROL, ppo_sizes)):
+    for stage, sizes in (("sft", sft_sizes), ("ppo", ppo_sizes), (CONTROL, ppo_sizes), (SFT_BY_METRIC, sft_sizes)):
         if stage in launched:
             print_line(console, f"{stage}: {sizes(recipe, processes)}")
     for note in model_notes(recipe) if launched - {"eval"} else ():

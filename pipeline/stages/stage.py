@@ -183,21 +183,29 @@ def begin_stage(run: RunDirectory, recipe: Recipe, stage: str) -> Path | None:
         fetch_commit(path, revision)  # the stage loads this snapshot and records its commit
     run.save_recipe(recipe)
     run.stage(stage).mkdir(parents=True, exist_ok=True)
-    record = {"stage": stage, "started_at": time.time(), **stage_state(recipe, stage)}
+    before = seconds_before(run.stage(stage)) if status == "partial" else 0.0
+    record = {"stage": stage, "started_at": time.time(), "seconds_before": before, **stage_state(recipe, stage)}
     write_record(run.stage(stage) / STARTED, record)
     return moved
+
+
+def seconds_before(directory: Path) -> float:
+    """Compute how long an interrupted stage has worked, until it last wrote a file."""
+    started = read_record(directory / STARTED)
+    last = max((path.stat().st_mtime for path in directory.rglob("*") if path.is_file()), default=0.0)
+    return started.get("seconds_before", 0.0) + max(0.0, last - started.get("started_at", last))
 
 
 def finish_stage(run: RunDirectory, recipe: Recipe, stage: str, **summary: Any) -> Path:
     """Write `stage.json`, the last file of a stage: only a stage that has it is complete; one process calls it.
 
     What the stage depends on is recorded as it was at `begin_stage`, whatever was edited since. `seconds` are those
-    since then unless the summary has its own.
+    since then, and those before an interruption, unless the summary has its own.
     """
     started = read_record(run.stage(stage) / STARTED)
     recorded = {key: started[key] for key in STATE if key in started}
     record = {
-        "seconds": round(time.time() - started.get("started_at", time.time()), 3),
+        "seconds": round(time.time() - started.get("started_at", time.time()) + started.get("seconds_before", 0.0), 3),
         **summary,
         "stage": stage,
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -58,7 +58,7 @@ def comparison(**changes) -> SystemComparison:
 
 def first_findings(**changes) -> list[str]:
     systems = make_report({"sft": MIXED, "ppo": GOOD})[0].systems
-    return findings([comparison(**changes)], systems, {}, "bleu")
+    return findings([comparison(**changes)], systems, {}, "bleu", {})
 
 
 def test_the_verdict_takes_the_p_value_at_its_word():
@@ -116,6 +116,39 @@ def test_only_a_control_with_shuffled_scores_shows_that_the_reward_earned_the_ga
     assert any("no gain is shown to be the reward's" in line for line in given.findings)
     assert given.warnings == []  # a control may well write what PPO writes
     assert not any("control" in line for line in make_report({"sft": BAD, "ppo": GOOD})[0].findings)
+
+
+def test_each_baseline_is_compared_with_ppo_in_words():
+    texts = {"sft": BAD, "ppo": GOOD, "sft_by_metric": BAD, "sft_longer": GOOD}
+    report = make_report(texts)[0]
+    (line,) = [line for line in report.findings if "sft_longer" in line]
+    assert line.startswith("PPO is better than the SFT checkpoint that PPO's rule chooses (sft_by_metric: bleu +")
+    assert "and not shown to differ from SFT for as long as SFT and PPO took together (sft_longer: bleu +0.00" in line
+    pairs = {(c.a, c.b) for c in report.comparisons}
+    assert pairs == {("sft", "ppo"), ("sft_by_metric", "ppo"), ("sft_longer", "ppo")}
+    assert report.warnings == ["sft_longer and ppo wrote the same text for every prompt: are they the same model?"]
+    worse = make_report({"sft": BAD, "ppo": BAD, "sft_longer": GOOD})[0].findings
+    assert any("PPO is worse than SFT for as long" in line for line in worse)
+    assert not any("PPO is" in line and "(sft_" in line for line in make_report({"sft": BAD, "ppo": GOOD})[0].findings)
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        (None, "the recipe does not say which data chose its hyper-parameters."),
+        ("validation", "hyper-parameters were chosen on validation data."),
+        ("test", "hyper-parameters were chosen on this test set, which makes p too small."),
+        ("not tuned", "hyper-parameters were not tuned."),
+    ],
+)
+def test_the_report_says_which_data_chose_checkpoints_and_hyperparameters(told, words):
+    rules = {"sft": "eval_loss", "ppo": "eval_reward"}
+    found = make_report({"sft": BAD, "ppo": GOOD}, checkpoints=rules, hyperparameters=told)[0].findings
+    (line,) = [line for line in found if "hyper-parameters" in line]
+    expected = "Checkpoints were chosen on the validation split: SFT's by eval_loss, PPO's by eval_reward; "
+    assert line == expected + words
+    last = make_report({"sft": BAD, "ppo": GOOD}, checkpoints={"ppo": None}, hyperparameters=told)[0].findings
+    assert f"PPO ended with the last checkpoint; {words}" in last
 
 
 def test_best_of_n_compares_samples_with_samples():

@@ -1,6 +1,7 @@
 """One stage from begin to end: its records, and how it ends."""
 
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -42,6 +43,23 @@ def test_a_stage_from_begin_to_end():
     assert record["settings"]["ppo.max_grad_norm"] == "inf"
     assert "name" not in record["settings"]
     assert record["finished_at"].endswith("+00:00")
+
+
+def test_the_seconds_before_an_interruption_count():
+    recipe = recipe_with()
+    run_directory = RunDirectory.of(recipe)
+    begin_stage(run_directory, recipe, "sft")
+    file, log = run_directory.sft / "started.json", run_directory.sft / "metrics.jsonl"
+    for worked in (100, 40):  # interrupted twice, each time an hour before it goes on
+        record = json.loads(file.read_text())
+        record["started_at"] -= 3600 + worked
+        file.write_text(json.dumps(record))
+        log.touch()
+        for path in (file, log):
+            os.utime(path, (0, record["started_at"] + worked))
+        begin_stage(run_directory, recipe, "sft")
+    finish_stage(run_directory, recipe, "sft")
+    assert 140 <= json.loads((run_directory.sft / "stage.json").read_text())["seconds"] < 200
 
 
 def test_beginning_again_keeps_what_can_be_resumed_and_sets_the_rest_aside():

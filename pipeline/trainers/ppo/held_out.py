@@ -7,14 +7,15 @@ from statistics import fmean
 import torch
 from datasets import Dataset
 
-from pipeline.models.generation import Decoding
+from pipeline.models.generation import Completions, Decoding
 from pipeline.models.sequences import length_sorted_chunks
 from pipeline.runtime.distributed import gather_rows, on_main
-from pipeline.trainers.ppo.rollout import CompletionWriter
 from pipeline.trainers.ppo.scores import ComputeRewards
 
 # Metrics of the held-out completions: (completions, the examples they answer) -> name -> value.
 ComputeMetrics = Callable[[list[str], Dataset], dict[str, float]]
+# Writes a completion for each of a list of token ids.
+Write = Callable[[Sequence[Sequence[int]], Decoding], Completions]
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class HeldOutCompletion:
 def evaluate_held_out(
     data: HeldOutData,
     batch_size: int,
-    writer: CompletionWriter,
+    write: Write,
     decoding: Decoding,
     compute_rewards: ComputeRewards,
     compute_metrics: ComputeMetrics | None,
@@ -48,7 +49,7 @@ def evaluate_held_out(
     """Complete the held-out prompts, `batch_size` at once: each reward, their weighted sum, length, metrics."""
 
     def complete(rows: list[int]) -> list[HeldOutCompletion]:
-        return complete_held_out(rows, data, writer, decoding, compute_rewards)
+        return complete_held_out(rows, data, write, decoding, compute_rewards)
 
     metrics = None if compute_metrics is None else lambda texts: compute_metrics(texts, data.examples)
     return held_out_figures([len(ids) for ids in data.prompt_ids], batch_size, complete, metrics)
@@ -57,12 +58,12 @@ def evaluate_held_out(
 def complete_held_out(
     rows: list[int],
     data: HeldOutData,
-    writer: CompletionWriter,
+    write: Write,
     decoding: Decoding,
     compute_rewards: ComputeRewards,
 ) -> list[HeldOutCompletion]:
     """Complete and score the prompts at `rows` of the held-out data."""
-    completions = writer.write([data.prompt_ids[row] for row in rows], decoding)
+    completions = write([data.prompt_ids[row] for row in rows], decoding)
     rewards = compute_rewards(data.examples.select(rows), completions.texts, completions.ids)
     return [
         HeldOutCompletion(

@@ -232,9 +232,9 @@ class PPOTrainer:
     def evaluate(self) -> dict[str, float]:
         """Answer the held-out prompts greedily: each reward, their weighted sum `eval_reward`, length, metrics."""
         enter(f"the evaluation after PPO step {self.state.step}")
-        data = HeldOutData(self.eval_dataset, self._eval_prompt_ids)
+        data, write = HeldOutData(self.eval_dataset, self._eval_prompt_ids), self.writer.write
         size = self.args.local_rollout_forward_batch_size
-        return evaluate_held_out(data, size, self.writer, self.args.greedy, self.compute_rewards, self.compute_metrics)
+        return evaluate_held_out(data, size, write, self.args.greedy, self.compute_rewards, self.compute_metrics)
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint of the current step; every process calls it, the main one writes."""

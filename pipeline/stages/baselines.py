@@ -1,0 +1,126 @@
+"""Fair baselines of PPO: SFT's checkpoint chosen by PPO's rule, and SFT for as long as SFT and PPO took together."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from trl import SFTConfig
+
+from pipeline.evaluation.config import SFT_BY_METRIC, SFT_LONGER
+from pipeline.models.generation import Completions, Decoding, finished, generate
+from pipeline.models.loading import load_config, load_policy, load_tokenizer
+from pipeline.models.text import decode, encode_prompts_of
+from pipeline.recipe import Recipe
+from pipeline.rewards import Reward, RewardOutputs
+from pipeline.rewards.rows import compute_row_rewards
+from pipeline.runtime.distributed import on_main
+from pipeline.runtime.messages import say
+from pipeline.stages.directory import FINISHED, RunDirectory, read_record
+from pipeline.stages.eval_inputs import report_rewards
+from pipeline.stages.inputs import held_out_metrics
+from pipeline.stages.task import base_model_path
+from pipeline.tasks import Task
+from pipeline.trainers.checkpoints import list_checkpoints, require_intact
+from pipeline.trainers.huggingface.gather_weights import restore_router
+from pipeline.trainers.ppo.checkpoint import TrainerState
+from pipeline.trainers.ppo.held_out import HeldOutData, evaluate_held_out
+from pipeline.trainers.ppo.setup import make_accelerator
+
+
+def sft_keys(recipe: Recipe, run: RunDirectory, stage: str) -> dict[str, Any]:
+    """Return the keys of SFTConfig by which a stage trains: those of the `sft:` section, changed for a baseline.
+
+    Raises:
+        ValueError: the records of sft and ppo do not say how long they took.
+    """
+    keys = dict(recipe.sft.arguments)
+    if stage == SFT_BY_METRIC:
+        return {**keys, "save_total_limit": None, "load_best_model_at_end": False}
+    return stretched(keys, time_factor(run)) if stage == SFT_LONGER else keys
+
+
+def time_factor(run: RunDirectory) -> float:
+    """Compute how many times as long as the training of SFT both SFT and PPO took.
+
+    What SFT takes before its first step is not stretched, so it is not counted.
+
+    Raises:
+        ValueError: a record does not say how long its stage took.
+    """
+    sft, ppo = (read_record(directory / FINISHED) for directory in (run.sft, run.ppo))
+    training, whole = sft.get("training_seconds") or sft.get("seconds"), ppo.get("seconds")
+    if not training or not whole:
+        raise ValueError(f"stage.json of sft and of ppo in {run.path} do not say how many seconds the stages took")
+    return 1 + whole / training
+
+
+def stretched(keys: Mapping[str, Any], factor: float) -> dict[str, Any]:
+    """Make a training `factor` times as long, its warm-up included, so that its schedule keeps its form."""
+    if keys.get("max_steps", SFTConfig.max_steps) > 0:
+        longer = {"max_steps": round(keys["max_steps"] * factor)}
+    else:
+        longer = {"num_train_epochs": keys.get("num_train_epochs", SFTConfig.num_train_epochs) * factor}
+    warmup = keys.get("warmup_steps", 0)
+    if warmup >= 1:  # below 1 it is a share of the steps
+        longer["warmup_steps"] = round(warmup * factor)
+    return {**keys, **longer}
+
+
+def choose_checkpoint(recipe: Recipe, run: RunDirectory, task: Task, directory: Path) -> dict[str, object]:
+    """Save in `directory` the one of its checkpoints that PPO's rule chooses, as a plain model; return its figures.
+
+    As in PPO, every checkpoint answers the held-out prompts greedily, and `ppo.metric_for_best_model` of the answers
+    decides; the first of equals is kept.
+
+    Raises:
+        ValueError: a damaged checkpoint, a metric that is not evaluated, or one that is finite for no checkpoint.
+    """
+    base, rewards = base_model_path(recipe, run), report_rewards(recipe, run, task)
+    state, values = TrainerState(), {}
+    name, greater = recipe.ppo.metric_for_best_model, recipe.ppo.greater_is_better
+    for checkpoint in list_checkpoints(directory / "checkpoints"):
+        require_intact(checkpoint)
+        figures = evaluate_as_ppo(recipe, task, rewards, checkpoint, base)
+        step = int(checkpoint.name.rpartition("-")[2])
+        state = replace(state, step=step).compared(figures, name, greater)
+        values[step] = figures[name] if math.isfinite(figures[name]) else None
+        say(f"{checkpoint.name}: {name} {figures[name]:.4f}")
+    if state.best_metric is None:
+        raise ValueError(f"{name} is not a finite number for any checkpoint in {directory / 'checkpoints'}")
+
+    def save() -> None:
+        model = load_policy(directory / "checkpoints" / f"checkpoint-{state.best_step}", base, recipe.model)
+        restore_router(model.config, load_config(base, recipe.model))
+        model.save_pretrained(directory)
+
+    on_main(save)
+    return {"best_step": state.best_step, f"{name}_by_step": values}
+
+
+def evaluate_as_ppo(
+    recipe: Recipe, task: Task, rewards: Sequence[Reward], checkpoint: Path, base: Path | str
+) -> dict[str, float]:
+    """Compute what PPO's evaluation would log of a policy that is this checkpoint."""
+    args, tokenizer = recipe.ppo, load_tokenizer(base, recipe.model)
+    accelerator = make_accelerator(args, checkpoint.parent.parent)
+    model = load_policy(checkpoint, base, recipe.model).to(accelerator.device).eval()
+    examples = task.validation
+    if args.eval_examples:
+        examples = examples.select(range(min(args.eval_examples, len(examples))))
+    data = HeldOutData(examples, encode_prompts_of(tokenizer, examples, model.config.is_encoder_decoder))
+    size = args.local_rollout_forward_batch_size
+
+    def write(prompt_ids: Sequence[Sequence[int]], decoding: Decoding) -> Completions:
+        with accelerator.autocast():
+            ids = generate(model, tokenizer, prompt_ids, decoding, size)
+        ended = torch.tensor(finished(model, tokenizer, ids, decoding))
+        return Completions(ids, decode(tokenizer, ids, task.strip_thoughts), ended)
+
+    def compute_rewards(rows: Dataset, texts: Sequence[str], ids: Sequence[Sequence[int]]) -> RewardOutputs:
+        return compute_row_rewards(rewards, rows, texts, ids, args.reward_handling)
+
+    return evaluate_held_out(data, size, write, args.greedy, compute_rewards, held_out_metrics(recipe, task))

@@ -1,0 +1,109 @@
+"""The fair baselines of PPO: when their stages run, and how long SFT has to train."""
+
+import json
+from pathlib import Path
+
+import pytest
+from demo_run import complete, recipe_with
+
+from pipeline.recipe import RecipeError
+from pipeline.stages.baselines import sft_keys, stretched, time_factor
+from pipeline.stages.directory import RunDirectory
+from pipeline.stages.fingerprint import needed_stages, stage_settings, stage_status
+from pipeline.stages.launch import engine_problem, stage_command
+from pipeline.stages.plan import missing_input, plan_stages
+
+BOTH = "eval.baselines=[sft_by_metric, sft_longer]"
+
+
+def write_times(run: RunDirectory, sft: dict, ppo: dict) -> None:
+    for directory, record in ((run.sft, sft), (run.ppo, ppo)):
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "stage.json").write_text(json.dumps(record))
+
+
+def test_the_baselines_are_stages_between_ppo_and_the_report():
+    def stages(*overrides: str) -> list[str]:
+        return [planned.stage for planned in plan_stages(recipe_with(*overrides), None, None, force=False)]
+
+    assert stages() == ["sft", "ppo", "eval"]
+    assert stages(BOTH, "control=true") == ["sft", "ppo", "control", "sft_by_metric", "sft_longer", "eval"]
+    assert stages("eval.baselines=[sft_longer]") == ["sft", "ppo", "sft_longer", "eval"]
+    with pytest.raises(RecipeError, match=r"sft_longer: this recipe does not run that stage: .*eval\.baselines"):
+        plan_stages(recipe_with(), "sft_longer", None, force=False)
+    command = stage_command("sft_longer", Path("recipe.yaml"), [], [])
+    assert command[-3:] == ["recipe.yaml", "--stage", "sft_longer"] and command[-4].endswith("sft.py")
+
+
+def test_what_a_baseline_depends_on():
+    recipe = recipe_with(BOTH)
+    for stage in ("sft", "ppo"):  # finished stages stay finished where baselines are added
+        assert stage_settings(recipe, stage) == stage_settings(recipe_with(), stage)
+    assert stage_settings(recipe, "sft_longer") == stage_settings(recipe, "sft")
+    assert stage_settings(recipe, "sft_by_metric") == stage_settings(recipe, "ppo")
+    assert needed_stages(recipe, "sft_longer") == ["sft", "ppo"]
+    assert needed_stages(recipe, "eval") == ["sft", "ppo", "sft_by_metric", "sft_longer"]
+    complete(recipe, "sft", "ppo", "sft_by_metric", "sft_longer", "eval")
+    run = RunDirectory.of(recipe)
+    assert stage_status(run, recipe, "eval") == "complete"
+    record = run.ppo / "stage.json"
+    record.write_text(record.read_text().replace('"seconds": ', '"seconds": 1'))  # PPO took another time
+    assert stage_status(run, recipe, "sft_longer") == "changed"
+    assert stage_status(run, recipe, "sft_by_metric") == "complete"
+
+
+def test_the_report_waits_for_the_baselines():
+    recipe = recipe_with("eval.baselines=[sft_longer]")
+    complete(recipe, "sft", "ppo")
+    assert "no finished sft_longer stage" in missing_input(recipe, "eval")
+    assert "pipeline/sft.py recipe.yaml" in missing_input(recipe, "eval")
+    assert missing_input(recipe, "eval").endswith("--stage sft_longer")
+
+
+def test_sft_is_stretched_to_the_time_of_sft_and_ppo():
+    run = RunDirectory.of(recipe_with())
+    write_times(run, {"seconds": 25.0, "training_seconds": 20.0}, {"seconds": 50.0})
+    assert time_factor(run) == 3.5  # (20 + 50) / 20: what comes before the first step is not stretched
+    assert sft_keys(recipe_with(BOTH), run, "sft_longer")["num_train_epochs"] == 7.0  # of 2
+    write_times(run, {"seconds": 25.0}, {"seconds": 50.0})
+    assert time_factor(run) == 3.0
+    write_times(run, {"seconds": 25.0}, {})
+    with pytest.raises(ValueError, match=r"stage\.json of sft and of ppo"):
+        time_factor(run)
+
+
+def test_the_schedule_is_stretched_as_a_whole():
+    assert stretched({"num_train_epochs": 3, "warmup_steps": 50}, 2.5) == {
+        "num_train_epochs": 7.5,
+        "warmup_steps": 125,
+    }
+    assert stretched({"max_steps": 100, "warmup_steps": 0.1}, 2.5) == {"max_steps": 250, "warmup_steps": 0.1}
+    assert stretched({}, 2.0) == {"num_train_epochs": 6.0}  # TRL's default is 3
+
+
+def test_all_checkpoints_are_kept_where_one_of_them_is_chosen():
+    keys = sft_keys(recipe_with(BOTH, "sft.save_total_limit=1"), RunDirectory(Path("none")), "sft_by_metric")
+    assert keys["save_total_limit"] is None and keys["num_train_epochs"] == 2
+    assert keys["load_best_model_at_end"] is False
+    assert sft_keys(recipe_with(BOTH), RunDirectory(Path("none")), "sft") == recipe_with().sft.arguments
+
+
+def test_an_engine_that_shards_trains_the_longer_sft_alone():
+    assert engine_problem("sft_longer", "FSDP") is None
+    assert "sft_by_metric: FSDP shards the model" in engine_problem("sft_by_metric", "FSDP")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["eval.baselines=[sft_best]"], "eval.baselines: .*sft_by_metric, sft_longer.*'sft_best'"),
+        (["eval.baselines=[sft_longer, sft_longer]"], "eval.baselines: .*at most once"),
+        ([BOTH, "eval.systems=[base, sft]"], "eval.baselines: .*eval.systems must have ppo"),
+        ([BOTH, "ppo.sft_model_path=elsewhere"], "eval.baselines: .*remove ppo.sft_model_path"),
+        ([BOTH, "sft.save_strategy=no"], "eval.baselines: .*sft.save_strategy"),
+        (["eval.hyperparameters=testing"], "eval.hyperparameters: .*validation, test, not tuned.*'testing'"),
+    ],
+)
+def test_baselines_that_cannot_be_made_are_refused(overrides, words):
+    with pytest.raises(RecipeError, match=words):
+        recipe_with(*overrides)
