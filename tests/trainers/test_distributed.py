@@ -48,6 +48,12 @@ KINDS: dict[str, dict[str, Any]] = {
         "entropy_coef": 0.01,
         "num_ppo_epochs": 4,
     },
+    "means of completions": {
+        "loss_type": "grpo",
+        "importance_sampling_level": "sequence",
+        "mask_truncated_completions": True,
+        "ptx_coef": 0.1,
+    },
 }
 SAMPLED = {**SMALL, "num_mini_batches": 2, "num_generations": 2, "group_baseline": True}
 

@@ -102,6 +102,7 @@ class PPOConfig:
     mask_truncated_completions: bool = False
     dual_clip: float | None = None  # largest ratio that counts where the advantage is negative, such as 3.0
     entropy_coef: float = 0.0  # entropy bonus; language models rarely need one
+    ptx_coef: float = 0.0  # weight of the SFT loss on the references of the prompts, mixed in (InstructGPT); 0: off
     vf_coef: float = 0.1  # weight of the value loss; 0: no value function
     cliprange_value: float = 0.2  # absolute: rewards should be of order 1
     gamma: float = 1.0  # generalised advantage estimation; texts are short, nothing is discounted

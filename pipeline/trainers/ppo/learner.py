@@ -15,6 +15,7 @@ from pipeline.models.shared import SharedModel
 from pipeline.runtime.memory import in_smaller_batches, is_out_of_memory
 from pipeline.trainers.ppo.config import PPOConfig
 from pipeline.trainers.ppo.objective import Clipping, LossTerms, ppo_loss
+from pipeline.trainers.ppo.reference_texts import deal_out
 from pipeline.trainers.ppo.rollout import Experience, TokenOutputs, Warn, compute_token_outputs
 from pipeline.trainers.ppo.update_log import TERMS, OptimizerStep, Update, UpdateLog
 
@@ -93,9 +94,17 @@ class Learner:
 
         return self._in_micro_batches(attempt)
 
-    def update(self, experience: Experience, seed: int, value_only: bool = False, skipped_in_row: int = 0) -> Update:
+    def update(
+        self,
+        experience: Experience,
+        seed: int,
+        value_only: bool = False,
+        skipped_in_row: int = 0,
+        references: Sequences | None = None,
+    ) -> Update:
         """Make `num_ppo_epochs` passes of `num_mini_batches` optimizer steps; `seed` draws the mini-batches.
 
+        Each pass goes over the `references` as well, `ptx_coef` times whose SFT loss is added to the loss.
         With `value_only` the policy's gradients are dropped. The schedule moves by the planned number of steps even
         where `target_kl` ends the passes early, so that it ends with the run. `skipped_in_row` steps before this
         update were skipped; a mini-batch without a score makes no step and counts as none.
@@ -106,9 +115,11 @@ class Learner:
         args, generator = self.args, torch.Generator().manual_seed(seed)
         log = UpdateLog(args.num_mini_batches, args.max_skipped_steps, skipped_in_row)
         for _ in range(args.num_ppo_epochs):
-            for mini_batch in experience.mini_batches(args.num_mini_batches, generator):
+            mini_batches = experience.mini_batches(args.num_mini_batches, generator)
+            dealt = deal_out(references, len(mini_batches), generator)
+            for mini_batch, its_references in zip(mini_batches, dealt, strict=True):
                 if not log.is_over:
-                    log.add(self.optimizer_step(mini_batch, value_only))
+                    log.add(self.optimizer_step(mini_batch, value_only, its_references))
                 self.scheduler.step()
         stats = log.statistics() | {
             "policy/memory_parts": float(-(-args.per_device_train_batch_size // self.micro_batch_size)),
@@ -116,13 +127,15 @@ class Learner:
         }
         return Update(stats, log.skipped_in_row, log.notes)
 
-    def optimizer_step(self, mini_batch: Experience, value_only: bool = False) -> OptimizerStep:
+    def optimizer_step(
+        self, mini_batch: Experience, value_only: bool = False, references: Sequences | None = None
+    ) -> OptimizerStep:
         """Learn from one mini-batch: forward and backward in micro-batches, clip the gradient, step."""
         sizes = torch.tensor([mini_batch.num_tokens, int(mini_batch.counts.sum())], device=self.accelerator.device)
         tokens, count = self.accelerator.reduce(sizes, reduction="sum").tolist()
         if not tokens:
             return OptimizerStep(torch.zeros(len(TERMS)), 0, None)
-        step = OptimizerStep(self._accumulate_gradients(mini_batch, tokens, count), tokens, None)
+        step = OptimizerStep(self._accumulate_gradients(mini_batch, tokens, count, references), tokens, None)
         target_kl = self.args.target_kl
         if target_kl is not None and step.mean("approx_kl") > EARLY_STOP_FACTOR * target_kl:
             step = OptimizerStep(step.sums, tokens, None, is_too_far=True)
@@ -133,7 +146,9 @@ class Learner:
         self.optimizer.zero_grad()
         return step
 
-    def _accumulate_gradients(self, mini_batch: Experience, tokens: int, count: int) -> Tensor:
+    def _accumulate_gradients(
+        self, mini_batch: Experience, tokens: int, count: int, references: Sequences | None
+    ) -> Tensor:
         """Compute the gradients of a mini-batch with `tokens` on all processes; return the global sums of `TERMS`.
 
         The policy loss is divided by `count`: tokens, or completions, of all processes.
@@ -149,6 +164,8 @@ class Learner:
         def attempt(size: int) -> Tensor:
             self.optimizer.zero_grad()
             sums = torch.zeros(len(TERMS), device=self.accelerator.device)
+            if references is not None:
+                sums[-1] = self._accumulate_reference_gradients(references, size) * tokens
             micro_batches = mini_batch.micro_batches(size)
             for number, micro_batch in enumerate(micro_batches):
                 with self._synchronised(number == len(micro_batches) - 1), self.accelerator.autocast():
@@ -158,10 +175,31 @@ class Learner:
                     # DDP averages over processes, so their number turns its mean back into the sum.
                     loss = self._loss(terms, mini_batch.kl_coef) * self.accelerator.num_processes / tokens
                     self.accelerator.backward(loss)
-                sums += torch.stack([term.detach().float() for term in vars(terms).values()])  # in the order of TERMS
+                sums[:-1] += torch.stack(
+                    [term.detach().float() for term in vars(terms).values()]
+                )  # in the order of TERMS
             return sums
 
         return self.accelerator.reduce(self._in_micro_batches(attempt), reduction="sum").cpu()
+
+    def _accumulate_reference_gradients(self, references: Sequences, size: int) -> Tensor:
+        """Add the gradients of `ptx_coef` times the SFT loss: the mean over the reference tokens of all processes.
+
+        Returns:
+            This process's share of that mean.
+        """
+        total = torch.zeros((), device=self.accelerator.device)
+        tokens = int(self.accelerator.reduce(references.completion_mask.sum(), reduction="sum"))
+        temperature, self.shared.temperature = self.shared.temperature, 1.0  # SFT knows none
+        try:
+            for index in references.chunks(size):
+                with self.accelerator.no_sync(self.model), self.accelerator.autocast():
+                    loss = -self.model(references.rows(index)).logprobs.sum() / tokens
+                    self.accelerator.backward(self.args.ptx_coef * loss * self.accelerator.num_processes)
+                total += loss.detach()
+        finally:
+            self.shared.temperature = temperature
+        return total
 
     def _loss(self, terms: LossTerms, kl_coef: float) -> Tensor:
         loss = terms.policy + self.args.vf_coef * terms.value

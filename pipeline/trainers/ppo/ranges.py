@@ -12,7 +12,7 @@ ABOVE_ZERO = (
     "cliprange_high kl_target target_kl score_clip missing_eos_penalty reward_timeout max_kl"
 )
 NOT_NEGATIVE = (
-    "kl_coef vf_coef entropy_coef weight_decay top_k warmup_steps value_warmup_steps min_new_tokens "
+    "kl_coef vf_coef entropy_coef ptx_coef weight_decay top_k warmup_steps value_warmup_steps min_new_tokens "
     "num_sample_generations"
 )
 

@@ -1,15 +1,6 @@
 """Proximal policy optimisation of a language model on `accelerate`: roll out, estimate advantages, update, log.
 
-TRL 1.12 was the last release with a PPOTrainer. What is different here, and why:
-
-1. The loss is a sum over tokens, divided by the tokens of the mini-batch on all processes: micro-batches, accumulation
-   and the number of processes do not change it. TRL averages the means of micro-batches.
-2. The score is at the last token of a completion, EOS where there is one, and the value after it is 0.
-3. Log-probs are computed by the forward pass of the update, not kept from generation: the first ratio is exactly 1.
-4. Policy, reference, value function and learned reward are adapters and heads on one base, not four models.
-5. Moments for whitening are those of all processes.
-6. Any reward function with TRL's GRPO signature works; texts come in, not token ids.
-7. It is not a `transformers.Trainer`: every setting of `PPOConfig` acts, and the loop below is all there is.
+The package's docstring says what is different from TRL's.
 
 Sources: Schulman et al. 2017 (arXiv:1707.06347); Ziegler et al. 2019 (arXiv:1909.08593); Huang et al. 2024, "The N+
 Implementation Details of RLHF with PPO" (arXiv:2403.17031).
@@ -26,6 +17,7 @@ from peft import LoraConfig
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pipeline.models.sequences import Sequences
 from pipeline.rewards import Reward, RewardOutputs, as_rewards, check_rewards
 from pipeline.rewards.rows import compute_row_rewards, count_failures
 from pipeline.runtime.seeds import derive_seed
@@ -39,6 +31,7 @@ from pipeline.trainers.ppo.config import PPOConfig
 from pipeline.trainers.ppo.experiment import describe_experiment
 from pipeline.trainers.ppo.held_out import ComputeMetrics, HeldOutData, evaluate_held_out
 from pipeline.trainers.ppo.learner import Learner
+from pipeline.trainers.ppo.reference_texts import ReferenceTexts, encode_references
 from pipeline.trainers.ppo.reward_scales import fit_scales, scale_rewards, share_sentences, variance_shares
 from pipeline.trainers.ppo.rollout import CompletionWriter, Experience, Rollout, prompt_order
 from pipeline.trainers.ppo.scores import prefix_scores, process_scores
@@ -97,6 +90,9 @@ class PPOTrainer:
         size, length = args.local_rollout_forward_batch_size, args.response_length
         self.writer = CompletionWriter(self.shared, self.tokenizer, self.accelerator, size, self._warn, strip_thoughts)
         self._prompt_ids = self.writer.encode(train_dataset)
+        self._references: ReferenceTexts | None = None
+        if args.ptx_coef:
+            self._references = encode_references(train_dataset, self._prompt_ids, processing_class, model)
         self._eval_prompt_ids = self.writer.encode(self.eval_dataset) if self.eval_dataset else []
         self._prompt_at = prompt_order(len(train_dataset), seed)
         check_rewards(self.rewards, first_examples(train_dataset), args.reward_handling)
@@ -215,7 +211,9 @@ class PPOTrainer:
         step, state = self.state.step, self.state
         seed = derive_seed(self.seed, "mini-batches", step, self.accelerator.process_index)
         try:
-            update = self.learner.update(experience, seed, step < self.args.value_warmup_steps, state.skipped_in_row)
+            update = self.learner.update(
+                experience, seed, step < self.args.value_warmup_steps, state.skipped_in_row, self._step_references()
+            )
         except FloatingPointError as error:
             raise FloatingPointError(f"PPO step {step + 1}, {error}") from error
         for note in update.notes if self.accelerator.is_main_process else ():
@@ -283,6 +281,13 @@ class PPOTrainer:
         values = self.evaluate()
         self.state = self.state.compared(values, self.args.metric_for_best_model, self.args.greater_is_better)
         self.log.end_evaluation(self.state.step, values)
+
+    def _step_references(self) -> Sequences | None:
+        """Return the references of the prompts of this step, where their SFT loss is mixed in."""
+        if self._references is None:
+            return None
+        rows = self.prompt_rows(self.state.step)[:: self.args.num_generations]
+        return self._references.sequences(rows, self.accelerator.device)
 
     def _enter(self, phase: str) -> None:
         enter(f"{phase} of PPO step {self.state.step + 1}")

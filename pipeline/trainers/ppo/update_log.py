@@ -9,7 +9,8 @@ from torch import Tensor
 
 from pipeline.trainers.ppo.objective import LossTerms
 
-TERMS = tuple(field.name for field in fields(LossTerms))
+# Those of the loss, and the SFT loss of references that are mixed in
+TERMS = (*(field.name for field in fields(LossTerms)), "reference_loss")
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ class UpdateLog:
         mean = OptimizerStep(torch.stack([step.sums for step in self.steps]).sum(0), tokens, None).mean
         norms = [step.norm for step in self.steps if step.norm is not None]
         ratios = [step.mean("ratio") for step in self.steps if step.tokens]
-        return {
+        mixed_in = {"loss/ptx_avg": mean("reference_loss")} if mean("reference_loss") else {}
+        return mixed_in | {
             "loss/policy_avg": mean("policy"),
             "loss/value_avg": mean("value"),
             "policy/approxkl_avg": mean("approx_kl"),
