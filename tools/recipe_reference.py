@@ -78,6 +78,8 @@ def option_words(option: object) -> str:
     """Return one of the types that a key may have."""
     if get_origin(option) in (list, tuple):
         item = get_args(option)[0]
+        if get_origin(item) is tuple:
+            return "list of `[episodes, value]`"
         return "list of names or mappings" if item not in WORDS else f"list of {WORDS[item]}s"
     return WORDS.get(option, "mapping")
 

@@ -18,6 +18,7 @@ from pipeline.rewards.constant import constant_reward
 from pipeline.rewards.metric import metric_reward
 from pipeline.rewards.results import Handling, RewardError, finite_values, is_per_token, token_values
 from pipeline.runtime.messages import did_you_mean
+from pipeline.runtime.schedules import Schedule
 from pipeline.runtime.user_code import FORMS, UserCodeError, is_user_code, load_user_object
 
 __all__ = [
@@ -58,13 +59,15 @@ class RewardFunction(Protocol):
 class Reward:
     """A reward function under the name it is logged by, with its weight in the score.
 
-    With `score_scaling` reference PPO divides it by its standard deviation in the first rollout.
+    With `score_scaling` reference PPO divides it by its standard deviation in the first rollout. Where the weight
+    changes during training, `weight_schedule` says how, and `weight` is that of evaluations.
     """
 
     name: str
     function: RewardFunction
     weight: float = 1.0
     score_scaling: str = "none"
+    weight_schedule: Schedule | None = None
 
     def __post_init__(self) -> None:
         check_score_scaling(self.name, self.score_scaling)
@@ -108,8 +111,9 @@ def build_rewards(
         Reward(
             config.name,
             learned if config.name == LEARNED and learned else _function(config, language),
-            config.weight,
+            config.last_weight,
             config.score_scaling,
+            None if config.weight == config.last_weight else config.weight,
         )
         for config in configs
     ]

@@ -92,7 +92,7 @@ def report_settings(recipe: Recipe, task: Task) -> dict[str, object]:
         "confidence": recipe.eval.confidence,
         "metrics": [{"name": m.name, "options": dict(m.options)} for m in recipe.eval.metrics],
         "language": task.language,
-        "rewards": [f"{r.name} x {r.weight:g}" for r in recipe.ppo.rewards] if recipe.ppo else [],
+        "rewards": [f"{r.name} x {r.last_weight:g}" for r in recipe.ppo.rewards] if recipe.ppo else [],
         "control": CONTROL if recipe.control and control else other and other.name,
         "control_kind": None if control is None else control_kind(control),
         "checkpoints": checkpoint_rules(recipe),

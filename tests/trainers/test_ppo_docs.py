@@ -9,7 +9,7 @@ PAGE = (Path(__file__).parent.parent.parent / "docs" / "ppo.md").read_text()
 
 
 def test_logged_names_are_those_of_the_page(make_trainer):
-    trainer = make_trainer(total_episodes=8)
+    trainer = make_trainer(total_episodes=8, ptx_coef=0.1)  # which logs its loss
     trainer.train()
     logged = training_steps(trainer.output_dir)[0].keys() - {"step", "episode", "lr", "reward/colours"}
     table = PAGE.split("## Logged")[1].split("\n## ")[0]

@@ -10,6 +10,9 @@ TRL 1.12 was the last release with a PPOTrainer. What is different here, and why
 5. Moments for whitening are those of all processes.
 6. Any reward function with TRL's GRPO signature works; texts come in, not token ids.
 7. It is not a `transformers.Trainer`: every setting of `PPOConfig` acts, and `PPOTrainer.train` is the whole loop.
+
+Sources: Schulman et al. 2017 (arXiv:1707.06347); Ziegler et al. 2019 (arXiv:1909.08593); Huang et al. 2024, "The N+
+Implementation Details of RLHF with PPO" (arXiv:2403.17031).
 """
 
 from pipeline.trainers.ppo.config import PPOConfig

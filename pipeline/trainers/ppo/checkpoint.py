@@ -11,6 +11,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, set_seed
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from pipeline.models.shared import SharedModel
 from pipeline.runtime.seeds import derive_seed, random_state, restore_random_state
@@ -114,6 +115,15 @@ def save_training(directory: Path, state: TrainerState, learner: Learner) -> Non
     )
     protect = state.best_step if args.load_best_model_at_end else None
     save_checkpoint(directory, checkpoint, args.save_total_limit, protect)
+
+
+def save_policy(directory: Path, shared: SharedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Save the policy, the value head and the tokenizer; every process calls it, the main one writes."""
+    if PartialState().is_main_process:
+        directory.mkdir(parents=True, exist_ok=True)
+        shared.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+    PartialState().wait_for_everyone()
 
 
 def save_checkpoint(directory: Path, checkpoint: Checkpoint, keep: int, protect: int | None = None) -> Path:

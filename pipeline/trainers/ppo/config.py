@@ -9,6 +9,7 @@ from pipeline.models.generation import Decoding
 from pipeline.rewards.config import RewardConfig
 from pipeline.rewards.results import ON_ERROR, Handling
 from pipeline.runtime.messages import did_you_mean
+from pipeline.runtime.schedules import Schedule, value_at
 from pipeline.trainers.ppo.algorithms import ALGORITHMS, expand_algorithm
 from pipeline.trainers.ppo.config_checks import check_combinations, check_sizes
 from pipeline.trainers.ppo.ranges import check_ranges, require
@@ -75,7 +76,9 @@ class PPOConfig:
     # subtract the mean score of the prompt's other completions from each score; mean: of all its completions
     group_baseline: bool | Literal["mean"] = False
     reward_shaping: str = "none"  # prefix rewards each token by what it adds to the score of the text so far
-    temperature: float = 1.0  # divides the logits of sampling, policy and reference alike
+    # divides the logits of sampling, policy and reference alike; a number, or [episodes, value] points with straight
+    # lines between them
+    temperature: Schedule = 1.0
     top_k: int = 0  # 0: off, the raw policy
     top_p: float = 1.0  # 1: off, the raw policy
     min_new_tokens: int = 0  # no EOS before so many tokens
@@ -101,7 +104,8 @@ class PPOConfig:
     # learn nothing from a completion that did not end; its score still counts in the baseline
     mask_truncated_completions: bool = False
     dual_clip: float | None = None  # largest ratio that counts where the advantage is negative, such as 3.0
-    entropy_coef: float = 0.0  # entropy bonus; language models rarely need one
+    # entropy bonus; language models rarely need one; a number, or [episodes, value] points as for temperature
+    entropy_coef: Schedule = 0.0
     ptx_coef: float = 0.0  # weight of the SFT loss on the references of the prompts, mixed in (InstructGPT); 0: off
     vf_coef: float = 0.1  # weight of the value loss; 0: no value function
     cliprange_value: float = 0.2  # absolute: rewards should be of order 1
@@ -174,8 +178,13 @@ class PPOConfig:
 
     @property
     def sampling(self) -> Decoding:
-        """How a rollout is written."""
-        return replace(self.greedy, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+        """How the first rollout is written."""
+        return self.sampling_at(0)
+
+    def sampling_at(self, episodes: int) -> Decoding:
+        """Return how a rollout is written after so many episodes."""
+        temperature = value_at(self.temperature, episodes)
+        return replace(self.greedy, temperature=temperature, top_k=self.top_k, top_p=self.top_p)
 
     @property
     def greedy(self) -> Decoding:

@@ -54,7 +54,7 @@ def describe_experiment(
         code.add(reward.function, reward.name)
         digest = _digest("\n".join(code.sources)) if code.sources else None
         described[reward.name] = {
-            "weight": reward.weight,
+            "weight": reward.weight_schedule or reward.weight,
             "score_scaling": reward.score_scaling,
             "code": digest,
         }

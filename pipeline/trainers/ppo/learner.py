@@ -13,6 +13,7 @@ from transformers import get_scheduler
 from pipeline.models.sequences import Sequences, make_sequences
 from pipeline.models.shared import SharedModel
 from pipeline.runtime.memory import in_smaller_batches, is_out_of_memory
+from pipeline.runtime.schedules import value_at
 from pipeline.trainers.ppo.config import PPOConfig
 from pipeline.trainers.ppo.objective import Clipping, LossTerms, ppo_loss
 from pipeline.trainers.ppo.reference_texts import deal_out
@@ -47,6 +48,7 @@ class Learner:
         self.model, self.optimizer = accelerator.prepare(shared, optimizer)
         self.shared: SharedModel = accelerator.unwrap_model(self.model)
         self.scheduler = self._schedule(args.num_optimizer_steps(accelerator.num_processes))
+        self.entropy_coef = value_at(args.entropy_coef, 0)
         self.clipping = Clipping(
             args.cliprange,
             args.cliprange_high or args.cliprange,
@@ -54,6 +56,11 @@ class Learner:
             args.dual_clip,
             args.importance_sampling_level,
         )
+
+    def follow_schedules(self, episodes: int) -> None:
+        """Set what changes during a run to its value after so many episodes."""
+        self.shared.temperature = value_at(self.args.temperature, episodes)
+        self.entropy_coef = value_at(self.args.entropy_coef, episodes)
 
     def _schedule(self, steps: int) -> LRScheduler:
         # Not prepared: accelerate would step it once per process, and the schedule would end early.
@@ -203,8 +210,8 @@ class Learner:
 
     def _loss(self, terms: LossTerms, kl_coef: float) -> Tensor:
         loss = terms.policy + self.args.vf_coef * terms.value
-        if self.args.entropy_coef:
-            loss = loss - self.args.entropy_coef * terms.entropy
+        if self.entropy_coef:
+            loss = loss - self.entropy_coef * terms.entropy
         if kl_coef:
             loss = loss + kl_coef * terms.reference_kl
         return loss

@@ -2,6 +2,10 @@
 
 import math
 
+from pipeline.runtime.schedules import check_schedule
+
+SCHEDULES = ("temperature", "entropy_coef")  # keys that may change during a run
+
 AT_LEAST_ONE = (
     "total_episodes per_device_train_batch_size gradient_accumulation_steps num_ppo_epochs num_mini_batches "
     "local_rollout_forward_batch_size num_generations response_length logging_steps save_total_limit kl_horizon "
@@ -32,6 +36,9 @@ def check_ranges(args: object) -> None:
     for names, rule, holds in rules:
         for name in names.split():
             value = getattr(args, name)
+            if name in SCHEDULES:
+                check_schedule(f"ppo.{name}:", value, rule, lambda v, holds=holds: holds(v) and v != math.inf)
+                continue
             endless = value == math.inf and name != "max_grad_norm"  # whose inf switches clipping off
             require(value is None or (holds(value) and not endless), name, rule, value)
 

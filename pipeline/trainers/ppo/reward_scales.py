@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pipeline.rewards import Reward, RewardOutputs, combine
 from pipeline.runtime.devices import float64_device, in_float64
+from pipeline.runtime.schedules import value_at
 from pipeline.trainers.ppo.scores import RunningMoments, masked_moments
 
 SHARE = "reward_share/"  # before the name of a reward in the log
@@ -18,6 +19,14 @@ LEAST_SHARE = 0.01  # of the variance; below it a reward hardly changes which co
 def scale_rewards(rewards: Sequence[Reward], deviations: Mapping[str, float]) -> list[Reward]:
     """Divide the weight of each reward by its deviation; rewards without one stay as they are."""
     return [replace(reward, weight=reward.weight / deviations.get(reward.name, 1.0)) for reward in rewards]
+
+
+def weights_at(rewards: Sequence[Reward], episodes: int) -> list[Reward]:
+    """Give each reward the weight that it has in training after so many episodes."""
+    scheduled = [reward.weight if reward.weight_schedule is None else reward.weight_schedule for reward in rewards]
+    return [
+        replace(reward, weight=value_at(weight, episodes)) for reward, weight in zip(rewards, scheduled, strict=True)
+    ]
 
 
 def reward_deviations(

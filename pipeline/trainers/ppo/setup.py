@@ -13,6 +13,7 @@ from pipeline.rewards import Reward
 from pipeline.rewards.learned import adapter_rewards
 from pipeline.runtime.devices import APPLE_GPU_IDLE, has_apple_gpu
 from pipeline.runtime.messages import say
+from pipeline.runtime.schedules import schedule_values, value_at
 from pipeline.trainers.logs import TrainingLog
 from pipeline.trainers.ppo.config import PPOConfig
 from pipeline.trainers.precision import mixed_precision
@@ -45,9 +46,9 @@ def build_shared_model(
     shared = SharedModel(
         model,
         peft_config if args.use_peft else None,
-        args.temperature,
+        value_at(args.temperature, 0),
         value_adapter=args.value_model == "adapter",
-        entropy_gradient=args.entropy_coef > 0,
+        entropy_gradient=max(schedule_values(args.entropy_coef)) > 0,
         padding_free=args.padding_free,
     )
     for reward in adapter_rewards(rewards):

@@ -1,14 +1,12 @@
 """Proximal policy optimisation of a language model on `accelerate`: roll out, estimate advantages, update, log.
 
-The package's docstring says what is different from TRL's.
-
-Sources: Schulman et al. 2017 (arXiv:1707.06347); Ziegler et al. 2019 (arXiv:1909.08593); Huang et al. 2024, "The N+
-Implementation Details of RLHF with PPO" (arXiv:2403.17031).
+The package's docstring says what is different from TRL's, and names the sources.
 """
 
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from accelerate.utils import set_seed
@@ -17,7 +15,6 @@ from peft import LoraConfig
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.models.sequences import Sequences
 from pipeline.rewards import Reward, RewardOutputs, as_rewards, check_rewards
 from pipeline.rewards.rows import compute_row_rewards, count_failures
 from pipeline.runtime.seeds import derive_seed
@@ -25,14 +22,14 @@ from pipeline.runtime.signals import Stopped, requested_stop
 from pipeline.runtime.watchdog import enter, watched
 from pipeline.trainers.logs import sample_line
 from pipeline.trainers.ppo.advantages import estimate_advantages, next_kl_coef
-from pipeline.trainers.ppo.checkpoint import TrainerState, restore_best, restore_training, save_training
+from pipeline.trainers.ppo.checkpoint import TrainerState, restore_best, restore_training, save_policy, save_training
 from pipeline.trainers.ppo.checks import check_inputs, check_kl, check_start, first_examples
 from pipeline.trainers.ppo.config import PPOConfig
 from pipeline.trainers.ppo.experiment import describe_experiment
 from pipeline.trainers.ppo.held_out import ComputeMetrics, HeldOutData, evaluate_held_out
 from pipeline.trainers.ppo.learner import Learner
 from pipeline.trainers.ppo.reference_texts import ReferenceTexts, encode_references
-from pipeline.trainers.ppo.reward_scales import fit_scales, scale_rewards, share_sentences, variance_shares
+from pipeline.trainers.ppo.reward_scales import fit_scales, scale_rewards, share_sentences, variance_shares, weights_at
 from pipeline.trainers.ppo.rollout import CompletionWriter, Experience, Rollout, prompt_order
 from pipeline.trainers.ppo.scores import prefix_scores, process_scores
 from pipeline.trainers.ppo.setup import build_shared_model, make_accelerator, open_log
@@ -116,8 +113,8 @@ class PPOTrainer:
 
     @property
     def scaled_rewards(self) -> list[Reward]:
-        """The rewards, with weights that undo the deviations of those that are scaled."""
-        return scale_rewards(self.rewards, self.state.reward_deviations)
+        """The rewards with their weights in this step, which undo the deviations of those that are scaled."""
+        return scale_rewards(weights_at(self.rewards, self.state.episodes), self.state.reward_deviations)
 
     def train(self, resume_from_checkpoint: bool | None = None) -> TrainerState:
         """Run all PPO steps; the model ends as the best policy.
@@ -151,12 +148,13 @@ class PPOTrainer:
         """Answer the prompts of the training `rows` with the current policy and score the answers; no gradient."""
         examples, prompt_ids = self.train_dataset.select(rows), [self._prompt_ids[row] for row in rows]
         self._enter("the completions")
+        self.learner.follow_schedules(self.state.episodes)
         seed = derive_seed(self.seed, "rollout", self.state.step)
-        completions = self.writer.write(prompt_ids, self.args.sampling, seed)
+        completions = self.writer.write(prompt_ids, self.args.sampling_at(self.state.episodes), seed)
         self._enter("the rewards")
         rewards = self.compute_rewards(examples, completions.texts, completions.ids)
         if self.state.step == 0:
-            deviations, rewards = fit_scales(self.rewards, rewards, self.accelerator)
+            deviations, rewards = fit_scales(weights_at(self.rewards, self.state.episodes), rewards, self.accelerator)
             self.state = replace(self.state, reward_deviations=deviations)
         if self.args.reward_shaping == "prefix":
             token_scores = prefix_scores(rewards, completions.ids, examples, self.writer.decode, self.compute_rewards)
@@ -177,10 +175,17 @@ class PPOTrainer:
         )
 
     def compute_rewards(
-        self, examples: Dataset, completions: Sequence[str], completion_ids: Sequence[Sequence[int]]
+        self,
+        examples: Dataset,
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]],
+        rewards: Sequence[Reward] | None = None,
     ) -> RewardOutputs:
-        """Call the reward functions on completions to the prompts of `examples`, whose other columns they get."""
-        rewards, handling = self.scaled_rewards, self.args.reward_handling
+        """Call the reward functions on completions to the prompts of `examples`, whose other columns they get.
+
+        `rewards` have the weights; None: those of this step.
+        """
+        rewards, handling = rewards or self.scaled_rewards, self.args.reward_handling
         return compute_row_rewards(rewards, examples, completions, completion_ids, handling)
 
     def compute_advantages(self, rollout: Rollout) -> tuple[Experience, dict[str, float]]:
@@ -210,9 +215,11 @@ class PPOTrainer:
         self._enter("the update")
         step, state = self.state.step, self.state
         seed = derive_seed(self.seed, "mini-batches", step, self.accelerator.process_index)
+        rows = self.prompt_rows(step)[:: self.args.num_generations]
+        references = self._references and self._references.sequences(rows, self.accelerator.device)
         try:
             update = self.learner.update(
-                experience, seed, step < self.args.value_warmup_steps, state.skipped_in_row, self._step_references()
+                experience, seed, step < self.args.value_warmup_steps, state.skipped_in_row, references
             )
         except FloatingPointError as error:
             raise FloatingPointError(f"PPO step {step + 1}, {error}") from error
@@ -232,7 +239,9 @@ class PPOTrainer:
         enter(f"the evaluation after PPO step {self.state.step}")
         data, write = HeldOutData(self.eval_dataset, self._eval_prompt_ids), self.writer.write
         size = self.args.local_rollout_forward_batch_size
-        return evaluate_held_out(data, size, write, self.args.greedy, self.compute_rewards, self.compute_metrics)
+        rewards = scale_rewards(self.rewards, self.state.reward_deviations)  # of all evaluations the last weights
+        compute_rewards = partial(self.compute_rewards, rewards=rewards)
+        return evaluate_held_out(data, size, write, self.args.greedy, compute_rewards, self.compute_metrics)
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint of the current step; every process calls it, the main one writes."""
@@ -241,12 +250,7 @@ class PPOTrainer:
 
     def save_model(self, directory: str | Path | None = None) -> None:
         """Save the policy (a peft adapter, or a whole model), the value head and the tokenizer."""
-        if self.accelerator.is_main_process:
-            target = Path(directory) if directory else self.output_dir
-            target.mkdir(parents=True, exist_ok=True)
-            self.shared.save_pretrained(target)
-            self.tokenizer.save_pretrained(target)
-        self.accelerator.wait_for_everyone()
+        save_policy(Path(directory) if directory else self.output_dir, self.shared, self.tokenizer)
 
     def _start(self, resume: bool | None) -> None:
         """Go on from the newest checkpoint if there is one, and open the log."""
@@ -281,13 +285,6 @@ class PPOTrainer:
         values = self.evaluate()
         self.state = self.state.compared(values, self.args.metric_for_best_model, self.args.greater_is_better)
         self.log.end_evaluation(self.state.step, values)
-
-    def _step_references(self) -> Sequences | None:
-        """Return the references of the prompts of this step, where their SFT loss is mixed in."""
-        if self._references is None:
-            return None
-        rows = self.prompt_rows(self.state.step)[:: self.args.num_generations]
-        return self._references.sequences(rows, self.accelerator.device)
 
     def _enter(self, phase: str) -> None:
         enter(f"{phase} of PPO step {self.state.step + 1}")
