@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
 
 def evaluate(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
     """Predict with every system and compute rewards, each process its share; report on the main process."""
-    began, task = time.monotonic(), load_recipe_task(recipe, run)
+    began, (recipe, task) = time.monotonic(), load_recipe_task(recipe, run)
     sources = system_sources(recipe, run)
     sft, strip = sft_source(recipe, run), task.strip_thoughts
     predictions = predict_systems(sources, sft, task.test, recipe.eval, recipe.seed, strip)

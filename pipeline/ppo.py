@@ -31,14 +31,14 @@ def main(argv: Sequence[str]) -> int:
 
 def train_ppo(recipe: Recipe, run: RunDirectory, stage: str) -> dict[str, object]:
     """Train the policy and save the best one; the control's scores are shuffled."""
-    task, arguments, output = load_recipe_task(recipe, run), ppo_arguments(recipe, stage), run.stage(stage)
+    (recipe, task), output = load_recipe_task(recipe, run), run.stage(stage)
     path = plain_model_directory(sft_model_path(recipe, run), recipe.model, output / "base")
     tokenizer = load_tokenizer(path, recipe.model)
     trainer = PPOTrainer(
         model=load_model(path, recipe.model, frozen=recipe.ppo.use_peft),
-        args=arguments,
+        args=ppo_arguments(recipe, stage),
         processing_class=tokenizer,
-        reward_funcs=build_rewards(arguments.rewards, task.language, learned_reward(recipe, run, task, tokenizer)),
+        reward_funcs=build_rewards(recipe.ppo.rewards, task.language, learned_reward(recipe, run, task, tokenizer)),
         train_dataset=task.prompts,
         eval_dataset=task.validation,
         peft_config=lora_config(recipe.model),
@@ -51,7 +51,7 @@ def train_ppo(recipe: Recipe, run: RunDirectory, stage: str) -> dict[str, object
         state = trainer.train(resume_from_checkpoint=True)
     trainer.save_model(output)
     figures = {"steps": state.step, "episodes": state.episodes, "best_step": state.best_step}
-    figures["mixed_precision"] = trainer.accelerator.mixed_precision
+    figures |= {"mixed_precision": trainer.accelerator.mixed_precision, "response_length": recipe.ppo.response_length}
     figures[f"best_{recipe.ppo.metric_for_best_model}"] = state.best_metric
     return {**figures, **left_out_record(task), **template_record(tokenizer)}
 

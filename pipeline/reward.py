@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
 
 def train_reward_model(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
     """Collect the pairs, train on them or load a classifier, report, and save what PPO needs."""
-    task = load_recipe_task(recipe, run)
+    recipe, task = load_recipe_task(recipe, run)
     base = plain_model_directory(sft_model_path(recipe, run), recipe.model, run.reward / "base")
     tokenizer = load_tokenizer(base, recipe.model)
     pairs, samples = collect_pairs(recipe, run, task, base, tokenizer)

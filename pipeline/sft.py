@@ -32,8 +32,8 @@ def main(argv: Sequence[str]) -> int:
 
 def train_sft(recipe: Recipe, run: RunDirectory, stage: str) -> dict[str, object]:
     """Train SFT or a baseline, then save the model as plain weights."""
-    task, base, output = load_recipe_task(recipe, run), base_model_path(recipe, run), run.stage(stage)
-    arguments = sft_arguments(sft_keys(recipe, run, stage), output, recipe.seed)
+    (recipe, task), output = load_recipe_task(recipe, run), run.stage(stage)
+    base, arguments = base_model_path(recipe, run), sft_arguments(sft_keys(recipe, run, stage), output, recipe.seed)
     check_sharding(arguments, recipe.model.load_in_4bit and recipe.sft.use_peft)
     model, tokenizer = load_model(base, recipe.model, frozen=recipe.sft.use_peft), load_tokenizer(base, recipe.model)
     check_later_stages(recipe, task, model, tokenizer)  # before the hours of this stage

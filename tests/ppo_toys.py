@@ -21,6 +21,12 @@ SMALL: dict[str, Any] = {
     "response_length": 4,
     "num_sample_generations": 0,
     "bf16": False,
+    # Scores are what the rewards say, and the loss that of the papers.
+    "score_scaling": "none",
+    "missing_eos_penalty": None,
+    "dual_clip": None,
+    "value_learning_rate": 5e-3,
+    "adam_epsilon": 1e-5,
 }
 
 

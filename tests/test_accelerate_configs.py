@@ -13,7 +13,8 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
-from pipeline.stages.launch import engine_problem, launched_engine, process_count, sharding_engine
+from pipeline.runtime.distributed import launched_engine
+from pipeline.stages.launch import engine_problem, process_count, sharding_engine
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "accelerate_configs").glob("*.yaml"))

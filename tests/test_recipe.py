@@ -384,7 +384,8 @@ def test_evaluation_follows_ppo():
     without = load_recipe(write(), ["ppo=null"])
     assert without.ppo is None
     assert without.eval.systems == ("base", "sft")
-    assert without.eval.max_new_tokens == 53
+    assert without.eval.max_new_tokens is None  # from the references of the data
+    assert load_recipe(write(), ["ppo.response_length=null"]).eval.max_new_tokens is None
     message = refusal("ppo=null", line11="eval: {systems: [sft, ppo]}")
     assert_names(message, "recipe.yaml:11", "eval.systems", "no ppo section")
 

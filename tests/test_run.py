@@ -88,7 +88,7 @@ def test_the_chain_runs_in_order_and_then_has_nothing_to_do(behaviour, capsys):
     assert plan(output) == dict.fromkeys(OWN, ("run", "not started yet"))
     assert "sft: 10 examples, batch 4 per device x 1 accumulated x 1 = 4; 2 epochs, 6 optimizer steps\n" in output
     assert "x 1 = 8 episodes, mini-batch 4, micro-batch 2" in output
-    assert "3 steps of 4 PPO epochs, 24 optimizer steps\n" in output
+    assert "3 steps of 1 PPO epoch, 6 optimizer steps\n" in output
     assert output.splitlines()[0] == "recipe.yaml -> runs/demo"
     assert output.splitlines()[1].startswith("cpu with ") and output.splitlines()[1].endswith(", 1 process")
     assert output.splitlines()[-1] == "report: runs/demo/eval/report.html"

@@ -27,7 +27,8 @@ PANELS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "learning rate": ("learning_rate",),
     },
     "ppo": {
-        "reward": ("objective/scores", "eval_reward"),
+        "held-out reward": ("eval_reward",),
+        "score of samples, after scaling": ("objective/scores",),
         "KL to SFT, nats/completion": ("objective/kl",),
         "length, tokens": ("objective/length", "eval_length"),
         "entropy, nats/completion": ("objective/entropy",),

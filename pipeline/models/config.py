@@ -91,7 +91,8 @@ class ModelConfig:
     model_name_or_path: str | None = None  # directory or Hub id of any causal or encoder-decoder model
     from_scratch: FromScratchConfig | None = None  # a small model with random weights instead
     model_revision: str = "main"  # branch, tag or commit of a Hub model
-    dtype: str = "float32"  # of the weights; float32 with bf16 autocast is the tested combination
+    # of the weights; None: bfloat16 on a GPU where an adapter alone trains, which stays in float32, else float32
+    dtype: str | None = None
     attn_implementation: str | None = None  # as in transformers; None: its default
     trust_remote_code: bool = False  # allow code that comes with the model; stands in the record of the run
     src_lang: str | None = None  # of mBART, NLLB and M2M100: the tokenizer's own code, such as en_XX or eng_Latn
@@ -124,7 +125,7 @@ class ModelConfig:
             if not name.isidentifier() or name in TEMPLATE_ARGUMENTS:
                 rule = "is set by Relay" if name in TEMPLATE_ARGUMENTS else "is not the name of a variable"
                 raise ValueError(f"model.chat_template_kwargs: {name!r} {rule}; name a variable of the template")
-        if self.dtype not in DTYPES:
+        if self.dtype not in (None, *DTYPES):
             raise ValueError(f"model.dtype: {self.dtype!r} is not one of {', '.join(DTYPES)}")
         if self.bnb_4bit_quant_type not in QUANT_TYPES:
             raise ValueError(

@@ -27,6 +27,8 @@ from pipeline.models.hub import ADAPTER_FILE, adapter_base, pinned_revision, rea
 from pipeline.models.quantized import use_one_product
 from pipeline.models.text import set_chat_template
 from pipeline.models.weights import check_loaded_weights, empty_model
+from pipeline.runtime.devices import gpu_has_bf16
+from pipeline.runtime.distributed import launched_engine
 
 
 def load_config(path: str | Path, config: ModelConfig) -> PretrainedConfig:
@@ -105,28 +107,43 @@ def check_weights(path: str | Path, config: ModelConfig) -> PreTrainedModel | No
     )
 
 
+def weights_dtype(config: ModelConfig, frozen: bool, bf16_gpu: bool) -> torch.dtype | str:
+    """Choose the type of a model's weights: the recipe's `dtype`, or by what is done with the model.
+
+    Weights that are trained or merged stay in float32, where small steps are not rounded away. Those that an adapter
+    alone trains over are only read, and in bfloat16 they take half the memory. `auto` is a choice of transformers.
+    """
+    if config.dtype is not None:
+        return config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    return torch.bfloat16 if frozen and bf16_gpu and not config.lora_modules_to_save else torch.float32
+
+
 def load_model(path: str | Path, config: ModelConfig, frozen: bool = False) -> PreTrainedModel:
     """A language model with plain weights, on the CPU; a peft adapter directory is merged into its base.
 
-    With `frozen`, which says that only an adapter over it will train, the weights of its dense layers are held in 4
-    bits if the recipe wants that; the model is then on this process's device, where it has to stay. The decoder of an
-    encoder-decoder begins as the recipe's languages and the tokenizer say: `set_decoder_start`.
+    With `frozen`, which says that only an adapter over it will train, its weights may be in bfloat16
+    (`weights_dtype`), and those of its dense layers are held in 4 bits if the recipe wants that; the model is then on
+    this process's device, where it has to stay. The decoder of an encoder-decoder begins as the recipe's languages
+    and the tokenizer say: `set_decoder_start`.
     """
     path = os.path.expanduser(path)
     if (Path(path) / ADAPTER_FILE).is_file():
         return merge_adapter(path, config)
     model_config = load_config(path, config)
+    # An engine shards weights of one type, and those of the adapter are float32.
+    bf16_gpu = frozen and launched_engine() is None and gpu_has_bf16(PartialState().device)
+    dtype = weights_dtype(config, frozen, bf16_gpu)
     try:
         model, info = language_model_class(model_config).from_pretrained(
             str(path),
             config=model_config,
             revision=pinned_revision(str(path), config.model_revision),
             trust_remote_code=config.trust_remote_code,
-            dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
+            dtype=dtype,
             attn_implementation=config.attn_implementation,
             ignore_mismatched_sizes=True,  # refused below, in one sentence
             output_loading_info=True,
-            **(_in_4_bits(config) if frozen and config.load_in_4bit else {}),
+            **(_in_4_bits(config, dtype) if frozen and config.load_in_4bit else {}),
         )
     except (pickle.UnpicklingError, SafetensorError) as error:
         raise unreadable(path, "weights", "weight files", error) from error
@@ -141,13 +158,13 @@ def load_model(path: str | Path, config: ModelConfig, frozen: bool = False) -> P
     return model
 
 
-def _in_4_bits(config: ModelConfig) -> dict[str, object]:
+def _in_4_bits(config: ModelConfig, dtype: torch.dtype | str) -> dict[str, object]:
     """Arguments of from_pretrained. The dense layers compute in `dtype`, as in TRL, and the LM head stays as it is."""
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=config.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=config.use_bnb_nested_quant,
-        bnb_4bit_compute_dtype=torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype),
+        bnb_4bit_compute_dtype=torch.bfloat16 if dtype == "auto" else dtype,
     )
     return {"quantization_config": quantization, "device_map": {"": PartialState().device}}
 
@@ -155,11 +172,13 @@ def _in_4_bits(config: ModelConfig) -> dict[str, object]:
 def merged(
     network: PeftModel, base: str | Path, config: ModelConfig, weights: Mapping[str, Tensor] | None = None
 ) -> PreTrainedModel:
-    """What an adapter over `base` has learnt as plain weights; never rounded to the 4 bits it was trained over.
+    """What an adapter over `base` has learnt as plain weights.
 
+    They are never rounded to the 4 bits, nor to the bfloat16 of `weights_dtype`, that the adapter was trained over.
     `weights`: those of `network`, where it is sharded and holds a part of them alone.
     """
-    if not config.load_in_4bit and weights is None:
+    is_rounded = config.load_in_4bit or (config.dtype is None and network.get_base_model().dtype != torch.float32)
+    if not is_rounded and weights is None:
         return network.merge_and_unload()
     plain = get_peft_model(load_model(base, config), network.peft_config["default"])
     learnt = get_peft_model_state_dict(network, state_dict=weights, save_embedding_layers=False)

@@ -191,13 +191,14 @@ def _check_lengths(recipe: Recipe, document: Document) -> None:
 
 
 def _generated_lengths(recipe: Recipe) -> dict[KeyPath, int]:
-    """Return the most tokens that each stage generates after a prompt."""
-    lengths: dict[KeyPath, int] = {}
+    """Return the most tokens that each stage generates after a prompt, as far as the recipe sets them."""
+    lengths: dict[KeyPath, int | None] = {}
     if recipe.reward is not None and not isinstance(recipe.reward.pairs, preferences.Config):
         lengths[("reward", "pairs", "max_new_tokens")] = recipe.reward.pairs.max_new_tokens
     if recipe.ppo is not None:
         lengths[("ppo", "response_length")] = recipe.ppo.response_length
-    return {**lengths, ("eval", "max_new_tokens"): recipe.eval.max_new_tokens}
+    lengths[("eval", "max_new_tokens")] = recipe.eval.max_new_tokens
+    return {path: length for path, length in lengths.items() if length is not None}
 
 
 def _check_batches(recipe: Recipe, num_processes: int, document: Document) -> None:

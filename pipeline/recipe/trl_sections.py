@@ -91,7 +91,10 @@ def _build_pairs(values: object, ppo: PPOConfig | None, document: Document) -> P
 
 
 def fill_lengths(config: Lengths, ppo: PPOConfig | None) -> Lengths:
-    """Take from PPO, or from its defaults, where completions end as far as a section does not say it."""
+    """Take from PPO, or from its defaults, where completions end as far as a section does not say it.
+
+    `max_new_tokens` stays None where PPO too leaves it to the data.
+    """
     lengths = {
         "max_new_tokens": PPOConfig.response_length if ppo is None else ppo.response_length,
         "min_new_tokens": PPOConfig.min_new_tokens if ppo is None else ppo.min_new_tokens,

@@ -24,3 +24,8 @@ def float64_device(device: torch.device) -> torch.device:
 def in_float64(values: Tensor) -> Tensor:
     """Widen numbers to float64, on `float64_device`: all float64 of rollouts and updates is made here."""
     return values.to(float64_device(values.device)).double()
+
+
+def gpu_has_bf16(device: torch.device) -> bool:
+    """Tell whether a device is a GPU with instructions for bfloat16: emulated, it is slower than float32."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

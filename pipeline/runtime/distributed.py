@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 
 T = TypeVar("T")
 PATIENCE = 20.0  # seconds: a network file system may show late what another machine has written
@@ -80,3 +80,9 @@ def _write_mark(directory: Path) -> str:
     mark = directory / f".mark-{secrets.token_hex(8)}"
     mark.touch()
     return mark.name
+
+
+def launched_engine() -> str | None:
+    """Return what shards this process's model, by the environment that accelerate launch has made."""
+    variables = {"FSDP": "FSDP", "DeepSpeed": "DEEPSPEED", "Megatron-LM": "MEGATRON_LM"}
+    return next((name for name, part in variables.items() if parse_flag_from_env(f"ACCELERATE_USE_{part}")), None)

@@ -10,9 +10,8 @@ from pipeline.models.text import encode_prompts_of
 from pipeline.recipe import Recipe
 from pipeline.rewards import RewardError, build_rewards, check_rewards
 from pipeline.rewards.constant import constant_reward
-from pipeline.runtime.distributed import on_main
+from pipeline.runtime.distributed import launched_engine, on_main
 from pipeline.runtime.messages import say
-from pipeline.stages.launch import launched_engine
 from pipeline.tasks import Task
 
 

@@ -15,7 +15,7 @@ import psutil
 import torch
 from accelerate.commands.config.config_args import ClusterConfig, default_config_file, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from accelerate.utils import DistributedType, parse_flag_from_env
+from accelerate.utils import DistributedType
 from rich.console import Console
 
 from pipeline.evaluation.config import SFT_BY_METRIC, SFT_LONGER
@@ -178,12 +178,6 @@ def sharding_engine(options: Sequence[str]) -> str | None:
     if any(chosen.values()) or arguments.multi_gpu:  # options stand above the file
         return next((ENGINES[kind] for kind, used in chosen.items() if used), None)
     return ENGINES.get(config.distributed_type) if config is not None else None
-
-
-def launched_engine() -> str | None:
-    """Return what shards this process's model, by the environment that accelerate launch has made."""
-    variables = {"FSDP": "FSDP", "DeepSpeed": "DEEPSPEED", "Megatron-LM": "MEGATRON_LM"}
-    return next((name for name, part in variables.items() if parse_flag_from_env(f"ACCELERATE_USE_{part}")), None)
 
 
 def engine_problem(stage: str, engine: str | None) -> str | None:

@@ -19,6 +19,7 @@ from pipeline.runtime.devices import APPLE_GPU_IDLE, has_accelerator, has_apple_
 from pipeline.stages.control import control_problem, control_run
 from pipeline.stages.directory import STAGES, RunDirectory, script_of, stage_option
 from pipeline.stages.fingerprint import needed_stages, setting_differences, stage_status
+from pipeline.stages.ppo_plan import ppo_choices, ppo_notes
 from pipeline.stages.task import choose_prompts
 from pipeline.tasks import TaskError
 from pipeline.tasks.counts import count_examples
@@ -150,7 +151,11 @@ def show_plan(
     for stage, sizes in (("sft", sft_sizes), ("ppo", ppo_sizes), (CONTROL, ppo_sizes), (SFT_BY_METRIC, sft_sizes)):
         if stage in launched:
             print_line(console, f"{stage}: {sizes(recipe, processes)}")
-    for note in model_notes(recipe) if launched - {"eval"} else ():
+    notes = model_notes(recipe) if launched - {"eval"} else []
+    if "ppo" in launched:
+        print_line(console, f"ppo: {ppo_choices(recipe)}")
+        notes += ppo_notes(recipe.ppo, recipe.eval.metrics[0].name)
+    for note in notes:
         print_line(console, note)
 
 

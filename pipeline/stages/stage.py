@@ -19,7 +19,7 @@ from pipeline.models.hub import fetch_commit
 from pipeline.recipe import Recipe
 from pipeline.runtime.abort import record_failure
 from pipeline.runtime.devices import APPLE_GPU_IDLE, has_accelerator, has_apple_gpu
-from pipeline.runtime.distributed import on_main, shared_directory_problem
+from pipeline.runtime.distributed import launched_engine, on_main, shared_directory_problem
 from pipeline.runtime.libraries import limit_kernel_cache, quiet_libraries
 from pipeline.runtime.memory import is_out_of_memory, peak_memory_mib
 from pipeline.runtime.messages import one_line, say
@@ -36,7 +36,7 @@ from pipeline.stages.directory import (
     write_record,
 )
 from pipeline.stages.fingerprint import STATE, external_models, setting_differences, stage_state, stage_status
-from pipeline.stages.launch import engine_problem, launched_engine
+from pipeline.stages.launch import engine_problem
 from pipeline.stages.lock import RunInUseError, run_lock
 from pipeline.stages.plan import missing_input
 from pipeline.trainers.ppo.learner import LastPassError

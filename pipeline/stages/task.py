@@ -26,6 +26,7 @@ from pipeline.recipe import Recipe
 from pipeline.rewards.pairs.settings import SampledPairs
 from pipeline.runtime.messages import one_line, say
 from pipeline.stages.directory import RunDirectory
+from pipeline.stages.lengths import with_lengths
 from pipeline.tasks import SPLITS, Task, TaskError, columns, load_task, parallel
 from pipeline.tasks.types import TaskConfig
 
@@ -81,18 +82,24 @@ def _has_template(recipe: Recipe) -> bool:
     return load_tokenizer(path, recipe.model).chat_template is not None
 
 
-def load_recipe_task(recipe: Recipe, run: RunDirectory) -> Task:
+def load_recipe_task(recipe: Recipe, run: RunDirectory) -> tuple[Recipe, Task]:
     """Load the recipe's task as its model reads it, and print which rows are left out.
+
+    Returns:
+        The recipe with every length set, and the task.
 
     Raises:
         TaskError: as `load_task`; a row that the model cannot take, unless `task.skip_broken_rows` leaves it out.
+        ValueError: as `with_lengths`.
     """
     task = load_task(recipe.task.name, task_config(recipe))
     path = _tokenizer_path(recipe, run, task)
     tokenizer, config = load_tokenizer(path, recipe.model), load_config(path, recipe.model)
+    task = _renderable(task, tokenizer)
+    recipe = with_lengths(recipe, task, tokenizer, config)
     task = fit_rows(recipe, task, tokenizer, config)
     say_left_out("task", task.left_out)
-    return task
+    return recipe, task
 
 
 def task_config(recipe: Recipe) -> TaskConfig:
@@ -114,19 +121,30 @@ def base_model_path(recipe: Recipe, run: RunDirectory) -> Path | str:
     return run.base if recipe.model.from_scratch is not None else recipe.model.model_name_or_path
 
 
-def fit_rows(recipe: Recipe, task: Task, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> Task:
-    """Return the task without the rows that the model cannot take, and with all references.
-
-    It cannot take a row that the chat template cannot render, or whose prompt leaves no room for a completion.
+def _renderable(task: Task, tokenizer: PreTrainedTokenizerBase) -> Task:
+    """Return the task without the rows that the chat template cannot render.
 
     Raises:
-        TaskError: there are rows of the first kind and `task.skip_broken_rows` is false, or no other rows.
+        TaskError: there are some and `task.skip_broken_rows` is false, or no other rows.
+    """
+    for name in _splits(task):
+        task = _without(task, name, chat_problems_of(tokenizer, getattr(task, name)))
+    return task
+
+
+def _splits(task: Task) -> Sequence[str]:
+    return SPLITS if task.ppo_prompts is None else (*SPLITS, "ppo_prompts")
+
+
+def fit_rows(recipe: Recipe, task: Task, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> Task:
+    """Return the task without the rows whose prompts leave no room for a completion, and with all references.
+
+    Raises:
+        TaskError: no row would be left.
         ValueError: as `check_prompt_lengths`, unless `task.skip_broken_rows` is true.
     """
-    names = SPLITS if task.ppo_prompts is None else (*SPLITS, "ppo_prompts")
     room = _tokens_to_generate(recipe, task)
-    for name in names:
-        task = _without(task, name, chat_problems_of(tokenizer, getattr(task, name)))
+    for name in _splits(task):
         if name in room:
             task = _with_room(task, name, *room[name], tokenizer, config)
         task = replace(task, **{name: _with_references(task, getattr(task, name), tokenizer)})

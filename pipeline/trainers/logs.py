@@ -87,7 +87,7 @@ class TrainingLog:
 
     def _advance(self, values: Mapping[str, float]) -> None:
         self.bar.set_postfix_str(
-            f"reward {values['objective/scores']:.3f}, KL {values['objective/kl']:.3f}, "
+            f"score {values['objective/scores']:.3f}, KL {values['objective/kl']:.3f}, "
             f"length {values['objective/length']:.1f}",
             refresh=False,
         )

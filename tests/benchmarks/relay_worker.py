@@ -68,6 +68,11 @@ def _settings(spec: dict) -> PPOConfig:
         response_length=spec["response_length"],
         temperature=spec["temperature"],
         learning_rate=1e-5,
+        value_learning_rate=1e-5,
+        lam=0.95,
+        score_scaling="none",
+        missing_eos_penalty=None,
+        dual_clip=None,
         bf16=spec["bf16"],
     )
 

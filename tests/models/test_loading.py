@@ -19,6 +19,8 @@ from pipeline.models.loading import (
     load_policy,
     load_tokenizer,
     lora_config,
+    merged,
+    weights_dtype,
 )
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
@@ -101,6 +103,33 @@ def test_a_tilde_is_the_home_directory(taught_directory, model_config, taught, m
 def test_precision(taught_directory):
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16), ("auto", torch.float32)):
         assert load_model(taught_directory, ModelConfig(str(taught_directory), dtype=name)).dtype == dtype
+
+
+def test_a_frozen_base_is_bfloat16_on_a_gpu_and_everything_else_float32(model_config):
+    saves = replace(model_config, lora_modules_to_save=["lm_head"])
+    for config, frozen, bf16_gpu, dtype in (
+        (model_config, True, True, torch.bfloat16),
+        (model_config, True, False, torch.float32),  # a CPU
+        (model_config, False, True, torch.float32),  # all weights train, or an adapter is merged
+        (saves, True, True, torch.float32),  # some weights of the base train whole
+        (replace(model_config, dtype="float32"), True, True, torch.float32),
+        (replace(model_config, dtype="bfloat16"), False, False, torch.bfloat16),
+        (replace(model_config, dtype="auto"), True, True, "auto"),
+    ):
+        assert weights_dtype(config, frozen, bf16_gpu) == dtype
+
+
+def test_an_adapter_over_a_rounded_base_is_merged_in_float32(taught_directory, model_config):
+    rounded = load_model(taught_directory, replace(model_config, dtype="bfloat16"))
+    network = get_peft_model(rounded, adapter_config(rounded, lora_config(model_config)))
+    for name, parameter in network.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.constant_(parameter, 1e-4)
+    plain = merged(network, taught_directory, model_config)
+    assert plain.dtype == torch.float32
+    before = dict(load_model(taught_directory, model_config).named_parameters())
+    steps = [(weight - before[name]).abs().max() for name, weight in plain.named_parameters()]
+    assert 0 < max(steps) < 1e-3  # the adapter alone, no rounding to bfloat16
 
 
 def test_attention_implementation(taught_directory):

@@ -50,7 +50,7 @@ def recipe(tmp_path, chat_model):
 
 
 def load(recipe):
-    return load_recipe_task(recipe, RunDirectory.of(recipe))
+    return load_recipe_task(recipe, RunDirectory.of(recipe))[1]
 
 
 SCRATCH = "from_scratch: {hidden_size: 32, num_attention_heads: 2, vocab_size: 400}"

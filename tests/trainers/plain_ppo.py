@@ -104,8 +104,8 @@ class PlainPPO:
 
     def __init__(self, model: PreTrainedModel, head: nn.Linear, args: PPOConfig, optimizer_steps: int) -> None:
         self.model, self.head, self.args, self.optimizer_steps = model, head, args, optimizer_steps
-        value_rate = args.value_learning_rate or args.learning_rate
-        self.rates = [(p, args.learning_rate) for p in model.parameters() if p.requires_grad]
+        value_rate = args.value_function_learning_rate
+        self.rates = [(p, args.policy_learning_rate) for p in model.parameters() if p.requires_grad]
         self.rates += [(p, value_rate) for p in head.parameters()]
         self.first = [torch.zeros_like(p) for p, _ in self.rates]
         self.second = [torch.zeros_like(p) for p, _ in self.rates]
@@ -138,7 +138,7 @@ class PlainPPO:
             surrogate = torch.minimum(ratio * advantage, bounded * advantage)
             near = old + (values[t] - old).clamp(-args.cliprange_value, args.cliprange_value)
             error = torch.maximum((values[t] - target) ** 2, (near - target) ** 2)
-            total = total - surrogate + args.vf_coef * 0.5 * error
+            total = total - surrogate + args.value_loss_weight * 0.5 * error
             if args.kl_placement == "loss":
                 ref = episode.ref_logprobs[t]
                 total = total + args.kl_coef * kl_loss_of(logprobs[t], ref, ratio, args.kl_estimator)

@@ -140,7 +140,9 @@ def test_the_order_of_the_episodes_changes_nothing(make_exact):
 
 
 def test_the_schedule_is_in_optimizer_steps(make_trainer):
-    trainer = make_trainer(total_episodes=20, num_mini_batches=2, warmup_steps=3, learning_rate=0.01)
+    trainer = make_trainer(
+        total_episodes=20, num_mini_batches=2, warmup_steps=3, learning_rate=0.01, value_learning_rate=0.01
+    )
     rates, step = [], trainer.optimizer.step
 
     def watched() -> None:
@@ -167,10 +169,10 @@ def test_the_critic_has_its_own_learning_rate(make_trainer):
             assert size == pytest.approx(0.001, rel=1e-3)
 
 
-def test_defaults_are_those_that_reproductions_of_ppo_settled_on():
+def test_defaults_are_those_of_pretrained_models():
     args = PPOConfig((RewardConfig("constant"),))
-    assert (args.adam_epsilon, args.weight_decay) == (1e-5, 0.0)
-    assert (args.num_ppo_epochs, args.num_mini_batches, args.gamma, args.lam) == (4, 1, 1.0, 0.95)
+    assert (args.adam_epsilon, args.weight_decay) == (1e-8, 0.0)
+    assert (args.num_ppo_epochs, args.num_mini_batches, args.gamma, args.lam) == (1, 1, 1.0, 1.0)
     assert (args.temperature, args.top_k, args.top_p) == (1.0, 0, 1.0)  # the raw policy
     assert args.batch_size(1) == 128 and args.kl_estimator == "k1"
 

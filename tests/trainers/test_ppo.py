@@ -533,6 +533,7 @@ TOY = {
     "num_ppo_epochs": 4,
     "response_length": 3,
     "learning_rate": 2e-2,
+    "value_learning_rate": 2e-2,
     "kl_coef": 0.01,
 }
 

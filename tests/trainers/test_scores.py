@@ -51,6 +51,8 @@ def test_unfinished_completions():
     assert paid.tolist() == [1.0, 1.5] and parts.tolist() == [[0.25, 0.75, 0.0], [0.0, 0.5, 1.0]]
     paid, parts = apply_missing_eos_penalty(scores, tokens, finished, lengths, penalty=None, score=-1.0)
     assert paid.tolist() == [1.0, -1.0] and parts.tolist() == [[0.25, 0.75, 0.0], [0.0, 0.0, -1.0]]
+    replaced = apply_missing_eos_penalty(scores, tokens, finished, lengths, penalty=1.0, score=-1.0)
+    assert torch.equal(replaced[0], paid) and torch.equal(replaced[1], parts)  # not -2
     assert scores.tolist() == [1.0, 2.0] and tokens[1].tolist() == [0.0, 0.5, 1.5]  # the inputs are left alone
     untouched = apply_missing_eos_penalty(scores, tokens, finished, lengths, None, None)
     assert torch.equal(untouched[0], scores) and torch.equal(untouched[1], tokens)

@@ -16,10 +16,13 @@ class Algorithm:
 
 _KL_IN_REWARD = {"kl_placement": "reward", "kl_estimator": "k1"}
 _ONE_PASS = {"num_ppo_epochs": 1, "num_mini_batches": 1}
+# In place of PPO's defaults, which the publications do not have: scores as the rewards are, and one clip.
+_AS_PUBLISHED = {"score_scaling": "none", "missing_eos_penalty": None, "dual_clip": None}
 _NO_VALUE_FUNCTION = {"vf_coef": 0.0, "lam": 1.0, "gamma": 1.0}
 # The advantage is the score less the mean of its group, the KL is a term of the loss.
 _GROUP = {"group_baseline": "mean", "kl_placement": "loss", "kl_estimator": "k3", **_NO_VALUE_FUNCTION}
 _GROUP_SUGGESTIONS = {"num_generations": 8, "importance_sampling_level": "token", "cliprange": 0.2, **_ONE_PASS}
+_GROUP_SUGGESTIONS |= _AS_PUBLISHED
 
 ALGORITHMS: Mapping[str, Algorithm] = {
     # Schulman et al. 2017 (arXiv:1707.06347) as for language models in Huang et al. 2024 (arXiv:2403.17031)
@@ -31,8 +34,7 @@ ALGORITHMS: Mapping[str, Algorithm] = {
             "vf_coef": 0.1,
             "lam": 1.0,
             "gamma": 1.0,
-            "num_ppo_epochs": 4,
-            "num_mini_batches": 1,
+            **_ONE_PASS,
             "cliprange": 0.2,
             "kl_coef": 0.05,
         },
@@ -48,7 +50,7 @@ ALGORITHMS: Mapping[str, Algorithm] = {
             "kl_estimator": "k1",
             **_NO_VALUE_FUNCTION,
         },
-        {"num_generations": 4, "cliprange": 0.2, "kl_coef": 0.05, **_ONE_PASS},
+        {"num_generations": 4, "cliprange": 0.2, "kl_coef": 0.05, **_ONE_PASS, **_AS_PUBLISHED},
     ),
     # Shao et al. 2024 (arXiv:2402.03300)
     "grpo": Algorithm(
@@ -77,7 +79,7 @@ ALGORITHMS: Mapping[str, Algorithm] = {
             **_KL_IN_REWARD,
             **_ONE_PASS,
         },
-        {"num_generations": 1, "gamma": 1.0, "kl_coef": 0.0},
+        {"num_generations": 1, "gamma": 1.0, "kl_coef": 0.0, **_AS_PUBLISHED},
     ),
     # Hu et al. 2025 (arXiv:2501.03262)
     "reinforce++": Algorithm(
@@ -89,7 +91,7 @@ ALGORITHMS: Mapping[str, Algorithm] = {
             **_NO_VALUE_FUNCTION,
             **_KL_IN_REWARD,
         },
-        {"num_generations": 1, "cliprange": 0.2, "kl_coef": 0.01, **_ONE_PASS},
+        {"num_generations": 1, "cliprange": 0.2, "kl_coef": 0.01, **_ONE_PASS, **_AS_PUBLISHED},
     ),
 }
 
@@ -117,4 +119,4 @@ def describe_algorithm(args: object) -> str:
 
 def shown(value: object) -> str:
     """Write a value as a recipe has it."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -48,12 +48,14 @@ class PPOConfig:
     # episodes of a micro-batch: a matter of memory, not of the result; halved where memory runs out
     per_device_train_batch_size: int = 32
     gradient_accumulation_steps: int = 4  # times the above = 128 episodes a rollout, the least that public recipes use
-    num_ppo_epochs: int = 4  # passes over a rollout
+    num_ppo_epochs: int = 1  # passes over a rollout, as in OpenRLHF and verl; more than 2 need target_kl
     num_mini_batches: int = 1  # optimizer steps of a pass; one is what the language-model reproductions use
     local_rollout_forward_batch_size: int = 128  # prompts answered at once; halved where memory runs out
 
-    learning_rate: float = 1e-4  # of the policy; LoRA takes ten times what full fine-tuning does
-    value_learning_rate: float | None = None  # of the value function; None: learning_rate
+    # of the policy; None: 3e-5 for LoRA (verl's example; TRL has 1e-5 and 5e-5), 1e-6 for all weights (OpenRLHF, verl)
+    learning_rate: float | None = None
+    # of the value function; None: ten times that of the policy (verl; OpenRLHF: nine times)
+    value_learning_rate: float | None = None
     # head reads the policy's last hidden states; adapter has a LoRA of its own, at a second pass
     value_model: str = "head"
     value_warmup_steps: int = 0  # PPO steps in which only the value function learns
@@ -61,7 +63,7 @@ class PPOConfig:
     warmup_steps: int = 0  # optimizer steps in which the learning rate rises
     adam_beta1: float = 0.9  # AdamW
     adam_beta2: float = 0.999  # AdamW
-    adam_epsilon: float = 1e-5  # the PPO reproductions' value: 1e-8 makes the first steps on tiny gradients too large
+    adam_epsilon: float = 1e-8  # as in TRL, OpenRLHF and verl; 1e-5 is near the gradients of a large LoRA
     weight_decay: float = 0.0  # none: it would pull the policy away from the reference
     max_grad_norm: float = 1.0  # gradient clipping
     # compute layers again in the backward pass: less memory, more time, the same bits
@@ -71,7 +73,8 @@ class PPOConfig:
     # autocast; None: where the machine has instructions for it. A CPU that emulates it is far slower than in float32
     bf16: bool | None = None
 
-    response_length: int = 53  # most tokens of a completion; TRL's value
+    # most tokens of a completion; None: what holds 99 % of the references of PPO's rows, a multiple of 8
+    response_length: int | None = None
     num_generations: int = 1  # completions of each prompt in a rollout
     # subtract the mean score of the prompt's other completions from each score; mean: of all its completions
     group_baseline: bool | Literal["mean"] = False
@@ -85,7 +88,7 @@ class PPOConfig:
     # a completion ends after the first of them, as it does with EOS; held-out and test completions too
     stop_strings: tuple[str, ...] = ()
 
-    kl_coef: float = 0.05  # weight of the KL penalty
+    kl_coef: float = 0.05  # weight of a nat of KL, as in TRL: for scores with a deviation of 1 (score_scaling)
     kl_estimator: str = "k1"  # k1 with kl_placement reward or score; k3 (times the ratio, as in TRL) or k2 with loss
     # reward: in the token reward; score: of the whole completion, in its score; loss: a term of the loss
     kl_placement: str = "reward"
@@ -103,23 +106,27 @@ class PPOConfig:
     loss_type: str = "dapo"
     # learn nothing from a completion that did not end; its score still counts in the baseline
     mask_truncated_completions: bool = False
-    dual_clip: float | None = None  # largest ratio that counts where the advantage is negative, such as 3.0
+    dual_clip: float | None = 3.0  # largest ratio that counts where the advantage is negative, as in verl; None: any
     # entropy bonus; language models rarely need one; a number, or [episodes, value] points as for temperature
     entropy_coef: Schedule = 0.0
     ptx_coef: float = 0.0  # weight of the SFT loss on the references of the prompts, mixed in (InstructGPT); 0: off
-    vf_coef: float = 0.1  # weight of the value loss; 0: no value function
+    # weight of the value loss; 0: no value function; None: 0.1 as in TRL, but 0 with group_baseline, as RLOO has it
+    vf_coef: float | None = None
     cliprange_value: float = 0.2  # absolute: rewards should be of order 1
     gamma: float = 1.0  # generalised advantage estimation; texts are short, nothing is discounted
-    lam: float = 0.95  # generalised advantage estimation: 1 is the whole return, 0 one step
+    # generalised advantage estimation: 1, as in OpenRLHF and verl, is the whole return, 0 one step; with 0.95 and a
+    # value function that starts at 0 the first of 256 tokens would see 2e-6 of the score
+    lam: float = 1.0
     whiten_rewards: bool = False  # unit variance of token rewards, over all processes
     # batch: advantages get mean 0 and unit variance, over all processes; group: scores are divided by the deviation
     # of the prompt's scores; none
     scale_rewards: str = "batch"
-    # divide scores by the standard deviation of all so far (running) or of the first rollout (reference)
-    score_scaling: str = "none"
+    # divide scores by the standard deviation of all so far (running) or of the first rollout (reference), so that
+    # kl_coef, cliprange_value and missing_eos_penalty mean the same for any reward
+    score_scaling: str = "running"
     score_clip: float | None = None  # scores stay within +- this, after scaling
-    missing_eos_penalty: float | None = None  # subtracted from the score of a completion that did not end
-    missing_eos_score: float | None = None  # replaces that score, such as -1 (Huang et al. 2024)
+    missing_eos_penalty: float | None = 1.0  # subtracted from the scaled score of a completion that did not end
+    missing_eos_score: float | None = None  # replaces that score instead, such as -1 (Huang et al. 2024)
     # a control run: scores change places within the rollout, so that they say nothing and all else is as in PPO
     shuffle_scores: bool = False
     # stop the run, skip the completion, or count 0 for the function; a broken one should not go unnoticed
@@ -175,6 +182,21 @@ class PPOConfig:
     def learned_reward(self) -> RewardConfig | None:
         """The line of `rewards` that is a learned reward, if there is one."""
         return next((reward for reward in self.rewards if reward.name == LEARNED), None)
+
+    @property
+    def policy_learning_rate(self) -> float:
+        """The learning rate of the policy, by what is trained."""
+        return self.learning_rate or (3e-5 if self.use_peft else 1e-6)
+
+    @property
+    def value_function_learning_rate(self) -> float:
+        """The learning rate of the value function."""
+        return self.value_learning_rate or 10 * self.policy_learning_rate
+
+    @property
+    def value_loss_weight(self) -> float:
+        """The weight of the value loss; 0 where there is no value function."""
+        return self.vf_coef if self.vf_coef is not None else 0.0 if self.group_baseline else 0.1
 
     @property
     def sampling(self) -> Decoding:

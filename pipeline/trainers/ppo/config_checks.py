@@ -21,7 +21,7 @@ def check_sizes(args: Any) -> None:
             f"must divide per_device_train_batch_size x gradient_accumulation_steps ({episodes})",
         ),
         (
-            args.min_new_tokens < args.response_length,
+            args.response_length is None or args.min_new_tokens < args.response_length,
             "min_new_tokens",
             f"must be below response_length ({args.response_length})",
         ),
@@ -33,7 +33,7 @@ def check_combinations(args: Any) -> None:
     """Refuse options that need another one, exclude it, or would do nothing."""
     constant, moved = args.lr_scheduler_type == "constant", args.kl_horizon != type(args).kl_horizon
     largest_ratio = 1 + (args.cliprange_high or args.cliprange)
-    two_rules = args.missing_eos_penalty is not None and args.missing_eos_score is not None
+    own_penalty = args.missing_eos_penalty not in (None, type(args).missing_eos_penalty)
     needless_path = args.reward_model_path is not None and args.learned_reward is None
     for wrong, name, rule, found in (
         (
@@ -93,7 +93,7 @@ def check_combinations(args: Any) -> None:
             args.value_model,
         ),
         (
-            two_rules,
+            own_penalty and args.missing_eos_score is not None,
             "missing_eos_score",
             "replaces the score that missing_eos_penalty would be subtracted from; keep one",
             args.missing_eos_score,
@@ -118,10 +118,16 @@ def check_combinations(args: Any) -> None:
         ),
         ("" in args.stop_strings, "stop_strings", "must not hold an empty text", args.stop_strings),
         (
-            args.value_warmup_steps and not args.vf_coef,
+            args.value_warmup_steps and not args.value_loss_weight,
             "value_warmup_steps",
-            "does nothing with vf_coef 0",
+            "does nothing without a value function; set vf_coef",
             args.value_warmup_steps,
+        ),
+        (
+            args.value_model == "adapter" and not args.value_loss_weight,
+            "value_model",
+            "does nothing without a value function; set vf_coef",
+            args.value_model,
         ),
     ):
         require(not wrong, name, rule, found)

@@ -37,9 +37,9 @@ class Learner:
         optimizer = torch.optim.AdamW(
             [
                 {"params": shared.policy_parameters()},
-                {"params": shared.value_parameters(), "lr": args.value_learning_rate or args.learning_rate},
+                {"params": shared.value_parameters(), "lr": args.value_function_learning_rate},
             ],
-            lr=args.learning_rate,
+            lr=args.policy_learning_rate,
             betas=(args.adam_beta1, args.adam_beta2),
             eps=args.adam_epsilon,
             weight_decay=args.weight_decay,
@@ -209,7 +209,7 @@ class Learner:
         return total
 
     def _loss(self, terms: LossTerms, kl_coef: float) -> Tensor:
-        loss = terms.policy + self.args.vf_coef * terms.value
+        loss = terms.policy + self.args.value_loss_weight * terms.value
         if self.entropy_coef:
             loss = loss - self.entropy_coef * terms.entropy
         if kl_coef:

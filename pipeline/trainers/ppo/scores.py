@@ -170,7 +170,7 @@ def apply_missing_eos_penalty(
     """
     unfinished, rows, last = ~finished, torch.arange(len(scores)), lengths - 1
     scores, token_scores = scores.clone(), token_scores.clone()
-    if penalty is not None:
+    if penalty is not None and score is None:
         scores -= penalty * unfinished
         token_scores[rows, last] -= penalty * unfinished
     if score is not None:

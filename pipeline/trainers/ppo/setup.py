@@ -1,13 +1,16 @@
 """What a PPO run is built from: the accelerator, the shared model with its learned rewards, the log."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
+from datasets import Dataset
 from peft import LoraConfig
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pipeline.models.completion_lengths import reference_length
 from pipeline.models.shared import SharedModel
 from pipeline.rewards import Reward
 from pipeline.rewards.learned import adapter_rewards
@@ -18,6 +21,19 @@ from pipeline.trainers.logs import TrainingLog
 from pipeline.trainers.ppo.config import PPOConfig
 from pipeline.trainers.precision import mixed_precision
 from pipeline.trainers.trackers import installed
+
+
+def with_response_length(
+    args: PPOConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset
+) -> PPOConfig:
+    """Return the settings with a `response_length`, from the references in the data where none is set.
+
+    Raises:
+        ValueError: as `reference_length`.
+    """
+    if args.response_length is not None:
+        return args
+    return replace(args, response_length=reference_length(tokenizer, model.config, dataset, "ppo.response_length"))
 
 
 def make_accelerator(args: PPOConfig, directory: Path) -> Accelerator:

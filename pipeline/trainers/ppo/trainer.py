@@ -32,7 +32,7 @@ from pipeline.trainers.ppo.reference_texts import ReferenceTexts, encode_referen
 from pipeline.trainers.ppo.reward_scales import fit_scales, scale_rewards, share_sentences, variance_shares, weights_at
 from pipeline.trainers.ppo.rollout import CompletionWriter, Experience, Rollout, prompt_order
 from pipeline.trainers.ppo.scores import prefix_scores, process_scores
-from pipeline.trainers.ppo.setup import build_shared_model, make_accelerator, open_log
+from pipeline.trainers.ppo.setup import build_shared_model, make_accelerator, open_log, with_response_length
 from pipeline.trainers.ppo.statistics import rollout_statistics
 
 
@@ -71,7 +71,8 @@ class PPOTrainer:
         compute_metrics: ComputeMetrics | None = None,
         strip_thoughts: bool = False,
     ) -> None:
-        self.args, self.seed, self.output_dir = args, seed, Path(output_dir)
+        self.args = args = with_response_length(args, model, processing_class, train_dataset)
+        self.seed, self.output_dir = seed, Path(output_dir)
         self.checkpoints = self.output_dir / "checkpoints"
         self.tokenizer, self.rewards = processing_class, as_rewards(reward_funcs)
         self.train_dataset, self.eval_dataset, self.compute_metrics = train_dataset, eval_dataset, compute_metrics
