@@ -40,16 +40,14 @@ def train_sft(recipe: Recipe, run: RunDirectory, stage: str) -> dict[str, object
     adapter = lora_config(recipe.model) if recipe.sft.use_peft else None
     log = output / "metrics.jsonl"
     trainer = build_sft_trainer(model, arguments, tokenizer, task.train, task.validation, adapter, log)
-    checkpoint = last_checkpoint(arguments)
     with stop_signals():
-        result = trainer.train(resume_from_checkpoint=checkpoint)
+        result = trainer.train(resume_from_checkpoint=last_checkpoint(arguments))
     save_plain_model(trainer, base, recipe.model, output)
     return {
         "train_loss": result.training_loss,
         "steps": trainer.state.global_step,
         "best_eval_loss": trainer.state.best_metric,
         "mixed_precision": trainer.accelerator.mixed_precision,  # the machine's choice, where the recipe makes none
-        **({"training_seconds": result.metrics["train_runtime"]} if checkpoint is None else {}),
         **(choose_checkpoint(recipe, run, task, output) if stage == SFT_BY_METRIC else {}),
         **left_out_record(task),
         **template_record(tokenizer),

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from datasets import Dataset
 from trl import SFTConfig
 
 from pipeline.evaluation.config import SFT_BY_METRIC, SFT_LONGER
+from pipeline.evaluation.curves import read_events
 from pipeline.models.generation import Completions, Decoding, finished, generate
 from pipeline.models.loading import load_config, load_policy, load_tokenizer
 from pipeline.models.text import decode, encode_prompts_of
@@ -35,7 +37,7 @@ def sft_keys(recipe: Recipe, run: RunDirectory, stage: str) -> dict[str, Any]:
     """Return the keys of SFTConfig by which a stage trains: those of the `sft:` section, changed for a baseline.
 
     Raises:
-        ValueError: the records of sft and ppo do not say how long they took.
+        ValueError: the logs of sft and ppo do not say how long they took.
     """
     keys = dict(recipe.sft.arguments)
     if stage == SFT_BY_METRIC:
@@ -49,13 +51,21 @@ def time_factor(run: RunDirectory) -> float:
     What SFT takes before its first step is not stretched, so it is not counted.
 
     Raises:
-        ValueError: a record does not say how long its stage took.
+        ValueError: the logs do not say how long the stages took.
     """
-    sft, ppo = (read_record(directory / FINISHED) for directory in (run.sft, run.ppo))
-    training, whole = sft.get("training_seconds") or sft.get("seconds"), ppo.get("seconds")
+    training, whole = training_seconds(run.sft), read_record(run.ppo / FINISHED).get("seconds")
     if not training or not whole:
-        raise ValueError(f"stage.json of sft and of ppo in {run.path} do not say how many seconds the stages took")
+        raise ValueError(
+            f"{run.sft / 'timing.jsonl'} and {run.ppo / FINISHED} do not say how many seconds the stages took"
+        )
     return 1 + whole / training
+
+
+def training_seconds(directory: Path) -> float:
+    """Sum up the clocks of a stage's timing.jsonl: each process that continued it has begun a new one."""
+    seconds = [float(event["seconds"]) for event in read_events(directory / "timing.jsonl")]
+    ends = [now for now, later in pairwise([*seconds, 0.0]) if later < now]
+    return sum(ends)
 
 
 def stretched(keys: Mapping[str, Any], factor: float) -> dict[str, Any]:

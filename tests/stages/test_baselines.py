@@ -16,10 +16,12 @@ from pipeline.stages.plan import missing_input, plan_stages
 BOTH = "eval.baselines=[sft_by_metric, sft_longer]"
 
 
-def write_times(run: RunDirectory, sft: dict, ppo: dict) -> None:
-    for directory, record in ((run.sft, sft), (run.ppo, ppo)):
+def write_times(run: RunDirectory, sft: list[float], ppo: dict) -> None:
+    for directory in (run.sft, run.ppo):
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "stage.json").write_text(json.dumps(record))
+    lines = [json.dumps({"step": number, "seconds": seconds}) for number, seconds in enumerate(sft)]
+    (run.sft / "timing.jsonl").write_text("\n".join(lines))
+    (run.ppo / "stage.json").write_text(json.dumps(ppo))
 
 
 def test_the_baselines_are_stages_between_ppo_and_the_report():
@@ -62,14 +64,15 @@ def test_the_report_waits_for_the_baselines():
 
 def test_sft_is_stretched_to_the_time_of_sft_and_ppo():
     run = RunDirectory.of(recipe_with())
-    write_times(run, {"seconds": 25.0, "training_seconds": 20.0}, {"seconds": 50.0})
+    write_times(run, [5.0, 20.0], {"seconds": 50.0})
     assert time_factor(run) == 3.5  # (20 + 50) / 20: what comes before the first step is not stretched
     assert sft_keys(recipe_with(BOTH), run, "sft_longer")["num_train_epochs"] == 7.0  # of 2
-    write_times(run, {"seconds": 25.0}, {"seconds": 50.0})
+    write_times(run, [5.0, 15.0, 4.0, 10.0], {"seconds": 50.0})  # 15 seconds, an interruption, 10 seconds
     assert time_factor(run) == 3.0
-    write_times(run, {"seconds": 25.0}, {})
-    with pytest.raises(ValueError, match=r"stage\.json of sft and of ppo"):
-        time_factor(run)
+    for sft, ppo in (([], {"seconds": 50.0}), ([5.0], {})):
+        write_times(run, sft, ppo)
+        with pytest.raises(ValueError, match=r"timing\.jsonl and .*ppo/stage\.json"):
+            time_factor(run)
 
 
 def test_the_schedule_is_stretched_as_a_whole():
