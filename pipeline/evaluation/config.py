@@ -69,6 +69,7 @@ class EvalConfig:
     max_new_tokens: int | None = None  # None: ppo.response_length
     min_new_tokens: int | None = None  # None: ppo.min_new_tokens
     stop_strings: tuple[str, ...] | None = None  # None: ppo.stop_strings
+    suppress_tokens: tuple[int, ...] | None = None  # None: ppo.suppress_tokens
     per_device_eval_batch_size: int = 64  # prompts answered at once
     n_bootstrap: int = 1000  # resamples of intervals and tests; below 1000 the report gives no verdict
     confidence: float = 0.95  # what the intervals of the scores cover

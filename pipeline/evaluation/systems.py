@@ -100,7 +100,10 @@ def predict_system(
     model, tokenizer = loaded
     size = settings.per_device_eval_batch_size
     decoding = Decoding(
-        settings.max_new_tokens, min_new_tokens=settings.min_new_tokens or 0, stop_strings=settings.stop_strings or ()
+        settings.max_new_tokens,
+        min_new_tokens=settings.min_new_tokens or 0,
+        stop_strings=settings.stop_strings or (),
+        suppress_tokens=settings.suppress_tokens or (),
     )
     prompts = encode_prompts(tokenizer, rows["prompt"], model.config.is_encoder_decoder)
     check_prompt_lengths(prompts, settings.max_new_tokens, model.config, "eval.max_new_tokens", f"test, for {name},")

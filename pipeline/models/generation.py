@@ -22,7 +22,9 @@ from pipeline.runtime.seeds import derive_seed
 class Decoding:
     """How to write a completion of at most `max_new_tokens` tokens. `temperature` None: greedy, or beam search.
 
-    No end is written before `min_new_tokens`, and a text that holds one of `stop_strings` ends there.
+    No end is written before `min_new_tokens`, a text that holds one of `stop_strings` ends there, and none of
+    `suppress_tokens` is written. `top_k`, `top_p`, `min_p` and `repetition_penalty` are for samples alone: what they
+    do is that of transformers' `GenerationConfig`.
     """
 
     max_new_tokens: int
@@ -32,6 +34,9 @@ class Decoding:
     num_beams: int = 1
     min_new_tokens: int = 0
     stop_strings: tuple[str, ...] = ()
+    suppress_tokens: tuple[int, ...] = ()
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -93,16 +98,11 @@ def generate(
     completions: list[list[int]] = [[] for _ in prompts]
     for chunk in length_sorted_chunks(torch.tensor([len(p) for p in prompts]), batch_size):
         rows = chunk.tolist()
-        choose = _chooser(decoding, ends, None if draws is None else draws[chunk].to(model.device))
-        written = decode_batch(
-            model,
-            [prompts[row] for row in rows],
-            tokenizer.pad_token_id,
-            decoding.max_new_tokens,
-            ends,
-            choose,
-            _stopper(tokenizer, decoding),
-        )
+        chosen = [prompts[row] for row in rows]
+        read = [decoder_prefix(model)] * len(rows) if model.config.is_encoder_decoder else chosen
+        choose = _chooser(decoding, ends, read, None if draws is None else draws[chunk].to(model.device))
+        stop = _stopper(tokenizer, decoding)
+        written = decode_batch(model, chosen, tokenizer.pad_token_id, decoding.max_new_tokens, ends, choose, stop)
         for row, tokens in zip(rows, written, strict=True):
             completions[row] = tokens
     return completions
@@ -144,15 +144,43 @@ def finished(
     return [ids[-1] in ends or _is_stopped(tokenizer, decoding, ids) for ids in completions]
 
 
-def _chooser(decoding: Decoding, ends: Sequence[int], draws: Tensor | None) -> Choose:
-    """How the next tokens are chosen; `draws [B, max_new_tokens]` are uniform numbers in [0, 1), None for greedy."""
+def _chooser(decoding: Decoding, ends: Sequence[int], read: Sequence[Sequence[int]], draws: Tensor | None) -> Choose:
+    """How the next tokens are chosen.
+
+    `read` has what each row has read by the network that writes: the prompt, or what a decoder begins with.
+    `draws [B, max_new_tokens]` are uniform numbers in [0, 1), None for greedy.
+    """
+    suppressed, penalised = list(decoding.suppress_tokens), draws is not None and decoding.repetition_penalty != 1
+    seen = torch.zeros(0)
 
     def choose(logits: Tensor, step: int, rows: Tensor) -> Tensor:
+        nonlocal seen
+        if penalised:
+            seen = _tokens_read(read, logits) if step == 0 else seen
+            logits = penalise_repetition(logits, seen[rows], decoding.repetition_penalty)
+        if suppressed:
+            logits[:, suppressed] = -torch.inf
         if step < decoding.min_new_tokens:
             logits[:, ends] = -torch.inf
-        return logits.argmax(-1) if draws is None else sample_tokens(logits, decoding, draws[rows, step])
+        tokens = logits.argmax(-1) if draws is None else sample_tokens(logits, decoding, draws[rows, step])
+        if penalised:
+            seen[rows, tokens] = True
+        return tokens
 
     return choose
+
+
+def _tokens_read(read: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
+    """Mark which tokens of the vocabulary each row has read, [B, V]."""
+    seen = torch.zeros(len(read), logits.shape[-1], dtype=torch.bool, device=logits.device)
+    for row, ids in enumerate(read):
+        seen[row, list(ids)] = True
+    return seen
+
+
+def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Divide positive and multiply negative `logits [N, V]` of tokens that were `seen [N, V]` (arXiv:1909.05858)."""
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def sample_tokens(logits: Tensor, decoding: Decoding, draws: Tensor) -> Tensor:
@@ -165,6 +193,10 @@ def sample_tokens(logits: Tensor, decoding: Decoding, draws: Tensor) -> Tensor:
     cumulative = probabilities.cumsum(-1)
     if decoding.top_p < 1:  # the fewest likeliest tokens that together reach top_p
         probabilities = probabilities.masked_fill(cumulative - probabilities >= decoding.top_p, 0.0)
+        cumulative = probabilities.cumsum(-1)
+    if decoding.min_p:  # at least this share of the likeliest token's probability
+        likeliest = probabilities.amax(-1, keepdim=True)
+        probabilities = probabilities.masked_fill(probabilities < decoding.min_p * likeliest, 0.0)
         cumulative = probabilities.cumsum(-1)
     targets = in_float64(draws).unsqueeze(-1) * cumulative[:, -1:]
     index = torch.searchsorted(cumulative, targets, right=True)  # the first whose sum passes: never one of weight 0
@@ -202,14 +234,17 @@ def _generate_by_transformers(
     ends: list[int],
     batch_size: int,
 ) -> list[list[int]]:
-    prefix = decoder_prefix(model)
+    prefix, sampled = decoder_prefix(model), decoding.temperature is not None
     config = GenerationConfig(
         max_new_tokens=decoding.max_new_tokens,
         min_new_tokens=decoding.min_new_tokens or None,
-        do_sample=decoding.temperature is not None,
+        do_sample=sampled,
         temperature=decoding.temperature,
-        top_k=decoding.top_k if decoding.temperature is not None else None,
-        top_p=decoding.top_p if decoding.temperature is not None else None,
+        top_k=decoding.top_k if sampled else None,
+        top_p=decoding.top_p if sampled else None,
+        min_p=decoding.min_p if sampled and decoding.min_p else None,
+        repetition_penalty=decoding.repetition_penalty if sampled else None,
+        suppress_tokens=list(decoding.suppress_tokens) or None,
         num_beams=decoding.num_beams,
         eos_token_id=ends,
         pad_token_id=tokenizer.pad_token_id,

@@ -97,6 +97,11 @@ def make_sequences(
     return Sequences(*pad_left(prompts, pad_id, device), *pad_right(completions, pad_id, device))
 
 
+def scatter_tokens(values: Tensor, mask: Tensor) -> Tensor:
+    """Put `values [M]` of the M real tokens into `[B, C]` by their `mask`, 0 elsewhere."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+
+
 def length_sorted_chunks(lengths: Tensor, size: int) -> list[Tensor]:
     """Row indices in order of length, cut into chunks of `size`: rows of a chunk need little padding."""
     return list(torch.argsort(lengths, stable=True).split(size))

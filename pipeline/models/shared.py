@@ -1,7 +1,7 @@
 """One base model in every role of PPO: policy, reference (adapters off), value and a learned reward."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,11 +14,11 @@ from transformers import PreTrainedModel
 
 from pipeline.models.adapters import adapter_config, check_adapter, save_adapter
 from pipeline.models.dropout import remove_dropout
-from pipeline.models.kernels.lm_head import token_logprobs
+from pipeline.models.kernels.lm_head import suppression, token_logprobs
 from pipeline.models.kernels.packing import disable_packing, enable_packing, pack, packed_states
 from pipeline.models.loading import position_limit
 from pipeline.models.reward_model import apply_head, load_head
-from pipeline.models.sequences import Sequences, probe_sequences
+from pipeline.models.sequences import Sequences, probe_sequences, scatter_tokens
 from pipeline.models.states import ROUNDING, completion_states, encode, final_states, head_parts, lm_head
 
 # In bf16 on a CPU oneDNN compiles a kernel for each shape of a product: so many tokens more are less than that costs.
@@ -50,6 +50,7 @@ class SharedModel(nn.Module):
             the value loss does not move the policy. Needs `lora`.
         entropy_gradient: Entropies carry gradients, for an entropy bonus.
         padding_free: A pass sees real tokens only, and each prompt once, wherever the model's attention allows it.
+        suppress_tokens: Tokens that have probability 0 under policy and reference alike.
 
     Raises:
         ValueError: an adapter on weights that the model uses twice.
@@ -63,9 +64,10 @@ class SharedModel(nn.Module):
         value_adapter: bool = False,
         entropy_gradient: bool = False,
         padding_free: bool = True,
+        suppress_tokens: Iterable[int] = (),
     ) -> None:
         super().__init__()
-        self.temperature, self.entropy_gradient = temperature, entropy_gradient
+        self.temperature, self.entropy_gradient, self.suppressed = temperature, entropy_gradient, set(suppress_tokens)
         self.padding_free = padding_free and enable_packing(model)
         # Packed attention reads everything before a token: longer rows of a model with a window are padded instead.
         self._window: int | None = model.config.get_text_config().to_dict().get("sliding_window")
@@ -86,6 +88,7 @@ class SharedModel(nn.Module):
         self.value_head = nn.Linear(head.shape[1], 1, dtype=torch.promote_types(head.dtype, torch.float32))
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
+        self.register_buffer("logit_offset", suppression(len(head), self.suppressed), persistent=False)
         self._initial = {} if lora is None else {n: p.detach().clone() for n, p in self._named_policy()}
         remove_dropout(self)
         if self.padding_free and not self._packing_agrees():
@@ -109,7 +112,7 @@ class SharedModel(nn.Module):
         # The head computes in its own precision, whatever autocast does to the trunk.
         with torch.autocast(states.device.type, enabled=False):
             values = self.value_head(states.to(self.value_head.weight.dtype)).squeeze(-1)
-        return PolicyOutputs(*(_scatter(numbers, mask) for numbers in (logprobs, entropies, values)))
+        return PolicyOutputs(*(scatter_tokens(numbers, mask) for numbers in (logprobs, entropies, values)))
 
     @property
     def encoder_is_frozen(self) -> bool:
@@ -135,7 +138,9 @@ class SharedModel(nn.Module):
             for sequences in batches:
                 mask = sequences.completion_mask
                 states = self._states(model, sequences)
-                results.append(_scatter(self._token_logprobs(model, states, sequences.completion_ids[mask])[0], mask))
+                results.append(
+                    scatter_tokens(self._token_logprobs(model, states, sequences.completion_ids[mask])[0], mask)
+                )
         return results
 
     @contextmanager
@@ -239,9 +244,8 @@ class SharedModel(nn.Module):
             save_adapter(self.network, directory, [POLICY, *([VALUE] if self.has_value_adapter else [])])
         else:
             self.network.save_pretrained(directory)
-        save_file(
-            {k: v.contiguous() for k, v in self.value_head.state_dict().items()}, directory / "value_head.safetensors"
-        )
+        head = {name: tensor.contiguous() for name, tensor in self.value_head.state_dict().items()}
+        save_file(head, directory / "value_head.safetensors")
 
     def trainable_state(self) -> dict[str, Tensor]:
         """Copy everything that is trained to the CPU, by name."""
@@ -291,9 +295,6 @@ class SharedModel(nn.Module):
         vocabulary = model.config.get_text_config().vocab_size
         head, scale, transform = head_parts(model)
         hidden = hidden if scale == 1 else hidden * scale
+        if self.logit_offset is not None:
+            transform = replace(transform, suppressed=self.logit_offset)
         return token_logprobs(head, hidden, targets, vocabulary, self.temperature, self.entropy_gradient, transform)
-
-
-def _scatter(values: Tensor, mask: Tensor) -> Tensor:
-    """[M] values of the real tokens to [B, C], 0 elsewhere."""
-    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)

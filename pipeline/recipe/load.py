@@ -112,6 +112,9 @@ def _build_ppo(values: object, model: ModelConfig, document: Document) -> PPOCon
     for key in keys.keys() & REFUSED_PPO_KEYS.keys():
         raise document.error(("ppo", key), REFUSED_PPO_KEYS[key])
     keys = _with_options(keys, "rewards", RewardConfig, ("ppo",), document)
+    if keys.get("chat_template_kwargs"):
+        rule = "it would hold for PPO alone; write model.chat_template_kwargs, which holds for every stage"
+        raise document.error(("ppo", "chat_template_kwargs"), rule)
     if isinstance(keys.get("algorithm"), str) and keys["algorithm"] in ALGORITHMS:
         try:
             keys |= expand_algorithm(keys["algorithm"], keys)

@@ -99,6 +99,7 @@ def fill_lengths(config: Lengths, ppo: PPOConfig | None) -> Lengths:
         "max_new_tokens": PPOConfig.response_length if ppo is None else ppo.response_length,
         "min_new_tokens": PPOConfig.min_new_tokens if ppo is None else ppo.min_new_tokens,
         "stop_strings": PPOConfig.stop_strings if ppo is None else ppo.stop_strings,
+        "suppress_tokens": PPOConfig.suppress_tokens if ppo is None else ppo.suppress_tokens,
     }
     missing = [key for key in lengths if getattr(config, key) is None]
     return dataclasses.replace(config, **{key: lengths[key] for key in missing})

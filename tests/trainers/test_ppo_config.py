@@ -34,6 +34,8 @@ BAD_VALUES: dict[str, tuple] = {
             "save_steps",
             "save_total_limit",
             "max_skipped_steps",
+            "max_steps",
+            "num_generations_eval",
         ],
         (0,),
     ),
@@ -89,6 +91,19 @@ BAD_VALUES: dict[str, tuple] = {
     "adam_beta1": (1.0,),
     "adam_beta2": (-0.1,),
     "top_p": (0.0, 1.1),
+    "min_p": (-0.1, 1.1),
+    "repetition_penalty": (0.0, float("inf")),
+    "suppress_tokens": ((-1,),),
+    "generation_kwargs": (
+        {"num_beams": 4},
+        {"do_sample": False},
+        {"no_repeat_ngram_size": 3},
+        {"num_return_sequences": 2},
+        {"temperature": "high"},
+        {"temperature": None},
+        {"suppress_tokens": 3},
+        {"stop_strings": [3]},
+    ),
     "gamma": (1.01,),
     "lam": (-0.1,),
     "dual_clip": (1.0,),
@@ -121,7 +136,27 @@ BAD_COMBINATIONS: tuple[dict, ...] = (
     {"reward_model_path": "runs/other/reward"},
     {"shuffle_scores": True, "reward_shaping": "prefix"},
     {"reward_shaping": "prefix", "gamma": 0.99},
+    {"max_steps": 5, "total_episodes": 100},
 )
+
+
+def test_generation_kwargs_are_the_keys_of_sampling():
+    """And go before them, as in TRL."""
+    names = {
+        "max_new_tokens": 7,
+        "top_k": 5,
+        "top_p": None,
+        "stop_strings": "x",
+        "suppress_tokens": [3],
+        "num_beams": 1,
+    }
+    args = PPOConfig(REWARDS, top_k=9, top_p=0.5, generation_kwargs={**names, "do_sample": True, "temperature": 0.5})
+    keys = {"response_length": 7, "top_k": 5, "stop_strings": ("x",), "suppress_tokens": (3,), "temperature": 0.5}
+    assert args == PPOConfig(REWARDS, **keys) and dataclasses.replace(args, top_k=4).top_k == 4
+    decoding = PPOConfig(REWARDS, min_p=0.1, repetition_penalty=1.2, suppress_tokens=(3,))
+    assert (decoding.sampling.min_p, decoding.sampling.repetition_penalty) == (0.1, 1.2)
+    assert (decoding.greedy.min_p, decoding.greedy.repetition_penalty) == (0.0, 1.0)  # the likeliest of all tokens
+    assert decoding.greedy.suppress_tokens == decoding.sampling.suppress_tokens == (3,)
 
 
 def refuses(settings: dict) -> bool:
@@ -198,6 +233,10 @@ CHANGES: dict[str, tuple[object, dict]] = {
     "temperature": (0.5, {}),
     "top_k": (2, {}),
     "top_p": (0.5, {}),
+    "min_p": (0.5, {}),
+    "repetition_penalty": (1.5, {}),
+    "suppress_tokens": (tuple(range(5, 200)), {}),
+    "generation_kwargs": ({"top_k": 2}, {}),
     "kl_coef": (1.0, {}),
     "kl_estimator": ("k2", {"kl_coef": 1.0, "kl_estimator": "k3", "kl_placement": "loss"}),
     "cliprange": (1e-3, {}),
@@ -230,6 +269,7 @@ CHANGES: dict[str, tuple[object, dict]] = {
     "logging_steps": (2, {}),
     "eval_steps": (2, {"eval_steps": 1}),
     "eval_examples": (2, {"eval_steps": 1}),
+    "num_generations_eval": (2, {"eval_steps": 1}),
     "save_steps": (1, {"eval_steps": 2, "save_total_limit": 2}),
     "save_total_limit": (1, {"eval_steps": 1, "total_episodes": 24}),
     "metric_for_best_model": ("eval_opposite", {"eval_steps": 1, "metric_for_best_model": "eval_scripted"}),
@@ -250,6 +290,8 @@ TESTED_APART = {
     "reward_timeout",
     "max_kl",
     "max_skipped_steps",
+    "max_steps",  # these in test_trainer_interface.py
+    "chat_template_kwargs",
     "kl_placement",  # needs another kl_estimator: in test_reference.py and test_ppo_options.py
 }
 
@@ -302,6 +344,11 @@ def test_every_key_changes_the_run(make_any_trainer, request, examples, outcomes
     if before not in outcomes:
         outcomes[before] = outcome(make_any_trainer, examples, "before", needed)
     assert outcome(make_any_trainer, examples, "after", {**needed, key: value}) != outcomes[before]
+
+
+def test_max_steps_counts_ppo_steps():
+    args = PPOConfig(REWARDS, max_steps=3, per_device_train_batch_size=4)
+    assert args.num_steps(1) == args.num_steps(4) == 3 and args.num_optimizer_steps(2) == 3 * args.num_ppo_epochs
 
 
 def test_two_runs_without_a_change_are_equal(make_trainer, examples):

@@ -1,5 +1,6 @@
 """Log-probs and entropies of chosen tokens from the LM head, without keeping [tokens, vocabulary]."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,17 +15,29 @@ LOGIT_BUDGET = 2**24
 # be fast, and a multiple of that, because oneDNN compiles bf16 kernels for each number of rows.
 CACHED_LOGITS, THINNEST = 2**21, 128
 
+# What is added to the logit of a token that is never written: its probability is then 0 to the last bit, and unlike
+# an infinity it leaves p log p finite.
+SUPPRESSED = -1e9
+
+
+def suppression(vocabulary: int, tokens: Iterable[int]) -> Tensor | None:
+    """What to add to the logits, [V], so that `tokens` have probability 0; None where there are none."""
+    chosen = list(tokens)
+    return torch.zeros(vocabulary).index_fill_(0, torch.tensor(chosen), SUPPRESSED) if chosen else None
+
 
 @dataclass(frozen=True)
 class LogitTransform:
     """What a model does to the logits of its LM head: `offset [V]` is added, then they are multiplied, then capped.
 
     A cap c makes c * tanh(logit / c) of a logit, which stays between -c and c (Gemma 2, arXiv:2408.00118, section 2).
+    `suppressed [V]`, as `suppression` makes it, is added last.
     """
 
     offset: Tensor | None = None
     multiplier: float = 1.0
     cap: float | None = None
+    suppressed: Tensor | None = None
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Transform logits [N, V], which stay as they are."""
@@ -32,7 +45,8 @@ class LogitTransform:
             logits = logits + self.offset
         if self.multiplier != 1:
             logits = logits * self.multiplier
-        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+        logits = logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+        return logits if self.suppressed is None else logits + self.suppressed
 
     def slope(self, transformed: Tensor) -> Tensor | float:
         """The derivative of transformed logits [N, V] by those of the head: [N, V], or one number for all of them."""

@@ -97,6 +97,7 @@ def _draw_samples(
         top_p=settings.top_p,
         min_new_tokens=settings.min_new_tokens,
         stop_strings=settings.stop_strings,
+        suppress_tokens=settings.suppress_tokens,
     )
     prompts = encode_prompts(tokenizer, rows["prompt"], model.config.is_encoder_decoder)
     check_prompt_lengths(

@@ -29,6 +29,7 @@ class SampledPairs:
     max_new_tokens: int | None = None  # None: ppo.response_length
     min_new_tokens: int | None = None  # None: ppo.min_new_tokens
     stop_strings: tuple[str, ...] | None = None  # None: ppo.stop_strings
+    suppress_tokens: tuple[int, ...] | None = None  # None: ppo.suppress_tokens
 
     def __post_init__(self) -> None:
         if not self.origins or len(set(self.origins)) != len(self.origins) or set(self.origins) - set(ORIGINS):

@@ -25,6 +25,7 @@ from pipeline.trainers.checkpoints import (
     require_finite,
     require_intact,
 )
+from pipeline.trainers.ppo.config import PPOConfig
 from pipeline.trainers.ppo.experiment import Experiment, check_experiment, record_experiment
 from pipeline.trainers.ppo.learner import Learner
 from pipeline.trainers.ppo.scores import RunningMoments
@@ -55,9 +56,10 @@ class TrainerState:
         """The moments of the scores so far."""
         return RunningMoments(self.score_count, self.score_mean, self.score_squares)
 
-    def total_steps(self, total_episodes: int, batch_size: int) -> int:
+    def total_steps(self, args: PPOConfig, num_processes: int) -> int:
         """Steps of the whole run, those already made included, which another number of processes may have made."""
-        return self.step - (self.episodes - total_episodes) // batch_size
+        left = (args.total_episodes - self.episodes) / args.batch_size(num_processes)
+        return args.max_steps or self.step + math.ceil(left)
 
     def advanced(self, episodes: int, moments: RunningMoments, kl_coef: float | None) -> "TrainerState":
         """Return the state after one more step of `episodes`."""
@@ -193,7 +195,7 @@ def restore_training(
         check_experiment(directory, experiment, settings_too=resume is None)
         checkpoint = load_checkpoint(path)
         state = checkpoint.state
-        if resume is None and state.episodes >= args.total_episodes:
+        if resume is None and state.step >= state.total_steps(args, learner.accelerator.num_processes):
             raise ValueError(
                 f"{directory} holds this experiment at its end, step {state.step}, so nothing would be trained: give "
                 "another output_dir, or train(resume_from_checkpoint=False), which removes them and starts anew"
@@ -210,7 +212,7 @@ def _restore(checkpoint: Checkpoint, learner: Learner, seed: int) -> str:
     args, accelerator, state = learner.args, learner.accelerator, checkpoint.state
     before, processes = len(checkpoint.random), accelerator.num_processes
     same = before == processes
-    steps = state.total_steps(args.total_episodes, args.batch_size(processes))
+    steps = state.total_steps(args, processes)
     learner.shared.load_trainable_state(checkpoint.weights)
     learner.restore(
         checkpoint.optimizer,

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.models.decoder_start import decoder_prefix
+from pipeline.models.generation import eos_token_ids
 from pipeline.models.loading import position_limit
 from pipeline.models.prompt_lengths import check_prompt_lengths
 from pipeline.models.reward_model import check_base
@@ -23,12 +24,17 @@ PROBE_ROWS = 4
 
 
 def check_inputs(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, rewards: Sequence[Reward]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    rewards: Sequence[Reward],
+    suppress_tokens: Sequence[int] = (),
 ) -> None:
     """Look at what PPO is given before anything is built from it.
 
     Raises:
-        ValueError: a model with an adapter, no rows, no special tokens, or a learned reward over another model.
+        ValueError: a model with an adapter, no rows, no special tokens, suppressed tokens that the model has not or
+            without which no completion ends, or a learned reward over another model.
     """
     if isinstance(model, PeftModel):
         raise ValueError(
@@ -38,6 +44,7 @@ def check_inputs(
     if len(dataset) == 0:
         raise ValueError("train_dataset: it has no rows, so there is no prompt to answer")
     check_special_tokens(model, tokenizer)
+    check_suppressed(suppress_tokens, model, tokenizer)
     for reward in adapter_rewards(rewards):
         check_base(reward.record, model, tokenizer, model.config.name_or_path)
 
@@ -88,6 +95,21 @@ def check_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
             )
 
 
+def check_suppressed(tokens: Sequence[int], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse to suppress tokens that the model does not have, or every token that ends a completion.
+
+    Raises:
+        ValueError: naming the tokens.
+    """
+    rows, ends = model.get_input_embeddings().weight.shape[0], eos_token_ids(model, tokenizer)
+    if unknown := [token for token in tokens if token >= rows]:
+        raise ValueError(f"ppo.suppress_tokens: the model has {rows} tokens, found {unknown}; remove them")
+    if set(ends) <= set(tokens):
+        raise ValueError(
+            f"ppo.suppress_tokens: it holds all that ends a completion ({', '.join(map(str, ends))}); leave one out"
+        )
+
+
 def check_prompt_ids(
     prompts: Sequence[Sequence[int]], response_length: int, model: PreTrainedModel, split: str = "train_dataset"
 ) -> None:
@@ -129,8 +151,9 @@ def check_first_step(
     Raises:
         ValueError: numbers that are not finite, a ratio that is not 1 or a KL that is not 0, with the likely cause.
     """
-    rows = [ids[-64:] for ids in prompts[:PROBE_ROWS]]
-    answers = [[*ids[:15], tokenizer.eos_token_id] for ids in rows]
+    rows, never = [ids[-64:] for ids in prompts[:PROBE_ROWS]], model.suppressed
+    end = next(token for token in eos_token_ids(model.language_model, tokenizer) if token not in never)
+    answers = [[*(token for token in ids[:15] if token not in never), end] for ids in rows]
     sequences = make_sequences(rows, answers, tokenizer.pad_token_id, accelerator.device)
     with accelerator.autocast():
         with torch.no_grad():

@@ -1,6 +1,7 @@
 """PPO's settings: the `ppo:` section."""
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal
 
 from transformers import SchedulerType
@@ -12,6 +13,7 @@ from pipeline.runtime.messages import did_you_mean
 from pipeline.runtime.schedules import Schedule, value_at
 from pipeline.trainers.ppo.algorithms import ALGORITHMS, expand_algorithm
 from pipeline.trainers.ppo.config_checks import check_combinations, check_sizes
+from pipeline.trainers.ppo.generation_kwargs import sampling_keys
 from pipeline.trainers.ppo.ranges import check_ranges, require
 
 SCHEDULERS = tuple(
@@ -45,6 +47,7 @@ class PPOConfig:
     reward_model_path: str | None = None
     use_peft: bool = True  # as model.use_peft; false trains all weights, with a frozen copy as reference
     total_episodes: int = 10_000  # completions of the whole run
+    max_steps: int | None = None  # PPO steps of the whole run, instead of total_episodes
     # episodes of a micro-batch: a matter of memory, not of the result; halved where memory runs out
     per_device_train_batch_size: int = 32
     gradient_accumulation_steps: int = 4  # times the above = 128 episodes a rollout, the least that public recipes use
@@ -84,9 +87,18 @@ class PPOConfig:
     temperature: Schedule = 1.0
     top_k: int = 0  # 0: off, the raw policy
     top_p: float = 1.0  # 1: off, the raw policy
+    # 0: off, the raw policy; no token below this share of the likeliest one's probability is drawn
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0  # 1: off, the raw policy; of samples alone, over prompt and completion
     min_new_tokens: int = 0  # no EOS before so many tokens
     # a completion ends after the first of them, as it does with EOS; held-out and test completions too
     stop_strings: tuple[str, ...] = ()
+    # ids of tokens that have probability 0 under policy and reference; held-out and test completions too
+    suppress_tokens: tuple[int, ...] = ()
+    # these keys of sampling under the names of transformers' GenerationConfig; it goes before the keys above
+    generation_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    # of PPOTrainer alone: variables of the chat template; in a recipe write model.chat_template_kwargs
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     kl_coef: float = 0.05  # weight of a nat of KL, as in TRL: for scores with a deviation of 1 (score_scaling)
     kl_estimator: str = "k1"  # k1 with kl_placement reward or score; k3 (times the ratio, as in TRL) or k2 with loss
@@ -140,6 +152,8 @@ class PPOConfig:
     # PPO steps between evaluations on held-out prompts; None: ten times a run. Always before the first step
     eval_steps: int | None = None
     eval_examples: int | None = None  # held-out prompts; None: the whole validation split
+    # completions of each held-out prompt: 1 is greedy, more are samples at the settings of a rollout, averaged
+    num_generations_eval: int = 1
     save_steps: int | None = None  # PPO steps between checkpoints; None: with every evaluation
     save_total_limit: int = 2  # checkpoints kept beside the best; a damaged one needs the one before
     num_sample_generations: int = 10  # samples shown during a run
@@ -160,6 +174,9 @@ class PPOConfig:
         return config
 
     def __post_init__(self) -> None:
+        for name, value in sampling_keys(self.generation_kwargs).items():
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "generation_kwargs", {})
         if self.algorithm in ALGORITHMS:
             self._expand()
         check_ranges(self)
@@ -205,13 +222,24 @@ class PPOConfig:
 
     def sampling_at(self, episodes: int) -> Decoding:
         """Return how a rollout is written after so many episodes."""
-        temperature = value_at(self.temperature, episodes)
-        return replace(self.greedy, temperature=temperature, top_k=self.top_k, top_p=self.top_p)
+        return replace(
+            self.greedy,
+            temperature=value_at(self.temperature, episodes),
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+        )
 
     @property
     def greedy(self) -> Decoding:
         """How held-out prompts are answered."""
-        return Decoding(self.response_length, min_new_tokens=self.min_new_tokens, stop_strings=self.stop_strings)
+        return Decoding(
+            self.response_length,
+            min_new_tokens=self.min_new_tokens,
+            stop_strings=self.stop_strings,
+            suppress_tokens=self.suppress_tokens,
+        )
 
     @property
     def reward_handling(self) -> Handling:
@@ -223,8 +251,8 @@ class PPOConfig:
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * num_processes
 
     def num_steps(self, num_processes: int) -> int:
-        """PPO steps (rollouts) of the run: the last one starts before `total_episodes` is reached."""
-        return -(-self.total_episodes // self.batch_size(num_processes))
+        """PPO steps (rollouts) of the run: `max_steps`, or the last one starts before `total_episodes` is reached."""
+        return self.max_steps or -(-self.total_episodes // self.batch_size(num_processes))
 
     def num_optimizer_steps(self, num_processes: int) -> int:
         """Optimizer steps of the run."""

@@ -35,7 +35,9 @@ def check_combinations(args: Any) -> None:
     largest_ratio = 1 + (args.cliprange_high or args.cliprange)
     own_penalty = args.missing_eos_penalty not in (None, type(args).missing_eos_penalty)
     needless_path = args.reward_model_path is not None and args.learned_reward is None
+    counted = args.max_steps is not None and args.total_episodes != type(args).total_episodes
     for wrong, name, rule, found in (
+        (counted, "max_steps", "does nothing beside total_episodes; keep one", args.max_steps),
         (
             args.warmup_steps and constant,
             "warmup_steps",

@@ -1,4 +1,4 @@
-"""PPO's held-out figures: every process completes and scores its share of the prompts, greedily."""
+"""PPO's held-out figures: every process completes and scores its share of the prompts."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,15 +7,16 @@ from statistics import fmean
 import torch
 from datasets import Dataset
 
-from pipeline.models.generation import Completions, Decoding
+from pipeline.models.generation import Decoding
 from pipeline.models.sequences import length_sorted_chunks
 from pipeline.runtime.distributed import gather_rows, on_main
+from pipeline.runtime.seeds import derive_seed
+from pipeline.trainers.ppo.config import PPOConfig
+from pipeline.trainers.ppo.rollout import CompletionWriter
 from pipeline.trainers.ppo.scores import ComputeRewards
 
 # Metrics of the held-out completions: (completions, the examples they answer) -> name -> value.
 ComputeMetrics = Callable[[list[str], Dataset], dict[str, float]]
-# Writes a completion for each of a list of token ids.
-Write = Callable[[Sequence[Sequence[int]], Decoding], Completions]
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,15 @@ class HeldOutData:
     examples: Dataset
     prompt_ids: Sequence[Sequence[int]]
 
+    def repeated(self, copies: int) -> "HeldOutData":
+        """Return the same with every example `copies` times, one after the other."""
+        rows = [row for row in range(len(self.examples)) for _ in range(copies)]
+        return HeldOutData(self.examples.select(rows), [self.prompt_ids[row] for row in rows])
+
 
 @dataclass(frozen=True)
 class HeldOutCompletion:
-    """A greedy completion of the held-out prompt in `row`; `length` is in tokens, `rewards` are by name."""
+    """A completion of the held-out prompt in `row`; `length` is in tokens, `rewards` are by name."""
 
     row: int
     text: str
@@ -40,30 +46,40 @@ class HeldOutCompletion:
 
 def evaluate_held_out(
     data: HeldOutData,
-    batch_size: int,
-    write: Write,
-    decoding: Decoding,
+    args: PPOConfig,
+    writer: CompletionWriter,
+    seed: int,
     compute_rewards: ComputeRewards,
     compute_metrics: ComputeMetrics | None,
 ) -> dict[str, float]:
-    """Complete the held-out prompts, `batch_size` at once: each reward, their weighted sum, length, metrics."""
+    """Complete the held-out prompts: each reward, their weighted sum, length, metrics.
+
+    Each prompt has `args.num_generations_eval` completions: one is greedy, several are samples that follow from
+    `seed`, the same for any number of processes.
+    """
+    copies = args.num_generations_eval
+    repeated = data if copies == 1 else data.repeated(copies)
+    decoding = args.greedy if copies == 1 else args.sampling
 
     def complete(rows: list[int]) -> list[HeldOutCompletion]:
-        return complete_held_out(rows, data, write, decoding, compute_rewards)
+        block_seed = None if copies == 1 else derive_seed(seed, "held-out samples", rows[0])
+        return complete_held_out(rows, repeated, writer, decoding, compute_rewards, block_seed)
 
-    metrics = None if compute_metrics is None else lambda texts: compute_metrics(texts, data.examples)
-    return held_out_figures([len(ids) for ids in data.prompt_ids], batch_size, complete, metrics)
+    metrics = None if compute_metrics is None else lambda texts: compute_metrics(texts, repeated.examples)
+    lengths = [len(ids) for ids in repeated.prompt_ids]
+    return held_out_figures(lengths, args.local_rollout_forward_batch_size, complete, metrics)
 
 
 def complete_held_out(
     rows: list[int],
     data: HeldOutData,
-    write: Write,
+    writer: CompletionWriter,
     decoding: Decoding,
     compute_rewards: ComputeRewards,
+    sample_seed: int | None = None,
 ) -> list[HeldOutCompletion]:
     """Complete and score the prompts at `rows` of the held-out data."""
-    completions = write([data.prompt_ids[row] for row in rows], decoding)
+    completions = writer.write([data.prompt_ids[row] for row in rows], decoding, sample_seed, rank=0)
     rewards = compute_rewards(data.examples.select(rows), completions.texts, completions.ids)
     return [
         HeldOutCompletion(

@@ -9,11 +9,11 @@ SCHEDULES = ("temperature", "entropy_coef")  # keys that may change during a run
 AT_LEAST_ONE = (
     "total_episodes per_device_train_batch_size gradient_accumulation_steps num_ppo_epochs num_mini_batches "
     "local_rollout_forward_batch_size num_generations response_length logging_steps save_total_limit kl_horizon "
-    "eval_steps eval_examples save_steps max_skipped_steps"
+    "eval_steps eval_examples save_steps max_skipped_steps max_steps num_generations_eval"
 )
 ABOVE_ZERO = (
     "learning_rate value_learning_rate temperature max_grad_norm adam_epsilon cliprange cliprange_value "
-    "cliprange_high kl_target target_kl score_clip missing_eos_penalty reward_timeout max_kl"
+    "repetition_penalty cliprange_high kl_target target_kl score_clip missing_eos_penalty reward_timeout max_kl"
 )
 NOT_NEGATIVE = (
     "kl_coef vf_coef entropy_coef ptx_coef weight_decay top_k warmup_steps value_warmup_steps min_new_tokens "
@@ -28,6 +28,8 @@ def check_ranges(args: object) -> None:
         (ABOVE_ZERO, "must be above 0", lambda v: v > 0),
         (NOT_NEGATIVE, "must not be negative", lambda v: v >= 0),
         ("top_p", "must be in (0, 1]", lambda v: 0 < v <= 1),
+        ("min_p", "must be in [0, 1]", lambda v: 0 <= v <= 1),
+        ("suppress_tokens", "must be token ids from 0 on", lambda v: all(token >= 0 for token in v)),
         ("adam_beta1 adam_beta2", "must be in [0, 1)", lambda v: 0 <= v < 1),
         ("gamma lam", "must be in [0, 1]", lambda v: 0 <= v <= 1),
         ("dual_clip", "must be above 1", lambda v: v > 1),

@@ -126,10 +126,17 @@ class CompletionWriter:
         return encode_prompts_of(self.tokenizer, examples, self.shared.language_model.config.is_encoder_decoder)
 
     def write(
-        self, prompt_ids: Sequence[Sequence[int]], decoding: Decoding, sample_seed: int | None = None
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        decoding: Decoding,
+        sample_seed: int | None = None,
+        rank: int | None = None,
     ) -> Completions:
-        """Write one completion for each prompt; `sample_seed` seeds the samples and leaves torch's generator alone."""
-        model, rank = self.shared.language_model, self.accelerator.process_index
+        """Write one completion for each prompt; `sample_seed` seeds the samples and leaves torch's generator alone.
+
+        The samples are those of process `rank`; None: of this one.
+        """
+        model, rank = self.shared.language_model, self.accelerator.process_index if rank is None else rank
         with torch.random.fork_rng(enabled=sample_seed is not None), self.accelerator.autocast():
             if sample_seed is not None:
                 seed_samples(model, decoding, sample_seed, rank, len(prompt_ids))

@@ -66,6 +66,7 @@ def build_shared_model(
         value_adapter=args.value_model == "adapter",
         entropy_gradient=max(schedule_values(args.entropy_coef)) > 0,
         padding_free=args.padding_free,
+        suppress_tokens=args.suppress_tokens,
     )
     for reward in adapter_rewards(rewards):
         shared.add_reward(reward.directory)

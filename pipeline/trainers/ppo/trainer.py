@@ -80,7 +80,7 @@ class PPOTrainer:
             self.eval_dataset = eval_dataset.select(range(min(args.eval_examples, len(eval_dataset))))
         self.accelerator = make_accelerator(args, self.output_dir)
         set_seed(seed)  # python, numpy and torch, before the adapter is initialised
-        check_inputs(model, processing_class, train_dataset, self.rewards)
+        check_inputs(model, processing_class, train_dataset, self.rewards, args.suppress_tokens)
         self.experiment = describe_experiment(model, args, self.rewards, train_dataset, peft_config, seed)
         shared = build_shared_model(model, args, peft_config, self.rewards)
         self.learner = Learner(shared, args, self.accelerator, self._warn)
@@ -105,7 +105,7 @@ class PPOTrainer:
     @property
     def num_steps(self) -> int:
         """PPO steps of the whole run, those included that another number of processes may have made."""
-        return self._origin.total_steps(self.args.total_episodes, self.batch_size)
+        return self._origin.total_steps(self.args, self.accelerator.num_processes)
 
     @property
     def kl_coef(self) -> float:
@@ -238,11 +238,10 @@ class PPOTrainer:
     def evaluate(self) -> dict[str, float]:
         """Answer the held-out prompts greedily: each reward, their weighted sum `eval_reward`, length, metrics."""
         enter(f"the evaluation after PPO step {self.state.step}")
-        data, write = HeldOutData(self.eval_dataset, self._eval_prompt_ids), self.writer.write
-        size = self.args.local_rollout_forward_batch_size
+        data, args = HeldOutData(self.eval_dataset, self._eval_prompt_ids), self.args
         rewards = scale_rewards(self.rewards, self.state.reward_deviations)  # of all evaluations the last weights
         compute_rewards = partial(self.compute_rewards, rewards=rewards)
-        return evaluate_held_out(data, size, write, self.args.greedy, compute_rewards, self.compute_metrics)
+        return evaluate_held_out(data, args, self.writer, self.seed, compute_rewards, self.compute_metrics)
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint of the current step; every process calls it, the main one writes."""
