@@ -2,7 +2,7 @@
 
 Every algorithm of `ppo.algorithm` runs with each seed from the SFT model of that seed. It sets what it defines and
 suggests; all other settings are the recipe's. Runs that are done are not made again, so the same command continues a
-table that was interrupted. `--set section.key=value` changes a setting of every run.
+table that was interrupted. `--set section.key=value` changes a setting of every run, `--sft` names SFT models.
 """
 
 import argparse
@@ -72,6 +72,9 @@ def main() -> None:
     parser.add_argument("--algorithms", default=",".join(ALGORITHMS))
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--output", type=Path, default=Path("runs/algorithms"))
+    parser.add_argument(
+        "--sft", metavar="PATH", help="SFT models with {seed} in their path; they are made if not given"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     options = parser.parse_args()
     text = options.recipe.read_text().replace("{recipe_dir}", str(options.recipe.resolve().parent))
@@ -82,12 +85,13 @@ def main() -> None:
     gains: dict[str, dict[int, Gain]] = {name: {} for name in names}
     for seed in seeds:
         shared = [f"seed={seed}", f"output_dir={options.output}", "eval.systems=[sft, ppo]", *options.set]
-        run(options.recipe, *shared, f"name=sft-{seed}", "--only", "sft")
+        sft = (options.sft or f"{options.output}/sft-{seed}/sft").format(seed=seed)
+        if options.sft is None:
+            run(options.recipe, *shared, f"name=sft-{seed}", "--only", "sft")
         for name in names:
             recipe = write_recipe(base, name, options.output / f"{name}.yaml")
             folder = options.output / f"{name.replace('++', '-plus-plus')}-{seed}"
-            sft = f"ppo.sft_model_path={options.output / f'sft-{seed}' / 'sft'}"
-            run(recipe, *shared, f"name={folder.name}", sft)
+            run(recipe, *shared, f"name={folder.name}", f"ppo.sft_model_path={sft}")
             gains[name][seed] = read_gain(folder, metric)
             print(f"{name}, seed {seed}: {gains[name][seed].delta:+.3f}", flush=True)
         print(table(gains, seeds), flush=True)
