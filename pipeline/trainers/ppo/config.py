@@ -81,6 +81,8 @@ class PPOConfig:
     num_generations: int = 1  # completions of each prompt in a rollout
     # subtract the mean score of the prompt's other completions from each score; mean: of all its completions
     group_baseline: bool | Literal["mean"] = False
+    # rounds in which prompts whose completions all score the same make room for others (DAPO); 0: off
+    dynamic_sampling_rounds: int = 0
     reward_shaping: str = "none"  # prefix rewards each token by what it adds to the score of the text so far
     # divides the logits of sampling, policy and reference alike; a number, or [episodes, value] points with straight
     # lines between them
@@ -138,6 +140,8 @@ class PPOConfig:
     score_scaling: str = "running"
     score_clip: float | None = None  # scores stay within +- this, after scaling
     missing_eos_penalty: float | None = 1.0  # subtracted from the scaled score of a completion that did not end
+    # the score falls over the last so many tokens of response_length, by 1 at its end (DAPO); TRL's name; None: off
+    soft_punish_cache: int | None = None
     missing_eos_score: float | None = None  # replaces that score instead, such as -1 (Huang et al. 2024)
     # a control run: scores change places within the rollout, so that they say nothing and all else is as in PPO
     shuffle_scores: bool = False

@@ -21,6 +21,11 @@ def check_sizes(args: Any) -> None:
             f"must divide per_device_train_batch_size x gradient_accumulation_steps ({episodes})",
         ),
         (
+            None in (args.response_length, args.soft_punish_cache) or args.soft_punish_cache <= args.response_length,
+            "soft_punish_cache",
+            f"must be at most response_length ({args.response_length})",
+        ),
+        (
             args.response_length is None or args.min_new_tokens < args.response_length,
             "min_new_tokens",
             f"must be below response_length ({args.response_length})",
@@ -55,6 +60,12 @@ def check_combinations(args: Any) -> None:
             "scale_rewards",
             "group needs group_baseline, and num_generations of at least 2",
             args.scale_rewards,
+        ),
+        (
+            args.dynamic_sampling_rounds and args.num_generations < 2,
+            "dynamic_sampling_rounds",
+            "needs num_generations of at least 2: completions of one prompt are compared",
+            args.dynamic_sampling_rounds,
         ),
         (
             args.algorithm == "ppo" and args.vf_coef == 0,

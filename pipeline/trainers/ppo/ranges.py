@@ -9,7 +9,7 @@ SCHEDULES = ("temperature", "entropy_coef")  # keys that may change during a run
 AT_LEAST_ONE = (
     "total_episodes per_device_train_batch_size gradient_accumulation_steps num_ppo_epochs num_mini_batches "
     "local_rollout_forward_batch_size num_generations response_length logging_steps save_total_limit kl_horizon "
-    "eval_steps eval_examples save_steps max_skipped_steps max_steps num_generations_eval"
+    "eval_steps eval_examples save_steps max_skipped_steps max_steps num_generations_eval soft_punish_cache"
 )
 ABOVE_ZERO = (
     "learning_rate value_learning_rate temperature max_grad_norm adam_epsilon cliprange cliprange_value "
@@ -17,7 +17,7 @@ ABOVE_ZERO = (
 )
 NOT_NEGATIVE = (
     "kl_coef vf_coef entropy_coef ptx_coef weight_decay top_k warmup_steps value_warmup_steps min_new_tokens "
-    "num_sample_generations"
+    "num_sample_generations dynamic_sampling_rounds"
 )
 
 

@@ -196,6 +196,13 @@ def _restore_order(tensors: Sequence[Tensor], chunks: Sequence[Tensor], shape: t
     return result
 
 
+def local_positions(done: int, batch_size: int, copies: int, accelerator: Accelerator) -> list[int]:
+    """Return this process's positions in the prompt order after `done` episodes, each `copies` times."""
+    local = batch_size // copies // accelerator.num_processes
+    start = done // copies + accelerator.process_index * local
+    return [position for position in range(start, start + local) for _ in range(copies)]
+
+
 def prompt_order(size: int, seed: int) -> Callable[[int], int]:
     """Return `position -> row`: every epoch is a new permutation of `size` rows, drawn from `seed` and the epoch.
 

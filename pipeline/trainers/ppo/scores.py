@@ -106,6 +106,10 @@ def process_scores(
     scores, token_scores = apply_missing_eos_penalty(
         scores, token_scores, completions.finished, lengths, args.missing_eos_penalty, args.missing_eos_score
     )
+    if args.soft_punish_cache is not None:
+        penalties = overlong_penalties(lengths, args.response_length, args.soft_punish_cache)
+        scores = scores - penalties
+        token_scores[torch.arange(len(lengths)), lengths - 1] -= penalties
     processed = ProcessedScores(
         scores.masked_fill(~scored, 0.0).to(accelerator.device),
         token_scores.masked_fill(~scored.unsqueeze(1), 0.0).to(accelerator.device),
@@ -178,6 +182,14 @@ def apply_missing_eos_penalty(
         token_scores[unfinished] = 0.0
         token_scores[rows[unfinished], last[unfinished]] = score
     return scores, token_scores
+
+
+def overlong_penalties(lengths: Tensor, longest: int, cache: int) -> Tensor:
+    """Return what completions of these lengths [B] lose: 0 up to `cache` tokens below the longest, then up to 1.
+
+    This is the soft overlong punishment of DAPO (Yu et al. 2025, arXiv:2503.14476, equation 13).
+    """
+    return ((lengths - (longest - cache)) / cache).clamp(min=0.0, max=1.0)
 
 
 def prefix_scores(

@@ -25,12 +25,13 @@ from pipeline.trainers.ppo.advantages import estimate_advantages, next_kl_coef
 from pipeline.trainers.ppo.checkpoint import TrainerState, restore_best, restore_training, save_policy, save_training
 from pipeline.trainers.ppo.checks import check_inputs, check_kl, check_start, first_examples
 from pipeline.trainers.ppo.config import PPOConfig
+from pipeline.trainers.ppo.dynamic_sampling import Answers, resample
 from pipeline.trainers.ppo.experiment import describe_experiment
 from pipeline.trainers.ppo.held_out import ComputeMetrics, HeldOutData, evaluate_held_out
 from pipeline.trainers.ppo.learner import Learner
 from pipeline.trainers.ppo.reference_texts import ReferenceTexts, encode_references
 from pipeline.trainers.ppo.reward_scales import fit_scales, scale_rewards, share_sentences, variance_shares, weights_at
-from pipeline.trainers.ppo.rollout import CompletionWriter, Experience, Rollout, prompt_order
+from pipeline.trainers.ppo.rollout import CompletionWriter, Experience, Rollout, local_positions, prompt_order
 from pipeline.trainers.ppo.scores import prefix_scores, process_scores
 from pipeline.trainers.ppo.setup import build_shared_model, make_accelerator, open_log, with_response_length
 from pipeline.trainers.ppo.statistics import rollout_statistics
@@ -139,21 +140,16 @@ class PPOTrainer:
 
     def prompt_rows(self, step: int) -> list[int]:
         """Which training rows this process answers in a step. Data smaller than a batch is passed several times."""
-        prompts, copies = self.batch_size // self.args.num_generations, self.args.num_generations
-        local = prompts // self.accelerator.num_processes
-        done = self._origin.episodes // copies + (step - self._origin.step) * prompts
-        start = done + self.accelerator.process_index * local
-        return [self._prompt_at(position) for position in range(start, start + local) for _ in range(copies)]
+        done = self._origin.episodes + (step - self._origin.step) * self.batch_size
+        positions = local_positions(done, self.batch_size, self.args.num_generations, self.accelerator)
+        return [self._prompt_at(position) for position in positions]
 
     def collect_rollout(self, rows: Sequence[int]) -> Rollout:
         """Answer the prompts of the training `rows` with the current policy and score the answers; no gradient."""
-        examples, prompt_ids = self.train_dataset.select(rows), [self._prompt_ids[row] for row in rows]
-        self._enter("the completions")
         self.learner.follow_schedules(self.state.episodes)
-        seed = derive_seed(self.seed, "rollout", self.state.step)
-        completions = self.writer.write(prompt_ids, self.args.sampling_at(self.state.episodes), seed)
-        self._enter("the rewards")
-        rewards = self.compute_rewards(examples, completions.texts, completions.ids)
+        seed, rank = derive_seed(self.seed, "rollout", self.state.step), self.accelerator.process_index
+        answers = resample(self._answer(rows, seed), self._answer, self.args, seed, rank)
+        completions, rewards, examples = answers.completions, answers.rewards, answers.examples
         if self.state.step == 0:
             deviations, rewards = fit_scales(weights_at(self.rewards, self.state.episodes), rewards, self.accelerator)
             self.state = replace(self.state, reward_deviations=deviations)
@@ -164,6 +160,7 @@ class PPOTrainer:
         seen = self.state.score_moments
         scores = process_scores(rewards, token_scores, completions, seen, self.args, self.accelerator, seed)
         self._enter("the log-probabilities")
+        prompt_ids = [self._prompt_ids[row] for row in answers.rows]
         sequences, outputs = self.learner.forward(prompt_ids, completions.ids, self.tokenizer.pad_token_id)
         return Rollout(
             prompts=examples["prompt"],
@@ -175,6 +172,14 @@ class PPOTrainer:
             **vars(scores),
         )
 
+    def _answer(self, rows: Sequence[int], seed: int) -> Answers:
+        self._enter("the completions")
+        prompt_ids, sampling = [self._prompt_ids[row] for row in rows], self.args.sampling_at(self.state.episodes)
+        completions = self.writer.write(prompt_ids, sampling, seed)
+        self._enter("the rewards")
+        rewards = self.compute_rewards(self.train_dataset.select(rows), completions.texts, completions.ids)
+        return Answers(self.train_dataset, rows, completions, rewards)
+
     def compute_rewards(
         self,
         examples: Dataset,
@@ -182,10 +187,7 @@ class PPOTrainer:
         completion_ids: Sequence[Sequence[int]],
         rewards: Sequence[Reward] | None = None,
     ) -> RewardOutputs:
-        """Call the reward functions on completions to the prompts of `examples`, whose other columns they get.
-
-        `rewards` have the weights; None: those of this step.
-        """
+        """Call the reward functions on completions to `examples`, with the weights of this step or of `rewards`."""
         rewards, handling = rewards or self.scaled_rewards, self.args.reward_handling
         return compute_row_rewards(rewards, examples, completions, completion_ids, handling)
 
