@@ -38,6 +38,7 @@ from pipeline.stages.directory import (
 from pipeline.stages.fingerprint import STATE, external_models, setting_differences, stage_state, stage_status
 from pipeline.stages.launch import engine_problem
 from pipeline.stages.lock import RunInUseError, run_lock
+from pipeline.stages.model_cards import write_model_cards
 from pipeline.stages.plan import missing_input
 from pipeline.trainers.ppo.learner import LastPassError
 
@@ -166,6 +167,7 @@ def run_body(run: RunDirectory, recipe: Recipe, stage: str, body: StageBody) -> 
         say(f"{stage}: the earlier result, made with other settings, is now in {moved}")
     summary = body(recipe, run)
     if state.is_main_process:
+        write_model_cards(recipe, run, stage)
         finish_stage(run, recipe, stage, processes=state.num_processes, peak_memory_mib=peak_memory_mib(), **summary)
     state.wait_for_everyone()
     return 0
