@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 # The quickstart and the tests never need a network; offline mode makes sure of it.
 OFFLINE := HF_HUB_OFFLINE=1
 
-.PHONY: install quickstart test test-fast test-versions test-oldest test-newest lint docs
+.PHONY: install quickstart test test-fast test-versions test-oldest test-newest lint docs dist
 
 install: $(VENV)/.installed
 
@@ -42,3 +42,7 @@ docs: $(VENV)/.installed
 	$(RUN) -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable ".[docs]"
 	$(RUN) -m tools.recipe_reference
 	$(RUN) -m mkdocs build --strict
+
+# The wheel: the package, its recipes and the sentences of the quickstart, in dist/.
+dist: $(VENV)/.installed
+	$(RUN) -m pip wheel --disable-pip-version-check --no-deps --wheel-dir dist .

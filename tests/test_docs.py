@@ -3,21 +3,25 @@
 import pkgutil
 import re
 import shlex
+import tomllib
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
+from ruamel.yaml import YAML
 from trl import RewardConfig, SFTConfig
 
+from pipeline.cli.main import COMMANDS as COMMANDS_OF_RELAY
+from pipeline.cli.recipe_files import recipe_path
+from pipeline.cli.run_command import parse_arguments
 from pipeline.recipe import RewardSection, SFTSection, load_recipe, split_recipe_argument
-from pipeline.run import parse_arguments
 from pipeline.stages.launch import process_count
 from tools import recipe_reference
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 MAX_README_LINES = 160
 MAX_MEDIAN_WORDS = 15
 MODULES = ("pip", "pytest", "venv", "tools.phrasebook", "tools.recipe_reference")
@@ -62,6 +66,10 @@ def test_a_command_is_taken(page, command, monkeypatch):
         parsed = launch_command_parser().parse_args(words[1:])
         assert (ROOT / parsed.training_script).is_file()
         check_recipe_arguments(parsed.training_script_args)
+    elif program == "relay":
+        assert words[0] in COMMANDS_OF_RELAY
+        if words[0] in ("run", "check"):
+            load_recipe(recipe_path(Path(words[1]).stem), parse_arguments(words[2:])[0].words)
     elif program == "make":
         assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.M)
     elif words[0:2] == ["pipeline/eval.py", "compare"]:
@@ -177,6 +185,13 @@ def test_the_python_of_the_readme_runs(base_directory, tmp_path, monkeypatch, fr
     monkeypatch.chdir(tmp_path)
     exec(code, {"__name__": "readme"})  # the page's own words
     assert (tmp_path / "runs/from_python/ppo/adapter_model.safetensors").is_file()
+
+
+def test_the_citation_names_this_version():
+    citation = YAML(typ="safe").load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert (citation["version"], citation["license"]) == (project["version"], project["license"])
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys() and citation["type"] == "software"
 
 
 def test_the_recipe_reference_is_up_to_date():

@@ -23,6 +23,7 @@ ALLOWED = {
     "evaluation": {"rewards", "metrics", "models", "runtime"},
     "recipe": {"evaluation", "metrics", "models", "rewards", "runtime", "tasks", "trainers"},
     "stages": {"recipe", "evaluation", "metrics", "models", "rewards", "runtime", "tasks", "trainers"},
+    "cli": {"recipe", "stages", "evaluation", "metrics", "models", "rewards", "runtime", "tasks", "trainers"},
 }
 # A room inside a package -> who may import it beside itself: faster ways to compute are the models' own.
 INNER = {"pipeline.models.kernels": "pipeline.models"}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from accelerate.commands.launch import launch_command_parser
 
-from pipeline.run import parse_arguments
+from pipeline.cli.run_command import parse_arguments
 from pipeline.stages.launch import machine_rank, process_count, sharding_engine
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -4,6 +4,7 @@ import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -26,6 +27,7 @@ from pipeline.tasks.counts import count_examples
 from pipeline.trainers.ppo.algorithms import describe_algorithm
 
 SHOWN_DIFFERENCES = 8
+IN_CLONE = (Path(__file__).resolve().parents[2] / "pyproject.toml").is_file()  # and not installed from a wheel
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,8 @@ def typed_command(recipe: Recipe, stage: str) -> str:
     source = recipe.source
     recipe_file = str(RunDirectory.of(recipe).path / "recipe.yaml")
     arguments = [recipe_file] if source is None else [source.file, *source.overrides]
+    if not IN_CLONE:
+        return shlex.join(["relay", "run", *arguments, "--only", stage])
     return shlex.join(["accelerate", "launch", f"pipeline/{script_of(stage)}.py", *arguments, *stage_option(stage)])
 
 

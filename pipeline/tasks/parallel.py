@@ -81,7 +81,7 @@ def load(config: Config) -> Task:
         empty = [number for number, sides in numbered if not all(sides)]
         left_out += [f"line {number} of {_names(config, split)}: a side is empty" for number in empty]
         rows = [
-            {"prompt": _prompt(config, s), "completion": t, "references": [t], "source": s}
+            {"prompt": prompt_of_source(config, s), "completion": t, "references": [t], "source": s}
             for _, (s, t) in numbered
             if s and t
         ]
@@ -100,7 +100,8 @@ def load(config: Config) -> Task:
     return hold_out(task, config.ppo_examples)
 
 
-def _prompt(config: Config, source: str) -> str | list[Message]:
+def prompt_of_source(config: Config, source: str) -> str | list[Message]:
+    """Return what the model reads of a source text: a plain text, or a chat where `config.chat` is True."""
     prompt = render(config.prompt, {"source": source})
     return with_system(as_user_turn(prompt), config.system) if config.chat is True else prompt
 

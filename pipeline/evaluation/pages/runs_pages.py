@@ -23,9 +23,10 @@ from pipeline.evaluation.run_files import Run, load_run
 from pipeline.evaluation.runs import RunsReport, compare_runs
 
 
-def compare_command(argv: Sequence[str]) -> int:
+def compare_command(argv: Sequence[str], prog: str = "eval.py compare") -> int:
     """Run `compare RUN RUN ... [--output DIR]`; return 0 when it is written, 2 when a run has no report."""
-    parser = argparse.ArgumentParser(prog="eval.py compare", description="Set evaluated runs side by side.")
+    example = f"example: {prog} runs/quickstart runs/control"
+    parser = argparse.ArgumentParser(prog=prog, description="Set evaluated runs side by side.", epilog=example)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory, such as runs/quickstart")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: `comparison` next to the first run")
     arguments = parser.parse_args(argv)

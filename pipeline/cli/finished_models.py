@@ -1,0 +1,89 @@
+"""Where the models of a finished run are, and what they read of a text that a user types."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.evaluation.systems import Source
+from pipeline.models.config import ModelConfig
+from pipeline.models.hub import ADAPTER_FILE
+from pipeline.recipe import Recipe, load_recipe
+from pipeline.stages.directory import FINISHED, RunDirectory
+from pipeline.stages.inputs import sft_model_path
+from pipeline.stages.task import base_model_path, task_config
+from pipeline.tasks import parallel
+from pipeline.tasks.chats import Message, as_user_turn, with_system
+
+SYSTEMS = ("base", "sft", "ppo")
+TRAINED = ("sft", "ppo")
+NEW_TOKENS = 128  # of a model without a recipe
+
+
+@dataclass(frozen=True)
+class FinishedModel:
+    """A model that can be loaded, the recipe it is of (None: it is no run's), and how many tokens it writes."""
+
+    source: Source
+    recipe: Recipe | None = None
+    run: RunDirectory | None = None
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Return how long a completion may be: as long as in the evaluation of the run."""
+        return NEW_TOKENS if self.recipe is None else self.recipe.eval.max_new_tokens or NEW_TOKENS
+
+
+def find_model(path: Path, system: str | None, systems: tuple[str, ...] = SYSTEMS) -> FinishedModel:
+    """Find a system of a run, PPO's or else SFT's unless one is named, or the model in a folder of its own.
+
+    Raises:
+        ValueError: there is no such model, or its stage is not finished.
+    """
+    recipe_file, run = path / "recipe.yaml", RunDirectory(path)
+    if not recipe_file.is_file():
+        if system is not None:
+            raise ValueError(f"--system {system}: {str(path)!r} is no run directory (it has no recipe.yaml)")
+        if not any((path / name).is_file() for name in (ADAPTER_FILE, "config.json")):
+            raise ValueError(f"{str(path)!r} is neither a run directory nor the folder of a model")
+        return FinishedModel(Source("model", path, ModelConfig(model_name_or_path=str(path))))
+    recipe = load_recipe(recipe_file)
+    finished = [name for name in TRAINED if (run.stage(name) / FINISHED).is_file()]
+    if recipe.sft_is_external:
+        finished.append("sft")
+    name = system or ("ppo" if "ppo" in finished else "sft")
+    if name not in systems or (name in TRAINED and name not in finished):
+        raise ValueError(f"{str(path)!r} has no finished {name} stage; {listed(finished)}")
+    sft = sft_model_path(recipe, run)
+    sources = {
+        "base": Source("base", base_model_path(recipe, run), recipe.model),
+        "sft": Source("sft", sft, recipe.model),
+        "ppo": Source("ppo", run.ppo, recipe.model, sft),
+    }
+    return FinishedModel(sources[name], recipe, run)
+
+
+def listed(finished: list[str]) -> str:
+    """Say which models there are."""
+    return f"finished: {', '.join(finished)}" if finished else "run its recipe first"
+
+
+def prompt_from(recipe: Recipe | None, text: str, has_template: bool) -> str | list[Message]:
+    """Return what a model reads of a text: a source text of parallel data goes into the prompt of its task.
+
+    Of other tasks the text is the whole prompt. It becomes the turn of a user where the run's prompts were chats, or
+    where a model without a run has a chat template.
+    """
+    if recipe is None:
+        return as_user_turn(text) if has_template else text
+    config = task_config(recipe)
+    if isinstance(config, parallel.Config):
+        return parallel.prompt_of_source(config, text)
+    if config.chat is True or (config.chat == "auto" and has_template):
+        return with_system(as_user_turn(text), config.system)
+    return text
+
+
+def report_of(run: RunDirectory) -> dict | None:
+    """Return report.json of a run's evaluation; None where there is none."""
+    file = run.eval / "report.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None

@@ -1,0 +1,30 @@
+"""The recipes that come with the package, by name."""
+
+import re
+from pathlib import Path
+
+# In a clone a link to recipes/ at its top; in a wheel the files themselves.
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def recipe_files() -> dict[str, Path]:
+    """Return the file of each recipe, by name."""
+    return {file.stem: file.resolve() for file in sorted(RECIPES.glob("*.yaml"))}
+
+
+def recipe_path(name: str) -> Path:
+    """Return the file that `name` means: a path, or the name of a recipe where no such file exists."""
+    return Path(name) if Path(name).exists() else recipe_files().get(name, Path(name))
+
+
+def first_sentence(file: Path) -> str:
+    """Return the first sentence of the comment at the top of a recipe."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    comment = [line.lstrip("# ") for line in lines[: next(i for i, line in enumerate(lines) if line[:1] != "#")]]
+    return re.split(r"(?<=[.;:])\s", " ".join(comment))[0].rstrip(".;:")
+
+
+def data_folders(file: Path) -> list[Path]:
+    """Return the folders beside a recipe whose files it reads, as `{recipe_dir}/name` in it says."""
+    names = re.findall(r"\{recipe_dir\}/([\w-]+)", file.read_text(encoding="utf-8"))
+    return [file.parent / name for name in dict.fromkeys(names) if (file.parent / name).is_dir()]

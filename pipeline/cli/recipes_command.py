@@ -1,0 +1,84 @@
+"""relay recipes: list the recipes that are installed, show one, or copy one with its data."""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.cli.recipe_files import data_folders, first_sentence, recipe_files
+
+EXAMPLE = """\
+examples:
+  relay recipes list
+  relay recipes show quickstart
+  relay recipes copy quickstart            # quickstart.yaml and phrasebook/ in this folder
+  relay recipes copy quickstart --to work
+"""
+
+
+def recipes_command(argv: Sequence[str]) -> int:
+    """Run `list`, `show NAME` or `copy NAME`; return 2 where there is no such recipe, or a file is in the way."""
+    arguments = parse_recipes_arguments(argv)
+    files = recipe_files()
+    if arguments.action == "list":
+        width = max(map(len, files))
+        print("\n".join(f"{name:<{width}}  {first_sentence(file)}" for name, file in files.items()))
+        return 0
+    name = arguments.name
+    if name not in files:
+        from pipeline.runtime.messages import did_you_mean  # which loads torch
+
+        return refuse(f"no recipe {name!r}{did_you_mean(name, files)}; relay recipes list names them")
+    if arguments.action == "show":
+        print(files[name].read_text(encoding="utf-8"), end="")
+        return 0
+    try:
+        copied = copy_recipe(files[name], arguments.to)
+    except OSError as error:
+        return refuse(f"recipes copy: {error}")
+    print("\n".join(map(str, copied)))
+    return 0
+
+
+def parse_recipes_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the words after `relay recipes`."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="relay recipes", description=__doc__, epilog=EXAMPLE, formatter_class=raw, allow_abbrev=False
+    )
+    actions = parser.add_subparsers(dest="action", required=True, metavar="list | show NAME | copy NAME")
+    actions.add_parser("list", help="name each recipe and say what it trains")
+    actions.add_parser("show", help="print a recipe").add_argument("name", metavar="NAME")
+    copy = actions.add_parser("copy", help="copy a recipe, and the data that comes with it", epilog=EXAMPLE)
+    copy.formatter_class = raw
+    copy.add_argument("name", metavar="NAME")
+    copy.add_argument("--to", type=Path, default=Path(), metavar="FOLDER", help="default: this folder")
+    return parser.parse_args(argv)
+
+
+def copy_recipe(file: Path, folder: Path) -> list[Path]:
+    """Copy a recipe and its data folders into `folder`; return what was written.
+
+    A data folder that is there already is left alone: recipes share theirs.
+
+    Raises:
+        FileExistsError: there is a file of the recipe's name, which may hold somebody's changes.
+    """
+    target = folder / file.name
+    if target.exists():
+        raise FileExistsError(f"{target} exists; remove it, or copy to another folder with --to")
+    folder.mkdir(parents=True, exist_ok=True)
+    written = [target]
+    for source in data_folders(file):
+        if not (folder / source.name).exists():
+            shutil.copytree(source, folder / source.name)
+            written.append(folder / source.name)
+    shutil.copyfile(file, target)
+    return written
+
+
+def refuse(message: str) -> int:
+    """Print on stderr what is wrong; return 2."""
+    print(f"error: {message}", file=sys.stderr)
+    return 2

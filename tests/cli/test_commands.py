@@ -1,0 +1,145 @@
+"""The commands of `relay` that need no training: recipes, check, report, and what is said of wrong words."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from demo_run import RECIPE, write_demo
+
+from pipeline.cli import report_command
+from pipeline.cli.main import COMMANDS, main
+from pipeline.cli.recipe_files import RECIPES, recipe_files, recipe_path
+from pipeline.recipe import load_recipe
+from pipeline.stages import plan
+from pipeline.tasks import load_task
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_shows_help_with_an_example(command, capsys):
+    with pytest.raises(SystemExit) as raised:
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    assert raised.value.code == 0 and f"usage: relay {command}" in text
+    assert "example" in text and text.count(f"relay {command} ") > 1
+
+
+def test_help_lists_the_commands_and_wrong_words_are_named(capsys):
+    assert main(["--help"]) == main([]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {name} " in text for name in COMMANDS) and "relay run quickstart.yaml" in text
+    assert main(["--version"]) == 0 and capsys.readouterr().out.startswith("relay ")
+    assert main(["runn", "x.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: no command 'runn'") and "'run'" in error and "relay --help" in error
+
+
+def test_help_loads_no_library_that_takes_seconds():
+    code = (
+        "import sys; from pipeline.cli.main import main; main(['recipes', 'list']); assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "quickstart " in done.stdout, done.stderr
+
+
+def test_the_installed_recipes_are_those_of_the_repository(capsys):
+    assert recipe_files() == {path.stem: path for path in sorted((ROOT / "recipes").glob("*.yaml"))}
+    assert RECIPES.resolve() == ROOT / "recipes"
+    assert main(["recipes", "list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == sorted(recipe_files())
+    assert all(len(line.split()) > 5 for line in lines)
+    assert main(["recipes", "show", "scitldr"]) == 0
+    assert capsys.readouterr().out == (ROOT / "recipes" / "scitldr.yaml").read_text()
+
+
+def test_a_copied_recipe_reads_the_data_that_is_copied_with_it(capsys):
+    assert main(["recipes", "copy", "quickstart"]) == 0
+    assert capsys.readouterr().out.split() == ["quickstart.yaml", "phrasebook"]
+    recipe = load_recipe("quickstart.yaml", ["task.max_train_examples=3"])
+    assert Path(recipe.task.config.data_dir) == Path("phrasebook")
+    assert len(load_task(recipe.task.name, recipe.task.config).train) == 3
+    Path("phrasebook/train.en").write_text("mine")
+    assert main(["recipes", "copy", "quickstart_t5", "--to", "."]) == 0  # shares the folder
+    assert Path("phrasebook/train.en").read_text() == "mine"
+    assert main(["recipes", "copy", "quickstart"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: recipes copy: quickstart.yaml exists") and "--to" in error
+    assert main(["recipes", "copy", "xquad", "--to", "deep/er"]) == 0 and Path("deep/er/xquad.yaml").is_file()
+
+
+def test_an_unknown_recipe_is_named_with_the_one_that_may_be_meant(capsys):
+    for words in (["show", "quikstart"], ["copy", "quikstart"]):
+        assert main(["recipes", *words]) == 2
+        assert "no recipe 'quikstart'" in (error := capsys.readouterr().err) and "'quickstart'" in error
+
+
+def test_a_recipe_is_found_by_file_before_name():
+    assert recipe_path("quickstart") == ROOT / "recipes" / "quickstart.yaml"
+    assert recipe_path("mine.yaml") == Path("mine.yaml")
+    Path("quickstart").write_text("")
+    assert recipe_path("quickstart") == Path("quickstart")
+
+
+def test_check_prints_the_plan_and_writes_nothing(folder, capsys):
+    write_demo()
+    before = sorted(folder.iterdir())
+    assert main(["check", "recipe.yaml", "ppo.kl_coef=0.02", "--only", "sft"]) == 0
+    text = capsys.readouterr().out
+    assert "recipe.yaml -> runs/demo" in text and "not started yet" in text and sorted(folder.iterdir()) == before
+    assert main(["check", "quickstart", "task.max_train_examples=64"]) == 0
+    assert "quickstart.yaml -> runs/quickstart" in capsys.readouterr().out
+    assert main(["check", "recipe.yaml", "ppo.kl_cof=0.02"]) == 2
+    assert "kl_cof" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["check", "run"])
+@pytest.mark.parametrize("words", [[], ["seed=1"]])
+def test_a_recipe_has_to_be_named(command, words, capsys):
+    assert main([command, *words]) == 2
+    assert capsys.readouterr().err.startswith("error: name a recipe")
+
+
+def test_run_hands_everything_to_the_chain(monkeypatch):
+    calls = []
+    monkeypatch.setattr("pipeline.cli.run_command.run_chain", lambda *given: calls.append(given) or 7)
+    assert main(["run", "quickstart", "seed=1", "--from", "ppo", "--", "--num_processes", "2"]) == 7
+    ((path, overrides, selection, options),) = calls
+    assert path == recipe_files()["quickstart"] and (overrides, options) == (["seed=1"], ["--num_processes", "2"])
+    assert (selection.start, selection.only, selection.force, selection.dry_run) == ("ppo", None, False, False)
+
+
+def test_report_prints_the_verdict_and_opens_the_page(monkeypatch, capsys):
+    folder = Path("runs/demo/eval")
+    assert main(["report", "runs/demo"]) == 2
+    assert "'runs/demo' holds no finished evaluation" in capsys.readouterr().err
+    folder.mkdir(parents=True)
+    report = {"verdict": "PPO is better.", "findings": ["It is longer."], "warnings": ["Few examples."]}
+    (folder / "report.json").write_text(json.dumps(report))
+    (folder / "stage.json").write_text('{"settings": {}}')
+    opened = []
+    monkeypatch.setattr(report_command.webbrowser, "open", lambda url: opened.append(url) or True)
+    assert main(["report", "runs/demo"]) == 0 and opened == []
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["PPO is better.", "It is longer.", "warning: Few examples.", "report: runs/demo/eval/report.html"]
+    assert main(["report", "runs/demo", "--open"]) == 0
+    assert opened == [(folder / "report.html").resolve().as_uri()]
+    monkeypatch.setattr(report_command.webbrowser, "open", lambda url: False)
+    assert main(["report", "runs/demo", "--open"]) == 1 and "no browser" in capsys.readouterr().err
+
+
+def test_a_missing_stage_is_asked_for_with_a_command_that_is_there(monkeypatch):
+    write_demo()
+    recipe = load_recipe("recipe.yaml", ["seed=3"])
+    assert RECIPE and plan.typed_command(recipe, "sft") == "accelerate launch pipeline/sft.py recipe.yaml seed=3"
+    monkeypatch.setattr(plan, "IN_CLONE", False)
+    assert plan.typed_command(recipe, "sft") == "relay run recipe.yaml seed=3 --only sft"
