@@ -55,7 +55,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "ptx_coef": 0.1,
     },
 }
-SAMPLED = {**SMALL, "num_mini_batches": 2, "num_generations": 2, "group_baseline": True}
+SAMPLED = {**SMALL, "num_mini_batches": 2, "num_generations": 2, "group_baseline": True, "dynamic_sampling_rounds": 2}
 
 
 class Setting:

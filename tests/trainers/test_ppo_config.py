@@ -37,6 +37,7 @@ BAD_VALUES: dict[str, tuple] = {
             "max_steps",
             "num_generations_eval",
             "soft_punish_cache",
+            "ref_model_sync_steps",
         ],
         (0,),
     ),
@@ -92,6 +93,7 @@ BAD_VALUES: dict[str, tuple] = {
     "kl_estimator": ("k4",),
     "adam_beta1": (1.0,),
     "adam_beta2": (-0.1,),
+    "ref_model_mixup_alpha": (0.0, 1.1),
     "top_p": (0.0, 1.1),
     "min_p": (-0.1, 1.1),
     "repetition_penalty": (0.0, float("inf")),
@@ -119,6 +121,9 @@ BAD_COMBINATIONS: tuple[dict, ...] = (
     {"warmup_steps": 5, "lr_scheduler_type": "constant"},
     {"num_generations": 3, "per_device_train_batch_size": 4},
     {"group_baseline": True},
+    {"sync_ref_model": True, "kl_coef": 0.0},
+    {"ref_model_mixup_alpha": 1.0},
+    {"ref_model_sync_steps": 2},
     {"dynamic_sampling_rounds": 1},
     {"soft_punish_cache": 9, "response_length": 8},
     {"scale_rewards": "group"},
@@ -263,6 +268,8 @@ CHANGES: dict[str, tuple[object, dict]] = {
     "min_new_tokens": (3, {}),
     "stop_strings": (("r",), {}),
     "kl_target": (1.0, {}),
+    "ref_model_mixup_alpha": (0.1, {"sync_ref_model": True, "ref_model_sync_steps": 1}),
+    "ref_model_sync_steps": (1, {"sync_ref_model": True}),
     "kl_horizon": (100, {"kl_target": 1.0}),
     "target_kl": (1e-6, {}),
     "cliprange_high": (1e-3, {}),
@@ -285,6 +292,7 @@ CHANGES: dict[str, tuple[object, dict]] = {
     "run_name": ("mine", {"report_to": ("tensorboard",)}),
 }
 TESTED_APART = {
+    "sync_ref_model",  # needs a second run of its own: in test_moving_reference.py
     "rewards",
     "sft_model_path",
     "reward_model_path",

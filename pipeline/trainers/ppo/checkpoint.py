@@ -28,6 +28,7 @@ from pipeline.trainers.checkpoints import (
 from pipeline.trainers.ppo.config import PPOConfig
 from pipeline.trainers.ppo.experiment import Experiment, check_experiment, record_experiment
 from pipeline.trainers.ppo.learner import Learner
+from pipeline.trainers.ppo.moving_reference import without_reference
 from pipeline.trainers.ppo.scores import RunningMoments
 
 STATE_FILE, WEIGHTS_FILE, OPTIMIZER_FILE = "trainer_state.json", "trainable.safetensors", "optimizer.pt"
@@ -110,7 +111,7 @@ def save_training(directory: Path, state: TrainerState, learner: Learner) -> Non
     args = learner.args
     checkpoint = Checkpoint(
         replace(state, micro_batch_size=learner.reduced_micro_batch_size),
-        learner.shared.trainable_state(),
+        learner.trained_state(),
         learner.optimizer.state_dict(),
         learner.scheduler.state_dict(),
         gather_object([random_state()]),
@@ -203,7 +204,7 @@ def restore_training(
         notes.append(f"continuing from {path}{_restore(checkpoint, learner, seed)}")
     record_experiment(directory, experiment)
     count = args.save_total_limit + 1 + args.load_best_model_at_end  # the one being written, the best
-    check_space(directory, state_size(learner.shared.trainable_state()), count)
+    check_space(directory, state_size(learner.trained_state()), count)
     return state, notes
 
 
@@ -213,7 +214,7 @@ def _restore(checkpoint: Checkpoint, learner: Learner, seed: int) -> str:
     before, processes = len(checkpoint.random), accelerator.num_processes
     same = before == processes
     steps = state.total_steps(args, processes)
-    learner.shared.load_trainable_state(checkpoint.weights)
+    learner.load_trained_state(checkpoint.weights)
     learner.restore(
         checkpoint.optimizer,
         checkpoint.scheduler,
@@ -234,7 +235,9 @@ def restore_best(directory: Path, state: TrainerState, shared: SharedModel, metr
     """Make the policy that of the best step, or of the start where no step was better; return a sentence on it."""
     best = f"best {metric} {state.best_metric:.4f} at step {state.best_step}"
     if state.best_step:
-        shared.load_trainable_state(load_checkpoint(directory / f"checkpoint-{state.best_step}").weights)
+        shared.load_trainable_state(
+            without_reference(load_checkpoint(directory / f"checkpoint-{state.best_step}").weights)
+        )
         return best
     shared.restart_policy()
     return f"{best}: no later one was better, so the policy is the model it started from"

@@ -111,6 +111,10 @@ class PPOConfig:
     kl_horizon: int = 10_000  # episodes of that adaptation
     # nats per token: the passes over a rollout end where the policy moved beyond 1.5 times it
     target_kl: float | None = None
+    # every ref_model_sync_steps PPO steps the reference becomes ref_model_mixup_alpha x policy + the rest x itself
+    sync_ref_model: bool = False
+    ref_model_mixup_alpha: float = 0.6  # TRL's value; 1: the policy as it is then
+    ref_model_sync_steps: int = 512  # PPO steps; TRL counts optimizer steps
     cliprange: float = 0.2  # ratios within 1 - it and 1 + it
     cliprange_high: float | None = None  # an upper clip of its own; None: cliprange
     # of which the ratio is: a token; sequence, the mean of its log ratios (GSPO); completion, their sum (RLOO)

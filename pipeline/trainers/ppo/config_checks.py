@@ -62,6 +62,24 @@ def check_combinations(args: Any) -> None:
             args.scale_rewards,
         ),
         (
+            args.sync_ref_model and not args.kl_coef,
+            "sync_ref_model",
+            "does nothing with kl_coef 0: the reference is what the KL is measured to",
+            args.sync_ref_model,
+        ),
+        (
+            args.ref_model_mixup_alpha != type(args).ref_model_mixup_alpha and not args.sync_ref_model,
+            "ref_model_mixup_alpha",
+            "does nothing without sync_ref_model",
+            args.ref_model_mixup_alpha,
+        ),
+        (
+            args.ref_model_sync_steps != type(args).ref_model_sync_steps and not args.sync_ref_model,
+            "ref_model_sync_steps",
+            "does nothing without sync_ref_model",
+            args.ref_model_sync_steps,
+        ),
+        (
             args.dynamic_sampling_rounds and args.num_generations < 2,
             "dynamic_sampling_rounds",
             "needs num_generations of at least 2: completions of one prompt are compared",

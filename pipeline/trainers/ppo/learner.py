@@ -15,6 +15,7 @@ from pipeline.models.shared import SharedModel
 from pipeline.runtime.memory import in_smaller_batches, is_out_of_memory
 from pipeline.runtime.schedules import value_at
 from pipeline.trainers.ppo.config import PPOConfig
+from pipeline.trainers.ppo.moving_reference import MovingReference, without_reference
 from pipeline.trainers.ppo.objective import Clipping, LossTerms, ppo_loss
 from pipeline.trainers.ppo.reference_texts import deal_out
 from pipeline.trainers.ppo.rollout import Experience, TokenOutputs, Warn, compute_token_outputs
@@ -49,6 +50,7 @@ class Learner:
         self.shared: SharedModel = accelerator.unwrap_model(self.model)
         self.scheduler = self._schedule(args.num_optimizer_steps(accelerator.num_processes))
         self.entropy_coef = value_at(args.entropy_coef, 0)
+        self.moving_reference = MovingReference(self.shared.policy_parameters()) if args.sync_ref_model else None
         self.clipping = Clipping(
             args.cliprange,
             args.cliprange_high or args.cliprange,
@@ -85,6 +87,22 @@ class Learner:
         self.scheduler.load_state_dict(scheduler)
         self.micro_batch_size = micro_batch_size or self.micro_batch_size
 
+    def trained_state(self) -> dict[str, Tensor]:
+        """Copy everything that training changes to the CPU, by name."""
+        reference = {} if self.moving_reference is None else self.moving_reference.state()
+        return self.shared.trainable_state() | reference
+
+    def load_trained_state(self, state: dict[str, Tensor]) -> None:
+        """Put back what `trained_state` gave."""
+        self.shared.load_trainable_state(without_reference(state))
+        if self.moving_reference is not None:
+            self.moving_reference.load(state)
+
+    def after_step(self, step: int) -> None:
+        """Move the reference towards the policy where `sync_ref_model` asks for it after this PPO step."""
+        if self.moving_reference is not None and step % self.args.ref_model_sync_steps == 0:
+            self.moving_reference.mix(self.args.ref_model_mixup_alpha)
+
     def forward(
         self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], pad_id: int
     ) -> tuple[Sequences, TokenOutputs]:
@@ -97,7 +115,7 @@ class Learner:
         def attempt(size: int) -> tuple[Sequences, TokenOutputs]:
             with self.accelerator.autocast():
                 encoded = self.shared.encoded(sequences, size)
-                return encoded, compute_token_outputs(self.shared, encoded, size)
+                return encoded, compute_token_outputs(self.shared, encoded, size, self.moving_reference)
 
         return self._in_micro_batches(attempt)
 

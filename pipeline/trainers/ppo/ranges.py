@@ -9,7 +9,8 @@ SCHEDULES = ("temperature", "entropy_coef")  # keys that may change during a run
 AT_LEAST_ONE = (
     "total_episodes per_device_train_batch_size gradient_accumulation_steps num_ppo_epochs num_mini_batches "
     "local_rollout_forward_batch_size num_generations response_length logging_steps save_total_limit kl_horizon "
-    "eval_steps eval_examples save_steps max_skipped_steps max_steps num_generations_eval soft_punish_cache"
+    "eval_steps eval_examples save_steps max_skipped_steps max_steps num_generations_eval soft_punish_cache "
+    "ref_model_sync_steps"
 )
 ABOVE_ZERO = (
     "learning_rate value_learning_rate temperature max_grad_norm adam_epsilon cliprange cliprange_value "
@@ -32,6 +33,7 @@ def check_ranges(args: object) -> None:
         ("suppress_tokens", "must be token ids from 0 on", lambda v: all(token >= 0 for token in v)),
         ("adam_beta1 adam_beta2", "must be in [0, 1)", lambda v: 0 <= v < 1),
         ("gamma lam", "must be in [0, 1]", lambda v: 0 <= v <= 1),
+        ("ref_model_mixup_alpha", "must be in (0, 1]", lambda v: 0 < v <= 1),
         ("dual_clip", "must be above 1", lambda v: v > 1),
         ("missing_eos_score", "must be finite", math.isfinite),
     )

@@ -15,6 +15,7 @@ from pipeline.models.shared import SharedModel
 from pipeline.models.text import decode, encode_prompts_of
 from pipeline.runtime.memory import in_smaller_batches
 from pipeline.runtime.seeds import derive_seed
+from pipeline.trainers.ppo.moving_reference import MovingReference
 from pipeline.trainers.ppo.scores import RunningMoments
 
 Warn = Callable[[str], None]
@@ -168,21 +169,29 @@ class CompletionWriter:
 
 
 @torch.no_grad()
-def compute_token_outputs(model: SharedModel, sequences: Sequences, size: int) -> TokenOutputs:
+def compute_token_outputs(
+    model: SharedModel, sequences: Sequences, size: int, reference: MovingReference | None = None
+) -> TokenOutputs:
     """Compute policy, reference and value of every token, in the micro-batches of at most `size` of the update.
 
-    The same rows together give the same rounding, so that the update's first ratio is exactly 1.
+    The same rows together give the same rounding, so that the update's first ratio is exactly 1. `reference`: one that
+    follows the policy, in place of the model's own.
     """
     chunks = sequences.chunks(size)
     batches = [sequences.rows(index) for index in chunks]
     outputs = [model(batch) for batch in batches]
+    if reference is None:
+        reference_outputs = model.reference_logprobs(*batches)
+    else:
+        with reference.in_place():
+            reference_outputs = [model(batch).logprobs for batch in batches]
     logprobs, values, entropies, ref_logprobs = (
         _restore_order(tensors, chunks, sequences.completion_mask.shape)
         for tensors in (
             [output.logprobs for output in outputs],
             [output.values for output in outputs],
             [output.entropies for output in outputs],
-            model.reference_logprobs(*batches),
+            reference_outputs,
         )
     )
     return TokenOutputs(logprobs, ref_logprobs, values, entropies)

@@ -236,6 +236,7 @@ class PPOTrainer:
         """Count the step, and move what adapts with it: the KL coefficient and the moments of the scores."""
         kl_coef = next_kl_coef(self.args, self.kl_coef, stats["objective/kl"], self.batch_size)
         self.state = self.state.advanced(self.batch_size, rollout.moments, kl_coef)
+        self.learner.after_step(self.state.step)
 
     def evaluate(self) -> dict[str, float]:
         """Answer the held-out prompts greedily: each reward, their weighted sum `eval_reward`, length, metrics."""

@@ -1,0 +1,52 @@
+"""A reference policy that follows the policy from time to time (Gorbatovski et al. 2024, TR-DPO, arXiv:2404.09656)."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+PREFIX = "moving_reference."  # of its weights in a checkpoint
+
+
+class MovingReference:
+    """A copy of what is trained of the policy; the rest of the model is shared, as with the policy."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.parameters = list(parameters)
+        self.weights = [parameter.detach().clone() for parameter in self.parameters]
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Make the policy the reference until the block ends; nothing in it may need gradients."""
+        policy = [parameter.detach().clone() for parameter in self.parameters]
+        self._put(self.weights)
+        try:
+            yield
+        finally:
+            self._put(policy)
+
+    @torch.no_grad()
+    def mix(self, alpha: float) -> None:
+        """Move the reference towards the policy: `alpha` times the policy's weights, and the rest its own."""
+        for weight, parameter in zip(self.weights, self.parameters, strict=True):
+            weight.mul_(1.0 - alpha).add_(parameter, alpha=alpha)
+
+    def state(self) -> dict[str, Tensor]:
+        """Copy the weights to the CPU, by name."""
+        return {f"{PREFIX}{i}": weight.cpu().clone() for i, weight in enumerate(self.weights)}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `state` gave."""
+        for i, weight in enumerate(self.weights):
+            weight.copy_(state[f"{PREFIX}{i}"])
+
+    @torch.no_grad()
+    def _put(self, weights: Sequence[Tensor]) -> None:
+        for parameter, weight in zip(self.parameters, weights, strict=True):
+            parameter.copy_(weight)
+
+
+def without_reference(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of a checkpoint without those of a moving reference."""
+    return {name: tensor for name, tensor in weights.items() if not name.startswith(PREFIX)}

@@ -1,0 +1,66 @@
+"""A reference that follows the policy."""
+
+import shutil
+
+import pytest
+import torch
+from ppo_toys import training_steps, weights
+from torch import nn
+
+from pipeline.trainers.ppo.moving_reference import MovingReference
+
+MOVING = {"sync_ref_model": True, "ref_model_mixup_alpha": 1.0, "ref_model_sync_steps": 2, "kl_coef": 0.5}
+
+
+def test_it_is_mixed_by_hand_and_put_back():
+    policy = nn.Parameter(torch.tensor([1.0, 2.0]))
+    reference = MovingReference([policy])
+    with torch.no_grad():
+        policy += 10.0
+    reference.mix(0.25)  # 0.75 x 1 + 0.25 x 11
+    with reference.in_place():
+        assert policy.tolist() == [3.5, 4.5]
+    assert policy.tolist() == [11.0, 12.0]
+    state = reference.state()
+    reference.mix(1.0)
+    assert reference.weights[0].tolist() == [11.0, 12.0]
+    reference.load(state)
+    assert reference.weights[0].tolist() == [3.5, 4.5]
+
+
+@pytest.mark.parametrize("use_peft", [True, False])
+def test_the_kl_starts_anew_where_it_becomes_the_policy(make_trainer, use_peft):
+    trainer = make_trainer(total_episodes=40, use_peft=use_peft, **MOVING)
+    trainer.train()
+    kls = [line["objective/kl"] for line in training_steps(trainer.output_dir)]
+    assert [kl == 0 for kl in kls] == [True, False, True, False, True]
+    fixed = make_trainer("fixed", total_episodes=40, use_peft=use_peft, kl_coef=0.5)
+    fixed.train()
+    assert [line["objective/kl"] == 0 for line in training_steps(fixed.output_dir)] == [True] + [False] * 4
+
+
+def test_before_it_moves_it_is_the_reference(make_trainer):
+    states = []
+    for name, settings in (("fixed", {"kl_coef": 0.5}), ("moving", {**MOVING, "ref_model_sync_steps": 99})):
+        trainer = make_trainer(name, **settings)
+        trainer.train()
+        states.append(weights(trainer))
+    for name, weight in states[0].items():
+        torch.testing.assert_close(states[1][name], weight, rtol=1e-4, atol=1e-5)
+
+
+def test_a_resumed_run_has_the_reference_of_its_step(make_trainer):
+    states = []
+    for _ in range(2):
+        trainer = make_trainer(total_episodes=40, save_steps=1, save_total_limit=5, **MOVING)
+        trainer.train(resume_from_checkpoint=True)
+        states.append({name: weight.tolist() for name, weight in weights(trainer).items()})
+        for step in (4, 5):
+            shutil.rmtree(trainer.checkpoints / f"checkpoint-{step}")
+    assert states[0] == states[1]
+
+
+def test_the_best_policy_is_restored_without_it(make_trainer, examples):
+    trainer = make_trainer(total_episodes=24, eval_steps=1, validation=examples.select(range(6)), **MOVING)
+    state = trainer.train()
+    assert state.step == 3 and all(not name.startswith("moving") for name in weights(trainer))
