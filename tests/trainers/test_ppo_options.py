@@ -91,6 +91,7 @@ def test_the_ppo_epochs_end_where_the_policy_has_moved_too_far(make_trainer):
 def test_a_kl_penalty_holds_the_policy_near_the_reference(make_trainer, placement, estimator):
     settings = {"kl_placement": placement, "kl_estimator": estimator, "num_ppo_epochs": 4, "response_length": 3}
     settings |= {"total_episodes": 320, "per_device_train_batch_size": 32, "learning_rate": 2e-2}
+    settings |= {"value_learning_rate": 2e-2, "lam": 0.95}
     found = {}
     for kl_coef in (0.0, 1.0):
         trainer = make_trainer(f"{kl_coef}", kl_coef=kl_coef, **settings)
