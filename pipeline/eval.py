@@ -23,7 +23,7 @@ from pipeline.rewards.rows import count_failures
 from pipeline.runtime.distributed import on_main
 from pipeline.runtime.messages import say
 from pipeline.stages.directory import RunDirectory
-from pipeline.stages.eval_inputs import report_scoring, report_settings, sft_source, system_sources
+from pipeline.stages.eval_inputs import report_answering, report_scoring, report_settings, sft_source, system_sources
 from pipeline.stages.stage import run_stage
 from pipeline.stages.task import left_out_record, load_recipe_task
 
@@ -39,8 +39,8 @@ def evaluate(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
     """Predict with every system and compute rewards, each process its share; report on the main process."""
     began, (recipe, task) = time.monotonic(), load_recipe_task(recipe, run)
     sources = system_sources(recipe, run)
-    sft, strip = sft_source(recipe, run), task.strip_thoughts
-    predictions = predict_systems(sources, sft, task.test, recipe.eval, recipe.seed, strip)
+    answering = report_answering(recipe, task)
+    predictions = predict_systems(sources, sft_source(recipe, run), task.test, answering)
     scoring = report_scoring(recipe, run, task)
     systems = compute_system_rewards(predictions, task.test, scoring)
     if failures := [failure for system in systems.values() for failure in system.failures]:

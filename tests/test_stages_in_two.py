@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import forks
@@ -83,10 +84,12 @@ eval:
 def write_recipe(root: Path, world: int, architecture: str) -> str:
     """A recipe over twelve sentence pairs, for a number of processes and the same global batch."""
     for split in ("train", "validation", "test"):
-        english = [f"{text} {n}" for n in range(3) for text in ENGLISH] if split == "train" else ENGLISH
+        numbered = [f"{text} {n}" for n in range(3) for text in ENGLISH]
+        english = {"train": numbered, "validation": ENGLISH, "test": numbered[3:8]}[split]
         (root / f"{split}.en").write_text("\n".join(english) + "\n")
         # Held-out texts of one length: transformers takes the mean over batches, however many tokens each has.
-        german = {"train": GERMAN * 3, "validation": GERMAN[:1] * 4, "test": GERMAN}[split]
+        # An odd number of test rows: the processes have shares of different sizes.
+        german = {"train": GERMAN * 3, "validation": GERMAN[:1] * 4, "test": (GERMAN * 2)[3:8]}[split]
         (root / f"{split}.de").write_text("\n".join(german) + "\n")
     path, sizes = root / f"{world}.yaml", {"batch": 4 // world, "accumulation": 2 // world}
     path.write_text(RECIPE.format(root=root, world=world, architecture=architecture, **sizes))
@@ -133,10 +136,10 @@ class Chains:
         """A run directory."""
         return self.root / str(world) / "tiny"
 
-    def stages(self, world: int, *names: str) -> None:
+    def stages(self, world: int, *names: str, overrides: Sequence[str] = ()) -> None:
         """Run stages in this process, which may be one of two."""
         for name in names or STAGES:
-            assert STAGES[name].main([self.recipes[world]]) == 0
+            assert STAGES[name].main([self.recipes[world], *overrides]) == 0
 
     def in_two(self) -> None:
         """What each of two processes does: the chain, and once more what is complete."""
@@ -237,14 +240,25 @@ def report_bytes(directory: Path) -> dict[str, bytes]:
     return files | {"report.json": json.dumps(report).encode()}
 
 
-def test_the_evaluation_of_a_run_is_the_same_to_the_byte(chains):
-    """Samples, beams, best of n and a learned reward included."""
-    directory = chains.run_of(1) / "eval"
-    expected = report_bytes(directory)
-    shutil.rmtree(directory)
-    run_in_two(lambda: chains.stages(1, "eval"), chains.root)
-    assert json.loads((directory / "stage.json").read_text())["processes"] == 2
-    assert report_bytes(directory) == expected
+@pytest.mark.parametrize("size", [2, 8])
+def test_the_evaluation_of_a_run_is_the_same_to_the_byte(chains, size):
+    """Every metric, interval and p-value; samples, beams, best of n and a learned reward included.
+
+    Five test rows are three batches of two, of which one process has two, or one batch, which leaves a process idle.
+    """
+    directory, overrides, found = chains.run_of(1) / "eval", [f"eval.per_device_eval_batch_size={size}"], []
+    for world in (1, 2):
+        shutil.rmtree(directory)
+        if world == 1:
+            assert forks.run(lambda: chains.stages(1, "eval", overrides=overrides)) == 0
+        else:
+            run_in_two(lambda: chains.stages(1, "eval", overrides=overrides), chains.root)
+        assert json.loads((directory / "stage.json").read_text())["processes"] == world
+        found.append(report_bytes(directory))
+    assert found[0] == found[1]
+    report = json.loads(found[0]["report.json"])
+    assert report["systems"]["ppo"]["samples"] == 5 and report["systems"]["ppo"]["kl_to_sft"] > 0
+    assert all(0 < comparison["p_value"] <= 1 for comparison in report["comparisons"])
 
 
 def test_two_processes_score_by_a_classifier_as_one_does(chains, tokenizer):

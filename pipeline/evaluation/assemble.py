@@ -94,7 +94,8 @@ def save_outputs(systems: Mapping[str, ScoredSystem], rows: Dataset, directory: 
         scored = system.predictions
         rewards = {key: [s.rewards[key] for s in scored] for key in scored[0].rewards}
         sentences = {metric: [s.metrics[metric] for s in scored] for metric in scored[0].metrics}
-        outputs[name] = Outputs([s.text for s in scored], reward_scores(scored), rewards, sentences)
+        texts = [s.text for s in scored]
+        outputs[name] = Outputs(texts, reward_scores(scored), rewards, sentences, system.measures)
         save_predictions(
             directory / prediction_file(name),
             outputs[name].predictions,

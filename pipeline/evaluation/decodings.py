@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.models.generation import Decoding, generate
 from pipeline.models.text import decode, encode_prompts
 from pipeline.runtime.distributed import gather_rows
+from pipeline.runtime.memory import BatchSize
 from pipeline.runtime.seeds import derive_seed
 
 
@@ -65,17 +66,43 @@ def expected_best(scores: Sequence[Sequence[float]]) -> list[float]:
     return curve
 
 
+def complete_prompts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    batches: BatchSize,
+    seed: int | None = None,
+) -> list[list[int]]:
+    """Write one completion for each prompt (token ids), in smaller batches once memory has run out.
+
+    `seed` is that of samples; it leaves torch's generators as they are.
+    """
+
+    def attempt(size: int) -> list[list[int]]:
+        if seed is not None:
+            torch.manual_seed(seed)
+        return generate(model, tokenizer, prompts, decoding, size)
+
+    with torch.random.fork_rng(enabled=seed is not None):
+        return batches.run(attempt)
+
+
 def decode_rows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,
     indices: Sequence[int],
     decoding: Decoding,
-    batch_size: int,
+    batches: BatchSize,
+    seed: int | None = None,
 ) -> list[DecodedText]:
-    """Complete the prompts of `rows[indices]`; an index may stand there several times."""
+    """Complete the prompts of `rows[indices]`; an index may stand there several times.
+
+    `seed` is that of samples; it leaves torch's generators as they are.
+    """
     prompts = encode_prompts(tokenizer, rows.select(indices)["prompt"], model.config.is_encoder_decoder)
-    ids = generate(model, tokenizer, prompts, decoding, batch_size)
+    ids = complete_prompts(model, tokenizer, prompts, decoding, batches, seed)
     return [DecodedText(*text) for text in zip(indices, decode(tokenizer, ids), ids, strict=True)]
 
 
@@ -85,19 +112,19 @@ def draw_samples(
     rows: Dataset,
     copies: int,
     decoding: Decoding,
-    batch_size: int,
+    batches: BatchSize,
     seed: int,
 ) -> list[DecodedText]:
     """Draw `copies` samples for each row, every process those of its groups of rows; all samples in order of the rows.
 
     Each group has a seed of its own, so the samples are the same for any number of processes.
     """
-    samples, size = range(len(rows) * copies), sample_block_size(batch_size, copies)
+    samples, size = range(len(rows) * copies), sample_block_size(batches.initial, copies)
 
     def draw(block: Sequence[int]) -> list[DecodedText]:
-        with torch.random.fork_rng():
-            torch.manual_seed(derive_seed(seed, "evaluation samples", block[0] // size))
-            return decode_rows(model, tokenizer, rows, [number // copies for number in block], decoding, batch_size)
+        block_seed = derive_seed(seed, "evaluation samples", block[0] // size)
+        asked = [number // copies for number in block]
+        return decode_rows(model, tokenizer, rows, asked, decoding, batches, block_seed)
 
     return gather_rows([samples[start : start + size] for start in range(0, len(samples), size)], draw)
 

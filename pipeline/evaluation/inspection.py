@@ -8,10 +8,10 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.evaluation.gains import Gains
-from pipeline.evaluation.predictions import log_softmax
 from pipeline.evaluation.report import Outputs
 from pipeline.evaluation.systems import Source
 from pipeline.models.decoder_start import decoder_prefix
+from pipeline.models.likelihood import completion_logprobs
 from pipeline.models.sequences import make_sequences
 from pipeline.models.text import encode_completions, encode_prompts, plain_text
 
@@ -61,12 +61,10 @@ class Inspection:
     attention: Attention | None = None
 
 
-@torch.no_grad()
 def passage_logprobs(model: PreTrainedModel, prompt: list[int], completion: list[int], pad_id: int) -> list[float]:
     """Compute the log-probability, in nats, of each token of a completion."""
     sequences = make_sequences([prompt], [completion], pad_id, model.device)
-    logprobs = log_softmax(model, sequences)
-    return logprobs.gather(-1, sequences.completion_ids.unsqueeze(-1))[0, :, 0].tolist()
+    return completion_logprobs(model, sequences)[0].tolist()
 
 
 def compare_passage(

@@ -1,4 +1,4 @@
-"""What a system writes for the test prompts, and how likely it finds that and the references."""
+"""What a system writes for the test prompts, and how likely it finds the references."""
 
 import json
 import math
@@ -8,24 +8,22 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.models.decoder_start import decoder_prefix
 from pipeline.models.generation import Decoding, finished, generate
+from pipeline.models.likelihood import completion_logprobs
 from pipeline.models.prompt_lengths import truncate_prompts
-from pipeline.models.sequences import Sequences, length_sorted_chunks, make_sequences
+from pipeline.models.sequences import Sequences, make_sequences
 from pipeline.models.text import decode, encode_completions, encode_prompts
 from pipeline.runtime.devices import in_float64
+from pipeline.runtime.memory import BatchSize
 
 
 @dataclass(frozen=True)
 class Prediction:
     """One system's completion of one test prompt; `completion_ids` end with EOS if `finished`.
 
-    `reference_nats` is the summed cross-entropy of the first reference, over `reference_tokens` tokens (EOS included);
-    `entropy` and `kl_to_sft` the sums over the completion's positions of the system's entropy and of
-    KL(system || SFT), over the whole vocabulary, in nats.
+    `reference_nats` is the summed cross-entropy of the first reference, over `reference_tokens` tokens (EOS included).
     """
 
     index: int
@@ -34,8 +32,6 @@ class Prediction:
     finished: bool
     reference_nats: float
     reference_tokens: int
-    entropy: float
-    kl_to_sft: float | None
 
 
 def predict(
@@ -44,23 +40,19 @@ def predict(
     rows: Dataset,
     indices: Sequence[int],
     decoding: Decoding,
-    batch_size: int,
-    sft: PreTrainedModel | None = None,
+    batches: BatchSize,
 ) -> list[Prediction]:
-    """Complete the prompts of `rows[indices]`, and compute how likely the model finds completions and references.
+    """Complete the prompts of `rows[indices]`, and compute how likely the model finds the references.
 
-    With `sft`, the KL to the SFT model is computed as well. References are truncated to the model's context length.
+    References are truncated to the model's context length.
     """
     chosen = rows.select(indices)
     prompts = encode_prompts(tokenizer, chosen["prompt"], model.config.is_encoder_decoder)
-    completions = generate(model, tokenizer, prompts, decoding, batch_size)
+    completions = batches.run(lambda size: generate(model, tokenizer, prompts, decoding, size))
     targets = encode_completions(tokenizer, chosen["prompt"], [references[0] for references in chosen["references"]])
     targets, _ = truncate_prompts(prompts, targets, model.config)
-    pad, device = tokenizer.pad_token_id, model.device
-    chunks = length_sorted_chunks(torch.tensor([len(prompt) for prompt in prompts]), batch_size)
-    nats = reference_nats(model, make_sequences(prompts, targets, pad, device), chunks)
-    written = make_sequences(prompts, completions, pad, device)
-    entropies, divergence = _entropy_and_divergence(model, written, chunks, sft)
+    sequences = make_sequences(prompts, targets, tokenizer.pad_token_id, model.device)
+    nats = batches.run(lambda size: reference_nats(model, sequences, size))
     ended, texts = finished(model, tokenizer, completions, decoding), decode(tokenizer, completions)
     return [
         Prediction(
@@ -70,66 +62,17 @@ def predict(
             finished=ended[i],
             reference_nats=nats[i],
             reference_tokens=len(targets[i]),
-            entropy=entropies[i],
-            kl_to_sft=divergence[i] if sft is not None else None,
         )
         for i, index in enumerate(indices)
     ]
 
 
-def length_sorted_blocks(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Split the rows into batches of prompts alike in length, the same for any number of processes."""
-    return [chunk.tolist() for chunk in length_sorted_chunks(torch.tensor(lengths), batch_size)]
-
-
-@torch.no_grad()
-def reference_nats(model: PreTrainedModel, sequences: Sequences, chunks: Sequence[Tensor]) -> list[float]:
-    """Sum -log p(token), in nats, over the completion tokens of each row; `chunks` are the batches, row numbers."""
+def reference_nats(model: PreTrainedModel, sequences: Sequences, size: int) -> list[float]:
+    """Sum -log p(token), in nats, over the completion tokens of each row; `size` rows are read at once."""
     sums = torch.zeros(len(sequences), dtype=torch.float64)
-    for index in chunks:
-        batch = sequences.rows(index)
-        logprobs = log_softmax(model, batch).gather(-1, batch.completion_ids.unsqueeze(-1)).squeeze(-1)
-        sums[index] = -in_float64(logprobs * batch.completion_mask).sum(1).cpu()
+    for index in sequences.chunks(size):
+        sums[index.cpu()] = -in_float64(completion_logprobs(model, sequences.rows(index))).sum(1).cpu()
     return sums.tolist()
-
-
-@torch.no_grad()
-def _entropy_and_divergence(
-    model: PreTrainedModel, sequences: Sequences, chunks: Sequence[Tensor], sft: PreTrainedModel | None
-) -> tuple[list[float], list[float]]:
-    """Sum the entropy and KL(model || sft), in nats (0 without `sft`), over the completion positions of each row."""
-    sums = torch.zeros(2, len(sequences), dtype=torch.float64)
-    for index in chunks:
-        batch = sequences.rows(index)
-        logprobs = log_softmax(model, batch)
-        probabilities, mask = logprobs.exp(), batch.completion_mask
-        sums[0, index] = -in_float64((probabilities * logprobs).sum(-1) * mask).sum(1).cpu()
-        if sft is not None and sft is not model:
-            kl = (probabilities * (logprobs - log_softmax(sft, batch))).sum(-1)
-            sums[1, index] = in_float64(kl * mask).sum(1).cpu()
-    return sums[0].tolist(), sums[1].tolist()
-
-
-def log_softmax(model: PreTrainedModel, sequences: Sequences) -> Tensor:
-    """Compute the log-probabilities [B, C, V] of every token of the vocabulary at each completion position."""
-    width = sequences.completion_ids.shape[1]
-    if model.config.is_encoder_decoder:
-        ids, mask = sequences.encoder_inputs()
-        given = torch.tensor(decoder_prefix(model), device=ids.device).expand(len(ids), -1)
-        read = torch.cat([given, sequences.completion_ids[:, :-1]], dim=1)
-        output = model(input_ids=ids, attention_mask=mask.long(), decoder_input_ids=read, use_cache=False)
-        return torch.log_softmax(output.logits[:, -width:].float(), dim=-1)
-    ids = torch.cat([sequences.prompt_ids, sequences.completion_ids[:, :-1]], dim=1)
-    mask = torch.cat([sequences.prompt_mask, sequences.completion_mask[:, :-1]], dim=1)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    output = model(
-        input_ids=ids,
-        attention_mask=mask.long(),
-        position_ids=positions,
-        logits_to_keep=width,
-        use_cache=False,
-    )
-    return torch.log_softmax(output.logits[:, -width:].float(), dim=-1)
 
 
 def cross_entropy(predictions: Sequence[Prediction]) -> tuple[float, float]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from pipeline.evaluation.config import BASELINES, CONTROL
 from pipeline.evaluation.decodings import BestOfN, DecodingScores
+from pipeline.evaluation.divergence import SampleMeasure, entropy_estimate, kl_estimate
 from pipeline.evaluation.gains import Gains
 from pipeline.evaluation.power import equivalence_margin, smallest_difference
 from pipeline.evaluation.predictions import Prediction, cross_entropy
@@ -51,13 +52,14 @@ class Outputs:
     """What one system wrote, and the numbers of each completion.
 
     `scores` is the weighted reward, `rewards` its parts by name (NaN where one does not apply), both empty without
-    rewards; `metric_scores` the sentence score by metric, higher is better.
+    rewards; `metric_scores` the sentence score by metric, higher is better. `measures` are of samples of the system.
     """
 
     predictions: list[Prediction]
     scores: list[float] = field(default_factory=list)
     rewards: dict[str, list[float]] = field(default_factory=dict)
     metric_scores: dict[str, list[float]] = field(default_factory=dict)
+    measures: list[SampleMeasure] = field(default_factory=list)
 
     @property
     def texts(self) -> list[str]:
@@ -71,9 +73,10 @@ class System:
 
     `mean_reward` and `cumulative_reward` are the mean and the sum of the weighted reward over the test completions,
     None without a `ppo:` section; `rewards` the mean of each part, None where it never applied. `cross_entropy`
-    (nats per token) and `perplexity` are those of the references. `kl_to_sft` is in nats per completion, `entropy` in
-    nats per token of its own completions, `length` in tokens, EOS included. `same_weights_as_sft` says that the model
-    is the SFT model, bit for bit.
+    (nats per token) and `perplexity` are those of the references. `kl_to_sft` (nats per completion) and `entropy`
+    (nats per token) are estimated from `samples` of its own at PPO's temperature, `sampled_length` tokens long; the
+    errors are their standard errors. `length` is that of the completions in tokens, EOS included.
+    `same_weights_as_sft` says that the model is the SFT model, bit for bit.
     """
 
     metrics: dict[str, Score]
@@ -83,12 +86,21 @@ class System:
     cross_entropy: float
     perplexity: float
     kl_to_sft: float | None
+    kl_to_sft_error: float | None
     entropy: float
+    entropy_error: float | None
+    samples: int
+    sampled_length: float
     length: float
     finished: float
     texts: TextStatistics
     same_weights_as_sft: bool
     predictions: str
+
+    @property
+    def kl_per_token(self) -> float:
+        """Return the KL to SFT in nats per token of the samples; 0 without SFT."""
+        return (self.kl_to_sft or 0.0) / self.sampled_length
 
 
 @dataclass(frozen=True)
@@ -183,7 +195,7 @@ def score_system(
     """Compute all figures of one system, whose predictions are in `file`."""
     predictions, texts, scores = outputs.predictions, outputs.texts, outputs.scores
     nats, perplexity = cross_entropy(predictions)
-    divergence = [p.kl_to_sft for p in predictions if p.kl_to_sft is not None]
+    kl, entropy = kl_estimate(outputs.measures), entropy_estimate(outputs.measures)
     applicable = {name: [value for value in values if value == value] for name, values in outputs.rewards.items()}
     settings = (resampling.n_resamples, resampling.confidence, resampling.seed)
     tokens = sum(len(prediction.completion_ids) for prediction in predictions)
@@ -194,8 +206,12 @@ def score_system(
         rewards={name: _mean(values) if values else None for name, values in applicable.items()},
         cross_entropy=nats,
         perplexity=perplexity,
-        kl_to_sft=_mean(divergence) if divergence else None,
-        entropy=sum(prediction.entropy for prediction in predictions) / tokens,
+        kl_to_sft=None if kl is None else kl.value,
+        kl_to_sft_error=None if kl is None else kl.error,
+        entropy=entropy.value,
+        entropy_error=entropy.error,
+        samples=len(outputs.measures),
+        sampled_length=_mean([sample.tokens for sample in outputs.measures]),
         length=tokens / len(predictions),
         finished=_mean([float(prediction.finished) for prediction in predictions]),
         texts=text_statistics(texts, test.first_references, test.prompts),

@@ -8,6 +8,7 @@ from datasets import Dataset
 
 from pipeline.evaluation.config import EvalConfig
 from pipeline.evaluation.decodings import DecodedText, sample_block_size
+from pipeline.evaluation.divergence import SampleMeasure
 from pipeline.evaluation.predictions import Prediction
 from pipeline.evaluation.systems import SystemPredictions
 from pipeline.metrics import Metric
@@ -54,6 +55,7 @@ class ScoredSystem:
     predictions: list[ScoredPrediction[Prediction]]
     beams: dict[int, list[ScoredPrediction[DecodedText]]] = field(default_factory=dict)
     samples: list[ScoredPrediction[DecodedText]] = field(default_factory=list)
+    measures: list[SampleMeasure] = field(default_factory=list)
     same_weights_as_sft: bool = False
 
     @property
@@ -73,6 +75,7 @@ def compute_system_rewards(
             compute_text_rewards(system.predictions, rows, scoring, size),
             {beams: compute_text_rewards(texts, rows, scoring, size) for beams, texts in system.beams.items()},
             compute_text_rewards(system.samples, rows, scoring, sample_block_size(size, copies)),
+            system.measures,
             system.same_weights_as_sft,
         )
         for name, system in predictions.items()

@@ -30,6 +30,7 @@ from pipeline.runtime.seeds import derive_seed
 CONFIDENCE = 0.95
 SIGNIFICANT = 0.05
 SMALL = 100  # examples below which percentiles of the bootstrap are too narrow
+ROUNDING = 1e-5  # of a score's size: what float32 leaves open
 BOOTSTRAP, RANDOMISATION, MCNEMAR = "paired bootstrap", "paired randomisation", "McNemar"
 
 
@@ -225,9 +226,13 @@ class Shares:
 
 
 def paired_shares(values_a: Sequence[float], values_b: Sequence[float]) -> Shares:
-    """Count on which examples B is better than A, by values [N] where more is better."""
-    differences = np.asarray(values_b, dtype=np.float64) - np.asarray(values_a, dtype=np.float64)
-    return Shares(float((differences > 1e-9).mean()), float((differences < -1e-9).mean()))
+    """Count on which examples B is better than A, by values [N] where more is better.
+
+    A difference that rounding explains is none: a learned reward gives one text other last digits in another batch.
+    """
+    before, after = (np.asarray(values, dtype=np.float64) for values in (values_a, values_b))
+    rounding = ROUNDING * np.maximum(1.0, np.maximum(np.abs(before), np.abs(after)))
+    return Shares(float((after - before > rounding).mean()), float((before - after > rounding).mean()))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

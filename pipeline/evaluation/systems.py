@@ -1,6 +1,5 @@
 """Load the systems of the report and let them complete the test prompts, each process its share."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,14 +12,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.evaluation.config import EvalConfig
 from pipeline.evaluation.decodings import DecodedText, decode_rows, draw_samples
-from pipeline.evaluation.predictions import Prediction, length_sorted_blocks, predict
+from pipeline.evaluation.divergence import SampleMeasure, measure_samples, measured_rows
+from pipeline.evaluation.predictions import Prediction, predict
 from pipeline.models.config import ModelConfig
 from pipeline.models.generation import Decoding
 from pipeline.models.loading import load_model, load_policy, load_tokenizer
 from pipeline.models.prompt_lengths import check_prompt_lengths
+from pipeline.models.sequences import length_sorted_blocks
 from pipeline.models.states import check_causal
 from pipeline.models.text import encode_prompts, without_thoughts
 from pipeline.runtime.distributed import gather_rows
+from pipeline.runtime.memory import BatchSize
+from pipeline.runtime.messages import say
 
 Text = TypeVar("Text", Prediction, DecodedText)
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -47,13 +50,40 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Answering:
+    """How the systems answer: decodings and sizes of `settings`, and the seed of samples.
+
+    KL and entropy are measured at `temperature`, which is PPO's. Passes are computed in bfloat16 by autocast where
+    `bf16` says so. With `strip_thoughts` the texts do not have a `<think>...</think>` at their start.
+    """
+
+    settings: EvalConfig
+    seed: int = 0
+    temperature: float = 1.0
+    bf16: bool = False
+    strip_thoughts: bool = False
+
+    def greedy(self) -> Decoding:
+        """Return the decoding of one beam, from which the others differ in beams or temperature."""
+        settings = self.settings
+        return Decoding(
+            settings.max_new_tokens,
+            min_new_tokens=settings.min_new_tokens or 0,
+            stop_strings=settings.stop_strings or (),
+            suppress_tokens=settings.suppress_tokens or (),
+        )
+
+
+@dataclass(frozen=True)
 class SystemPredictions:
     """What a system wrote for the N test prompts: predictions; texts by number of beams; samples, those of a prompt
-    one after the other. `same_weights_as_sft` is True for the SFT model, bit for bit, under another name."""
+    one after the other. `measures` are of the samples for KL and entropy. `same_weights_as_sft` is True for the SFT
+    model, bit for bit, under another name."""
 
     predictions: list[Prediction]
     beams: dict[int, list[DecodedText]] = field(default_factory=dict)
     samples: list[DecodedText] = field(default_factory=list)
+    measures: list[SampleMeasure] = field(default_factory=list)
     same_weights_as_sft: bool = False
 
     def without_thoughts(self) -> "SystemPredictions":
@@ -67,64 +97,55 @@ class SystemPredictions:
 
 
 def predict_systems(
-    sources: Sequence[Source],
-    sft: Source | None,
-    rows: Dataset,
-    settings: EvalConfig,
-    seed: int,
-    strip_thoughts: bool = False,
+    sources: Sequence[Source], sft: Source | None, rows: Dataset, answering: Answering
 ) -> dict[str, SystemPredictions]:
     """Let every system complete the test prompts; all predictions on every process, by system.
 
-    Besides SFT one system at a time is in memory. With `strip_thoughts` the texts do not have a `<think>...</think>`
-    at their start. Without SFT nothing is compared with it.
+    Besides SFT one system at a time is in memory. Without SFT nothing is compared with it.
     """
     loaded_sft = None if sft is None else sft.load()
+    batches = BatchSize(answering.settings.per_device_eval_batch_size)
     predictions = {}
     for source in sources:
-        if PartialState().is_main_process:
-            print(f"{source.name}: writing {len(rows)} completions", file=sys.stderr, flush=True)
+        say(f"{source.name}: writing {len(rows)} completions")
         loaded = loaded_sft if source.name == "sft" else source.load()
-        system = predict_system(source.name, loaded_sft, loaded, rows, settings, seed)
-        predictions[source.name] = system.without_thoughts() if strip_thoughts else system
+        with torch.autocast(PartialState().device.type, torch.bfloat16, enabled=answering.bf16):
+            system = predict_system(source.name, loaded_sft, loaded, rows, answering, batches)
+        predictions[source.name] = system.without_thoughts() if answering.strip_thoughts else system
     return predictions
 
 
 def predict_system(
-    name: str, sft: Loaded | None, loaded: Loaded, rows: Dataset, settings: EvalConfig, seed: int
+    name: str, sft: Loaded | None, loaded: Loaded, rows: Dataset, answering: Answering, batches: BatchSize
 ) -> SystemPredictions:
-    """Let one system complete the test prompts, in batches of prompts alike in length.
+    """Let one system complete the test prompts, in batches of prompts alike in length, and measure samples of it.
 
-    An untrained base writes its predictions alone: no other decodings, no samples.
+    An untrained base writes no other decodings, and no samples for the best of n.
     """
-    model, tokenizer = loaded
-    size = settings.per_device_eval_batch_size
-    decoding = Decoding(
-        settings.max_new_tokens,
-        min_new_tokens=settings.min_new_tokens or 0,
-        stop_strings=settings.stop_strings or (),
-        suppress_tokens=settings.suppress_tokens or (),
-    )
+    (model, tokenizer), settings, greedy = loaded, answering.settings, answering.greedy()
     prompts = encode_prompts(tokenizer, rows["prompt"], model.config.is_encoder_decoder)
     check_prompt_lengths(prompts, settings.max_new_tokens, model.config, "eval.max_new_tokens", f"test, for {name},")
-    blocks = length_sorted_blocks([len(ids) for ids in prompts], size)
+    blocks = length_sorted_blocks([len(ids) for ids in prompts], batches.initial)
+    reported = replace(greedy, num_beams=settings.num_beams)
+    predictions = gather_rows(blocks, lambda block: predict(model, tokenizer, rows, block, reported, batches))
     reference = sft[0] if sft is not None and _same_tokens(loaded, sft) else None
-    reported = replace(decoding, num_beams=settings.num_beams)
-    predictions = gather_rows(blocks, lambda block: predict(model, tokenizer, rows, block, reported, size, reference))
+    sampling, measured = replace(greedy, temperature=answering.temperature), rows.select(measured_rows(len(rows)))
+    measures = measure_samples(model, tokenizer, measured, sampling, batches, answering.seed, reference)
     same = name != "sft" and sft is not None and same_weights(model, sft[0])
     if name == "base":
-        return SystemPredictions(predictions, same_weights_as_sft=same)
+        return SystemPredictions(predictions, measures=measures, same_weights_as_sft=same)
 
     def with_beams(num_beams: int) -> list[DecodedText]:
-        other = replace(decoding, num_beams=num_beams)
-        return gather_rows(blocks, lambda block: decode_rows(model, tokenizer, rows, block, other, size))
+        other = replace(greedy, num_beams=num_beams)
+        return gather_rows(blocks, lambda block: decode_rows(model, tokenizer, rows, block, other, batches))
 
     samples: list[DecodedText] = []
-    if settings.samples_per_prompt:
+    if copies := settings.samples_per_prompt:
         first = rows.select(range(min(settings.sample_prompts, len(rows))))
-        drawn = replace(decoding, temperature=settings.sample_temperature)
-        samples = draw_samples(model, tokenizer, first, settings.samples_per_prompt, drawn, size, seed)
-    return SystemPredictions(predictions, {n: with_beams(n) for n in settings.beam_sizes}, samples, same)
+        drawn = replace(greedy, temperature=settings.sample_temperature)
+        samples = draw_samples(model, tokenizer, first, copies, drawn, batches, answering.seed)
+    beams = {number: with_beams(number) for number in settings.beam_sizes}
+    return SystemPredictions(predictions, beams, samples, measures, same)
 
 
 def _same_tokens(loaded: Loaded, sft: Loaded) -> bool:

@@ -139,10 +139,11 @@ def _distance(systems: Mapping[str, System]) -> str:
     sft, ppo = systems["sft"], systems["ppo"]
     if ppo.kl_to_sft is None:
         return ""
+    error = "" if ppo.kl_to_sft_error is None else f"standard error {size_text(ppo.kl_to_sft_error)}, "
     return (
-        f"PPO is {ppo.kl_to_sft:.2f} nats per completion from SFT ({ppo.kl_to_sft / ppo.length:.3f} per token), its "
-        f"entropy went from {sft.entropy:.2f} to {ppo.entropy:.2f} nats per token and its length from "
-        f"{sft.length:.1f} to {ppo.length:.1f} tokens."
+        f"Over {ppo.samples:,} samples at PPO's temperature, PPO is {ppo.kl_to_sft:.2f} nats per completion from SFT "
+        f"({error}{ppo.kl_per_token:.3f} per token), and its entropy went from {sft.entropy:.2f} to "
+        f"{ppo.entropy:.2f} nats per token. The completions went from {sft.length:.1f} to {ppo.length:.1f} tokens."
     )
 
 
@@ -228,9 +229,8 @@ def _reward_hacking(comparisons: Sequence[SystemComparison], rewards: Sequence[s
 
 def _drift(name: str, system: System, sft: System) -> list[str]:
     warnings = []
-    per_token = (system.kl_to_sft or 0.0) / system.length
-    if per_token > FAR_FROM_SFT:
-        warnings.append(f"{name} is far from SFT: {per_token:.2f} nats of KL per token")
+    if system.kl_per_token > FAR_FROM_SFT:
+        warnings.append(f"{name} is far from SFT: {system.kl_per_token:.2f} nats of KL per token")
     if abs(system.length / sft.length - 1) > LENGTH_CHANGE:
         warnings.append(
             f"{name} writes {system.length:.1f} tokens where sft writes {sft.length:.1f} "

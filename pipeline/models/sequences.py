@@ -107,6 +107,11 @@ def length_sorted_chunks(lengths: Tensor, size: int) -> list[Tensor]:
     return list(torch.argsort(lengths, stable=True).split(size))
 
 
+def length_sorted_blocks(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Split the rows into blocks of `size` alike in length, the same for any number of processes."""
+    return [chunk.tolist() for chunk in length_sorted_chunks(torch.tensor(lengths), size)]
+
+
 def probe_sequences(vocabulary: int, limit: int | None, device: torch.device) -> Sequences:
     """Make rows of many tokens, all over the vocabulary, to compare two ways of computing; two share their prompt.
 
@@ -118,3 +123,8 @@ def probe_sequences(vocabulary: int, limit: int | None, device: torch.device) ->
     answers = [ids[start : start + longest // 3] for start in (3, 7, 11)]
     completions = [answers[0], answers[1][: longest // 5 + 1], answers[2], answers[0][1:3]]
     return make_sequences([shared, shared, long, short], completions, 0, device)
+
+
+def scatter_tokens(values: Tensor, mask: Tensor) -> Tensor:
+    """[M] values of the real tokens to [B, C], 0 elsewhere."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)

@@ -136,12 +136,8 @@ def check_causal(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def check_trunk_and_head(model: PreTrainedModel) -> None:
-    """Refuse a model whose logits are more than its LM head on its trunk, which is how PPO computes them.
-
-    Raises:
-        ValueError: the logits differ (a model that changes them in a way that is not known here), naming its type.
-    """
+def logits_are_of_head(model: PreTrainedModel) -> bool:
+    """Whether `lm_head` on the trunk's states gives the model's logits."""
     ids, training = torch.arange(1, 5, device=model.device).unsqueeze(0), model.training
     model.eval()  # dropout would make any two passes differ
     row = Sequences(ids, torch.ones_like(ids, dtype=torch.bool), ids, torch.ones_like(ids, dtype=torch.bool))
@@ -153,7 +149,16 @@ def check_trunk_and_head(model: PreTrainedModel) -> None:
     expected = model(**inputs, use_cache=False).logits[:, -ids.shape[1] :]
     computed = lm_head(model)(completion_states(model, row))
     model.train(training)
-    if not torch.allclose(computed.float(), expected.float(), rtol=1e-3, atol=1e-3):
+    return torch.allclose(computed.float(), expected.float(), rtol=1e-3, atol=1e-3)
+
+
+def check_trunk_and_head(model: PreTrainedModel) -> None:
+    """Refuse a model whose logits are more than its LM head on its trunk, which is how PPO computes them.
+
+    Raises:
+        ValueError: the logits differ (a model that changes them in a way that is not known here), naming its type.
+    """
+    if not logits_are_of_head(model):
         raise ValueError(
             f"model: {model.config.model_type!r} changes its states before or its logits after the LM head in a way "
             "that PPO here does not reproduce; choose another model"

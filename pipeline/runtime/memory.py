@@ -38,6 +38,26 @@ def in_smaller_batches(call: Callable[[int], Result], size: int) -> tuple[Result
         free_memory()
 
 
+class BatchSize:
+    """How many rows are computed at once: `initial`, and half as many from where memory runs out."""
+
+    def __init__(self, initial: int) -> None:
+        self.initial = self.rows = initial
+
+    def run(self, call: Callable[[int], Result]) -> Result:
+        """Return `call(rows)`, again with fewer rows whenever memory runs out.
+
+        Raises:
+            RuntimeError: of the last call, if even single rows do not fit.
+        """
+        before = self.rows
+        result, self.rows = in_smaller_batches(call, before)
+        if self.rows < before:
+            text = f"out of memory: from now on {self.rows} rows at once instead of {before}"
+            print(text, file=sys.stderr, flush=True)
+        return result
+
+
 def free_memory() -> None:
     """Free what nothing refers to any more, on an accelerator too."""
     clear_device_cache(garbage_collection=True)

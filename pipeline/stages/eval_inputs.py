@@ -7,7 +7,7 @@ from accelerate import PartialState
 from pipeline.evaluation.assemble import decoding_name
 from pipeline.evaluation.config import CONTROL
 from pipeline.evaluation.scoring import Scoring
-from pipeline.evaluation.systems import Source
+from pipeline.evaluation.systems import Answering, Source
 from pipeline.metrics import load_metric
 from pipeline.models.loading import load_model, load_tokenizer, plain_model_directory
 from pipeline.models.reward_model import RewardNetwork, check_base
@@ -21,6 +21,7 @@ from pipeline.stages.task import base_model_path
 from pipeline.tasks import Task
 from pipeline.trainers.huggingface.sft import DEFAULTS
 from pipeline.trainers.ppo.config import PPOConfig
+from pipeline.trainers.precision import native_bf16
 
 
 def sft_source(recipe: Recipe, run: RunDirectory) -> Source | None:
@@ -42,6 +43,22 @@ def system_sources(recipe: Recipe, run: RunDirectory) -> list[Source]:
     sources += [Source(name, run.stage(name), config) for name in recipe.eval.baselines]
     control = control_policy(recipe)
     return sources if control is None else [*sources, Source(CONTROL, control, config, sft_path)]
+
+
+def report_answering(recipe: Recipe, task: Task) -> Answering:
+    """Return how the systems answer: samples at PPO's temperature, passes in PPO's precision."""
+    bf16 = _computes_in_bf16(recipe)
+    return Answering(recipe.eval, recipe.seed, _final_temperature(recipe), bf16, task.strip_thoughts)
+
+
+def _final_temperature(recipe: Recipe) -> float:
+    """Return the temperature at which PPO's last rollouts are written; 1 without PPO."""
+    return 1.0 if recipe.ppo is None else recipe.ppo.sampling_at(recipe.ppo.total_episodes).temperature
+
+
+def _computes_in_bf16(recipe: Recipe) -> bool:
+    """Tell whether passes are in bfloat16, as PPO's are; not where the machine is slow at it or cannot do it."""
+    return native_bf16() and (recipe.ppo is None or recipe.ppo.bf16 is not False)
 
 
 def report_scoring(recipe: Recipe, run: RunDirectory, task: Task) -> Scoring:
@@ -88,6 +105,8 @@ def report_settings(recipe: Recipe, task: Task) -> dict[str, object]:
         **({"rows_left_out": len(task.left_out)} if task.left_out else {}),
         "decoding": decoding_name(recipe.eval.num_beams),
         "max_new_tokens": recipe.eval.max_new_tokens,
+        "kl_temperature": _final_temperature(recipe),
+        "precision": "bfloat16 (autocast)" if _computes_in_bf16(recipe) else recipe.model.dtype,
         "n_bootstrap": recipe.eval.n_bootstrap,
         "confidence": recipe.eval.confidence,
         "metrics": [{"name": m.name, "options": dict(m.options)} for m in recipe.eval.metrics],

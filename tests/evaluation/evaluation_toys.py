@@ -7,6 +7,7 @@ from zlib import crc32
 from pipeline.evaluation.assemble import assemble_report
 from pipeline.evaluation.config import EvalConfig
 from pipeline.evaluation.decodings import DecodedText
+from pipeline.evaluation.divergence import SampleMeasure
 from pipeline.evaluation.predictions import Prediction
 from pipeline.evaluation.report import EvaluationReport, Outputs, TestSet
 from pipeline.evaluation.scoring import ScoredPrediction, ScoredSystem, Scoring, compute_sentence_scores
@@ -26,8 +27,6 @@ def prediction(completion: str = "a text", **changes) -> Prediction:
         finished=True,
         reference_nats=3.0,
         reference_tokens=3,
-        entropy=2.0,
-        kl_to_sft=0.5,
     )
     return replace(defaults, **changes)
 
@@ -47,13 +46,17 @@ def make_report(
     samples: dict[str, list[str]] | None = None,
     same_weights: Sequence[str] = (),
     changes: dict[str, dict] | None = None,
+    measures: dict[str, SampleMeasure] | None = None,
     **settings,
 ) -> tuple[EvaluationReport, dict[str, Outputs]]:
-    """A report over systems that wrote the given texts; `changes` are figures of a system's predictions."""
+    """A report over systems that wrote the given texts.
+
+    `changes` are figures of a system's predictions, `measures` what every sample of a system gives.
+    """
     config = EvalConfig(samples_per_prompt=2)
     scoring = Scoring(metrics, [Reward(name, lambda **_: []) for name in rewards], Handling(), config, 0)
     scores = scores if scores is not None else {name: [0.5] * len(completions) for name, completions in texts.items()}
-    changes, samples = changes or {}, samples or {}
+    changes, samples, measures = changes or {}, samples or {}, measures or {}
     systems, outputs = {}, {}
     for name, completions in texts.items():
         items = [
@@ -61,13 +64,15 @@ def make_report(
             prediction(text, **{"index": i, "completion_ids": [crc32(text.encode())] * 8, **changes.get(name, {})})
             for i, text in enumerate(completions)
         ]
+        measured = [measures.get(name, SampleMeasure(8, 2.0, 0.5))] * len(completions)
         drawn = [ScoredPrediction(DecodedText(i // 2, text, [1, 2])) for i, text in enumerate(samples.get(name, []))]
         systems[name] = ScoredSystem(
             compute_sentence_scores([ScoredPrediction(item) for item in items], REFERENCES, metrics),
             samples=compute_sentence_scores(drawn, REFERENCES, metrics[:1]),
+            measures=measured,
             same_weights_as_sft=name in same_weights,
         )
         parts = {"mine": scores[name]} if name in scores else {}
         sentences = {m.name: m.sample_scores(completions, REFERENCES) for m in metrics}
-        outputs[name] = Outputs(items, scores.get(name, []), parts, sentences)
+        outputs[name] = Outputs(items, scores.get(name, []), parts, sentences, measured)
     return assemble_report(systems, outputs, TEST, scoring, settings, []), outputs

@@ -10,6 +10,7 @@ from two_processes import run_in_two
 
 from pipeline.evaluation.decodings import draw_samples, expected_best
 from pipeline.models.generation import Decoding
+from pipeline.runtime.memory import BatchSize
 
 
 def test_expected_best_by_hand():
@@ -29,7 +30,7 @@ def test_samples_are_the_same_for_any_number_of_processes(taught, tokenizer, exa
     model, rows, decoding = taught().eval(), examples.select(range(7)), Decoding(5, temperature=1.0)
 
     def draw(seed: int = 0) -> list:
-        return draw_samples(model, tokenizer, rows, 3, decoding, 6, seed)
+        return draw_samples(model, tokenizer, rows, 3, decoding, BatchSize(6), seed)
 
     def body() -> None:
         PartialState(cpu=True)

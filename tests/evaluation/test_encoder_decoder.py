@@ -7,7 +7,10 @@ from pipeline.evaluation.inspection import attention_to_prompt, compare_passage
 from pipeline.evaluation.predictions import predict
 from pipeline.models.decoder_start import decoder_prefix
 from pipeline.models.generation import Decoding
+from pipeline.models.likelihood import entropy_and_divergence
+from pipeline.models.sequences import make_sequences
 from pipeline.models.text import encode_completions, encode_prompts
+from pipeline.runtime.memory import BatchSize
 
 FORCED = 40  # a token that is given, as a language code
 
@@ -33,8 +36,8 @@ def log_softmax(model, prompt: list[int], completion: list[int]) -> torch.Tensor
 
 
 def test_figures_of_predictions(models, examples, t5_tokenizer):
-    sft, ppo = models
-    found = predict(ppo, t5_tokenizer, examples, [3, 0, 5, 8], Decoding(6), 3, sft)
+    _, ppo = models
+    found = predict(ppo, t5_tokenizer, examples, [3, 0, 5, 8], Decoding(6), BatchSize(3))
     assert [p.index for p in found] == [3, 0, 5, 8]
     for item in found:
         row = examples[item.index]
@@ -43,11 +46,23 @@ def test_figures_of_predictions(models, examples, t5_tokenizer):
         reference = encode_completions(t5_tokenizer, [row["prompt"]], row["references"])[0]
         nats = -log_softmax(ppo, prompt, reference).gather(-1, torch.tensor(reference).unsqueeze(-1)).sum()
         assert item.reference_nats == pytest.approx(float(nats), rel=1e-4) and item.reference_tokens == len(reference)
-        own, theirs = (log_softmax(model, prompt, item.completion_ids) for model in (ppo, sft))
-        assert own.argmax(-1).tolist() == item.completion_ids  # greedy
-        assert item.kl_to_sft == pytest.approx(float((own.exp() * (own - theirs)).sum()), rel=1e-3)
-        assert item.entropy == pytest.approx(-float((own.exp() * own).sum()), rel=1e-4)
+        assert log_softmax(ppo, prompt, item.completion_ids).argmax(-1).tolist() == item.completion_ids  # greedy
         assert item.finished == (item.completion_ids[-1] == t5_tokenizer.eos_token_id)
+
+
+def test_entropy_and_divergence(models, examples, t5_tokenizer):
+    sft, ppo = models
+    prompts = encode_prompts(t5_tokenizer, examples["prompt"][:3], True)
+    completions = encode_completions(t5_tokenizer, [""] * 3, examples["references"][0] * 2 + ["red"])
+    sequences = make_sequences(prompts, completions, t5_tokenizer.pad_token_id)
+    entropies, divergences = entropy_and_divergence(ppo, sequences, 0.7, sft)
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        own, theirs = ((log_softmax(m, prompt, completion) / 0.7).log_softmax(-1) for m in (ppo, sft))
+        count = len(completion)
+        assert entropies[row, :count].tolist() == pytest.approx((-own.exp() * own).sum(-1).tolist(), rel=1e-4)
+        kl = (own.exp() * (own - theirs)).sum(-1)
+        assert divergences[row, :count].tolist() == pytest.approx(kl.tolist(), rel=1e-3, abs=1e-6)
+        assert not entropies[row, count:].any() and not divergences[row, count:].any()
 
 
 def test_views_of_one_example(models, examples, t5_tokenizer):

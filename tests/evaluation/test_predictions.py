@@ -2,16 +2,21 @@
 
 import json
 import math
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from evaluation_toys import prediction
 
-from pipeline.evaluation.predictions import cross_entropy, length_sorted_blocks, predict, save_predictions
+from pipeline.evaluation import predictions
+from pipeline.evaluation.predictions import cross_entropy, predict, save_predictions
+from pipeline.models import generation
 from pipeline.models.generation import Decoding
 from pipeline.models.loading import load_model
+from pipeline.models.sequences import length_sorted_blocks
 from pipeline.models.text import encode_completions, encode_prompts
+from pipeline.runtime.memory import BatchSize
 
 
 @pytest.fixture
@@ -32,11 +37,11 @@ def changed(taught):
 
 @pytest.fixture
 def answer(examples, tokenizer):
-    """Predictions of a model for six of the examples, compared with the SFT model if one is given."""
+    """Predictions of a model for six of the examples."""
     rows = examples.select(range(10))
     rows = rows.remove_columns("references").add_column("references", [[*r, "another"] for r in rows["references"]])
     indices = [7, 0, 3, 9, 1, 4]
-    return lambda model, sft=None, size=4: predict(model, tokenizer, rows, indices, Decoding(6), size, sft)
+    return lambda model, size=4: predict(model, tokenizer, rows, indices, Decoding(6), BatchSize(size))
 
 
 @torch.no_grad()
@@ -68,27 +73,39 @@ def test_cross_entropy_by_hand():
     assert cross_entropy([first, second]) == (1.0, math.e)
 
 
-def test_kl_to_sft_is_the_sum_over_positions_of_the_full_divergence(answer, changed, sft, examples, tokenizer):
-    for found in answer(changed, sft):
-        prompt = encode_prompts(tokenizer, [examples[found.index]["prompt"]])[0]
-        p = log_softmax(changed, prompt + found.completion_ids)[len(prompt) - 1 : -1]
-        q = log_softmax(sft, prompt + found.completion_ids)[len(prompt) - 1 : -1]
-        assert p.shape[0] == len(found.completion_ids)
-        assert found.kl_to_sft == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-4, abs=1e-6)
-        assert found.kl_to_sft > 0.01
-
-
-def test_kl_to_sft_of_sft_is_0(answer, sft, taught):
-    assert [p.kl_to_sft for p in answer(sft, sft)] == [0.0] * 6
-    assert [p.kl_to_sft for p in answer(sft, taught().eval())] == [0.0] * 6
-    assert [p.kl_to_sft for p in answer(sft)] == [None] * 6
-
-
-def test_predictions_do_not_depend_on_the_batch_size(answer, changed, sft):
-    for one, many in zip(answer(changed, sft, 1), answer(changed, sft, 6), strict=True):
+def test_predictions_do_not_depend_on_the_batch_size(answer, changed):
+    for one, many in zip(answer(changed, 1), answer(changed, 6), strict=True):
         assert (one.index, one.completion_ids) == (many.index, many.completion_ids)
         assert one.reference_nats == pytest.approx(many.reference_nats, rel=1e-5)
-        assert one.kl_to_sft == pytest.approx(many.kl_to_sft, rel=1e-3, abs=1e-5)
+
+
+def test_batches_are_halved_where_memory_runs_out(examples, changed, tokenizer, monkeypatch, capsys):
+    """In writing and in scoring, and from then on for good; the predictions stay the same."""
+    rows, written, scored, batches = examples.select(range(8)), [], [], BatchSize(8)
+    expected = predict(changed, tokenizer, rows, range(8), Decoding(6), BatchSize(2))
+
+    def failing(function: Callable, argument: int, calls: list[int], limit: int) -> Callable:
+        def call(*arguments):
+            calls.append(len(arguments[argument]))
+            if calls[-1] > limit:
+                raise torch.OutOfMemoryError("out of memory")
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(generation, "decode_batch", failing(generation.decode_batch, 1, written, 4))
+    logprobs = failing(predictions.completion_logprobs, 1, scored, 2)
+    monkeypatch.setattr(predictions, "completion_logprobs", logprobs)
+    found = [predict(changed, tokenizer, rows, range(8), Decoding(6), batches) for _ in range(2)]
+    assert (written, scored, batches.rows) == ([8, 4, 4, 2, 2, 2, 2], [4, 2, 2, 2, 2, 2, 2, 2, 2], 2)
+    assert found[0] == found[1]
+    for one, other in zip(found[0], expected, strict=True):
+        assert replace(one, reference_nats=0.0) == replace(other, reference_nats=0.0)
+        assert one.reference_nats == pytest.approx(other.reference_nats, rel=1e-5)
+    assert [line.split(": ")[1] for line in capsys.readouterr().err.splitlines()] == [
+        "from now on 4 rows at once instead of 8",
+        "from now on 2 rows at once instead of 4",
+    ]
 
 
 def test_finished_means_that_eos_was_written(answer, base_directory, model_config, sft, tokenizer):
@@ -100,25 +117,18 @@ def test_finished_means_that_eos_was_written(answer, base_directory, model_confi
     assert any(p.finished for p in answer(sft))
 
 
-def test_entropy_is_the_sum_over_positions(answer, changed, examples, tokenizer):
-    for found in answer(changed):
-        prompt = encode_prompts(tokenizer, [examples[found.index]["prompt"]])[0]
-        p = log_softmax(changed, prompt + found.completion_ids)[len(prompt) - 1 : -1]
-        assert found.entropy == pytest.approx(-float((p.exp() * p).sum()), rel=1e-4)
-
-
-def test_blocks_give_what_one_call_gives(examples, changed, sft, tokenizer):
-    """Batches are the same whoever computes them, so the figures are the same bit for bit."""
+def test_blocks_are_of_all_rows_and_alike_in_length(examples, tokenizer):
     rows = examples.select(range(11))
-    blocks = length_sorted_blocks([len(ids) for ids in encode_prompts(tokenizer, rows["prompt"])], 2)
-    order = [row for block in blocks for row in block]
-    assert sorted(order) == list(range(11))
-    apart = [p for block in blocks for p in predict(changed, tokenizer, rows, block, Decoding(6), 2, sft)]
-    assert apart == predict(changed, tokenizer, rows, order, Decoding(6), 2, sft)
+    prompts = encode_prompts(tokenizer, rows["prompt"])
+    blocks = length_sorted_blocks([len(ids) for ids in prompts], 2)
+    lengths = [len(prompts[row]) for block in blocks for row in block]
+    assert sorted(row for block in blocks for row in block) == list(range(11))
+    assert [len(block) for block in blocks] == [2, 2, 2, 2, 2, 1]
+    assert lengths == sorted(lengths)
 
 
 def test_predictions_file(answer, sft, examples, tmp_path):
-    found = answer(sft, sft)
+    found = answer(sft)
     rewards = {"a": [0.25] * 5 + [math.nan]}
     file = tmp_path / "new" / "sft.jsonl"
     save_predictions(file, found, examples, rewards, [0.5] * 6, {"bleu": [0.1] * 6})

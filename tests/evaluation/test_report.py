@@ -7,6 +7,7 @@ import pytest
 from evaluation_toys import BAD, BLEU, GOOD, MIXED, REFERENCES, TER, TEST, make_report, prediction
 
 from pipeline.evaluation.assemble import Details, all_examples
+from pipeline.evaluation.divergence import SampleMeasure
 from pipeline.evaluation.pages.render import write_report
 from pipeline.evaluation.report import Outputs, Resampling, TestSet, compared_pairs, score_system
 from pipeline.evaluation.significance import (
@@ -21,20 +22,27 @@ from pipeline.evaluation.significance import (
 
 def test_figures_of_a_system():
     items = [
-        prediction("one two", completion_ids=[1, 2, 3], kl_to_sft=1.0, entropy=5.0, finished=False),
-        prediction("", completion_ids=[2], kl_to_sft=0.0, entropy=1.0, reference_nats=1.0, reference_tokens=1),
+        prediction("one two", completion_ids=[1, 2, 3], finished=False),
+        prediction("", completion_ids=[2], reference_nats=1.0, reference_tokens=1),
     ]
     test, resampling = TestSet(["p", "q"], [["one two"], ["x"]]), Resampling(20, 0.9, 0)
-    outputs = Outputs(items, [1.0, 0.5], {"a": [1.0, math.nan], "b": [math.nan] * 2})
+    samples = [SampleMeasure(3, 5.0, 1.0), SampleMeasure(1, 1.0, 0.0)]
+    outputs = Outputs(items, [1.0, 0.5], {"a": [1.0, math.nan], "b": [math.nan] * 2}, measures=samples)
     system = score_system(outputs, test, [BLEU], resampling, "f")
     assert (system.mean_reward, system.cumulative_reward) == (0.75, 1.5)
     assert system.rewards == {"a": 1.0, "b": None}  # over the completions a reward applies to
     assert (system.cross_entropy, system.perplexity) == (1.0, math.e)
-    assert (system.kl_to_sft, system.length, system.finished) == (0.5, 2.0, 0.5)
+    assert (system.length, system.finished, system.samples, system.sampled_length) == (2.0, 0.5, 2, 2.0)
+    assert (system.kl_to_sft, system.kl_per_token) == (0.5, 0.25)
+    assert system.kl_to_sft_error == pytest.approx(0.5)  # the deviation is sqrt(1 / 2), of two samples
     assert system.entropy == 1.5  # by token: (5 + 1) / (3 + 1)
+    assert system.entropy_error == pytest.approx(0.25)  # residuals 5 - 4.5 and 1 - 1.5: sqrt(2 * 0.5) / 4
     assert system.metrics["bleu"] == BLEU.corpus_score(["one two", ""], [["one two"], ["x"]], 20, 0.9, 0)
-    without = score_system(Outputs(items), test, [BLEU], resampling, "f")
+    alone = [SampleMeasure(4, 2.0, None)]
+    without = score_system(Outputs(items, measures=alone), test, [BLEU], resampling, "f")
     assert (without.mean_reward, without.cumulative_reward, without.rewards) == (None, None, {})
+    assert (without.kl_to_sft, without.kl_to_sft_error, without.entropy_error) == (None, None, None)
+    assert (without.entropy, without.kl_per_token) == (0.5, 0.0)
 
 
 def test_report_json_keeps_its_contract(tmp_path):
@@ -45,6 +53,7 @@ def test_report_json_keeps_its_contract(tmp_path):
     assert {"systems", "comparisons", "settings"} <= found.keys()
     assert list(found["systems"]) == ["base", "sft", "ppo"]
     figures = "metrics mean_reward cumulative_reward cross_entropy perplexity kl_to_sft length predictions"
+    figures += " entropy kl_to_sft_error entropy_error samples sampled_length"
     for name, system in found["systems"].items():
         assert set(figures.split()) <= system.keys()
         assert system["predictions"] == f"predictions/{name}.jsonl"

@@ -6,6 +6,7 @@ import evaluation_toys
 import pytest
 from evaluation_toys import BAD, BLEU, GOOD, MIXED, TER, make_report
 
+from pipeline.evaluation.divergence import SampleMeasure
 from pipeline.evaluation.report import SystemComparison
 from pipeline.evaluation.significance import BOOTSTRAP, MCNEMAR
 from pipeline.evaluation.verdict import findings, verdict
@@ -78,7 +79,7 @@ def test_findings_name_the_other_measures_with_corrected_p():
     assert "better: ter -" in others and "reward +0.165 (p = 0.0" in others and "worse" not in others
     assert any("paired bootstrap (p < 0.001) agrees" in line for line in found)  # twelve examples: the other decides
     assert any("scores higher on 100%, lower on 0%" in line and "P(better) = 100%" in line for line in found)
-    assert any(line.startswith("PPO is 0.50 nats per completion from SFT") for line in found)
+    assert any("Over 12 samples" in line and "PPO is 0.50 nats per completion from SFT" in line for line in found)
     assert make_report({"base": BAD, "sft": GOOD})[0].findings == []
 
 
@@ -204,19 +205,22 @@ def test_reward_hacking_is_a_reward_that_rises_while_other_metrics_fall():
     assert not any("reward rose" in line for line in make_report(better, scores)[0].warnings)
 
 
+def test_drift_in_length():
+    found = make_report({"sft": MIXED, "ppo": GOOD}, changes={"ppo": {"completion_ids": [1] * 40}})[0].warnings
+    assert any(line.startswith("ppo writes 40.0 tokens where sft writes 8.0 ") for line in found)
+
+
 @pytest.mark.parametrize(
-    ("change", "warning"),
+    ("sample", "warning"),
     [
-        ({"kl_to_sft": 20.0}, "ppo is far from SFT: "),
-        ({"completion_ids": [1] * 40}, "ppo writes 40.0 tokens where sft writes 8.0 "),
-        ({"entropy": 0.1}, "ppo lost its entropy: "),
+        (SampleMeasure(40, 80.0, 20.1), "ppo is far from SFT: 0.50 nats of KL per token"),  # of its samples, not texts
+        (SampleMeasure(8, 0.1, 0.5), "ppo lost its entropy: 0.012 nats per token, sft 0.250"),
     ],
 )
-def test_drift(change, warning):
-    assert any(
-        line.startswith(warning)
-        for line in make_report({"sft": MIXED, "ppo": GOOD}, changes={"ppo": change})[0].warnings
-    )
+def test_drift_of_samples(sample, warning):
+    found = make_report({"sft": MIXED, "ppo": GOOD}, measures={"ppo": sample})[0].warnings
+    assert len(found) == 1 and found[0].startswith(warning)
+    assert make_report({"sft": MIXED, "ppo": GOOD}, measures={"ppo": SampleMeasure(40, 9.9, 20.0)})[0].warnings == []
 
 
 def test_collapse_repetition_and_lost_variety():

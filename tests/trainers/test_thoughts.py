@@ -35,7 +35,7 @@ def test_rewards_and_metrics_of_ppo_see_no_thoughts(
 
 def test_the_report_sees_no_thoughts():
     text = "<think>hm</think> north"
-    prediction = Prediction(0, text, [1, 2], True, 1.0, 2, 1.0, None)
+    prediction = Prediction(0, text, [1, 2], True, 1.0, 2)
     system = SystemPredictions([prediction], {2: [DecodedText(0, text, [1])]}, [DecodedText(0, text, [1])])
     bare = system.without_thoughts()
     texts = [bare.predictions[0], bare.beams[2][0], bare.samples[0]]

@@ -28,10 +28,13 @@ FIGURES: tuple[tuple[str, Callable[[System], float | None], str], ...] = (
     ("cumulative reward", lambda s: s.cumulative_reward, ".2f"),
     ("cross-entropy, nats/token", lambda s: s.cross_entropy, ".3f"),
     ("perplexity", lambda s: s.perplexity, ".2f"),
-    ("KL to SFT, nats/completion", lambda s: s.kl_to_sft, ".3f"),
-    ("entropy, nats/token", lambda s: s.entropy, ".3f"),
     ("length, tokens", lambda s: s.length, ".1f"),
     ("finished", lambda s: s.finished, ".1%"),
+)
+# Label, figure of a system's samples, its standard error.
+SAMPLED_FIGURES: tuple[tuple[str, Callable[[System], float | None], Callable[[System], float | None]], ...] = (
+    ("KL to SFT, nats/completion", lambda s: s.kl_to_sft, lambda s: s.kl_to_sft_error),
+    ("entropy, nats/token", lambda s: s.entropy, lambda s: s.entropy_error),
 )
 TEXT_FIGURES = (
     ("length ratio, words", "length_ratio", ".3f"),
@@ -56,8 +59,13 @@ def score_table(report: EvaluationReport) -> Table:
         if label == "mean reward" and len(systems[0].rewards) > 1:
             for name in systems[0].rewards:
                 rows.append([f"reward {name}", *_formatted((s.rewards.get(name) for s in systems), ".4f")])
+    rows += [[label, *(_with_error(figure(s), error(s)) for s in systems)] for label, figure, error in SAMPLED_FIGURES]
     confidence = report.settings.get("confidence", 0.95)
-    note = f"[a, b]: {confidence:.0%} bootstrap interval over the test examples."
+    note = (
+        f"[a, b]: {confidence:.0%} bootstrap interval over the test examples. KL and entropy are those of "
+        f"{systems[0].samples:,} samples of each system at PPO's temperature, ± their standard errors; all else is of "
+        "the completions."
+    )
     return Table("Scores", ["", *report.systems], rows, note)
 
 
@@ -189,6 +197,12 @@ def duration(seconds: float) -> str:
 
 def _formatted(values: Iterable[float | None], form: str) -> list[str]:
     return [MISSING if value is None else format(value, form) for value in values]
+
+
+def _with_error(value: float | None, error: float | None) -> str:
+    if value is None:
+        return MISSING
+    return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"
 
 
 def _plain(value: object) -> str:

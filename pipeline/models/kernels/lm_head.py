@@ -1,6 +1,6 @@
 """Log-probs and entropies of chosen tokens from the LM head, without keeping [tokens, vocabulary]."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ LOGIT_BUDGET = 2**24
 # be fast, and a multiple of that, because oneDNN compiles bf16 kernels for each number of rows.
 CACHED_LOGITS, THINNEST = 2**21, 128
 
+Head = Callable[[Tensor], Tensor]  # states [N, H] -> logits [N, V] as `widened_logits` gives them
 # What is added to the logit of a token that is never written: its probability is then 0 to the last bit, and unlike
 # an infinity it leaves p log p finite.
 SUPPRESSED = -1e9
@@ -72,9 +73,8 @@ def token_logprobs(
     Entropies have a gradient only with `entropy_gradient`. `transform` is what the model does to the head's logits.
     """
     frozen = not entropy_gradient and _is_frozen(head)
-    rows = max(1, LOGIT_BUDGET // vocabulary)
-    if frozen and hidden.device.type == "cpu":  # others would be computed twice in pieces
-        rows = min(rows, max(THINNEST, CACHED_LOGITS // vocabulary // THINNEST * THINNEST))
+    # Others would be computed twice in small pieces.
+    rows = _piece_rows(vocabulary, hidden.device) if frozen else max(1, LOGIT_BUDGET // vocabulary)
     pieces = []
     for states, tokens in zip(hidden.split(rows), targets.split(rows), strict=True):
         if frozen:
@@ -85,6 +85,51 @@ def token_logprobs(
             given = (head, states, tokens, temperature, entropy_gradient, transform)
             pieces.append(checkpoint(_score, *given, use_reentrant=False))
     return torch.cat([logprobs for logprobs, _ in pieces]), torch.cat([entropies for _, entropies in pieces])
+
+
+@torch.no_grad()
+def target_logprobs(head: Head, hidden: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
+    """Log-probs (nats) of `targets [M]` given `hidden [M, H]`, without gradients: [M]; `head` is the whole LM head."""
+    rows = _piece_rows(vocabulary, hidden.device)
+    pieces = [
+        _log_softmax(head(states), 1.0).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        for states, tokens in zip(hidden.split(rows), targets.split(rows), strict=True)
+    ]
+    return torch.cat(pieces)
+
+
+@torch.no_grad()
+def entropies_and_divergences(
+    own: tuple[Head, Tensor], other: tuple[Head, Tensor] | None, vocabulary: int, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Entropies of a model and KL(it || another), in nats, without gradients: [M] each; 0 without another.
+
+    Each model is its whole LM head and the states [M, H] that it reads. No more exists at once than where PPO computes
+    log-probs: three tensors [rows, vocabulary].
+    """
+    (head, hidden), (other_head, other_hidden) = own, other or own
+    rows = _piece_rows(vocabulary, hidden.device)
+
+    def piece(states: Tensor, other_states: Tensor) -> tuple[Tensor, Tensor]:
+        logprobs = _log_softmax(head(states), temperature)
+        if other is None:
+            entropies = -(logprobs.exp() * logprobs).sum(-1)
+            return entropies, torch.zeros_like(entropies)
+        ratios = _log_softmax(other_head(other_states), temperature).sub_(logprobs)
+        probabilities = logprobs.exp()
+        divergences = -ratios.mul_(probabilities).sum(-1)
+        return -logprobs.mul_(probabilities).sum(-1), divergences
+
+    pieces = [piece(*states) for states in zip(hidden.split(rows), other_hidden.split(rows), strict=True)]
+    return torch.cat([entropies for entropies, _ in pieces]), torch.cat([divergences for _, divergences in pieces])
+
+
+def _piece_rows(vocabulary: int, device: torch.device) -> int:
+    """Rows of [rows, vocabulary] that exist at once where each piece is computed only once."""
+    rows = max(1, LOGIT_BUDGET // vocabulary)
+    if device.type != "cpu":
+        return rows
+    return min(rows, max(THINNEST, CACHED_LOGITS // vocabulary // THINNEST * THINNEST))
 
 
 def _is_frozen(head: nn.Module) -> bool:
@@ -115,7 +160,7 @@ class _FrozenHead(torch.autograd.Function):
         transform: LogitTransform,
     ) -> tuple[Tensor, Tensor]:
         logits = functional.linear(hidden, weight, bias)
-        dtype, logits = logits.dtype, _widened(logits, transform)
+        dtype, logits = logits.dtype, widened_logits(logits, transform)
         logprobs = _log_softmax(logits, temperature)
         by_logits = transform.slope(logits) if ctx.needs_input_grad[0] else 1.0
         del logits
@@ -139,12 +184,15 @@ class _FrozenHead(torch.autograd.Function):
         return (by_hidden * gradient.unsqueeze(-1)).to(ctx.dtype), None, None, None, None, None
 
 
-def _widened(logits: Tensor, transform: LogitTransform) -> Tensor:
+def widened_logits(logits: Tensor, transform: LogitTransform = UNCHANGED) -> Tensor:
+    """Transform the logits of a head, in float32 or wider."""
     return transform(logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    return torch.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
+    if temperature != 1:
+        logits = logits / temperature
+    return torch.log_softmax(logits, dim=-1)
 
 
 def _score(
@@ -155,7 +203,7 @@ def _score(
     entropy_gradient: bool,
     transform: LogitTransform,
 ) -> tuple[Tensor, Tensor]:
-    logprobs = _log_softmax(_widened(head(hidden), transform), temperature)
+    logprobs = _log_softmax(widened_logits(head(hidden), transform), temperature)
     with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         entropies = -(logprobs.exp() * logprobs).sum(-1)
     return logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropies
