@@ -45,8 +45,8 @@ def entropy_and_divergence(
 ) -> tuple[Tensor, Tensor]:
     """Compute the model's entropy and KL(model || other) over the vocabulary at each completion position, in nats.
 
-    `temperature` divides the logits of both, and `suppress_tokens` have probability 0 under both. Each is [B, C], 0 where
-    masked; without another model the KL is 0.
+    `temperature` divides the logits of both, and `suppress_tokens` have probability 0 under both. Each is [B, C],
+    0 where masked; without another model the KL is 0.
     """
     suppressed = suppression(_vocabulary(model), suppress_tokens)
     with _no_copies_kept(model):

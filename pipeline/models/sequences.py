@@ -123,8 +123,3 @@ def probe_sequences(vocabulary: int, limit: int | None, device: torch.device) ->
     answers = [ids[start : start + longest // 3] for start in (3, 7, 11)]
     completions = [answers[0], answers[1][: longest // 5 + 1], answers[2], answers[0][1:3]]
     return make_sequences([shared, shared, long, short], completions, 0, device)
-
-
-def scatter_tokens(values: Tensor, mask: Tensor) -> Tensor:
-    """[M] values of the real tokens to [B, C], 0 elsewhere."""
-    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
