@@ -53,7 +53,8 @@ def control_finding(alone: Effect, beyond: Effect, kind: object) -> str:
     if alone.is_better:
         moved += ", so PPO is better than SFT here even without a signal"
     if not beyond.is_better:
-        return f"{moved}; PPO is not better than it ({beyond.figures}), so no gain is shown to be the reward's."
+        not_shown = f"PPO is not shown to be better than it ({beyond.figures})"
+        return f"{moved}; {not_shown}, so no gain is shown to be the reward's."
     words = EARNED if kind == SHUFFLED else "but only ppo.shuffle_scores makes a matched control"
     return f"{moved}; PPO is better than it ({beyond.figures}), {words}."
 
