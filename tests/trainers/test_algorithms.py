@@ -107,6 +107,40 @@ def test_ratios_of_tokens_and_of_completions():
     torch.testing.assert_close(importance_ratio(log_ratio, mask, "completion"), tensor([[0.6]]).exp())
 
 
+def rollout_of(ids, mask, scores, logprobs, values) -> Rollout:
+    """A rollout of one-token prompts, whose scores are at the last tokens, and whose KL counts if `kl_coef` does."""
+    count = len(ids)
+    last_token = torch.nn.functional.one_hot(mask.sum(1) - 1, mask.shape[1])
+    return Rollout(
+        prompts=["p"] * count,
+        completions=["c"] * count,
+        finished=torch.ones(count, dtype=torch.bool),
+        sequences=Sequences(ids[:, :1], torch.ones(count, 1, dtype=torch.bool), ids, mask),
+        logprobs=logprobs,
+        ref_logprobs=logprobs - 1,
+        values=values,
+        entropies=torch.zeros_like(values),
+        rewards={},
+        scores=scores,
+        token_scores=last_token * scores.unsqueeze(1),
+        scored=torch.ones(count, dtype=torch.bool),
+        moments=RunningMoments(),
+        failures=[],
+    )
+
+
+def test_the_value_function_may_learn_longer_returns_than_the_policy():
+    """One-step advantages for the policy, and the whole return, which is the score 3, for the values."""
+    mask, values = tensor([[True, True]]), tensor([[1.0, 2.0]])
+    rollout = rollout_of(tensor([[4, 5]]), mask, tensor([3.0]), torch.zeros(1, 2), values)
+    args = PPOConfig(lam=0.0, value_lam=1.0, kl_coef=0.0, scale_rewards="none")
+    experience, _ = estimate_advantages(rollout, args.kl_coef, args, Accelerator(cpu=True))
+    torch.testing.assert_close(experience.advantages, tensor([[2.0 - 1.0, 3.0 - 2.0]]))
+    torch.testing.assert_close(experience.returns, tensor([[3.0, 3.0]]))
+    same = estimate_advantages(rollout, 0.0, replace(args, value_lam=None), Accelerator(cpu=True))[0]
+    torch.testing.assert_close(same.returns, tensor([[2.0, 3.0]]))  # one step: the next value, then the score
+
+
 def test_reinforce_is_the_policy_gradient_with_discounted_returns():
     """A policy over two tokens at each of two positions; token 1 at the first ends the completion.
 
@@ -124,24 +158,8 @@ def test_reinforce_is_the_policy_gradient_with_discounted_returns():
     mask = tensor([[True, False]] * 3 + [[True, True]] * 9)
     scores = tensor([2.0] * 3 + [1.0] * 3 + [4.0] * 6, dtype=torch.float64)
     logprobs = torch.stack([logits.log_softmax(-1)[t, ids[:, t]] for t in (0, 1)], dim=1) * mask
-    last = mask.sum(1) - 1
     zeros = torch.zeros(12, 2, dtype=torch.float64)
-    rollout = Rollout(
-        prompts=["p"] * 12,
-        completions=["c"] * 12,
-        finished=torch.ones(12, dtype=torch.bool),
-        sequences=Sequences(ids[:, :1], torch.ones(12, 1, dtype=torch.bool), ids, mask),
-        logprobs=logprobs.detach(),
-        ref_logprobs=logprobs.detach() - 1,  # a KL that must not count: kl_coef is 0
-        values=zeros,
-        entropies=zeros,
-        rewards={},
-        scores=scores,
-        token_scores=torch.nn.functional.one_hot(last, 2) * scores.unsqueeze(1),
-        scored=torch.ones(12, dtype=torch.bool),
-        moments=RunningMoments(),
-        failures=[],
-    )
+    rollout = rollout_of(ids, mask, scores, logprobs.detach(), zeros)
     args = PPOConfig(algorithm="reinforce", gamma=0.5)
     experience, _ = estimate_advantages(rollout, args.kl_coef, args, Accelerator(cpu=True))
     terms = ppo_loss(PolicyOutputs(logprobs, zeros, zeros), experience, Clipping(args.cliprange, args.cliprange))

@@ -48,6 +48,8 @@ def estimate_advantages(
     if args.whiten_rewards:
         rewards = whiten_globally(rewards, shift_mean=False)
     advantages, returns = compute_gae(rewards, rollout.values, mask, args.gamma, args.lam)
+    if args.value_lam is not None:
+        returns = compute_gae(rewards, rollout.values, mask, args.gamma, args.value_lam)[1]
     if args.scale_rewards == "batch":
         advantages = whiten_globally(advantages, shift_mean=True)
     experience = Experience(

@@ -135,6 +135,8 @@ class PPOConfig:
     # generalised advantage estimation: 1, as in OpenRLHF and verl, is the whole return, 0 one step; with 0.95 and a
     # value function that starts at 0 the first of 256 tokens would see 2e-6 of the score
     lam: float = 1.0
+    # lam of the returns that the value function learns (VC-PPO: 1, with a lower lam for the policy); None: lam
+    value_lam: float | None = None
     whiten_rewards: bool = False  # unit variance of token rewards, over all processes
     # batch: advantages get mean 0 and unit variance, over all processes; group: scores are divided by the deviation
     # of the prompt's scores; none

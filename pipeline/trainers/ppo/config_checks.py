@@ -155,6 +155,12 @@ def check_combinations(args: Any) -> None:
             args.value_warmup_steps,
         ),
         (
+            args.value_lam is not None and not args.value_loss_weight,
+            "value_lam",
+            "does nothing without a value function; set vf_coef",
+            args.value_lam,
+        ),
+        (
             args.value_model == "adapter" and not args.value_loss_weight,
             "value_model",
             "does nothing without a value function; set vf_coef",

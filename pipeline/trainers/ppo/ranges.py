@@ -32,7 +32,7 @@ def check_ranges(args: object) -> None:
         ("min_p", "must be in [0, 1]", lambda v: 0 <= v <= 1),
         ("suppress_tokens", "must be token ids from 0 on", lambda v: all(token >= 0 for token in v)),
         ("adam_beta1 adam_beta2", "must be in [0, 1)", lambda v: 0 <= v < 1),
-        ("gamma lam", "must be in [0, 1]", lambda v: 0 <= v <= 1),
+        ("gamma lam value_lam", "must be in [0, 1]", lambda v: 0 <= v <= 1),
         ("ref_model_mixup_alpha", "must be in (0, 1]", lambda v: 0 < v <= 1),
         ("dual_clip", "must be above 1", lambda v: v > 1),
         ("missing_eos_score", "must be finite", math.isfinite),
