@@ -282,4 +282,5 @@ def check_rewards(
     completions = as_completions(examples["prompt"], examples["completion"])
     if handling.on_error != "stop":
         rewards = [*rewards, Reward("", constant_reward(0.0))]
-    return compute_rewards(rewards, examples["prompt"], completions, columns, Handling("stop", handling.timeout))
+    state, stopping = TrainerState(epoch=0.0, global_step=0, max_steps=1), Handling("stop", handling.timeout)
+    return compute_rewards(rewards, examples["prompt"], completions, columns, stopping, state)

@@ -34,7 +34,8 @@ class RewardCall:
         self.values: list[object] = [None] * len(completions)
         self.failures: dict[int, str] = {}
         self._aligned = {"prompts": prompts, "completions": completions, **columns}
-        self._trainer_state = TrainerState() if trainer_state is None else trainer_state
+        # Without a trainer, in a report, rewards are those at the end of a training.
+        self._trainer_state = TrainerState(1.0, 1, 1) if trainer_state is None else trainer_state
         self._metrics: dict[str, list[float]] = {}
         self._extras: dict[str, list[object]] = {}
         self._timeouts = 0

@@ -1,12 +1,13 @@
 """A sequence classifier as a reward: any model with one output, reading texts by its own tokenizer and template."""
 
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.models.config import ModelConfig
 from pipeline.models.hub import pinned_revision, read_config, read_tokenizer, unreadable
@@ -27,23 +28,8 @@ class ClassifierReward:
     """
 
     def __init__(self, path: str, config: ModelConfig, template: str | None = None, batch_size: int = 32) -> None:
-        check_classifier(path, config)
         self.path, self.template, self.batch_size = path, template, batch_size
-        source = str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path
-        trust = config.trust_remote_code
-        self.tokenizer = read_tokenizer(source, trust_remote_code=trust)
-        try:
-            self.model, info = AutoModelForSequenceClassification.from_pretrained(
-                source,
-                revision=pinned_revision(source),
-                dtype=torch.float32,
-                trust_remote_code=trust,
-                ignore_mismatched_sizes=True,  # refused below, in one sentence
-                output_loading_info=True,
-            )
-        except (pickle.UnpicklingError, SafetensorError) as error:
-            raise unreadable(source, "weights", "weight files", error) from error
-        check_loaded_weights(self.model.eval(), source, info)
+        self.model, self.tokenizer = read_classifier(path, config, "ppo.reward_model_path")
         self.tokenizer.padding_side = "right"
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -64,7 +50,6 @@ class ClassifierReward:
         """One score for each completion."""
         return ((self.raw_scores(prompts, completions) - self.shift) / self.scale).tolist()
 
-    @torch.no_grad()
     def raw_scores(self, prompts: list, completions: list) -> Tensor:
         """The classifier's outputs [B], on the CPU in float32.
 
@@ -72,19 +57,9 @@ class ClassifierReward:
             ValueError: a text is longer than the classifier can read.
         """
         encoded = [self._encode(p, text_of(c)) for p, c in zip(prompts, completions, strict=True)]
-        limit = position_limit(self.model.config)
-        longest = max(map(len, encoded))
-        if limit is not None and longest > limit:
-            raise ValueError(
-                f"ppo.reward_model_path: a prompt and its completion are {longest} tokens for the classifier "
-                f"{self.path!r}, which reads {limit}; shorten the prompts or lower ppo.response_length"
-            )
-        scores = torch.zeros(len(encoded))
-        for index in length_sorted_chunks(torch.tensor([len(ids) for ids in encoded]), self.batch_size):
-            rows = [encoded[r] for r in index.tolist()]
-            batch = self.tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(self.model.device)
-            scores[index] = self.model(**batch).logits.squeeze(-1).float().cpu()
-        return scores
+        return score_token_rows(
+            self.model, self.tokenizer, encoded, self.batch_size, "ppo.reward_model_path", self.path
+        )
 
     def _encode(self, prompt: str | list, text: str) -> list[int]:
         tokenizer = self.tokenizer
@@ -100,6 +75,65 @@ class ClassifierReward:
         return tokenizer(plain + text)["input_ids"]
 
 
+@torch.no_grad()
+def score_token_rows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Sequence[int]],
+    batch_size: int,
+    key: str,
+    path: str,
+) -> Tensor:
+    """The first output of a classifier for token ids, [B], on the CPU in float32.
+
+    Raises:
+        ValueError: a row is longer than the classifier at `path` can read; `key` is the setting that names it.
+    """
+    limit = position_limit(model.config)
+    longest = max(map(len, rows))
+    if limit is not None and longest > limit:
+        raise ValueError(
+            f"{key}: a prompt and its completion are {longest} tokens for the classifier {path!r}, which reads "
+            f"{limit}; shorten the prompts or lower ppo.response_length"
+        )
+    scores = torch.zeros(len(rows))
+    for index in length_sorted_chunks(torch.tensor([len(ids) for ids in rows]), batch_size):
+        chosen = {"input_ids": [rows[row] for row in index.tolist()]}
+        batch = tokenizer.pad(chosen, padding_side="right", return_tensors="pt").to(model.device)
+        scores[index] = model(**batch).logits[:, 0].float().cpu()
+    return scores
+
+
+def read_classifier(path: str, config: ModelConfig, key: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a sequence classifier with one output, and its tokenizer.
+
+    Raises:
+        ValueError: as `check_classifier`, or weights that cannot be read; `key` is the setting that names it.
+    """
+    check_classifier(path, config, key)
+    source = str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path
+    trust = config.trust_remote_code
+    tokenizer = read_tokenizer(source, trust_remote_code=trust)
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            source,
+            revision=pinned_revision(source),
+            dtype=torch.float32,
+            trust_remote_code=trust,
+            ignore_mismatched_sizes=True,  # refused below, in one sentence
+            output_loading_info=True,
+        )
+    except (pickle.UnpicklingError, SafetensorError) as error:
+        raise unreadable(source, "weights", "weight files", error) from error
+    check_loaded_weights(model.eval(), source, info)
+    return model, tokenizer
+
+
+def is_reward_model(architecture: str) -> bool:
+    """Tell by the name of its class whether a model may give one score for a text."""
+    return "SequenceClassification" in architecture or "RewardModel" in architecture
+
+
 def check_classifier(path: str, config: ModelConfig, key: str = "ppo.reward_model_path") -> None:
     """Refuse what is no reward model, by its configuration and the headers of its weight files alone.
 
@@ -113,7 +147,7 @@ def check_classifier(path: str, config: ModelConfig, key: str = "ppo.reward_mode
     source = str(directory) if directory.is_dir() else path
     loaded = read_config(source, trust_remote_code=config.trust_remote_code)
     kinds = loaded.architectures or []
-    if not any("SequenceClassification" in kind or "RewardModel" in kind for kind in kinds):
+    if not any(map(is_reward_model, kinds)):
         raise ValueError(
             f"{key}: {path!r} is no sequence classifier ({', '.join(kinds) or loaded.model_type}); give one with a "
             "single output, or the reward folder of a run"

@@ -4,7 +4,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -53,6 +53,9 @@ class TrainingLog:
         if self.file:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             keep_lines(self.file, step)
+            self.samples = self.file.with_name("samples.jsonl")
+            if self.sample_every or self.samples.is_file():
+                keep_lines(self.samples, step)
             self.timing = TimingLog(self.file.with_name("timing.jsonl"))
             self.timing.start(step)
 
@@ -64,8 +67,17 @@ class TrainingLog:
             self.timing.write(step)
         send(self.accelerator, values, step)
 
-    def end_step(self, step: int, episodes: int, values: Mapping[str, float], sample: str) -> None:
-        """Record PPO step `step` where that is due, move the bar, and show `sample` where one is due."""
+    def end_step(
+        self,
+        step: int,
+        episodes: int,
+        values: Mapping[str, float],
+        samples: Sequence[Mapping[str, object]],
+    ) -> None:
+        """Record PPO step `step` where that is due, and move the bar.
+
+        Where samples are due, show the first one and write all to samples.jsonl.
+        """
         if step % self.logging_steps == 0 or step == self.total_steps:
             self.write(step, {"episode": episodes, **values})
         self._advance(values)
@@ -77,7 +89,11 @@ class TrainingLog:
                 "same score"
             )
         if self.sample_every and step % self.sample_every == 0:
-            self.say(f"step {step}: {sample}")
+            first = samples[0]
+            self.say(f"step {step}: {sample_line(first['prompt'], first['completion'], first['score'])}")
+            if self.file:
+                with self.samples.open("a", encoding="utf-8") as file:
+                    file.writelines(json_line(step, row) for row in samples)
 
     def end_evaluation(self, step: int, values: Mapping[str, float]) -> None:
         """Record an evaluation and show its figures."""
@@ -164,7 +180,7 @@ def keep_lines(file: Path, step: int, ending: str | None = None) -> None:
 def json_line(step: int, values: Mapping[str, object]) -> str:
     """One log event as a line of metrics.jsonl; JSON has no word for NaN and infinity, so they are null."""
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-    return json.dumps({"step": step, **finite}) + "\n"
+    return json.dumps({"step": step, **finite}, default=str) + "\n"
 
 
 def sample_line(prompt: object, completion: str, score: float) -> str:

@@ -237,7 +237,7 @@ def test_the_best_checkpoint_is_checked_too(sft, ppo, tmp_path, kind):
     metric = iter([0, 5, 1, 1, 1])
 
     def script(trainer):
-        trainer.compute_metrics = lambda completions, rows: {"scripted": next(metric)}
+        trainer.evaluator.compute_metrics = lambda completions, rows: {"scripted": next(metric)}
 
     train = {
         "sft": lambda: sft("run", greater_is_better=True),  # the highest loss

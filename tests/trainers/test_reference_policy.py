@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from ppo_toys import SMALL, colours, training_steps
 from transformers import AutoModelForCausalLM
 
@@ -96,9 +96,9 @@ def test_an_adapter_without_a_tokenizer_has_that_of_its_base(sft_outputs, taught
     assert found.get_vocab() == load_tokenizer(taught_directory, model_config).get_vocab()
 
 
-def test_a_model_that_carries_an_adapter_is_refused(make_trainer, taught):
-    adapted = get_peft_model(taught(), LoraConfig(r=4, target_modules="all-linear"))
-    with pytest.raises(ValueError, match=r"it carries an adapter, .*merge_and_unload"):
+def test_a_prompt_tuned_model_is_refused(make_trainer, taught):
+    adapted = get_peft_model(taught(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(ValueError, match=r"^model: a PromptTuningConfig cannot be merged into the weights; give a "):
         make_trainer(model=adapted)
 
 

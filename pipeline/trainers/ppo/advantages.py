@@ -203,5 +203,5 @@ def adapt_kl_coef(kl_coef: float, kl: float, target: float, episodes: int, horiz
 
     The relative error is clipped to +- 0.2, so that `horizon` episodes change the coefficient by 20 % at most.
     """
-    error = min(0.2, max(-0.2, kl / target - 1))
+    error = 0.0 if kl != kl else min(0.2, max(-0.2, kl / target - 1))  # no completion had a score
     return kl_coef * (1 + error * episodes / horizon)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
+import transformers
 from accelerate import PartialState
 from accelerate.utils import gather_object, set_seed
 from safetensors.torch import load_file, save_file
@@ -61,6 +62,23 @@ class TrainerState:
         """Steps of the whole run, those already made included, which another number of processes may have made."""
         left = (args.total_episodes - self.episodes) / args.batch_size(num_processes)
         return args.max_steps or self.step + math.ceil(left)
+
+    def for_rewards(self, args: PPOConfig, num_steps: int, num_prompts: int) -> transformers.TrainerState:
+        """Return the state as reward functions get it: what TRL counts in optimizer steps is in PPO steps."""
+        state = PartialState()
+        return transformers.TrainerState(
+            epoch=self.episodes / args.num_generations / num_prompts,
+            global_step=self.step,
+            max_steps=num_steps,
+            logging_steps=args.logging_steps,
+            eval_steps=args.eval_steps or max(1, num_steps // 10),
+            save_steps=args.save_steps or args.eval_steps or max(1, num_steps // 10),
+            train_batch_size=args.per_device_train_batch_size,
+            best_metric=self.best_metric,
+            best_global_step=self.best_step,
+            is_local_process_zero=state.is_local_main_process,
+            is_world_process_zero=state.is_main_process,
+        )
 
     def advanced(self, episodes: int, moments: RunningMoments, kl_coef: float | None) -> "TrainerState":
         """Return the state after one more step of `episodes`."""

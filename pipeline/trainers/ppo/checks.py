@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -33,14 +32,9 @@ def check_inputs(
     """Look at what PPO is given before anything is built from it.
 
     Raises:
-        ValueError: a model with an adapter, no rows, no special tokens, suppressed tokens that the model has not or
+        ValueError: no rows, no special tokens, suppressed tokens that the model has not or
             without which no completion ends, or a learned reward over another model.
     """
-    if isinstance(model, PeftModel):
-        raise ValueError(
-            "model: it carries an adapter, which would be no part of the reference; merge it into plain weights first "
-            "(merge_and_unload, then save_pretrained)"
-        )
     if len(dataset) == 0:
         raise ValueError("train_dataset: it has no rows, so there is no prompt to answer")
     check_special_tokens(model, tokenizer)
@@ -59,7 +53,6 @@ def check_start(
     model: SharedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
-    eval_prompts: Sequence[Sequence[int]],
     response_length: int,
     accelerator: Accelerator,
 ) -> None:
@@ -69,7 +62,6 @@ def check_start(
         ValueError: as `check_prompt_ids`, `check_first_step` and `check_trunk_and_head`.
     """
     check_prompt_ids(prompts, response_length, model.language_model)
-    check_prompt_ids(eval_prompts, response_length, model.language_model, "eval_dataset")
     check_first_step(model, prompts, tokenizer, accelerator)
     check_causal(model.language_model)
     check_trunk_and_head(model.language_model)  # last: noise and NaN would look like it

@@ -15,6 +15,7 @@ from pipeline.trainers.ppo.algorithms import ALGORITHMS, expand_algorithm
 from pipeline.trainers.ppo.config_checks import check_combinations, check_sizes
 from pipeline.trainers.ppo.generation_kwargs import sampling_keys
 from pipeline.trainers.ppo.ranges import check_ranges, require
+from pipeline.trainers.ppo.trl_arguments import refuse_config_arguments
 
 SCHEDULERS = tuple(
     s.value for s in SchedulerType if s.value in ("linear", "cosine", "constant", "constant_with_warmup")
@@ -180,6 +181,7 @@ class PPOConfig:
         """Note which settings are written: `algorithm` sets the others."""
         config = super().__new__(cls)
         names = [field.name for field in fields(cls)]
+        refuse_config_arguments(settings, names)
         object.__setattr__(config, "_written", frozenset([*names[: len(args)], *settings]))
         return config
 

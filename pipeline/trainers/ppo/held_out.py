@@ -1,22 +1,29 @@
 """PPO's held-out figures: every process completes and scores its share of the prompts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 import torch
 from datasets import Dataset
 
-from pipeline.models.generation import Decoding
+from pipeline.models.generation import Completions, Decoding
 from pipeline.models.sequences import length_sorted_chunks
+from pipeline.rewards import RewardOutputs
 from pipeline.runtime.distributed import gather_rows, on_main
 from pipeline.runtime.seeds import derive_seed
+from pipeline.trainers.ppo.checks import check_prompt_ids
 from pipeline.trainers.ppo.config import PPOConfig
+from pipeline.trainers.ppo.inputs import EvalData, held_out_sets
 from pipeline.trainers.ppo.rollout import CompletionWriter
 from pipeline.trainers.ppo.scores import ComputeRewards
+from pipeline.trainers.ppo.statistics import named_metrics
 
 # Metrics of the held-out completions: (completions, the examples they answer) -> name -> value.
 ComputeMetrics = Callable[[list[str], Dataset], dict[str, float]]
+
+# Writes a completion for each of a list of token ids; for samples it also gets their seed and a rank.
+Write = Callable[..., Completions]
 
 
 @dataclass(frozen=True)
@@ -44,42 +51,118 @@ class HeldOutCompletion:
     finished: bool
 
 
+class RewardMetrics:
+    """The numbers that reward functions log in several calls, by name."""
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, list[float]] = {}
+
+    def kept(self, compute_rewards: ComputeRewards) -> ComputeRewards:
+        """Compute the same, and keep what is logged."""
+
+        def compute(
+            examples: Dataset, completions: Sequence[str], completion_ids: Sequence[Sequence[int]]
+        ) -> RewardOutputs:
+            outputs = compute_rewards(examples, completions, completion_ids)
+            for name, numbers in outputs.log.metrics.items():
+                self.metrics.setdefault(name, []).extend(numbers)
+            return outputs
+
+        return compute
+
+
+class HeldOutEvaluator:
+    """Compute the figures of held-out prompts with the current policy."""
+
+    def __init__(
+        self, writer: CompletionWriter, args: PPOConfig, seed: int, compute_metrics: ComputeMetrics | None
+    ) -> None:
+        self.writer, self.args, self.seed, self.compute_metrics = writer, args, seed, compute_metrics
+
+    def encode(self, eval_dataset: EvalData | None) -> dict[str, HeldOutData]:
+        """Tokenise the prompts of each set, by its name.
+
+        Raises:
+            ValueError: as `held_out_sets` and `check_prompt_ids`.
+        """
+        sets = held_out_sets(eval_dataset, self.args)
+        held_out = {name: HeldOutData(examples, self.writer.encode(examples)) for name, examples in sets.items()}
+        for name, data in held_out.items():
+            split = f"eval_dataset[{name!r}]" if name else "eval_dataset"
+            model = self.writer.shared.language_model
+            check_prompt_ids(data.prompt_ids, self.args.response_length, model, split)
+        return held_out
+
+    def figures(
+        self, held_out: Mapping[str, HeldOutData], compute_rewards: ComputeRewards, prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Compute the figures of every set, named `<prefix>_<figure>`, or `<prefix>_<set>_<figure>` if it has a name.
+
+        Of sets with names `<prefix>_reward` is the mean of their rewards.
+
+        Raises:
+            ValueError: there is no set, or an empty one.
+        """
+        if not held_out or not all(len(data.examples) for data in held_out.values()):
+            raise ValueError("eval_dataset: no examples to evaluate; give them to PPOTrainer or to evaluate()")
+        values, rewards = {}, []
+        for name, data in held_out.items():
+            start = f"{prefix}_{name}" if name else prefix
+            for key, value in self._figures_of(data, compute_rewards).items():
+                values[f"{start}_{key.removeprefix('eval_')}"] = value
+            rewards.append(values[f"{start}_reward"])
+        return {f"{prefix}_reward": fmean(rewards)} | values
+
+    def _figures_of(self, data: HeldOutData, compute_rewards: ComputeRewards) -> dict[str, float]:
+        """Complete the prompts of a set: each reward, their weighted sum, length, metrics.
+
+        Each prompt has `num_generations_eval` completions: one is greedy, several are samples that follow from the
+        seed, the same at every step and for any number of processes.
+        """
+        args, compute_metrics = self.args, self.compute_metrics
+        copies, logged = args.num_generations_eval, RewardMetrics()
+        repeated = data if copies == 1 else data.repeated(copies)
+        decoding = args.greedy if copies == 1 else args.sampling
+
+        keep, seed = logged.kept(compute_rewards), None if copies == 1 else self.seed
+        size, write = args.local_rollout_forward_batch_size, self.writer.write
+        figures = evaluate_held_out(repeated, size, write, decoding, keep, compute_metrics, seed)
+        return figures | named_metrics(logged.metrics, "eval_")
+
+
 def evaluate_held_out(
     data: HeldOutData,
-    args: PPOConfig,
-    writer: CompletionWriter,
-    seed: int,
+    batch_size: int,
+    write: Write,
+    decoding: Decoding,
     compute_rewards: ComputeRewards,
     compute_metrics: ComputeMetrics | None,
+    seed: int | None = None,
 ) -> dict[str, float]:
-    """Complete the held-out prompts: each reward, their weighted sum, length, metrics.
+    """Complete the held-out prompts, `batch_size` at once: each reward, their weighted sum, length, metrics.
 
-    Each prompt has `args.num_generations_eval` completions: one is greedy, several are samples that follow from
-    `seed`, the same for any number of processes.
+    Samples follow from `seed`, the same for any number of processes.
     """
-    copies = args.num_generations_eval
-    repeated = data if copies == 1 else data.repeated(copies)
-    decoding = args.greedy if copies == 1 else args.sampling
 
     def complete(rows: list[int]) -> list[HeldOutCompletion]:
-        block_seed = None if copies == 1 else derive_seed(seed, "held-out samples", rows[0])
-        return complete_held_out(rows, repeated, writer, decoding, compute_rewards, block_seed)
+        block_seed = None if seed is None else derive_seed(seed, "held-out samples", rows[0])
+        return complete_held_out(rows, data, write, decoding, compute_rewards, block_seed)
 
-    metrics = None if compute_metrics is None else lambda texts: compute_metrics(texts, repeated.examples)
-    lengths = [len(ids) for ids in repeated.prompt_ids]
-    return held_out_figures(lengths, args.local_rollout_forward_batch_size, complete, metrics)
+    metrics = None if compute_metrics is None else lambda texts: compute_metrics(texts, data.examples)
+    return held_out_figures([len(ids) for ids in data.prompt_ids], batch_size, complete, metrics)
 
 
 def complete_held_out(
     rows: list[int],
     data: HeldOutData,
-    writer: CompletionWriter,
+    write: Write,
     decoding: Decoding,
     compute_rewards: ComputeRewards,
     sample_seed: int | None = None,
 ) -> list[HeldOutCompletion]:
     """Complete and score the prompts at `rows` of the held-out data."""
-    completions = writer.write([data.prompt_ids[row] for row in rows], decoding, sample_seed, rank=0)
+    ids = [data.prompt_ids[row] for row in rows]
+    completions = write(ids, decoding) if sample_seed is None else write(ids, decoding, sample_seed, 0)
     rewards = compute_rewards(data.examples.select(rows), completions.texts, completions.ids)
     return [
         HeldOutCompletion(

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.models.loading import position_limit
 from pipeline.models.sequences import Sequences, make_sequences
 from pipeline.models.text import encode_completions
+from pipeline.trainers.ppo.config import PPOConfig
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,19 @@ class ReferenceTexts:
 
 
 def encode_references(
-    dataset: Dataset, prompt_ids: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
-) -> ReferenceTexts:
-    """Tokenise the references, as SFT does.
+    args: PPOConfig,
+    dataset: Dataset,
+    prompt_ids: Sequence[Sequence[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+) -> ReferenceTexts | None:
+    """Tokenise the references, as SFT does; None where `args.ptx_coef` is 0.
 
     Raises:
         ValueError: no column `completion`, or references that do not fit the model's positions.
     """
+    if not args.ptx_coef:
+        return None
     if "completion" not in dataset.column_names:
         raise ValueError(
             "ppo.ptx_coef: train_dataset needs a column completion with the text to learn; or set it to 0"

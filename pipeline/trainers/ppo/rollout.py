@@ -1,7 +1,7 @@
 """What one PPO step collects, a rollout, and what it learns from, an experience."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
@@ -13,6 +13,7 @@ from pipeline.models.generation import Completions, Decoding, finished, generate
 from pipeline.models.sequences import Sequences
 from pipeline.models.shared import SharedModel
 from pipeline.models.text import decode, encode_prompts_of
+from pipeline.rewards import RewardLog
 from pipeline.runtime.memory import in_smaller_batches
 from pipeline.runtime.seeds import derive_seed
 from pipeline.trainers.ppo.moving_reference import MovingReference
@@ -38,7 +39,8 @@ class Rollout:
     `prompts`, `completions` (texts) and `finished [B]` are the episodes; `sequences` holds their token ids.
     `logprobs, ref_logprobs, values, entropies [B, C]` are `TokenOutputs`. `rewards` has each reward function's own
     values [B] by name, NaN where it returned none. `scores [B]`, `token_scores [B, C]`, `scored [B]`, `moments` and
-    `failures` are `ProcessedScores`: nothing is learnt from an episode where `scored` is False.
+    `failures` are `ProcessedScores`: nothing is learnt from an episode where `scored` is False. `log` has what the
+    reward functions logged.
     """
 
     prompts: Sequence[object]
@@ -55,6 +57,7 @@ class Rollout:
     scored: Tensor
     moments: RunningMoments
     failures: Sequence[str]
+    log: RewardLog = field(default_factory=RewardLog)
 
     @property
     def mask(self) -> Tensor:

@@ -1,12 +1,22 @@
 """The statistics of a rollout that are logged, over all processes."""
 
+import math
+from collections.abc import Mapping, Sequence
+
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from pipeline.rewards import RewardError
 from pipeline.runtime.devices import float64_device, in_float64
 from pipeline.trainers.ppo.rollout import Rollout
+
+# How the names of the trainer's figures start.
+OWN_FIGURES = (
+    *("objective/", "policy/", "loss/", "val/", "reward/", "reward_share/", "lr", "episode", "step"),
+    *("eval_reward", "eval_length", "eval_finished"),
+)
 
 
 def rollout_statistics(
@@ -19,12 +29,13 @@ def rollout_statistics(
     `num_generations` neighbouring rows answer one prompt. `step` is for the message.
 
     Raises:
-        RewardError: not one episode has a score.
+        RewardError: not one episode has a score, and a reward failed.
     """
     sums = _sums_over_processes(_rollout_sums(rollout, returns, kl_penalties, num_generations), accelerator)
     episodes, tokens = sums["episodes"], sums["tokens"]
-    if not episodes:
+    if not episodes and sums["failures"]:
         raise RewardError(f"PPO step {step}: no completion has a score, see what failed above")
+    episodes, tokens = episodes or math.nan, tokens or math.nan  # where no reward applies there is nothing to average
     stats = {name: value / episodes for name, value in sums.items() if name.startswith("objective/")}
     mean = stats["objective/scores"]
     stats["objective/scores_std"] = max(0.0, sums["squared scores"] / episodes - mean**2) ** 0.5
@@ -44,6 +55,33 @@ def rollout_statistics(
         count = sums[f"completions with reward/{name}"]
         stats[f"reward/{name}"] = sums[f"reward/{name}"] / count if count else float("nan")
     return stats
+
+
+def sample_rows(rollout: Rollout) -> list[dict[str, object]]:
+    """Return the table of a rollout's episodes: texts, score, each reward, and the columns that rewards logged."""
+    columns = dict(rollout.log.extras) | {"score": rollout.scores.tolist()}
+    columns |= {f"reward/{name}": values.tolist() for name, values in rollout.rewards.items()}
+    texts = zip(rollout.prompts, rollout.completions, strict=True)
+    return [
+        {**{name: values[row] for name, values in columns.items()}, "prompt": prompt, "completion": completion}
+        for row, (prompt, completion) in enumerate(texts)
+    ]
+
+
+def named_metrics(metrics: Mapping[str, Sequence[float]], prefix: str = "") -> dict[str, float]:
+    """Average what reward functions logged, over their calls and all processes; every process calls it.
+
+    Raises:
+        RewardError: a name that is one of the trainer's own figures.
+    """
+    gathered = gather_object([dict(metrics)])
+    averages = {}
+    for name in sorted({name for each in gathered for name in each}):
+        if f"{prefix}{name}".startswith(OWN_FIGURES):
+            raise RewardError(f"log_metric: {name!r} is a figure of the trainer's own; log it under another name")
+        numbers = [number for each in gathered for number in each.get(name, ())]
+        averages[f"{prefix}{name}"] = math.fsum(numbers) / len(numbers)
+    return averages
 
 
 def _rollout_sums(rollout: Rollout, returns: Tensor, kl_penalties: Tensor, num_generations: int) -> dict[str, Tensor]:

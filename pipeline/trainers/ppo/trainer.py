@@ -4,54 +4,57 @@ The package's docstring says what is different from TRL's, and names the sources
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from accelerate.utils import set_seed
-from datasets import Dataset
-from peft import LoraConfig
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig, PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.rewards import Reward, RewardOutputs, as_rewards, check_rewards
+from pipeline.rewards import Reward, RewardOutputs, check_rewards
+from pipeline.rewards.models import RewardSource, RewardTokenizers, load_rewards
 from pipeline.rewards.rows import compute_row_rewards, count_failures
 from pipeline.runtime.seeds import derive_seed
 from pipeline.runtime.signals import Stopped, requested_stop
 from pipeline.runtime.watchdog import enter, watched
-from pipeline.trainers.logs import sample_line
 from pipeline.trainers.ppo.advantages import estimate_advantages, next_kl_coef
 from pipeline.trainers.ppo.checkpoint import TrainerState, restore_best, restore_training, save_policy, save_training
 from pipeline.trainers.ppo.checks import check_inputs, check_kl, check_start, first_examples
 from pipeline.trainers.ppo.config import PPOConfig
 from pipeline.trainers.ppo.dynamic_sampling import Answers, resample
 from pipeline.trainers.ppo.experiment import describe_experiment
-from pipeline.trainers.ppo.held_out import ComputeMetrics, HeldOutData, evaluate_held_out
+from pipeline.trainers.ppo.held_out import ComputeMetrics, HeldOutEvaluator
+from pipeline.trainers.ppo.inputs import EvalData, load_start, training_examples
 from pipeline.trainers.ppo.learner import Learner
-from pipeline.trainers.ppo.reference_texts import ReferenceTexts, encode_references
+from pipeline.trainers.ppo.reference_texts import encode_references
 from pipeline.trainers.ppo.reward_scales import fit_scales, scale_rewards, share_sentences, variance_shares, weights_at
 from pipeline.trainers.ppo.rollout import CompletionWriter, Experience, Rollout, local_positions, prompt_order
 from pipeline.trainers.ppo.scores import prefix_scores, process_scores
 from pipeline.trainers.ppo.setup import build_shared_model, make_accelerator, open_log, with_response_length
-from pipeline.trainers.ppo.statistics import rollout_statistics
+from pipeline.trainers.ppo.statistics import named_metrics, rollout_statistics, sample_rows
+from pipeline.trainers.ppo.trl_arguments import refuse_trainer_arguments
 
 
 class PPOTrainer:
     """PPO with one base model in every role. Constructor names are TRL's.
 
     Args:
-        model: The SFT policy, causal or encoder-decoder, with plain weights: reference, and start of the policy.
-        args: The settings.
-        processing_class: The tokenizer of `model`.
-        reward_funcs: Functions with TRL's GRPO signature, or `Reward`s, which add a name and a weight.
-        train_dataset: A column `prompt` (text or chat messages); every other column reaches the rewards by name.
-        eval_dataset: Held-out prompts in the same form; None: no evaluation, and the last policy is the result.
-        peft_config: The policy's adapter; it counts where `args.use_peft` is set.
-        output_dir: Where metrics.jsonl and checkpoints/ are written.
+        model: The SFT policy: a causal or encoder-decoder model, a PeftModel (merged), or a directory or Hub id.
+        args: The settings; None: the defaults.
+        processing_class: The tokenizer of `model`; None: the one in its directory.
+        reward_funcs: Functions with TRL's GRPO signature, `Reward`s, which add a name and a weight, or classifiers.
+        train_dataset: A column `prompt` (text or chat messages); other columns reach the rewards by name.
+        eval_dataset: Held-out prompts, or sets of them by name; None: no evaluation, and the last policy is kept.
+        peft_config: The policy's LoRA adapter; it counts where `args.use_peft` is set.
+        output_dir: Where metrics.jsonl, samples.jsonl and checkpoints/ are written.
         seed: From 0 on; prompts, samples and mini-batches follow from it.
         compute_metrics: Metrics of all held-out completions by name, logged as `eval_<name>`.
         strip_thoughts: Rewards and metrics do not see a `<think>...</think>` at the start of a completion.
+        reward_processing_classes: Tokenizers of the classifiers, as in TRL; None: those in their directories.
 
     Raises:
         ValueError: an input that PPO cannot work with, or a first step that would not start at ratio 1 and KL 0.
@@ -60,42 +63,48 @@ class PPOTrainer:
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        args: PPOConfig,
-        processing_class: PreTrainedTokenizerBase,
-        reward_funcs: Reward | Callable | Sequence[Reward | Callable],
-        train_dataset: Dataset,
-        eval_dataset: Dataset | None = None,
+        model: PreTrainedModel | PeftModel | str | Path,
+        args: PPOConfig | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        reward_funcs: RewardSource | Sequence[RewardSource] | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: EvalData | None = None,
         peft_config: LoraConfig | None = None,
         output_dir: str | Path = "ppo",
         seed: int = 0,
         compute_metrics: ComputeMetrics | None = None,
         strip_thoughts: bool = False,
+        reward_processing_classes: RewardTokenizers = None,
+        **unsupported: object,
     ) -> None:
-        self.args = args = with_response_length(args, model, processing_class, train_dataset)
+        refuse_trainer_arguments(args, unsupported)
+        args = PPOConfig() if args is None else args
         self.seed, self.output_dir = seed, Path(output_dir)
         self.checkpoints = self.output_dir / "checkpoints"
-        self.tokenizer, self.rewards = processing_class, as_rewards(reward_funcs)
-        self.train_dataset, self.eval_dataset, self.compute_metrics = train_dataset, eval_dataset, compute_metrics
-        if eval_dataset and args.eval_examples:
-            self.eval_dataset = eval_dataset.select(range(min(args.eval_examples, len(eval_dataset))))
         self.accelerator = make_accelerator(args, self.output_dir)
+        start = load_start(model, processing_class, peft_config, args, self.output_dir)
+        self.tokenizer, device = start.tokenizer, self.accelerator.device
+        self.train_dataset = training_examples(train_dataset, args, self.accelerator.num_processes)
+        self.args = args = with_response_length(args, start.model, self.tokenizer, self.train_dataset)
+        self.rewards = load_rewards(
+            reward_funcs, reward_processing_classes, start.tokenizer, device, args.chat_template_kwargs
+        )
         set_seed(seed)  # python, numpy and torch, before the adapter is initialised
-        check_inputs(model, processing_class, train_dataset, self.rewards, args.suppress_tokens)
-        self.experiment = describe_experiment(model, args, self.rewards, train_dataset, peft_config, seed)
-        shared = build_shared_model(model, args, peft_config, self.rewards)
+        check_inputs(start.model, self.tokenizer, self.train_dataset, self.rewards, args.suppress_tokens)
+        adapter = start.peft_config
+        self.experiment = describe_experiment(start.model, args, self.rewards, self.train_dataset, adapter, seed)
+        shared = build_shared_model(start.model, args, adapter, self.rewards)
         self.learner = Learner(shared, args, self.accelerator, self._warn)
         self.shared, self.optimizer = self.learner.shared, self.learner.optimizer
-        size, length = args.local_rollout_forward_batch_size, args.response_length
+        size = args.local_rollout_forward_batch_size
         self.writer = CompletionWriter(self.shared, self.tokenizer, self.accelerator, size, self._warn, strip_thoughts)
-        self._prompt_ids = self.writer.encode(train_dataset)
-        self._references: ReferenceTexts | None = None
-        if args.ptx_coef:
-            self._references = encode_references(train_dataset, self._prompt_ids, processing_class, model)
-        self._eval_prompt_ids = self.writer.encode(self.eval_dataset) if self.eval_dataset else []
-        self._prompt_at = prompt_order(len(train_dataset), seed)
-        check_rewards(self.rewards, first_examples(train_dataset), args.reward_handling)
-        check_start(self.shared, self.tokenizer, self._prompt_ids, self._eval_prompt_ids, length, self.accelerator)
+        self._prompt_ids = self.writer.encode(self.train_dataset)
+        self._references = encode_references(args, self.train_dataset, self._prompt_ids, self.tokenizer, start.model)
+        self.evaluator = HeldOutEvaluator(self.writer, args, seed, compute_metrics)
+        self.held_out = self.evaluator.encode(eval_dataset)
+        self._prompt_at = prompt_order(len(self.train_dataset), seed)
+        check_rewards(self.rewards, first_examples(self.train_dataset), args.reward_handling)
+        check_start(self.shared, self.tokenizer, self._prompt_ids, args.response_length, self.accelerator)
         self.state = self._origin = TrainerState()  # the latter: from which this number of processes counts on
 
     @property
@@ -128,7 +137,7 @@ class PPOTrainer:
         with watched(self.checkpoints):
             while self.state.step < self.num_steps:
                 rollout = self.collect_rollout(self.prompt_rows(self.state.step))
-                if self.state.step == 0 and self.eval_dataset:  # after the rollout by which rewards are scaled
+                if self.state.step == 0 and self.held_out:  # after the rollout by which rewards are scaled
                     self._evaluate_and_compare()
                 experience, stats = self.compute_advantages(rollout)
                 stats |= self.update(experience)
@@ -162,15 +171,8 @@ class PPOTrainer:
         self._enter("the log-probabilities")
         prompt_ids = [self._prompt_ids[row] for row in answers.rows]
         sequences, outputs = self.learner.forward(prompt_ids, completions.ids, self.tokenizer.pad_token_id)
-        return Rollout(
-            prompts=examples["prompt"],
-            completions=completions.texts,
-            finished=completions.finished,
-            sequences=sequences,
-            rewards=rewards.by_name,
-            **vars(outputs),
-            **vars(scores),
-        )
+        given = (examples["prompt"], completions.texts, completions.finished, sequences)
+        return Rollout(*given, **vars(outputs), rewards=rewards.by_name, **vars(scores), log=rewards.log)
 
     def _answer(self, rows: Sequence[int], seed: int) -> Answers:
         self._enter("the completions")
@@ -189,7 +191,8 @@ class PPOTrainer:
     ) -> RewardOutputs:
         """Call the reward functions on completions to `examples`, with the weights of this step or of `rewards`."""
         rewards, handling = rewards or self.scaled_rewards, self.args.reward_handling
-        return compute_row_rewards(rewards, examples, completions, completion_ids, handling)
+        state = self.state.for_rewards(self.args, self.num_steps, len(self.train_dataset))
+        return compute_row_rewards(rewards, examples, completions, completion_ids, handling, state)
 
     def compute_advantages(self, rollout: Rollout) -> tuple[Experience, dict[str, float]]:
         """Turn scores and KL into an advantage and a return for each token, and the statistics of the rollout.
@@ -205,8 +208,10 @@ class PPOTrainer:
         stats = rollout_statistics(
             rollout, experience.returns, penalties, args.num_generations, step, self.accelerator
         )
+        stats |= named_metrics(rollout.log.metrics)
         stats |= variance_shares(self.scaled_rewards, rollout.rewards, rollout.scored, self.accelerator)
-        check_kl(stats["objective/kl"], args.max_kl, step, self.state.best_step)
+        limit = args.max_kl if stats["objective/length"] > 0 else None  # NaN where no completion has a score
+        check_kl(stats["objective/kl"], limit, step, self.state.best_step)
         return experience, stats | {"objective/kl_coef": self.kl_coef}
 
     def update(self, experience: Experience) -> dict[str, float]:
@@ -238,13 +243,12 @@ class PPOTrainer:
         self.state = self.state.advanced(self.batch_size, rollout.moments, kl_coef)
         self.learner.after_step(self.state.step)
 
-    def evaluate(self) -> dict[str, float]:
-        """Answer the held-out prompts greedily: each reward, their weighted sum `eval_reward`, length, metrics."""
+    def evaluate(self, eval_dataset: EvalData | None = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Answer the held-out prompts, or others: each reward, their weighted sum `eval_reward`, length, metrics."""
         enter(f"the evaluation after PPO step {self.state.step}")
-        data, args = HeldOutData(self.eval_dataset, self._eval_prompt_ids), self.args
         rewards = scale_rewards(self.rewards, self.state.reward_deviations)  # of all evaluations the last weights
-        compute_rewards = partial(self.compute_rewards, rewards=rewards)
-        return evaluate_held_out(data, args, self.writer, self.seed, compute_rewards, self.compute_metrics)
+        held_out = self.held_out if eval_dataset is None else self.evaluator.encode(eval_dataset)
+        return self.evaluator.figures(held_out, partial(self.compute_rewards, rewards=rewards), metric_key_prefix)
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint of the current step; every process calls it, the main one writes."""
@@ -269,9 +273,8 @@ class PPOTrainer:
         self.advance(rollout, stats)
         args, total, step = self.args, self.num_steps, self.state.step
         self.log.say(*(share_sentences(stats) if step == 1 else ()))
-        sample = sample_line(rollout.prompts[0], rollout.completions[0], float(rollout.scores[0]))
-        self.log.end_step(step, self.state.episodes, stats, sample)
-        evaluates = bool(self.eval_dataset) and (step % (args.eval_steps or max(1, total // 10)) == 0 or step == total)
+        self.log.end_step(step, self.state.episodes, stats, sample_rows(rollout))
+        evaluates = bool(self.held_out) and (step % (args.eval_steps or max(1, total // 10)) == 0 or step == total)
         if evaluates:
             self._evaluate_and_compare()
         saves = step % args.save_steps == 0 if args.save_steps else evaluates
