@@ -36,13 +36,14 @@ def train_reward_model(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
     tokenizer = load_tokenizer(base, recipe.model)
     pairs, samples = collect_pairs(recipe, run, task, base, tokenizer)
     reward = reward_model(recipe, run, base, tokenizer, pairs)
-    data = reward_test_data(pairs, samples, task.validation, tokenizer, recipe.seed)
+    data = reward_test_data(pairs, samples, task.validation, task.prompts["prompt"], tokenizer, recipe.seed)
     scores = score_test_data(reward.scorer, data, recipe.reward.batch_size)
 
     def report() -> dict[str, object]:
         report, held_out = reward_report(data, scores, report_inputs(recipe, run, task, reward.record))
         write_reward_report(report, data.held_out, held_out, run.reward, f"Reward model of {recipe.name}")
-        figures = {"accuracy": report.accuracy.value, "held_out_pairs": report.accuracy.count}
+        right = report.accuracy
+        figures = {"accuracy": right.value, "accuracy_low": right.low, "held_out_pairs": right.count}
         replace(reward.record, shift=report.shift, scale=report.scale, **figures).save(run.reward)
         print_reward_report(report, Console(stderr=True))
         return {"verdict": report.verdict, "held_out_accuracy": report.accuracy.value}

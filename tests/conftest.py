@@ -51,6 +51,7 @@ SLOW = (
     "benchmarks",
     "cli/test_wheel.py",
     "evaluation/test_browser.py",
+    "evaluation/test_clusters.py",
     "evaluation/test_crossed.py",
     "evaluation/test_hostile_texts.py",
     "evaluation/test_runs.py",

@@ -8,6 +8,7 @@ from pathlib import Path
 from accelerate import PartialState
 from datasets import Dataset
 
+from pipeline.evaluation.agreement import agreement_findings, agreement_warnings, reward_agreement
 from pipeline.evaluation.config import BASELINES, CONTROL
 from pipeline.evaluation.curves import Panel, read_cost, read_panels
 from pipeline.evaluation.decodings import BestOfN, DecodingScores, expected_best
@@ -31,6 +32,7 @@ from pipeline.evaluation.text_statistics import text_statistics
 from pipeline.evaluation.verdict import find_warnings, findings, verdict
 from pipeline.metrics.sacrebleu_metric import short_references
 from pipeline.models.text import plain_text
+from pipeline.rewards import LEARNED
 from pipeline.runtime.memory import peak_memory_mib
 
 
@@ -62,9 +64,9 @@ def build_report(
     `systems` have their rewards; `began` is when the stage began, by `time.monotonic`. Only the main process calls
     this.
     """
-    test = TestSet([plain_text(prompt) for prompt in rows["prompt"]], list(rows["references"]))
+    test = TestSet([plain_text(prompt) for prompt in rows["prompt"]], list(rows["references"]), scoring.clusters)
     systems = compute_system_metrics(systems, test.references, scoring.metrics)
-    outputs = save_outputs(systems, rows, run / "eval")
+    outputs = save_outputs(systems, rows, run / "eval", () if test.clusters is None else test.clusters.numbers)
     further = [name for name in (CONTROL, *BASELINES) if any(source.path == run / name for source in sources)]
     stages = ("sft", "reward", "ppo", *further)
     report = assemble_report(systems, outputs, test, scoring, settings, read_cost(run, stages))
@@ -87,8 +89,13 @@ def evaluation_cost(began: float, outputs: Mapping[str, Outputs]) -> StageCost:
     return StageCost("eval", seconds, processes, None, None, tokens, tokens / seconds, peak_memory_mib())
 
 
-def save_outputs(systems: Mapping[str, ScoredSystem], rows: Dataset, directory: Path) -> dict[str, Outputs]:
-    """Write every system's completions and their scores to predictions/*.jsonl, and return them by system."""
+def save_outputs(
+    systems: Mapping[str, ScoredSystem], rows: Dataset, directory: Path, clusters: Sequence[int] = ()
+) -> dict[str, Outputs]:
+    """Write every system's completions and their scores to predictions/*.jsonl, and return them by system.
+
+    `clusters` are the numbers of the rows' clusters, if they have any.
+    """
     outputs = {}
     for name, system in systems.items():
         scored = system.predictions
@@ -103,6 +110,7 @@ def save_outputs(systems: Mapping[str, ScoredSystem], rows: Dataset, directory: 
             rewards,
             outputs[name].scores,
             sentences,
+            clusters,
         )
     return outputs
 
@@ -138,13 +146,15 @@ def assemble_report(
     references = text_statistics(test.first_references, test.first_references, test.prompts)
     predictions = {name: output.predictions for name, output in outputs.items()}
     best_of = best_of_samples(systems, outputs, scoring)
+    agreement = reward_agreement(systems, LEARNED, first)
     rewards = [reward.name for reward in scoring.rewards]
     return EvaluationReport(
         systems=figures,
         comparisons=comparisons,
         verdict=verdict(comparisons, first, resampling.n_resamples),
-        findings=findings(comparisons, figures, best_of, first, settings),
+        findings=findings(comparisons, figures, best_of, first, settings) + agreement_findings(agreement),
         warnings=find_warnings(predictions, comparisons, figures, references, rewards)
+        + agreement_warnings(agreement)
         + [text for metric in metrics if (text := short_references(metric, test.references))],
         settings=dict(settings),
         references=references,
@@ -152,6 +162,7 @@ def assemble_report(
         best_of=best_of,
         gains=gains_of_ppo(first, outputs, test),
         cost=list(cost),
+        reward_agreement=agreement,
     )
 
 

@@ -1,4 +1,4 @@
-"""Gains of one system on another: example by example, by length, by the first system's score."""
+"""Gains of one system on another: example by example, in shares, by length, by the first system's score."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from pipeline.metrics.text import words
 
 NUM_EXAMPLES = 10
 NUM_BUCKETS = 4
+ROUNDING = 1e-5  # of a score's size: what float32 leaves open
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,29 @@ class Gains:
     typical: list[Gain]
     by_length: list[Bucket]
     by_quality: list[Bucket]
+
+
+@dataclass(frozen=True)
+class Shares:
+    """The shares of the examples on which B is better, and worse."""
+
+    wins: float
+    losses: float
+
+    @property
+    def better(self) -> float:
+        """Return P(better): the chance that B is better on an example drawn at random; ties count half."""
+        return (1 + self.wins - self.losses) / 2
+
+
+def paired_shares(values_a: Sequence[float], values_b: Sequence[float]) -> Shares:
+    """Count on which examples B is better than A, by values [N] where more is better.
+
+    A difference that rounding explains is none: a learned reward gives one text other last digits in another batch.
+    """
+    before, after = (np.asarray(values, dtype=np.float64) for values in (values_a, values_b))
+    rounding = ROUNDING * np.maximum(1.0, np.maximum(np.abs(before), np.abs(after)))
+    return Shares(float((after - before > rounding).mean()), float((before - after > rounding).mean()))
 
 
 def find_gains(

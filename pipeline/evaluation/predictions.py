@@ -89,10 +89,11 @@ def save_predictions(
     rewards: Mapping[str, Sequence[float]],
     score: Sequence[float],
     metrics: Mapping[str, Sequence[float]],
+    clusters: Sequence[int] = (),
 ) -> None:
     """Write a JSON line for each test example: prompt, references, completion, figures, rewards, sentence scores.
 
-    A reward that does not apply is null.
+    A reward that does not apply is null. The number of the example's cluster is there where `clusters` are.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
@@ -102,6 +103,7 @@ def save_predictions(
             line["score"] = score[i] if score else None
             line["rewards"] = {name: _finite(values[i]) for name, values in rewards.items()}
             line["metrics"] = {name: values[i] for name, values in metrics.items()}
+            line |= {"cluster": clusters[i]} if clusters else {}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 

@@ -3,20 +3,15 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from pipeline.evaluation.agreement import RewardAgreement
+from pipeline.evaluation.clusters import Clusters, clustered_score
 from pipeline.evaluation.config import BASELINES, CONTROL
 from pipeline.evaluation.decodings import BestOfN, DecodingScores
 from pipeline.evaluation.divergence import SampleMeasure, entropy_estimate, kl_estimate
-from pipeline.evaluation.gains import Gains
+from pipeline.evaluation.gains import Gains, Shares, paired_shares
 from pipeline.evaluation.power import equivalence_margin, smallest_difference
 from pipeline.evaluation.predictions import Prediction, cross_entropy
-from pipeline.evaluation.significance import (
-    PairedTests,
-    Shares,
-    compare_texts,
-    compare_values,
-    holm,
-    paired_shares,
-)
+from pipeline.evaluation.significance import PairedTests, compare_texts, compare_values, holm
 from pipeline.evaluation.text_statistics import TextStatistics, text_statistics
 from pipeline.metrics import Metric, Score
 
@@ -25,12 +20,18 @@ REWARD = "reward"
 
 @dataclass(frozen=True)
 class TestSet:
-    """What the systems are scored on: N prompts as text, and N lists of references."""
+    """What the systems are scored on: N prompts as text, N lists of references, and their clusters, if any."""
 
     __test__ = False  # pytest takes classes called Test... for tests
 
     prompts: list[str]
     references: list[list[str]]
+    clusters: Clusters | None = None
+
+    @property
+    def num_clusters(self) -> int:
+        """Count the clusters: every example is one where none belong together."""
+        return len(self.prompts) if self.clusters is None else self.clusters.count
 
     @property
     def first_references(self) -> list[str]:
@@ -111,8 +112,9 @@ class SystemComparison:
     decides; `p_holm` is the same corrected for all comparisons of the run; `p_bootstrap` and `p_randomisation` are
     those of the paired bootstrap and of paired approximate randomisation; all are two-sided. `wins` and `losses` are
     the shares of the `examples` on which b is better and worse, whichever way the metric points, and `p_better` is the
-    chance that b is better on one of them. A test at 5 % finds `smallest_difference` with 80 % power; two one-sided
-    tests at 5 % place the difference within plus and minus `equivalence_margin`.
+    chance that b is better on one of them. `clusters` counts the groups that the examples are in. A test at 5 % finds
+    `smallest_difference` with 80 % power; two one-sided tests at 5 % place the difference within plus and minus
+    `equivalence_margin`.
     """
 
     a: str
@@ -134,6 +136,7 @@ class SystemComparison:
     standard_error: float
     smallest_difference: float
     equivalence_margin: float
+    clusters: int
 
     @property
     def gain(self) -> float:
@@ -182,6 +185,7 @@ class EvaluationReport:
     best_of: dict[str, BestOfN] = field(default_factory=dict)
     gains: Gains | None = None
     cost: list[StageCost] = field(default_factory=list)
+    reward_agreement: dict[str, RewardAgreement] = field(default_factory=dict)
 
 
 def score_system(
@@ -197,10 +201,9 @@ def score_system(
     nats, perplexity = cross_entropy(predictions)
     kl, entropy = kl_estimate(outputs.measures), entropy_estimate(outputs.measures)
     applicable = {name: [value for value in values if value == value] for name, values in outputs.rewards.items()}
-    settings = (resampling.n_resamples, resampling.confidence, resampling.seed)
     tokens = sum(len(prediction.completion_ids) for prediction in predictions)
     return System(
-        metrics={m.name: m.corpus_score(texts, test.references, *settings) for m in metrics},
+        metrics={metric.name: _score(metric, texts, test, resampling) for metric in metrics},
         mean_reward=_mean(scores) if scores else None,
         cumulative_reward=float(sum(scores)) if scores else None,
         rewards={name: _mean(values) if values else None for name, values in applicable.items()},
@@ -220,31 +223,38 @@ def score_system(
     )
 
 
+def _score(metric: Metric, texts: Sequence[str], test: TestSet, resampling: Resampling) -> Score:
+    settings = (resampling.n_resamples, resampling.confidence, resampling.seed)
+    if test.clusters is None:
+        return metric.corpus_score(texts, test.references, *settings)
+    return clustered_score(metric, texts, test.references, test.clusters, *settings)
+
+
 def compare_systems(
     outputs: Mapping[str, Outputs], test: TestSet, metrics: Sequence[Metric], resampling: Resampling
 ) -> list[SystemComparison]:
     """Compare the systems by every metric and by the reward, with p corrected for all these comparisons together."""
-    n, seed = resampling.n_resamples, resampling.seed
+    settings = (resampling.n_resamples, resampling.seed, test.clusters)
     comparisons = []
     for a, b in compared_pairs(list(outputs)):
         first, second = outputs[a], outputs[b]
         for metric in metrics:
-            tests = compare_texts(metric, first.texts, second.texts, test.references, n, seed)
+            tests = compare_texts(metric, first.texts, second.texts, test.references, *settings)
             shares = paired_shares(first.metric_scores[metric.name], second.metric_scores[metric.name])
             pair = (a, b, metric.name)
-            comparisons.append(_comparison(*pair, metric.higher_is_better, tests, shares, len(test.prompts)))
+            comparisons.append(_comparison(*pair, metric.higher_is_better, tests, shares, test))
         if first.scores and second.scores:
-            tests = compare_values(first.scores, second.scores, n, seed)
+            tests = compare_values(first.scores, second.scores, *settings)
             shares = paired_shares(first.scores, second.scores)
-            comparisons.append(_comparison(a, b, REWARD, True, tests, shares, len(test.prompts)))
+            comparisons.append(_comparison(a, b, REWARD, True, tests, shares, test))
     corrected = holm([comparison.p_value for comparison in comparisons])
     return [replace(comparison, p_holm=p) for comparison, p in zip(comparisons, corrected, strict=True)]
 
 
 def _comparison(
-    a: str, b: str, metric: str, higher_is_better: bool, tests: PairedTests, shares: Shares, examples: int
+    a: str, b: str, metric: str, higher_is_better: bool, tests: PairedTests, shares: Shares, test: TestSet
 ) -> SystemComparison:
-    bootstrap, degrees = tests.bootstrap, max(examples - 1, 1)
+    bootstrap, degrees = tests.bootstrap, max(test.num_clusters - 1, 1)
     return SystemComparison(
         a=a,
         b=b,
@@ -261,10 +271,11 @@ def _comparison(
         test=tests.test,
         p_bootstrap=bootstrap.p_value,
         p_better=shares.better,
-        examples=examples,
+        examples=len(test.prompts),
         standard_error=bootstrap.standard_error,
         smallest_difference=smallest_difference(bootstrap.standard_error, degrees),
         equivalence_margin=equivalence_margin(bootstrap.delta, bootstrap.standard_error, degrees),
+        clusters=test.num_clusters,
     )
 
 

@@ -1,30 +1,34 @@
 """The quality of a reward model: held-out accuracy, calibration, correlations, length bias, trivial rules."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
 
+from pipeline.evaluation.proportions import Share, share, wins
 from pipeline.metrics import Metric
 
 BINS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-Z95 = 1.959964
 # Where a finding becomes a warning.
 FEW_PAIRS, LENGTH_BIAS, CALIBRATION_ERROR = 100, 0.5, 0.1
 
 
 @dataclass(frozen=True)
 class ScoredPair:
-    """A pair with its raw scores, and what trivial rules compare: the lengths in characters, and in `others` by rule
-    name a value of either text, of which the larger wins."""
+    """A pair with its raw scores, its prompt's number, and what trivial rules compare.
 
+    These are the lengths in characters, and in `others` by rule name a value of either text, of which the larger wins.
+    `ppo_answers` says that the prompt is one of those that PPO answers.
+    """
+
+    prompt: int
     chosen_score: float
     rejected_score: float
     chosen_length: int
     rejected_length: int
     others: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    ppo_answers: bool = False
 
 
 @dataclass(frozen=True)
@@ -35,17 +39,6 @@ class ScoredText:
     score: float
     length: int
     metrics: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Share:
-    """How often something holds among `count` cases, with its 95 % interval (Wilson 1927); ties count half."""
-
-    name: str
-    value: float
-    low: float
-    high: float
-    count: int
 
 
 @dataclass(frozen=True)
@@ -76,13 +69,20 @@ class Correlation:
 
 @dataclass(frozen=True)
 class RewardReport:
-    """What is known of a reward model; `score = (raw - shift) / scale`."""
+    """What is known of a reward model; `score = (raw - shift) / scale`.
+
+    `accuracy` is that on held-out pairs which did not choose its checkpoint; pairs of one prompt are a cluster of its
+    interval. `ppo_accuracy` is that on pairs, trained on or not, whose prompts PPO answers, `fresh_accuracy` that on
+    held-out pairs of other prompts; None without such pairs.
+    """
 
     verdict: str
     warnings: list[str]
     findings: list[str]
     accuracy: Share
     training_accuracy: Share | None
+    ppo_accuracy: Share | None
+    fresh_accuracy: Share | None
     rules: list[Share]
     reliability: list[Reliability]
     calibration_error: float
@@ -93,22 +93,13 @@ class RewardReport:
     settings: dict[str, object]
 
 
-def share(name: str, wins: Sequence[float]) -> Share:
-    """Average `wins` (1, 0, or 0.5 for a tie), with Wilson's interval."""
-    n, p = len(wins), float(np.mean(wins))
-    centre, spread = p + Z95**2 / (2 * n), Z95 * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n * n))
-    scale = 1 + Z95**2 / n
-    return Share(name, p, (centre - spread) / scale, (centre + spread) / scale, n)
-
-
-def wins(pairs: Sequence[tuple[float, float]]) -> list[float]:
-    """Compare each pair of values: 1 where the first is larger, 0.5 where both are equal, else 0."""
-    return [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in pairs]
-
-
 def accuracy(pairs: Sequence[ScoredPair], name: str = "reward model") -> Share:
     """Compute how often the chosen text scores higher."""
-    return share(name, wins([(p.chosen_score, p.rejected_score) for p in pairs]))
+    return share(name, wins([(p.chosen_score, p.rejected_score) for p in pairs]), [p.prompt for p in pairs])
+
+
+def _accuracy_of_any(pairs: Sequence[ScoredPair], name: str) -> Share | None:
+    return accuracy(pairs, name) if pairs else None
 
 
 def trivial_rules(pairs: Sequence[ScoredPair]) -> list[Share]:
@@ -117,10 +108,10 @@ def trivial_rules(pairs: Sequence[ScoredPair]) -> list[Share]:
         "the shorter text wins": lambda p: (-p.chosen_length, -p.rejected_length),
         "the longer text wins": lambda p: (p.chosen_length, p.rejected_length),
     }
-    shares = [share(name, wins([rule(p) for p in pairs])) for name, rule in rules.items()]
+    shares = [share(name, wins([rule(p) for p in pairs]), [p.prompt for p in pairs]) for name, rule in rules.items()]
     for name in dict.fromkeys(name for p in pairs for name in p.others):
-        values = [p.others[name] for p in pairs if name in p.others]
-        shares.append(share(name, wins(values)))
+        compared = [p for p in pairs if name in p.others]
+        shares.append(share(name, wins([p.others[name] for p in compared]), [p.prompt for p in compared]))
     return shares
 
 
@@ -179,7 +170,7 @@ def _correlation(name: str, texts: Sequence[ScoredText], values: Sequence[float]
         name,
         pearson(scores, values),
         pearson(_ranks(scores), _ranks(values)),
-        pearson(_centred(scores, prompts), _centred(values, prompts)),
+        pearson(centred(scores, prompts), centred(values, prompts)),
         len(texts),
     )
 
@@ -198,7 +189,8 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     return (last - (count - 1) / 2)[index] if len(distinct) else values
 
 
-def _centred(values: np.ndarray, prompts: Sequence[int]) -> np.ndarray:
+def centred(values: np.ndarray, prompts: Sequence[int]) -> np.ndarray:
+    """Subtract from the values [N] the mean of their prompt."""
     _, index = np.unique(np.array(prompts), return_inverse=True)
     means = np.bincount(index, values) / np.bincount(index)
     return values - means[index]
@@ -217,12 +209,17 @@ def evaluate_reward_model(
     right, rules = accuracy(held_out), trivial_rules(held_out)
     table, error = reliability_table(held_out)
     related = correlations(texts)
+    answered = [pair for pair in (*held_out, *training) if pair.ppo_answers]
+    ppo = _accuracy_of_any(answered, "reward model, prompts that PPO answers")
+    fresh = _accuracy_of_any([p for p in held_out if not p.ppo_answers], "reward model, fresh prompts")
     return RewardReport(
         verdict=_verdict(right, rules, min_accuracy),
         warnings=_warnings(right, rules, error, related),
-        findings=_findings(right, rules),
+        findings=[*_findings(right, rules), *_on_prompts(ppo, fresh, sum(pair.ppo_answers for pair in training))],
         accuracy=right,
-        training_accuracy=accuracy(training) if training else None,
+        training_accuracy=_accuracy_of_any(training, "reward model, training pairs"),
+        ppo_accuracy=ppo,
+        fresh_accuracy=fresh,
         rules=rules,
         reliability=table,
         calibration_error=error,
@@ -237,8 +234,10 @@ def evaluate_reward_model(
 def _verdict(right: Share, rules: Sequence[Share], min_accuracy: float) -> str:
     best = max(rules, key=lambda rule: rule.value)
     sentence = f"The reward model prefers the better text in {right.value:.1%} of {right.count} held-out pairs"
+    sentence += f" of {right.clusters} prompts"
     interval = f"[{right.low:.1%}, {right.high:.1%}]"
-    allowed = "" if right.value >= min_accuracy else f" PPO refuses it: reward.min_accuracy is {min_accuracy:.0%}."
+    refusal = f" PPO refuses it: its interval begins below reward.min_accuracy, which is {min_accuracy:.0%}."
+    allowed = "" if right.low >= min_accuracy else refusal
     return f"{sentence} {interval}; the best trivial rule ({best.name}) gets {best.value:.1%}.{allowed}"
 
 
@@ -247,6 +246,17 @@ def _findings(right: Share, rules: Sequence[Share]) -> list[str]:
     if right.low > 0.5 and len(beaten) == len(rules):
         return ["It beats chance and every trivial rule: its interval is above all of them."]
     return [] if right.low > 0.5 else ["It does not beat chance: 50 % is within its interval."]
+
+
+def _on_prompts(ppo: Share | None, fresh: Share | None, trained: int) -> list[str]:
+    """Say how the model does on prompts that PPO answers, many of which it was trained on, and on fresh ones."""
+    if ppo is None:
+        return ["None of the pairs has a prompt that PPO answers, so its accuracy there is not known."]
+    known = f"{ppo.value:.1%} of {ppo.count} pairs, of which it was trained on {trained}"
+    other = "there are no held-out pairs of fresh prompts"
+    if fresh is not None:
+        other = f"on fresh prompts in {fresh.value:.1%} of {fresh.count} [{fresh.low:.1%}, {fresh.high:.1%}]"
+    return [f"On prompts that PPO answers it is right in {known}; {other}."]
 
 
 def _warnings(right: Share, rules: Sequence[Share], error: float, related: Sequence[Correlation]) -> list[str]:

@@ -1,7 +1,7 @@
 """Choose the texts a reward model is evaluated on, and score them: pairs, held-out texts, references."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from datasets import Dataset
@@ -18,7 +18,7 @@ from pipeline.evaluation.reward_quality import (
 from pipeline.metrics import Metric
 from pipeline.models.text import encode_completions
 from pipeline.rewards.learned import calibration
-from pipeline.rewards.pairs import HELD_OUT, TRAIN, Pair
+from pipeline.rewards.pairs import CHOICE, HELD_OUT, TRAIN, Pair, prompt_key
 from pipeline.rewards.pairs.collect import RankedSample
 from pipeline.rewards.raw_scores import RawScorer, gather_raw_scores
 
@@ -37,12 +37,18 @@ class PromptText:
 
 @dataclass(frozen=True)
 class RewardTestData:
-    """What a reward model is evaluated on: held-out pairs, some training pairs, held-out texts, references."""
+    """What a reward model is evaluated on: held-out pairs, some training pairs, held-out texts, references.
+
+    Rows in `choice_rows` helped to choose the checkpoint, so their texts give the scale but no figure of the report.
+    `ppo_prompts` has the key of every prompt that PPO answers.
+    """
 
     held_out: list[Pair]
     training: list[Pair]
     texts: list[PromptText]
     references: list[PromptText]
+    choice_rows: frozenset[int]
+    ppo_prompts: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -76,17 +82,20 @@ def reward_test_data(
     pairs: Sequence[Pair],
     samples: Sequence[RankedSample],
     validation: Dataset,
+    ppo_prompts: Sequence[str | list],
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
 ) -> RewardTestData:
     """Choose what is scored: the held-out samples, or without any the texts of the held-out pairs."""
     training = [pair for pair in pairs if pair.split == TRAIN]
     held_out = [pair for pair in pairs if pair.split == HELD_OUT]
+    choice = [pair for pair in pairs if pair.split == CHOICE]
     if samples:
         prompts = validation.select([sample.row for sample in samples])["prompt"]
         texts = [PromptText(s.row, prompt, s.text, s.ids) for s, prompt in zip(samples, prompts, strict=True)]
     else:
-        sides = [(p, *side) for p in held_out for side in ((p.chosen, p.chosen_ids), (p.rejected, p.rejected_ids))]
+        pairs = [*held_out, *choice]
+        sides = [(p, *side) for p in pairs for side in ((p.chosen, p.chosen_ids), (p.rejected, p.rejected_ids))]
         distinct = {(p.row, text): PromptText(p.row, p.prompt, text, ids) for p, text, ids in sides}
         texts = list(distinct.values())
     first = validation.select(range(min(REFERENCES, len(validation))))
@@ -97,6 +106,8 @@ def reward_test_data(
         random.Random(seed).sample(training, min(TRAINING_PAIRS, len(training))),
         texts,
         [PromptText(*values) for values in zip(range(len(first)), first["prompt"], references, ids, strict=True)],
+        frozenset(pair.row for pair in choice),
+        frozenset(prompt_key(prompt) for prompt in ppo_prompts),
     )
 
 
@@ -121,8 +132,10 @@ def _text_scores(scorer: RawScorer, texts: Sequence[PromptText], batch_size: int
     return gather_raw_scores(scorer, prompts, words, ids, batch_size)
 
 
-def scored_pairs(pairs: Sequence[Pair], scores: Tensor, metric: Metric | None) -> list[ScoredPair]:
-    """Join pairs with their raw scores `[N, 2]` and with what trivial rules compare.
+def scored_pairs(
+    pairs: Sequence[Pair], scores: Tensor, metric: Metric | None, ppo_prompts: Collection[str]
+) -> list[ScoredPair]:
+    """Join pairs with their raw scores `[N, 2]` and with what trivial rules compare; equal prompts have one number.
 
     With a `metric`, one rule compares the agreement of a text with the prompt's other texts. (Among samples and a
     reference, the reference would be one of the texts.)
@@ -130,9 +143,11 @@ def scored_pairs(pairs: Sequence[Pair], scores: Tensor, metric: Metric | None) -
     agreement: list[dict[str, tuple[float, float]]] = [{} for _ in pairs]
     if metric is not None:
         agreement = consensus([(pair.row, pair.chosen, pair.rejected) for pair in pairs], metric)
+    keys = [prompt_key(pair.prompt) for pair in pairs]
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
     return [
-        ScoredPair(chosen, rejected, len(pair.chosen), len(pair.rejected), others)
-        for pair, (chosen, rejected), others in zip(pairs, scores.tolist(), agreement, strict=True)
+        ScoredPair(numbers[key], *raw, len(pair.chosen), len(pair.rejected), others, key in ppo_prompts)
+        for pair, key, raw, others in zip(pairs, keys, scores.tolist(), agreement, strict=True)
     ]
 
 
@@ -158,11 +173,12 @@ def reward_report(
     Raises:
         ValueError: as `calibration`.
     """
-    held_out = scored_pairs(data.held_out, scores.held_out, inputs.consensus_metric)
+    held_out = scored_pairs(data.held_out, scores.held_out, inputs.consensus_metric, data.ppo_prompts)
+    texts = scored_texts(data.texts, scores.texts, inputs.references, inputs.metrics)
     report = evaluate_reward_model(
         held_out,
-        scored_pairs(data.training, scores.training, inputs.consensus_metric),
-        scored_texts(data.texts, scores.texts, inputs.references, inputs.metrics),
+        scored_pairs(data.training, scores.training, inputs.consensus_metric, data.ppo_prompts),
+        [text for text in texts if text.prompt not in data.choice_rows],
         calibration(scores.texts, scores.references),
         inputs.min_accuracy,
         dict(inputs.pair_counts),

@@ -1,9 +1,10 @@
 """What a finished evaluation left in its run directory: the report, its settings, and the predictions."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipeline.evaluation.clusters import Clusters, cluster_by, single_examples
 from pipeline.metrics import Metric, load_metric
 
 
@@ -43,11 +44,15 @@ class RunComparison:
 
 @dataclass(frozen=True)
 class ScoredRows:
-    """What one system of a run wrote: prompt and references, text and weighted reward (or None) of each test row."""
+    """What one system of a run wrote: prompt and references, text and weighted reward (or None) of each test row.
+
+    `clusters` are those of the rows; every row is one of its own unless the task names clusters.
+    """
 
     keys: tuple[tuple[object, tuple[str, ...]], ...] = ()
     texts: tuple[str, ...] = ()
     scores: tuple[float | None, ...] = ()
+    clusters: Clusters = field(default_factory=lambda: single_examples(0))
 
 
 def load_run(path: Path) -> Run:
@@ -94,7 +99,9 @@ def read_rows(run: Run, system: str) -> ScoredRows:
     with file.open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
     keys = tuple((row["prompt"], tuple(row["references"])) for row in rows)
-    return ScoredRows(keys, tuple(row["completion"] for row in rows), tuple(row.get("score") for row in rows))
+    clusters = cluster_by([row.get("cluster", number) for number, row in enumerate(rows)])
+    texts, scores = tuple(row["completion"] for row in rows), tuple(row.get("score") for row in rows)
+    return ScoredRows(keys, texts, scores, clusters)
 
 
 def run_metrics(run: Run) -> dict[str, Metric]:

@@ -137,8 +137,8 @@ def compare_over_seeds(first: Sequence[Run], others: Sequence[Run]) -> PairwiseC
     scored = resampled_rows(metrics[metric], [read_rows(run, system) for run in (*first, *others)])
     if scored is None:
         return None
-    values, n_examples = scored
-    test = crossed_comparison(values[len(first) :], n_examples, values[: len(first)])
+    values, n_clusters = scored
+    test = crossed_comparison(values[len(first) :], n_clusters, values[: len(first)])
     return PairwiseComparison(
         *(f"{group[0].name} ({len(group)} seeds)" for group in (first, others)),
         system,
@@ -170,7 +170,7 @@ def compare_pair(first: Run, other: Run) -> PairwiseComparison | None:
     if not rows_a.keys or rows_a.keys != rows_b.keys:
         return None
     references = [list(texts) for _, texts in rows_a.keys]
-    tests = compare_texts(run_metrics(first)[metric], rows_a.texts, rows_b.texts, references)
+    tests = compare_texts(run_metrics(first)[metric], rows_a.texts, rows_b.texts, references, clusters=rows_a.clusters)
     result = tests.bootstrap
     return PairwiseComparison(
         first.name,
@@ -183,7 +183,7 @@ def compare_pair(first: Run, other: Run) -> PairwiseComparison | None:
         tests.p_value,
         tests.p_value,
         result.standard_error,
-        max(len(references) - 1, 1),
+        max(rows_a.clusters.count - 1, 1),
     )
 
 

@@ -6,6 +6,7 @@ from typing import Generic, TypeVar
 
 from datasets import Dataset
 
+from pipeline.evaluation.clusters import Clusters
 from pipeline.evaluation.config import EvalConfig
 from pipeline.evaluation.decodings import DecodedText, sample_block_size
 from pipeline.evaluation.divergence import SampleMeasure
@@ -23,7 +24,8 @@ Kind = TypeVar("Kind", Prediction, DecodedText)
 class Scoring:
     """How texts are scored: by `metrics`, the first of which decides, and by `rewards`, which may be none.
 
-    `handling` says what a reward that fails costs; `seed` is that of the resampling.
+    `handling` says what a reward that fails costs; `seed` is that of the resampling, which draws whole `clusters` of
+    the test rows where they belong together.
     """
 
     metrics: Sequence[Metric]
@@ -31,6 +33,7 @@ class Scoring:
     handling: Handling
     settings: EvalConfig
     seed: int
+    clusters: Clusters | None = None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pipeline.evaluation.report import REWARD
 from pipeline.evaluation.run_files import Run, RunComparison, ScoredRows, read_comparisons, read_rows, run_metrics
 from pipeline.evaluation.significance import SIGNIFICANT
 from pipeline.metrics import Metric
-from pipeline.metrics.resampling import bootstrap_indices, resampled_means, with_full_set
+from pipeline.metrics.resampling import bootstrap_indices, resampled_means
 
 N_RESAMPLES = 1000
 OTHER_PAIRS = (("sft", CONTROL), *((name, "ppo") for name in (CONTROL, *BASELINES)))
@@ -113,22 +113,23 @@ def over_seeds_and_examples(metric: Metric | None, rows: Sequence[Sequence[Score
     scored = resampled_rows(metric, [system for pair in rows for system in pair])
     if scored is None:
         return None
-    values, n_examples = scored
-    return crossed_comparison(values[1::2] - values[::2], n_examples)
+    values, n_clusters = scored
+    return crossed_comparison(values[1::2] - values[::2], n_clusters)
 
 
 def resampled_rows(metric: Metric | None, systems: Sequence[ScoredRows]) -> tuple[np.ndarray, int] | None:
-    """Score systems on the same resamples, [systems, R + 1], and count the examples; see `over_seeds_and_examples`."""
+    """Score systems on the same resamples, [systems, R + 1], and count the clusters; see `over_seeds_and_examples`."""
     keys = systems[0].keys
     if not keys or any(system.keys != keys for system in systems):
         return None
-    indices = with_full_set(bootstrap_indices(len(keys), N_RESAMPLES, 0))
+    clusters = systems[0].clusters
+    indices = clusters.rows_with_full_set(bootstrap_indices(clusters.count, N_RESAMPLES, 0))
     if metric is not None:
         references = [list(texts) for _, texts in keys]
-        return np.array([metric.resampled_scores(s.texts, references, indices) for s in systems]), len(keys)
+        return np.array([metric.resampled_scores(s.texts, references, indices) for s in systems]), clusters.count
     if any(None in system.scores for system in systems):
         return None
-    return np.array([resampled_means(system.scores, indices) for system in systems]), len(keys)
+    return np.array([resampled_means(system.scores, indices) for system in systems]), clusters.count
 
 
 def seeds_verdict(summary: SeedSummary) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from pipeline.evaluation.clusters import sizes_text
 from pipeline.evaluation.config import BASELINES, CONTROL, MIN_BOOTSTRAP
 from pipeline.evaluation.controls import Effect, baselines_finding, choices_finding, control_finding
 from pipeline.evaluation.decodings import BestOfN
@@ -93,11 +94,12 @@ def _power(comparison: SystemComparison) -> str:
     smallest = comparison.smallest_difference
     if smallest == 0:
         return ""
-    more = float(f"{9 * comparison.examples:.2g}")
+    more = float(f"{9 * comparison.clusters:.2g}")
+    unit = "examples" if comparison.clusters == comparison.examples else "clusters"
     return (
-        f"The standard error is {size_text(comparison.standard_error)}: with 80 % power, {comparison.examples:,} "
-        f"examples see a difference of {size_text(smallest)} or more; one of {size_text(smallest / 3)} needs about "
-        f"{more:,.0f} examples."
+        f"The standard error is {size_text(comparison.standard_error)}: with 80 % power, "
+        f"{sizes_text(comparison.examples, comparison.clusters)} see a difference of {size_text(smallest)} or more; "
+        f"one of {size_text(smallest / 3)} needs about {more:,.0f} {unit}."
     )
 
 

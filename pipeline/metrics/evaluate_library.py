@@ -13,7 +13,7 @@ import numpy as np
 
 from pipeline.metrics.checks import check_examples, check_options
 from pipeline.metrics.resampling import resampled_means, score_with_interval
-from pipeline.metrics.types import Score
+from pipeline.metrics.types import Rows, Score
 from pipeline.runtime.hub import ask_hub
 from pipeline.runtime.messages import one_line
 
@@ -40,7 +40,7 @@ class EvaluateMetric:
             values = [self._compute([p], [texts]) for p, texts in zip(predictions, references, strict=True)]
         return [float(value if self.higher_is_better else -value) for value in values]
 
-    def resampled_scores(self, predictions: Texts, references: Lists, indices: np.ndarray) -> np.ndarray:
+    def resampled_scores(self, predictions: Texts, references: Lists, indices: Rows) -> np.ndarray:
         """Compute the corpus score [R] of each row of `indices` [R, N]; by means where the module's score is one."""
         try:
             values = np.array(self.sample_scores(predictions, references)) * (1 if self.higher_is_better else -1)

@@ -7,7 +7,7 @@ import numpy as np
 
 from pipeline.metrics.checks import check_examples
 from pipeline.metrics.resampling import resampled_means, score_with_interval
-from pipeline.metrics.types import Score
+from pipeline.metrics.types import Rows, Score
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class MeanMetric:
         return [float(self.score_example(*example)) for example in zip(predictions, references, strict=True)]
 
     def resampled_scores(
-        self, predictions: Sequence[str], references: Sequence[Sequence[str]], indices: np.ndarray
+        self, predictions: Sequence[str], references: Sequence[Sequence[str]], indices: Rows
     ) -> np.ndarray:
         """Return the score [R], 0 to 100, of each row of `indices` [R, N]; see `Metric`."""
         return self.resample_statistics(self.statistics(predictions, references), indices)
@@ -34,7 +34,7 @@ class MeanMetric:
         """Compute the sample scores, [N, 1]."""
         return np.array(self.sample_scores(predictions, references), dtype=np.float64).reshape(-1, 1)
 
-    def resample_statistics(self, statistics: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    def resample_statistics(self, statistics: np.ndarray, indices: Rows) -> np.ndarray:
         """Compute the score [R] of each row of `indices` [R, N] from the `statistics` [N, 1]."""
         return 100 * resampled_means(statistics[:, 0], indices)
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pipeline.metrics.checks import check_examples
-from pipeline.metrics.types import Metric, Score
+from pipeline.metrics.types import Metric, Rows, Score
 
 
 def bootstrap_indices(n_examples: int, n_resamples: int, seed: int) -> np.ndarray:
@@ -26,15 +26,17 @@ def with_full_set(indices: np.ndarray) -> np.ndarray:
     return np.vstack([np.arange(indices.shape[1]), indices])
 
 
-def resampled_means(values: Sequence[float], indices: np.ndarray) -> np.ndarray:
+def resampled_means(values: Sequence[float], indices: Rows) -> np.ndarray:
     """Return the mean [R] of `values` [N] over each row of `indices` [R, N]."""
     values = np.asarray(values, dtype=np.float64)
     # Row by row: values[indices] at once would hold R x N numbers.
     return np.array([values[row].mean() for row in indices], dtype=np.float64)
 
 
-def resampled_sums(statistics: np.ndarray, indices: np.ndarray) -> np.ndarray:
+def resampled_sums(statistics: np.ndarray, indices: Rows) -> np.ndarray:
     """Return the sum [R, K] of the per-example `statistics` [N, K] over each row of `indices` [R, N]."""
+    if not isinstance(indices, np.ndarray):
+        return np.array([statistics[row].sum(axis=0) for row in indices])
     totals = np.zeros((len(indices), statistics.shape[1]))
     # Example after example, in order: the order a plain loop over the corpus adds in, so that fractions round alike.
     for column in indices.T:

@@ -10,7 +10,7 @@ from sacrebleu.metrics.base import Metric as Scorer
 
 from pipeline.metrics.checks import check_examples
 from pipeline.metrics.resampling import resampled_sums, score_with_interval
-from pipeline.metrics.types import Metric, Score
+from pipeline.metrics.types import Metric, Rows, Score
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class SacrebleuMetric:
         return bounded if self.higher_is_better else [1 - score for score in bounded]
 
     def resampled_scores(
-        self, predictions: Sequence[str], references: Sequence[Sequence[str]], indices: np.ndarray
+        self, predictions: Sequence[str], references: Sequence[Sequence[str]], indices: Rows
     ) -> np.ndarray:
         """Return the corpus score [R] of each row of `indices` [R, N]; see `Metric`.
 
@@ -54,7 +54,7 @@ class SacrebleuMetric:
         found = self.corpus._extract_corpus_statistics(list(predictions), _streams(references))
         return np.array(found, dtype=np.float64)
 
-    def resample_statistics(self, statistics: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    def resample_statistics(self, statistics: np.ndarray, indices: Rows) -> np.ndarray:
         """Compute the corpus score [R] of each row of `indices` [R, N] from the `statistics` [N, K]."""
         totals = resampled_sums(statistics, indices)
         return np.array([self.corpus._compute_score_from_stats(total).score for total in totals.tolist()])

@@ -6,6 +6,9 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+# The example numbers of R resamples: [R, N], or R arrays of unequal lengths where whole clusters are drawn.
+Rows = np.ndarray | Sequence[np.ndarray]
+
 
 @dataclass(frozen=True)
 class Score:
@@ -49,9 +52,9 @@ class Metric(Protocol):
         ...
 
     def resampled_scores(
-        self, predictions: Sequence[str], references: Sequence[Sequence[str]], indices: np.ndarray
+        self, predictions: Sequence[str], references: Sequence[Sequence[str]], indices: Rows
     ) -> np.ndarray:
-        """Return the corpus score [R] of each resample; `indices` [R, N] holds the example numbers of each."""
+        """Return the corpus score [R] of each resample; `indices` holds the example numbers of each, see `Rows`."""
         ...
 
     def corpus_score(

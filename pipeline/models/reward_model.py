@@ -28,7 +28,8 @@ class RewardRecord:
     """What goes with a reward model: `score = (raw - shift) / scale`, and how it was evaluated.
 
     `kind` is `adapter` (over the base with these digests) or `classifier` (at `path`, with its own tokenizer, and a
-    `template` where it needs one). `accuracy` is the share of `held_out_pairs` whose chosen text scores higher.
+    `template` where it needs one). `accuracy` is the share of `held_out_pairs` whose chosen text scores higher, and
+    `accuracy_low` where its 95 % interval begins.
     """
 
     kind: str
@@ -40,6 +41,7 @@ class RewardRecord:
     base_digest: str | None = None
     tokenizer_digest: str | None = None
     template: str | None = None
+    accuracy_low: float | None = None
 
     def save(self, directory: Path) -> None:
         """Write `reward_model.json`."""

@@ -130,16 +130,19 @@ def calibration(scores: Tensor, references: Tensor) -> tuple[float, float]:
 
 
 def check_accuracy(record: RewardRecord, min_accuracy: float, path: object) -> None:
-    """Refuse a reward model that does not tell better from worse.
+    """Refuse a reward model that is not shown to tell better from worse: by where its interval begins, if known.
 
     Raises:
         ValueError: naming the accuracy and how to go on all the same.
     """
-    if record.accuracy is not None and record.accuracy < min_accuracy:
+    low = record.accuracy if record.accuracy_low is None else record.accuracy_low
+    if low is not None and low < min_accuracy:
+        begins = "" if record.accuracy_low is None else f", and its 95 % interval begins at {low:.1%}"
         raise ValueError(
             f"reward.min_accuracy: the reward model in {str(path)!r} prefers the better text in "
-            f"{record.accuracy:.1%} of {record.held_out_pairs} held-out pairs, below {min_accuracy:.1%}: see "
-            f"{path}/report; train a better one, or set reward.min_accuracy lower to use it all the same"
+            f"{record.accuracy:.1%} of {record.held_out_pairs} held-out pairs{begins}, below {min_accuracy:.1%}: see "
+            f"{path}/report; train a better one or hold out more prompts, or set reward.min_accuracy lower to use it "
+            "all the same"
         )
 
 

@@ -1,10 +1,12 @@
 """What the eval stage makes of a recipe: the systems, how their texts are scored, and the settings it reports."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from accelerate import PartialState
 
 from pipeline.evaluation.assemble import decoding_name
+from pipeline.evaluation.clusters import cluster_by
 from pipeline.evaluation.config import CONTROL
 from pipeline.evaluation.scoring import Scoring
 from pipeline.evaluation.systems import Answering, Source
@@ -67,7 +69,8 @@ def report_scoring(recipe: Recipe, run: RunDirectory, task: Task) -> Scoring:
     if recipe.ppo is not None:
         rewards, handling = report_rewards(recipe, run, task), report_handling(recipe.ppo)
     metrics = [load_metric(metric.name, task.language, **metric.options) for metric in recipe.eval.metrics]
-    return Scoring(metrics, rewards, handling, recipe.eval, recipe.seed)
+    clusters = None if task.cluster is None else cluster_by(task.test[task.cluster])
+    return Scoring(metrics, rewards, handling, recipe.eval, recipe.seed, clusters)
 
 
 def report_rewards(recipe: Recipe, run: RunDirectory, task: Task) -> list[Reward]:
@@ -103,6 +106,7 @@ def report_settings(recipe: Recipe, task: Task) -> dict[str, object]:
         "seed": recipe.seed,
         "test_examples": len(task.test),
         **({"rows_left_out": len(task.left_out)} if task.left_out else {}),
+        **({} if task.cluster is None else _cluster_settings(task.cluster, task.test[task.cluster])),
         "decoding": decoding_name(recipe.eval.num_beams),
         "max_new_tokens": recipe.eval.max_new_tokens,
         "kl_temperature": _final_temperature(recipe),
@@ -129,3 +133,7 @@ def checkpoint_rules(recipe: Recipe) -> dict[str, str | None]:
     if recipe.ppo is not None:
         rules["ppo"] = recipe.ppo.metric_for_best_model if recipe.ppo.load_best_model_at_end else None
     return rules
+
+
+def _cluster_settings(column: str, labels: Sequence[object]) -> dict[str, object]:
+    return {"cluster": column, "clusters": cluster_by(labels).count}

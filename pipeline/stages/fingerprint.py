@@ -28,7 +28,7 @@ def stage_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
 
     The stages after sft depend on its settings too, unless `ppo.sft_model_path` names another model; ppo depends on a
     reward stage that rewards it, control and sft_by_metric on the same as ppo, and eval on everything before it. The
-    name and place of the run and `reward.min_accuracy` change no result.
+    name and place of the run and `reward.min_accuracy` change no result, and `task.cluster` none but that of eval.
     """
     sections = ["seed", "model", "task", "sft", "reward", "ppo", "control", "eval"]
     sections = sections[: sections.index(last_section(stage)) + 1]
@@ -41,6 +41,8 @@ def stage_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
         sections.remove("reward")
     flat = _flat({section: values[section] for section in sections if section in values})
     flat.pop("reward.min_accuracy", None)
+    if stage != "eval":
+        flat.pop("task.cluster", None)
     return flat
 
 

@@ -14,7 +14,17 @@ from pipeline.models.loading import load_config, load_model, lora_config
 from pipeline.models.reward_model import RewardRecord
 from pipeline.models.text import chat_problems
 from pipeline.recipe import Recipe
-from pipeline.rewards.pairs import BROKEN, HELD_OUT, TRAIN, Pair, check_pairs, read_lines, scaled_margins, write_lines
+from pipeline.rewards.pairs import (
+    BROKEN,
+    HELD_OUT,
+    TRAIN,
+    Pair,
+    check_pairs,
+    read_lines,
+    scaled_margins,
+    split_held_out,
+    write_lines,
+)
 from pipeline.rewards.pairs.collect import RankedSample, context_check, data_pairs, sample_pairs
 from pipeline.rewards.pairs.settings import SampledPairs
 from pipeline.rewards.raw_scores import UncalibratedReward, load_classifier
@@ -120,6 +130,8 @@ def _save(
     trains = recipe.reward.model is None
     fits = context_check(load_config(base, recipe.model), tokenizer, pairs) if trains else lambda pair: True
     kept, counts = check_pairs(pairs, fits, recipe.reward.pairs.min_margin)
+    if trains and recipe.reward.arguments.get("load_best_model_at_end", True):
+        kept, counts = split_held_out(kept, counts, recipe.seed)
     if broken:
         counts = replace(counts, found=counts.found + broken, dropped={**counts.dropped, BROKEN: broken})
     write_lines(kept, run.reward / "pairs.jsonl")

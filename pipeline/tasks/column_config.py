@@ -37,6 +37,9 @@ class Config:
     Every column of the data travels to the reward functions; one called like what they get anyway (TAKEN_COLUMNS) is
     renamed: `prompt` to `data_prompt`. `language` is that of the completions.
 
+    `cluster` is a column of the test split. Rows with the same value in it belong together, such as the questions of
+    one paragraph or the sentences of one document: intervals and tests of the report resample them as a whole.
+
     `skip_broken_rows` leaves out, reports and counts rows that cannot be parsed or whose values cannot be used;
     without it they are errors.
     """
@@ -61,6 +64,7 @@ class Config:
     max_validation_examples: int | None = None  # likewise
     max_test_examples: int | None = None  # likewise
     ppo_examples: int | None = None  # the last training rows, which SFT does not see and PPO answers
+    cluster: str | None = None  # a column: test rows with equal values are resampled together
     strip_thoughts: bool = False  # rewards and metrics do not see a <think>...</think> at the start of a completion
     skip_broken_rows: bool = False  # leave out and count rows that cannot be used, instead of stopping
 
@@ -96,6 +100,8 @@ class Config:
         for key in ("prompt", "completion", "references"):
             if (value := getattr(self, key)) is not None:
                 placeholders(value, key)
+        if self.cluster is not None and placeholders(self.cluster, "cluster"):
+            raise TaskError(f"task.cluster: write the name of a column, found the template {self.cluster!r}")
 
     def local_path(self, split: str) -> Path:
         """Return the path of a split, if the data are local."""

@@ -167,6 +167,11 @@ def _key_of_prompt(config: Config) -> str:
     return "references" if config.completion is None else "completion"
 
 
+def renamed_column(column: str, columns: Sequence[str]) -> str:
+    """Return what a column of the data is called in the examples."""
+    return _new_names(columns)[column]
+
+
 def _new_names(columns: Sequence[str]) -> dict[str, str]:
     names: dict[str, str] = {}
     for column in columns:

@@ -1,12 +1,14 @@
 """Map the columns of any data set: a Hub id, json, jsonl, csv, tsv or parquet files, a `save_to_disk` directory."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.tasks.column_config import Config
-from pipeline.tasks.column_examples import make_examples
+from pipeline.tasks.column_examples import make_examples, renamed_column
+from pipeline.tasks.examples import check_columns
 from pipeline.tasks.parts import check_disjoint, select_part, split_name
 from pipeline.tasks.tables import SUFFIXES, SourceTable, check_hub, read_file, read_hub, read_saved
-from pipeline.tasks.types import SPLITS, Task, TaskError, hold_out
+from pipeline.tasks.types import SPLITS, Task, TaskError, Where, hold_out
 
 __all__ = ["Config", "check_reachable", "files", "load", "read_tables"]
 SAVED_MARKERS = ("dataset_dict.json", "dataset_info.json")
@@ -84,6 +86,8 @@ def load(config: Config) -> Task:
     files(config)
     check_reachable(config)
     tables = read_tables(config)
+    if config.cluster is not None:
+        check_columns(tables["test"], "cluster", config.cluster)
     check_disjoint({split: (getattr(config, split), len(tables[split].rows)) for split in SPLITS})
     splits, places, broken = {}, {}, [line for table in tables.values() for line in table.broken]
     for split in SPLITS:
@@ -91,6 +95,9 @@ def load(config: Config) -> Task:
         splits[split], table = make_examples(config, part)
         places[split] = table.where
         broken += table.broken
+    cluster = None if config.cluster is None else renamed_column(config.cluster, tables["test"].dataset.column_names)
+    if cluster is not None:
+        _check_clusters(config.cluster, splits["test"][cluster], places["test"])
     task = Task(
         **splits,
         language=config.language,
@@ -99,8 +106,20 @@ def load(config: Config) -> Task:
         system=config.system,
         strip_thoughts=config.strip_thoughts,
         skip_broken_rows=config.skip_broken_rows,
+        cluster=cluster,
     )
     return hold_out(task, config.ppo_examples)
+
+
+def _check_clusters(column: str, labels: Sequence[object], where: Where) -> None:
+    """Refuse rows that name no cluster.
+
+    Raises:
+        TaskError: saying where they are.
+    """
+    empty = [row for row, label in enumerate(labels) if label is None]
+    if empty:
+        raise TaskError(f"task.cluster: the column {column!r} is null in {where(empty)}; name a cluster in each row")
 
 
 def read_tables(config: Config) -> dict[str, SourceTable]:

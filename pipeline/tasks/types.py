@@ -42,7 +42,8 @@ class Task:
     `language` is that of the completions (an ISO 639-1 code), where known: metrics choose their tokenizer by it.
     `system` is what chats without a system message begin with. With `strip_thoughts` rewards and metrics do not see a
     `<think>...</think>` at the start of a completion; with `skip_broken_rows` rows that the model cannot take are left
-    out instead of refused.
+    out instead of refused. Test rows with the same value in the column `cluster` belong together: the report resamples
+    them as a whole.
     """
 
     train: Dataset
@@ -55,6 +56,12 @@ class Task:
     system: str | None = None
     strip_thoughts: bool = False
     skip_broken_rows: bool = False
+    cluster: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.cluster is not None and self.cluster not in self.test.column_names:
+            columns = ", ".join(self.test.column_names)
+            raise TaskError(f"task.cluster: the test rows have no column {self.cluster!r}; there are: {columns}")
 
     def where(self, split: str, rows: Sequence[int]) -> str:
         """Return where rows of a split (or of `ppo_prompts`) are in the data, the first three of them by number."""

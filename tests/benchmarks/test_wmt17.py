@@ -59,4 +59,4 @@ def test_false_differences_in_a_few_trials(capsys):
     assert [(c.metric, c.examples) for c in cells] == [(m, size) for m in METRICS for size in (50, 120)]
     assert all(cell.relay[LEVELS[0]] <= 9 / 60 for cell in cells)
     assert np.mean([c.sacrebleu[LEVELS[0]] - c.relay[LEVELS[0]] for c in cells]) > 0
-    assert "| BLEU | 120 | paired bootstrap |" in capsys.readouterr().out
+    assert "| BLEU | 120 | paired randomisation |" in capsys.readouterr().out

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-from sacrebleu.metrics import BLEU
+from sacrebleu.metrics.bleu import BLEU, BLEUScore
 from sacrebleu.significance import Result, _paired_bs_test
 from wmt17 import CountedBleu, corpus_bleu, load_statistics, resampled_counts
 
@@ -90,9 +90,10 @@ def sacrebleu_own_p(metric: str, a: np.ndarray, b: np.ndarray, seed: int) -> flo
     """Compute the same by sacreBLEU's own function, which reads texts: here these are the counts already."""
     bleu = BLEU(tokenize="none", force=True)
 
-    def score(totals: np.ndarray) -> SimpleNamespace:
-        value = bleu._compute_score_from_stats(totals.tolist()).score if metric == "BLEU" else accuracy(totals[None])[0]
-        return SimpleNamespace(score=float(value))
+    def score(totals: np.ndarray) -> SimpleNamespace | BLEUScore:
+        if metric == "BLEU":
+            return bleu._compute_score_from_stats(totals.tolist())
+        return SimpleNamespace(score=float(accuracy(totals[None])[0]))
 
     scorer = SimpleNamespace(
         _extract_corpus_statistics=lambda counts, references: counts,

@@ -5,6 +5,7 @@ from dataclasses import replace
 from zlib import crc32
 
 from pipeline.evaluation.assemble import assemble_report
+from pipeline.evaluation.clusters import Clusters
 from pipeline.evaluation.config import EvalConfig
 from pipeline.evaluation.decodings import DecodedText
 from pipeline.evaluation.divergence import SampleMeasure
@@ -45,6 +46,7 @@ def make_report(
     rewards: Sequence[str] = ("mine",),
     samples: dict[str, list[str]] | None = None,
     same_weights: Sequence[str] = (),
+    clusters: Clusters | None = None,
     changes: dict[str, dict] | None = None,
     measures: dict[str, SampleMeasure] | None = None,
     **settings,
@@ -54,7 +56,7 @@ def make_report(
     `changes` are figures of a system's predictions, `measures` what every sample of a system gives.
     """
     config = EvalConfig(samples_per_prompt=2)
-    scoring = Scoring(metrics, [Reward(name, lambda **_: []) for name in rewards], Handling(), config, 0)
+    scoring = Scoring(metrics, [Reward(name, lambda **_: []) for name in rewards], Handling(), config, 0, clusters)
     scores = scores if scores is not None else {name: [0.5] * len(completions) for name, completions in texts.items()}
     changes, samples, measures = changes or {}, samples or {}, measures or {}
     systems, outputs = {}, {}
@@ -75,4 +77,4 @@ def make_report(
         parts = {"mine": scores[name]} if name in scores else {}
         sentences = {m.name: m.sample_scores(completions, REFERENCES) for m in metrics}
         outputs[name] = Outputs(items, scores.get(name, []), parts, sentences, measured)
-    return assemble_report(systems, outputs, TEST, scoring, settings, []), outputs
+    return assemble_report(systems, outputs, replace(TEST, clusters=clusters), scoring, settings, []), outputs

@@ -103,7 +103,7 @@ def test_the_report_shows_hostile_texts_as_texts(tmp_path):
 
 
 def test_the_page_of_a_reward_model_and_of_a_comparison(tmp_path, monkeypatch):
-    pairs = [ScoredPair(1.0, 0.0, 3, 4, {ALL: (1.0, 0.0)}), ScoredPair(0.0, 1.0, 3, 4, {ALL: (1.0, 0.0)})]
+    pairs = [ScoredPair(n, *scores, 3, 4, {ALL: (1.0, 0.0)}) for n, scores in enumerate([(1.0, 0.0), (0.0, 1.0)])]
     texts = [ScoredText(row, float(row), 3, {ALL: float(row)}) for row in range(4)]
     report = evaluate_reward_model(pairs, pairs, texts, (0.0, 1.0), 0.5, {ALL: ALL}, {"name": ALL, ALL: ALL})
     shown = [Pair(HELD_OUT, 0, ALL, ALL, ALL, [1], [2], None, "data")] * 2

@@ -139,5 +139,7 @@ def test_predictions_file(answer, sft, examples, tmp_path):
         assert {key: line[key] for key in asdict(item)} == asdict(item)
         assert line["score"] == 0.5 and line["metrics"] == {"bleu": 0.1}
     assert [line["rewards"]["a"] for line in lines] == [0.25] * 5 + [None]
+    save_predictions(file, found, examples, {}, [], {}, [0, 0, 1, 1, 2, 2])
+    assert [json.loads(line)["cluster"] for line in file.read_text().splitlines()] == [0, 0, 1, 1, 2, 2]
     save_predictions(file, found, examples, {}, [], {})
     assert json.loads(file.read_text().splitlines()[0])["score"] is None

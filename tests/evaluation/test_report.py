@@ -8,6 +8,7 @@ from evaluation_toys import BAD, BLEU, GOOD, MIXED, REFERENCES, TER, TEST, make_
 
 from pipeline.evaluation.assemble import Details, all_examples
 from pipeline.evaluation.divergence import SampleMeasure
+from pipeline.evaluation.gains import paired_shares
 from pipeline.evaluation.pages.render import write_report
 from pipeline.evaluation.report import Outputs, Resampling, TestSet, compared_pairs, score_system
 from pipeline.evaluation.significance import (
@@ -16,7 +17,6 @@ from pipeline.evaluation.significance import (
     holm,
     paired_bootstrap,
     paired_randomisation,
-    paired_shares,
 )
 
 

@@ -1,6 +1,7 @@
 """The figures of a reward report against numbers worked out by hand."""
 
 import math
+from itertools import count
 
 import numpy as np
 import pytest
@@ -12,7 +13,6 @@ from pipeline.evaluation.reward_quality import (
     correlations,
     evaluate_reward_model,
     reliability_table,
-    share,
     trivial_rules,
 )
 from pipeline.metrics import load_metric
@@ -20,14 +20,15 @@ from pipeline.metrics import load_metric
 P = math.log(3)  # a difference of scores that predicts 75 %
 
 
-def pair(chosen: float, rejected: float, lengths=(3, 5), **others) -> ScoredPair:
-    return ScoredPair(chosen, rejected, *lengths, others)
+PROMPTS = count()
 
 
-def test_a_share_has_wilsons_interval():
-    found = share("x", [1.0] * 60 + [0.0] * 40)
-    assert found.value == 0.6 and found.count == 100
-    assert (found.low, found.high) == pytest.approx((0.5020, 0.6906), abs=1e-4)  # by the formula, z = 1.96
+def pair(
+    chosen: float, rejected: float, lengths=(3, 5), prompt: int | None = None, ppo_answers: bool = False, **others
+) -> ScoredPair:
+    """A pair of scores; a prompt of its own unless told."""
+    prompt = next(PROMPTS) if prompt is None else prompt
+    return ScoredPair(prompt, chosen, rejected, *lengths, others, ppo_answers)
 
 
 def test_rules_look_at_lengths_and_a_tie_counts_half():
@@ -77,12 +78,12 @@ def report(pairs, texts=(), **keys):
 
 
 def test_the_verdict_names_the_best_rule_and_a_refusal():
-    good = report([pair(1, 0, (5, 3))] * 190 + [pair(0, 1, (5, 3))] * 10)
-    assert "95.0% of 200 held-out pairs [91.0%," in good.verdict
+    good = report([pair(1, 0, (5, 3)) for _ in range(190)] + [pair(0, 1, (5, 3)) for _ in range(10)])
+    assert "95.0% of 200 held-out pairs of 200 prompts [91.0%," in good.verdict
     assert "(the longer text wins) gets 100.0%" in good.verdict and "refuses" not in good.verdict
     assert any("trivial rule" in w and "the longer text wins in 100.0%" in w for w in good.warnings)
     bad = report([pair(1, 0), pair(0, 1)])
-    assert "PPO refuses it: reward.min_accuracy is 55%" in bad.verdict
+    assert "PPO refuses it: its interval begins below reward.min_accuracy, which is 55%" in bad.verdict
     assert len(bad.findings) == 1 and "not beat chance" in bad.findings[0]
     assert "only 2 pairs are held out" in bad.warnings[0]
 
@@ -91,3 +92,26 @@ def test_warnings_of_length_and_of_a_metric_that_it_runs_against():
     texts = [ScoredText(n % 3, float(n), 10 - n, {"bleu": -float(n)}) for n in range(9)]
     warnings = " ".join(report([pair(1, 0)] * 150, texts).warnings)
     assert "length bias: it prefers shorter" in warnings and "against bleu (r = -1.00)" in warnings
+
+
+def test_pairs_of_one_prompt_are_one_cluster_and_the_gate_looks_where_the_interval_begins():
+    single = report([pair(1, 0) for _ in range(150)] + [pair(0, 1) for _ in range(50)])
+    assert single.accuracy.low > 0.55 and "PPO refuses" not in single.verdict
+    # The same pairs, 25 of a prompt, each prompt all right or all wrong: eight cases, and not two hundred.
+    right = [pair(1, 0, prompt=n // 25) for n in range(150)]
+    alike = report(right + [pair(0, 1, prompt=6 + n // 25) for n in range(50)])
+    assert (alike.accuracy.value, alike.accuracy.count, alike.accuracy.clusters) == (0.75, 200, 8)
+    assert alike.accuracy.low < 0.45 and "PPO refuses it: its interval begins below" in alike.verdict
+    assert "It does not beat chance" in alike.findings[0]
+
+
+def test_accuracy_on_prompts_that_ppo_answers_and_on_fresh_ones():
+    held_out = [pair(1, 0), pair(1, 0), pair(1, 0), pair(0, 1), pair(1, 0, ppo_answers=True)]
+    training = [pair(1, 0, ppo_answers=True), pair(1, 0, ppo_answers=True), pair(0, 1, ppo_answers=True), pair(0, 1)]
+    texts = [ScoredText(0, 0.0, 1, {}), ScoredText(0, 1.0, 2, {})]
+    found = evaluate_reward_model(held_out, training, texts, (0.0, 1.0), 0.55, {}, {})
+    assert (found.accuracy.count, found.training_accuracy.count) == (5, 4)
+    assert (found.fresh_accuracy.value, found.fresh_accuracy.count) == (0.75, 4)
+    assert (found.ppo_accuracy.value, found.ppo_accuracy.count) == (0.75, 4)
+    assert "75.0% of 4 pairs, of which it was trained on 3; on fresh prompts in 75.0% of 4" in found.findings[-1]
+    assert "None of the pairs has a prompt that PPO answers" in report([pair(1, 0)]).findings[-1]

@@ -166,3 +166,23 @@ def test_what_cannot_be_compared_is_one_sentence(evaluated, tmp_path, capsys):
     assert "error: compare: give two or more different run directories" in capsys.readouterr().err
     assert compare_command([path, str(tmp_path / "nothing")]) == 2
     assert "holds no finished evaluation" in capsys.readouterr().err
+
+
+def test_clusters_of_the_predictions_are_drawn_as_a_whole(evaluated):
+    """Twelve examples in two clusters decide nothing: neither a pair of checkpoints nor three seeds."""
+
+    def clustered(path):
+        for file in (path / "eval" / "predictions").iterdir():
+            rows = [json.loads(line) for line in file.read_text().splitlines()]
+            lines = [json.dumps({**row, "cluster": number // 6}) for number, row in enumerate(rows)]
+            file.write_text("\n".join(lines) + "\n")
+        return path
+
+    pair = [evaluated("a", MIXED), evaluated("b", GOOD, **{"ppo.kl_coef": 1})]
+    assert compared(*pair).duels[0].p_value < 0.05
+    duel = compared(*map(clustered, pair)).duels[0]
+    assert duel.p_value >= 0.5 and duel.degrees == 1
+    texts = [GOOD, GOOD[:11] + BAD[11:], GOOD[:10] + BAD[10:]]
+    seeds = [evaluated(f"c-{n}", ppo, seed=n) for n, ppo in enumerate(texts)]
+    assert compared(*seeds).seeds[0].over_both.p_value < 0.05
+    assert compared(*map(clustered, seeds)).seeds[0].over_both.p_value >= 0.5

@@ -53,6 +53,7 @@ def comparison(**changes) -> SystemComparison:
         "standard_error": 0.31,
         "smallest_difference": 0.87,
         "equivalence_margin": 1.51,
+        "clusters": 2000,
     }
     return SystemComparison(**{**figures, **changes})
 

@@ -81,6 +81,10 @@ def test_a_weak_reward_is_refused_saying_how_to_override():
     message = r"prefers the better text in 70\.0% of 100 held-out pairs, below 71\.0%: .*set reward\.min_accuracy"
     with pytest.raises(ValueError, match=message):
         check_accuracy(RECORD, 0.71, "runs/x/reward")
+    known = replace(RECORD, accuracy_low=0.6)
+    check_accuracy(known, 0.6, "runs/x/reward")
+    with pytest.raises(ValueError, match=r"its 95 % interval begins at 60\.0%, below 61\.0%"):
+        check_accuracy(known, 0.61, "runs/x/reward")
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,11 @@
 """Pairs from samples and references by hand, and every reason for which a pair is dropped."""
 
+from dataclasses import replace
+
 import pytest
 
 from pipeline.rewards.pairs import (
+    CHOICE,
     EMPTY,
     EQUAL,
     HELD_OUT,
@@ -18,6 +21,7 @@ from pipeline.rewards.pairs import (
     prompt_pairs,
     read_lines,
     scaled_margins,
+    split_held_out,
     write_lines,
 )
 from pipeline.rewards.pairs.settings import SampledPairs
@@ -87,6 +91,24 @@ def test_nothing_left_is_refused_with_the_reasons(split, where):
     message = f"reward.pairs: no pair is left {where}; pairs: .*; dropped 1: {EQUAL}"
     with pytest.raises(ValueError, match=message):
         check_pairs(pairs, fits, 0.0)
+
+
+def test_half_of_the_held_out_prompts_choose_the_checkpoint():
+    pairs = [pair("t"), *(pair(f"p{n % 5}", f"good {n}", split=HELD_OUT) for n in range(15))]
+    divided, counts = split_held_out(*check_pairs(pairs, fits, 0.0), seed=3)
+    assert counts.kept == {TRAIN: 1, CHOICE: 6, HELD_OUT: 9} and counts.found == 16
+    assert "1 for training, 6 to choose the checkpoint and 9 held out" in counts.sentences()[0]
+    sides = [{p.prompt for p in divided if p.split == split} for split in (CHOICE, HELD_OUT)]
+    assert [len(side) for side in sides] == [2, 3] and not sides[0] & sides[1]
+    assert [replace(p, split="") for p in divided] == [replace(p, split="") for p in pairs]
+    assert split_held_out(*check_pairs(pairs, fits, 0.0), seed=3)[0] == divided
+    assert any(split_held_out(*check_pairs(pairs, fits, 0.0), seed=seed)[0] != divided for seed in range(5))
+
+
+def test_one_held_out_prompt_cannot_choose_and_judge():
+    pairs = [pair("t"), pair("p", "a", split=HELD_OUT), pair("p", "b", split=HELD_OUT)]
+    with pytest.raises(ValueError, match=r"all held-out pairs have one prompt.*load_best_model_at_end"):
+        split_held_out(*check_pairs(pairs, fits, 0.0), seed=0)
 
 
 def test_chat_prompts_are_told_apart_by_their_content():

@@ -14,7 +14,13 @@ from huggingface_hub import constants
 from pipeline.models import hub
 from pipeline.stages import digests
 from pipeline.stages.directory import RunDirectory
-from pipeline.stages.fingerprint import setting_differences, stage_fingerprint, stage_state, stage_status
+from pipeline.stages.fingerprint import (
+    setting_differences,
+    stage_fingerprint,
+    stage_settings,
+    stage_state,
+    stage_status,
+)
 from pipeline.stages.plan import plan_stages
 from pipeline.stages.stage import begin_stage, finish_stage, run_stage
 
@@ -41,6 +47,13 @@ def test_a_fingerprint_covers_what_a_stage_depends_on(override, changed):
     before, after = recipe_with(), recipe_with(override)
     different = [stage for stage in OWN if stage_fingerprint(before, stage) != stage_fingerprint(after, stage)]
     assert different == changed
+
+
+def test_clusters_change_the_evaluation_alone():
+    columns = "task={name: columns, path: 'x/{split}.jsonl', prompt: question, references: answers, cluster: COLUMN}"
+    one, other = (recipe_with(columns.replace("COLUMN", column)) for column in ("page", "book"))
+    changed = [stage for stage in OWN if stage_settings(one, stage) != stage_settings(other, stage)]
+    assert changed == ["eval"] and stage_settings(one, "eval")["task.cluster"] == "page"
 
 
 def test_a_fingerprint_covers_an_external_sft_model():

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 from column_data import ROWS, config, refusal, row_refusal, single, write_lines
@@ -23,6 +24,26 @@ def test_files_by_split(folder):
     }
     assert task.test["n"][:] == [7, 8] and task.language == "de"
     assert columns.files(config(folder)) == [folder / f"{split}.jsonl" for split in SPLITS]
+
+
+def test_a_column_puts_test_rows_into_clusters(folder):
+    assert load_task("columns", config(folder)).cluster is None
+    task = load_task("columns", config(folder, cluster="question"))
+    assert task.cluster == "question" and task.test["question"][:] == ["Wer ist Nr. 7?", "Wer ist Nr. 8?"]
+    write_lines(folder / "test.jsonl", [{**row, "references": ["a", 1]} for row in ROWS[:3]])
+    task = load_task("columns", config(folder, cluster="references"))  # a name that examples have of their own
+    assert task.cluster == "data_references" and len(task.test["data_references"][:]) == 3
+
+
+def test_a_cluster_that_is_no_column_or_null_is_refused(folder):
+    assert "task.cluster: no column 'quest'" in refusal(config(folder, cluster="quest"))
+    with pytest.raises(TaskError, match=r"task.cluster: write the name of a column, found the template '\{n\}'"):
+        config(folder, cluster="{n}")
+    write_lines(folder / "test.jsonl", [{**row, "page": "a" if row["n"] else None} for row in ROWS[:3]])
+    message = refusal(config(folder, cluster="page"))
+    assert "task.cluster: the column 'page' is null in line 1 of" in message
+    with pytest.raises(TaskError, match=r"task\.cluster: the test rows have no column 'page'"):
+        replace(load_task("columns", config(folder, test="validation", validation="test")), cluster="page")
 
 
 def test_limits_keep_the_first_rows(folder):

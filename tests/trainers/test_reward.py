@@ -12,7 +12,7 @@ from pipeline.models.loading import lora_config
 from pipeline.models.reward_model import RewardNetwork
 from pipeline.models.sequences import Sequences
 from pipeline.models.text import encode_completions
-from pipeline.rewards.pairs import HELD_OUT, TRAIN, Pair
+from pipeline.rewards.pairs import CHOICE, HELD_OUT, TRAIN, Pair
 from pipeline.runtime.signals import Stopped
 from pipeline.trainers.checkpoints import list_checkpoints
 from pipeline.trainers.huggingface.resumable import last_checkpoint
@@ -141,3 +141,23 @@ def test_checkpoints_hold_no_base(reward, tmp_path):
 def test_a_loss_that_is_not_finite_ends_it_naming_the_section(reward):
     with pytest.raises(FloatingPointError, match=r"the .* is not finite.*; lower reward\.learning_rate"):
         reward(learning_rate=1e30, max_grad_norm=0.0, adam_epsilon=1e-30)
+
+
+def test_the_pairs_that_choose_the_checkpoint_are_not_those_that_judge_it(
+    taught, tokenizer, examples, model_config, tmp_path, fresh_accelerate
+):
+    pairs = [
+        *make_pairs(tokenizer, examples.select(range(4)), TRAIN),
+        *make_pairs(tokenizer, examples.select(range(4, 7)), CHOICE),
+        *make_pairs(tokenizer, examples.select(range(7, 12)), HELD_OUT),
+    ]
+    arguments = reward_arguments({**SETTINGS, "eval_strategy": "epoch"}, tmp_path, seed=0)
+    trainer = build_reward_trainer(
+        taught(), arguments, tokenizer, pairs, lora_config(model_config), tmp_path / "metrics.jsonl"
+    )
+    assert (len(trainer.train_dataset), len(trainer.eval_dataset)) == (4, 3)
+    without = [pair for pair in pairs if pair.split != CHOICE]
+    trainer = build_reward_trainer(
+        taught(), arguments, tokenizer, without, lora_config(model_config), tmp_path / "metrics.jsonl"
+    )
+    assert len(trainer.eval_dataset) == 5

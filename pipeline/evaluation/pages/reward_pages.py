@@ -81,13 +81,15 @@ def pair_table(report: RewardReport, pairs: Sequence[Pair], scored: Sequence[Sco
 
 def accuracy_table(report: RewardReport) -> Table:
     """Make the table of the reward model and the trivial rules on the held-out pairs."""
-    shares = [report.accuracy, *report.rules]
-    rows = [[s.name, f"{s.value:.1%}", f"[{s.low:.1%}, {s.high:.1%}]", str(s.count)] for s in shares]
-    if report.training_accuracy:
-        t = report.training_accuracy
-        rows.append(["reward model, training pairs", f"{t.value:.1%}", f"[{t.low:.1%}, {t.high:.1%}]", str(t.count)])
-    note = "Share of the pairs in which the better text wins, with its 95 % interval; a tie counts half."
-    return Table("Accuracy", ["", "accuracy", "interval", "pairs"], rows, note)
+    others = [report.fresh_accuracy, report.ppo_accuracy, report.training_accuracy]
+    shares = [report.accuracy, *report.rules, *(other for other in others if other is not None)]
+    rows = [[s.name, f"{s.value:.1%}", f"[{s.low:.1%}, {s.high:.1%}]", str(s.count), str(s.clusters)] for s in shares]
+    note = (
+        "Share of the pairs in which the better text wins, with its 95 % interval; a tie counts half. Pairs of one "
+        "prompt are a cluster. The held-out pairs here did not choose the checkpoint. Prompts that PPO answers: of "
+        "held-out and training pairs."
+    )
+    return Table("Accuracy", ["", "accuracy", "interval", "pairs", "prompts"], rows, note)
 
 
 def reliability(report: RewardReport) -> Table:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from pipeline.evaluation.clusters import sizes_text
 from pipeline.evaluation.decodings import BestOfN
 from pipeline.evaluation.gains import Bucket
 from pipeline.evaluation.power import p_cell
@@ -61,8 +62,10 @@ def score_table(report: EvaluationReport) -> Table:
                 rows.append([f"reward {name}", *_formatted((s.rewards.get(name) for s in systems), ".4f")])
     rows += [[label, *(_with_error(figure(s), error(s)) for s in systems)] for label, figure, error in SAMPLED_FIGURES]
     confidence = report.settings.get("confidence", 0.95)
+    clusters = report.settings.get("clusters")
+    drawn = f"over {clusters} clusters of test examples" if clusters else "over the test examples"
     note = (
-        f"[a, b]: {confidence:.0%} bootstrap interval over the test examples. KL and entropy are those of "
+        f"[a, b]: {confidence:.0%} bootstrap interval {drawn}. KL and entropy are those of "
         f"{systems[0].samples:,} samples of each system at PPO's temperature, ± their standard errors; all else is of "
         "the completions."
     )
@@ -94,12 +97,16 @@ def comparison_table(report: EvaluationReport) -> Table:
         ]
         for c in report.comparisons
     ]
+    drawn = ""
+    if report.comparisons and report.comparisons[0].clusters < report.comparisons[0].examples:
+        drawn = f"{sizes_text(report.comparisons[0].examples, report.comparisons[0].clusters)}, drawn as a whole; "
     note = (
-        f"p: two-sided, from the paired bootstrap; below {SMALL} examples from paired randomisation; from "
-        "McNemar's test (mid-p) where every example is right or wrong; Holm: corrected for all rows of this "
-        "table; randomised: paired approximate randomisation; smallest seen: the difference that the test finds with "
-        "80 % power; wins and losses: shares of the examples on which the first-named system is better and worse; "
-        "P(better): its chance to be better on one example, ties counted half."
+        f"{drawn}p: two-sided, from the paired bootstrap; below {SMALL} examples or clusters from paired "
+        "randomisation; where every example is right or wrong from McNemar's test (mid-p), with clusters from paired "
+        "randomisation; Holm: corrected for all rows of this table; randomised: paired approximate randomisation; "
+        "smallest seen: the difference that the test finds with 80 % power; wins and losses: shares of the examples "
+        "on which the first-named system is better and worse; P(better): its chance to be better on one example, ties "
+        "counted half."
     )
     return Table("Comparisons", header, rows, note)
 
@@ -137,6 +144,28 @@ def best_of_note(best_of: BestOfN) -> str:
         f"First {best_of.prompts} test prompts at temperature {best_of.temperature:g}; the best is chosen by knowing "
         "the score, which a system in use does not, so this is a ceiling. Metrics are means of sentence scores."
     )
+
+
+def agreement_table(report: EvaluationReport) -> Table:
+    """Make the table of how the learned reward ranks the samples of every system, compared with the metric."""
+    rows = [
+        [
+            system,
+            f"{a.accuracy.value:.1%} [{a.accuracy.low:.1%}, {a.accuracy.high:.1%}]",
+            *_formatted([a.within_prompt], "+.3f"),
+            *(_formatted([a.change], "+.1%")),
+            MISSING if a.low is None else f"[{a.low:+.1%}, {a.high:+.1%}]",
+            str(a.accuracy.count),
+            str(a.accuracy.clusters),
+        ]
+        for system, a in report.reward_agreement.items()
+    ]
+    header = ["samples of", "ranked alike", "r within prompts", "against sft", "95 % interval", "pairs", "prompts"]
+    note = (
+        "Pairs of samples of one prompt that the learned reward and the metric rank alike, of all pairs that the "
+        "metric tells apart. Where this falls from SFT to PPO, PPO has learnt the reward's mistakes."
+    )
+    return Table("Learned reward on the systems' own samples", header, rows, note)
 
 
 def bucket_tables(report: EvaluationReport) -> list[Table]:

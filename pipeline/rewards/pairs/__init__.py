@@ -1,6 +1,7 @@
 """Pairs of a better and a worse text: made from samples and references, checked, counted, written and read."""
 
 import json
+import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -9,9 +10,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from pipeline.rewards.pairs.settings import SampledPairs
+from pipeline.runtime.seeds import derive_seed
 
 T = TypeVar("T")
-TRAIN, HELD_OUT = "train", "held_out"
+TRAIN, CHOICE, HELD_OUT = "train", "choice", "held_out"
 DATA = "data"
 # Why a pair is not used, in words that follow "12 pairs: ".
 EMPTY = "chosen or rejected is an empty text"
@@ -28,7 +30,8 @@ KNOWN = "the prompt is one of the held-out pairs"
 class Pair:
     """A prompt (text or chat) with a better and a worse text, the latter two also as the token ids that are scored.
 
-    `split` is train or held_out, `row` the prompt's row there, `origin` sft, references or data.
+    `split` is train, choice (the held-out pairs that choose the checkpoint) or held_out (those that judge it), `row`
+    the prompt's row in the data of the split, `origin` sft, references or data.
     """
 
     split: str
@@ -61,7 +64,8 @@ class PairCounts:
 
     def sentences(self) -> list[str]:
         """Say what was kept and what was dropped, in lines."""
-        kept = f"pairs: {self.kept.get(TRAIN, 0)} for training and {self.kept.get(HELD_OUT, 0)} held out"
+        choice = f", {self.kept[CHOICE]} to choose the checkpoint" if CHOICE in self.kept else ""
+        kept = f"pairs: {self.kept.get(TRAIN, 0)} for training{choice} and {self.kept.get(HELD_OUT, 0)} held out"
         return [f"{kept}, of {self.found}", *(f"dropped {count}: {why}" for why, count in self.dropped.items())]
 
 
@@ -102,13 +106,13 @@ def check_pairs(
     Raises:
         ValueError: nothing is left to train on, or to hold out.
     """
-    held_out = {_key(pair.prompt) for pair in pairs if pair.split == HELD_OUT}
-    orders = {(_key(pair.prompt), pair.chosen, pair.rejected) for pair in pairs}
+    held_out = {prompt_key(pair.prompt) for pair in pairs if pair.split == HELD_OUT}
+    orders = {(prompt_key(pair.prompt), pair.chosen, pair.rejected) for pair in pairs}
     seen: set[tuple[str, str, str]] = set()
     dropped: Counter[str] = Counter()
     kept = []
     for pair in pairs:
-        key = (_key(pair.prompt), pair.chosen, pair.rejected)
+        key = (prompt_key(pair.prompt), pair.chosen, pair.rejected)
         reasons = {
             EMPTY: not pair.chosen.strip() or not pair.rejected.strip(),
             EQUAL: pair.chosen.strip() == pair.rejected.strip(),
@@ -132,7 +136,28 @@ def check_pairs(
     return kept, counts
 
 
-def _key(prompt: str | list) -> str:
+def split_held_out(pairs: Sequence[Pair], counts: PairCounts, seed: int) -> tuple[list[Pair], PairCounts]:
+    """Let the pairs of half of the held-out prompts choose the checkpoint; those of the other half judge it.
+
+    Raises:
+        ValueError: all held-out pairs have one prompt.
+    """
+    prompts = list(dict.fromkeys(prompt_key(pair.prompt) for pair in pairs if pair.split == HELD_OUT))
+    if len(prompts) < 2:
+        raise ValueError(
+            "reward.pairs: all held-out pairs have one prompt, and two are needed: one whose pairs choose the "
+            "checkpoint, one whose pairs judge it; hold out more prompts, or set reward.load_best_model_at_end: false"
+        )
+    chosen = set(random.Random(derive_seed(seed, "choice of the checkpoint")).sample(prompts, len(prompts) // 2))
+    divided = [
+        replace(pair, split=CHOICE) if pair.split == HELD_OUT and prompt_key(pair.prompt) in chosen else pair
+        for pair in pairs
+    ]
+    return divided, replace(counts, kept=dict(Counter(pair.split for pair in divided)))
+
+
+def prompt_key(prompt: str | list) -> str:
+    """Return a text that equal prompts, as texts or chats, have in common."""
     return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
 
 

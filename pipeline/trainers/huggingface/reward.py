@@ -17,7 +17,7 @@ from pipeline.models.dropout import remove_dropout
 from pipeline.models.reward_model import RewardNetwork, load_head
 from pipeline.models.sequences import make_sequences
 from pipeline.models.text import encode_prompts
-from pipeline.rewards.pairs import HELD_OUT, TRAIN, Pair
+from pipeline.rewards.pairs import CHOICE, HELD_OUT, TRAIN, Pair
 from pipeline.runtime.devices import has_accelerator
 from pipeline.trainers.huggingface.arguments import complete_arguments
 from pipeline.trainers.huggingface.resumable import ResumableTrainer
@@ -122,14 +122,18 @@ def build_reward_trainer(
     lora: LoraConfig,
     metrics_file: Path,
 ) -> ResumableRewardTrainer:
-    """Build TRL's trainer over the pairs; every log event is also a line of `metrics_file`."""
+    """Build TRL's trainer over the pairs; every log event is also a line of `metrics_file`.
+
+    Its evaluations are on the pairs that choose the checkpoint; on all held-out pairs where nothing is chosen.
+    """
     set_seed(args.seed)  # it draws the adapter and the head
     network = RewardNetwork.create(model, lora)
     if args.disable_dropout:
         remove_dropout(network)  # TRL's own switch finds torch's dropout modules only
+    evaluated = CHOICE if any(pair.split == CHOICE for pair in pairs) else HELD_OUT
     datasets = {
         split: pair_dataset(tokenizer, [p for p in pairs if p.split == split], model.config.is_encoder_decoder)
-        for split in (TRAIN, HELD_OUT)
+        for split in (TRAIN, evaluated)
     }
     return ResumableRewardTrainer(
         model=network,
@@ -137,6 +141,6 @@ def build_reward_trainer(
         processing_class=tokenizer,
         data_collator=PairCollator(tokenizer.pad_token_id),
         train_dataset=datasets[TRAIN],
-        eval_dataset=datasets[HELD_OUT] if args.eval_strategy != "no" else None,
+        eval_dataset=datasets[evaluated] if args.eval_strategy != "no" else None,
         callbacks=[MetricsFileCallback(metrics_file)],
     )
