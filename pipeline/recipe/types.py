@@ -46,8 +46,9 @@ class RewardSection:
 
     With `model` None an adapter and a head are trained on the SFT model. A path or Hub id of a sequence classifier is
     calibrated and measured without training. Where the pairs have margins, the loss asks for a difference of scores in
-    proportion to them, `margin_weight` on average; 0 ignores the margins. PPO refuses a reward model whose held-out
-    accuracy is below `min_accuracy`. `arguments` are keyword arguments of `trl.RewardConfig` as written.
+    proportion to them, `margin_weight` on average; 0 ignores the margins. PPO refuses a reward model if the 95 %
+    interval of its held-out accuracy begins below `min_accuracy`. `arguments` are keyword arguments of
+    `trl.RewardConfig` as written.
     """
 
     pairs: PairSource
