@@ -84,7 +84,7 @@ def test_the_verdict_names_the_best_rule_and_a_refusal():
     assert any("trivial rule" in w and "the longer text wins in 100.0%" in w for w in good.warnings)
     bad = report([pair(1, 0), pair(0, 1)])
     assert "PPO refuses it: its interval begins below reward.min_accuracy, which is 55%" in bad.verdict
-    assert len(bad.findings) == 1 and "not beat chance" in bad.findings[0]
+    assert len(bad.findings) == 2 and "not beat chance" in bad.findings[0]
     assert "only 2 pairs are held out" in bad.warnings[0]
 
 
