@@ -83,7 +83,7 @@ class PPOTrainer:
         self.checkpoints = self.output_dir / "checkpoints"
         self.accelerator = make_accelerator(args, self.output_dir)
         start = load_start(model, processing_class, peft_config, args, self.output_dir)
-        self.tokenizer, device = start.tokenizer, self.accelerator.device
+        self.tokenizer, adapter, device = start.tokenizer, start.peft_config, self.accelerator.device
         self.train_dataset = training_examples(train_dataset, args, self.accelerator.num_processes)
         self.args = args = with_response_length(args, start.model, self.tokenizer, self.train_dataset)
         self.rewards = load_rewards(
@@ -91,7 +91,6 @@ class PPOTrainer:
         )
         set_seed(seed)  # python, numpy and torch, before the adapter is initialised
         check_inputs(start.model, self.tokenizer, self.train_dataset, self.rewards, args.suppress_tokens)
-        adapter = start.peft_config
         self.experiment = describe_experiment(start.model, args, self.rewards, self.train_dataset, adapter, seed)
         shared = build_shared_model(start.model, args, adapter, self.rewards)
         self.learner = Learner(shared, args, self.accelerator, self._warn)

@@ -70,9 +70,6 @@ CONFIG_ARGUMENTS = {
     "log_completions_hub_repo": "Relay never uploads anything; leave it out",
     "log_multimodal": _TEXT,
     "use_adaptive_entropy": "use entropy_coef, which may be a list of [episodes, value]",
-    "sync_ref_model": "the reference stays the model that PPO starts from; leave it out",
-    "ref_model_mixup_alpha": "the reference stays the model that PPO starts from; leave it out",
-    "ref_model_sync_steps": "the reference stays the model that PPO starts from; leave it out",
 }
 PREFIXES = {
     "vllm_": _WRITER,
