@@ -79,7 +79,9 @@ def main() -> None:
     options = parser.parse_args()
     text = options.recipe.read_text().replace("{recipe_dir}", str(options.recipe.resolve().parent))
     base = YAML(typ="safe").load(text)
-    metric = base["eval"]["metrics"][0]
+    first = base["eval"]["metrics"][0]
+    metric = first if isinstance(first, str) else first["name"]
+    base.pop("control", None)  # a control is about one algorithm
     options.output.mkdir(parents=True, exist_ok=True)
     seeds, names = [int(s) for s in options.seeds.split(",")], options.algorithms.split(",")
     gains: dict[str, dict[int, Gain]] = {name: {} for name in names}
