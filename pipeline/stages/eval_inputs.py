@@ -110,7 +110,7 @@ def report_settings(recipe: Recipe, task: Task) -> dict[str, object]:
         "decoding": decoding_name(recipe.eval.num_beams),
         "max_new_tokens": recipe.eval.max_new_tokens,
         "kl_temperature": _final_temperature(recipe),
-        "precision": "bfloat16 (autocast)" if _computes_in_bf16(recipe) else recipe.model.dtype,
+        "precision": "bfloat16 (autocast)" if _computes_in_bf16(recipe) else recipe.model.dtype or "float32",
         "n_bootstrap": recipe.eval.n_bootstrap,
         "confidence": recipe.eval.confidence,
         "metrics": [{"name": m.name, "options": dict(m.options)} for m in recipe.eval.metrics],

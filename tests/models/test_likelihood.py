@@ -101,10 +101,13 @@ class Memory(TorchDispatchMode):
         self._living: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, operation: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None):
+        given = {
+            tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)
+        }
         result = operation(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
+            # A view of something that was there before, such as a weight, allocates nothing.
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in given:
                 self._living.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
                 if tensor.shape[-1:] == (VOCABULARY,) and tensor.dtype == torch.float32:
                     self.largest = max(self.largest, tensor.numel() // VOCABULARY)
