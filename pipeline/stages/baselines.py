@@ -13,7 +13,7 @@ from trl import SFTConfig
 
 from pipeline.evaluation.config import SFT_BY_METRIC, SFT_LONGER
 from pipeline.evaluation.curves import read_events
-from pipeline.models.generation import Completions, Decoding, finished, generate
+from pipeline.models.generation import Completions, Decoding, finished, generate, seed_samples
 from pipeline.models.loading import load_config, load_policy, load_tokenizer
 from pipeline.models.text import decode, encode_prompts_of
 from pipeline.recipe import Recipe
@@ -28,8 +28,9 @@ from pipeline.stages.task import base_model_path
 from pipeline.tasks import Task
 from pipeline.trainers.checkpoints import list_checkpoints, require_intact
 from pipeline.trainers.huggingface.gather_weights import restore_router
-from pipeline.trainers.ppo.checkpoint import TrainerState
+from pipeline.trainers.ppo.checkpoint import STATE_FILE, TrainerState
 from pipeline.trainers.ppo.held_out import HeldOutData, evaluate_held_out
+from pipeline.trainers.ppo.reward_scales import scale_rewards
 from pipeline.trainers.ppo.setup import make_accelerator
 
 
@@ -83,13 +84,13 @@ def stretched(keys: Mapping[str, Any], factor: float) -> dict[str, Any]:
 def choose_checkpoint(recipe: Recipe, run: RunDirectory, task: Task, directory: Path) -> dict[str, object]:
     """Save in `directory` the one of its checkpoints that PPO's rule chooses, as a plain model; return its figures.
 
-    As in PPO, every checkpoint answers the held-out prompts greedily, and `ppo.metric_for_best_model` of the answers
-    decides; the first of equals is kept.
+    As in PPO, every checkpoint answers the held-out prompts, and `ppo.metric_for_best_model` of the answers decides;
+    the first of equals is kept.
 
     Raises:
         ValueError: a damaged checkpoint, a metric that is not evaluated, or one that is finite for no checkpoint.
     """
-    base, rewards = base_model_path(recipe, run), report_rewards(recipe, run, task)
+    base, rewards = base_model_path(recipe, run), scaled_as_in_ppo(report_rewards(recipe, run, task), run)
     state, values = TrainerState(), {}
     name, greater = recipe.ppo.metric_for_best_model, recipe.ppo.greater_is_better
     for checkpoint in list_checkpoints(directory / "checkpoints"):
@@ -111,6 +112,14 @@ def choose_checkpoint(recipe: Recipe, run: RunDirectory, task: Task, directory: 
     return {"best_step": state.best_step, f"{name}_by_step": values}
 
 
+def scaled_as_in_ppo(rewards: Sequence[Reward], run: RunDirectory) -> list[Reward]:
+    """Divide the weights of rewards with `score_scaling: reference` by the deviations of PPO's first rollout."""
+    if all(reward.score_scaling == "none" for reward in rewards):
+        return list(rewards)
+    newest = list_checkpoints(run.ppo / "checkpoints")[-1]
+    return scale_rewards(rewards, read_record(newest / STATE_FILE).get("reward_deviations", {}))
+
+
 def evaluate_as_ppo(
     recipe: Recipe, task: Task, rewards: Sequence[Reward], checkpoint: Path, base: Path | str
 ) -> dict[str, float]:
@@ -124,8 +133,12 @@ def evaluate_as_ppo(
     data = HeldOutData(examples, encode_prompts_of(tokenizer, examples, model.config.is_encoder_decoder))
     size = args.local_rollout_forward_batch_size
 
-    def write(prompt_ids: Sequence[Sequence[int]], decoding: Decoding) -> Completions:
-        with accelerator.autocast():
+    def write(
+        prompt_ids: Sequence[Sequence[int]], decoding: Decoding, seed: int | None = None, rank: int = 0
+    ) -> Completions:
+        with torch.random.fork_rng(enabled=seed is not None), accelerator.autocast():
+            if seed is not None:
+                seed_samples(model, decoding, seed, rank, len(prompt_ids))
             ids = generate(model, tokenizer, prompt_ids, decoding, size)
         ended = torch.tensor(finished(model, tokenizer, ids, decoding))
         return Completions(ids, decode(tokenizer, ids, task.strip_thoughts), ended)
@@ -133,4 +146,8 @@ def evaluate_as_ppo(
     def compute_rewards(rows: Dataset, texts: Sequence[str], ids: Sequence[Sequence[int]]) -> RewardOutputs:
         return compute_row_rewards(rewards, rows, texts, ids, args.reward_handling)
 
-    return evaluate_held_out(data, size, write, args.greedy, compute_rewards, held_out_metrics(recipe, task))
+    metrics, copies = held_out_metrics(recipe, task), args.num_generations_eval
+    if copies == 1:
+        return evaluate_held_out(data, size, write, args.greedy, compute_rewards, metrics)
+    samples = data.repeated(copies)
+    return evaluate_held_out(samples, size, write, args.sampling, compute_rewards, metrics, recipe.seed)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.evaluation.config import CONTROL, SFT_LONGER
+from pipeline.evaluation.config import CONTROL, SFT_BY_METRIC, SFT_LONGER
 from pipeline.recipe import Recipe, recipe_values
 from pipeline.stages.code_inputs import code_files
 from pipeline.stages.control import control_run, ppo_arguments
@@ -63,6 +63,8 @@ def needed_stages(recipe: Recipe, stage: str) -> list[str]:
     needed = ["sft"] if reads_sft and not recipe.sft_is_external else []
     if last_section(stage) in ("ppo", "eval") and recipe.uses_own_reward:
         needed.append("reward")
+    if stage == SFT_BY_METRIC and any(reward.score_scaling != "none" for reward in recipe.ppo.rewards):
+        needed.append("ppo")  # its first rollout scales them
     if stage == "eval" and "ppo" in recipe.eval.systems:
         needed += ["ppo", *([CONTROL] if recipe.control else []), *recipe.eval.baselines]
     return needed

@@ -7,7 +7,8 @@ import pytest
 from demo_run import complete, recipe_with
 
 from pipeline.recipe import RecipeError
-from pipeline.stages.baselines import sft_keys, stretched, time_factor
+from pipeline.rewards import build_rewards
+from pipeline.stages.baselines import scaled_as_in_ppo, sft_keys, stretched, time_factor
 from pipeline.stages.directory import RunDirectory
 from pipeline.stages.fingerprint import needed_stages, stage_settings, stage_status
 from pipeline.stages.launch import engine_problem, stage_command
@@ -52,6 +53,18 @@ def test_what_a_baseline_depends_on():
     record.write_text(record.read_text().replace('"seconds": ', '"seconds": 1'))  # PPO took another time
     assert stage_status(run, recipe, "sft_longer") == "changed"
     assert stage_status(run, recipe, "sft_by_metric") == "complete"
+
+
+def test_rewards_are_scaled_as_in_ppo():
+    recipe = recipe_with("eval.baselines=[sft_by_metric]", "ppo.rewards=[{name: bleu, score_scaling: reference}, ter]")
+    assert needed_stages(recipe, "sft_by_metric") == ["sft", "ppo"]
+    rewards = build_rewards(recipe.ppo.rewards)
+    run = RunDirectory.of(recipe)
+    for step, deviation in ((2, 0.25), (10, 0.5)):
+        folder = run.ppo / "checkpoints" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        (folder / "trainer_state.json").write_text(json.dumps({"reward_deviations": {"bleu": deviation}}))
+    assert [reward.weight for reward in scaled_as_in_ppo(rewards, run)] == [2.0, 1.0]
 
 
 def test_the_report_waits_for_the_baselines():

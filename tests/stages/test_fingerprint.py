@@ -90,6 +90,7 @@ def test_differences_name_each_setting_with_both_values():
         "sft.warmup_steps: (not set) -> 3.0",
         'ppo.rewards.1.name: (not set) -> "ter"',
         "ppo.rewards.1.weight: (not set) -> -1.0",
+        'ppo.rewards.1.score_scaling: (not set) -> "none"',
         "ppo.kl_coef: 0.05 -> 0.1",
     ]
     assert setting_differences(RunDirectory.of(other), recipe_with("ppo=null"), "eval")[-1] == (
