@@ -367,6 +367,19 @@ def test_keys_of_sft_config_that_another_makes_idle():
     load_recipe(write(), ["sft.optim=sgd", "sft.optim_args=momentum=0.9"])
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adafactor", "rmsprop_bnb", "galore_adamw", "adalomo", "lion_32bit"])
+def test_adams_keys_are_refused_where_another_optimizer_reads_none(optimizer):
+    message = refusal(f"sft.optim={optimizer}", "sft.adam_epsilon=1e-6")
+    assert f"sft.adam_epsilon: it would do nothing: {optimizer}" in message and "sft.optim" in message
+    pairs = ["reward.pairs={path: x.jsonl}", f"reward.optim={optimizer}", "reward.adam_epsilon=1e-6"]
+    assert "reward.adam_epsilon" in refusal(*pairs)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_8bit", "lion_8bit", "ademamix", "schedule_free_radam"])
+def test_adams_keys_are_accepted_where_the_optimizer_reads_them(optimizer):
+    load_recipe(write(), [f"sft.optim={optimizer}", "sft.adam_beta1=0.8"])
+
+
 def test_use_peft_is_resolved_for_each_stage():
     pretrained = "  model_name_or_path: some/model"
     assert load_recipe(write()).sft == SFTSection(False, {"learning_rate": 3e-4, "max_length": 64})

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from pipeline import eval as eval_stage
@@ -15,7 +16,7 @@ from pipeline import run as chain
 from pipeline import sft as sft_stage
 from pipeline.models.config import ModelConfig
 from pipeline.models.loading import load_model, load_tokenizer
-from pipeline.models.reward_model import RewardNetwork, load_record
+from pipeline.models.reward_model import HEAD_FILE, RewardNetwork, load_record
 from pipeline.models.sequences import make_sequences
 from pipeline.models.text import encode_completions, encode_prompts
 
@@ -216,6 +217,27 @@ def test_another_runs_reward_is_used_and_one_over_another_base_refused(recipe, m
     said = capsys.readouterr().err
     assert f"the reward adapter was trained over the model of '{made / 'sft'}', and PPO starts from" in said
     assert "stranger/sft', whose model is another" in said
+
+
+def test_a_reward_folder_that_is_not_whole_is_refused_by_the_plan(recipe, made, capsys):
+    outside = [recipe, f"ppo.reward_model_path={made / 'reward'}", f"ppo.sft_model_path={made / 'sft'}", "--dry-run"]
+    head = load_file(made / "reward" / HEAD_FILE)["weight"]
+    for message, width in (
+        ("states of 16 numbers", 16),
+        ("no head with one output", 0),
+        ("ppo.reward_model_path: '", None),
+    ):
+        if width is None:
+            (made / "reward" / HEAD_FILE).write_bytes(b"no weights")
+        else:
+            weight = head[:, :width].contiguous() if width else head.repeat(2, 1)
+            save_file({"weight": weight}, made / "reward" / HEAD_FILE)
+        assert chain.main(outside) == 2
+        assert message in capsys.readouterr().err.replace('"', "'")
+    for name in (HEAD_FILE, "adapter_model.safetensors"):
+        (made / "reward" / name).unlink()
+        assert chain.main(outside) == 2
+        assert f"{name} is missing" in capsys.readouterr().err.replace(f"{HEAD_FILE}, ", "")
 
 
 def test_a_classifier_is_evaluated_by_the_stage_or_used_as_it_is(recipe, tmp_path, tokenizer, capsys):

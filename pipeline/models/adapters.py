@@ -55,21 +55,26 @@ def fused_experts(model: PreTrainedModel) -> list[str]:
     return [name for name, module in modules if any(p.dim() == 3 for p in module.parameters(recurse=False))]
 
 
-def check_expert_targets(model: PreTrainedModel, lora: LoraConfig) -> None:
-    """Refuse names of layers of fused experts that peft cannot adapt; `model` has no weights, and is changed.
+def check_targets(model: PreTrainedModel, lora: LoraConfig) -> None:
+    """Refuse names of layers that peft cannot adapt; `model` has no weights, and is changed.
 
     Raises:
         ValueError: naming the keys and what to do.
     """
-    if not fused_experts(model):
-        return
+    experts = fused_experts(model)
     try:
-        get_peft_model(model, adapter_config(model, lora), low_cpu_mem_usage=True)
+        fitted = adapter_config(model, replace(lora, use_dora=False))  # which computes with weights
+        check_adapter(get_peft_model(model, fitted, low_cpu_mem_usage=True))
     except ValueError as error:
+        if str(error).startswith("model."):
+            raise
+        advice = f"name other layers of it, or {ALL_LINEAR}"
+        if experts:
+            advice = "to train experts name all their layers and set model.lora_dropout: 0, or leave them out with "
+            advice += ALL_LINEAR
         raise ValueError(
             f"model.lora_target_modules: peft cannot adapt these layers of this {model.config.model_type} "
-            f"({' '.join(str(error).split())[:200].rstrip('.')}); to train experts name all their layers and set "
-            f"model.lora_dropout: 0, or leave them out with {ALL_LINEAR}"
+            f"({' '.join(str(error).split())[:200].rstrip('.')}); {advice}"
         ) from error
 
 

@@ -16,10 +16,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from pipeline.models.adapters import adapter_config, attach_adapter, check_adapter, save_adapter
+from pipeline.models.hub import ADAPTER_FILE
 from pipeline.models.sequences import Sequences
 from pipeline.models.states import final_states
+from pipeline.models.weights import read_headers
 
 HEAD_FILE, RECORD_FILE = "reward_head.safetensors", "reward_model.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PROBE_VALUES = 1024  # about as many numbers of each weight decide whether two bases are the same
 
 
@@ -141,8 +144,45 @@ class RewardNetwork(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
 
+def check_reward_files(directory: str | Path, model: PreTrainedModel | None) -> None:
+    """Refuse the folder of a reward adapter that is not whole, or is of a model of another width; no weight is read.
+
+    `model` is the base, with or without weights, where it is known.
+
+    Raises:
+        ValueError: naming the file that is missing or broken.
+    """
+    folder = Path(directory).expanduser()
+    absent = [name for name in (HEAD_FILE, ADAPTER_FILE, ADAPTER_WEIGHTS) if not (folder / name).is_file()]
+    if absent:
+        raise ValueError(
+            f"ppo.reward_model_path: {str(directory)!r} is no whole reward model: {', '.join(absent)} is missing; "
+            "copy the whole reward folder of its run, or train it again"
+        )
+    try:
+        head = read_headers(directory, [folder / HEAD_FILE])
+    except ValueError as error:
+        raise ValueError(f"ppo.reward_model_path: {error}") from error
+    if head.keys() != {"weight"} or head["weight"].dim() != 2 or len(head["weight"]) != 1:
+        raise ValueError(
+            f"ppo.reward_model_path: {HEAD_FILE} in {str(directory)!r} is no head with one output; copy the reward "
+            "folder of its run anew, or train it again"
+        )
+    width = None if model is None else model.get_output_embeddings().weight.shape[1]
+    if width is not None and head["weight"].shape[1] != width:
+        raise ValueError(
+            f"ppo.reward_model_path: the head in {str(directory)!r} reads states of {head['weight'].shape[1]} "
+            f"numbers, and those of the model that PPO starts from have {width}: it was trained over another model"
+        )
+
+
 def load_head(directory: str | Path) -> nn.Linear:
-    """The head that was saved beside an adapter."""
+    """The head that was saved beside an adapter.
+
+    Raises:
+        ValueError: as `check_reward_files`.
+    """
+    check_reward_files(directory, None)
     weight = load_file(Path(directory).expanduser() / HEAD_FILE)["weight"]
     head = nn.Linear(weight.shape[1], 1, bias=False, dtype=weight.dtype)
     with torch.no_grad():

@@ -14,14 +14,19 @@ from pipeline.models.loading import is_encoder_decoder, load_config, position_li
 from pipeline.models.reward_model import RECORD_FILE, load_record
 from pipeline.recipe.document import Document, KeyPath, RecipeError
 from pipeline.recipe.load import load_recipe
-from pipeline.recipe.model_checks import check_models
+from pipeline.recipe.model_checks import check_models, reward_base, trains_adapter
 from pipeline.recipe.refused import REFUSED_FOR_ENCODER_DECODERS
 from pipeline.recipe.types import Recipe
 from pipeline.rewards import build_rewards
 from pipeline.rewards.classifier import check_classifier
 from pipeline.rewards.config import RewardConfig
 from pipeline.rewards.constant import constant_reward
-from pipeline.rewards.learned import check_accuracy, check_learned_options, is_reward_folder
+from pipeline.rewards.learned import (
+    check_accuracy,
+    check_learned_options,
+    check_reward_folder,
+    is_reward_folder,
+)
 from pipeline.runtime.messages import did_you_mean
 from pipeline.tasks import columns, preferences, task_module
 from pipeline.tasks.counts import count_examples
@@ -114,6 +119,7 @@ def _check_reward_model(recipe: Recipe, document: Document) -> None:
         record = load_record(path)
         check_learned_options(learned.options, record.kind == "adapter")
         check_accuracy(record, recipe.min_accuracy, path)
+        check_reward_folder(path, record, reward_base(recipe))
     else:
         check_learned_options(learned.options, False)
         _check_classifier_path(path)
@@ -143,8 +149,7 @@ def _check_idle_options(recipe: Recipe, document: Document) -> None:
         raise document.error(("model", "load_in_4bit"), rule)
     if recipe.ppo is not None and recipe.ppo.run_name is not None and not recipe.ppo.report_to:
         raise document.error(("ppo", "run_name"), "it would do nothing, because report_to is empty; set ppo.report_to")
-    trains_reward = recipe.reward is not None and recipe.reward.model is None  # always an adapter
-    if recipe.sft.use_peft or trains_reward or (recipe.ppo is not None and recipe.ppo.use_peft):
+    if trains_adapter(recipe):
         return
     adapter_keys = ("lora_", "use_rslora", "use_dora", "load_in_4bit")
     for f in dataclasses.fields(ModelConfig):

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator
 
-from pipeline.models.adapters import ALL_LINEAR, check_expert_targets, fused_experts
+from transformers import PreTrainedModel
+
+from pipeline.models.adapters import ALL_LINEAR, check_targets, fused_experts
 from pipeline.models.hub import check_model_path
 from pipeline.models.loading import check_weights, load_tokenizer, lora_config
 from pipeline.models.weights import shown_weights
@@ -27,8 +29,8 @@ def check_models(recipe: Recipe) -> None:
                 check_special_tokens(model, load_tokenizer(path, recipe.model))
         except ValueError as error:
             raise ValueError(f"{key}: {str(error).removeprefix('processing_class: ')}") from error
-        if model is not None and key == "model.model_name_or_path" and trains_adapter(recipe):
-            check_expert_targets(model, lora_config(recipe.model))
+        if model is not None and key != "eval.systems" and trains_adapter(recipe):
+            check_targets(model, lora_config(recipe.model))
 
 
 def named_models(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -39,6 +41,12 @@ def named_models(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield recipe.ppo.sft_model_path, "ppo.sft_model_path"
     if recipe.model.model_name_or_path is not None:
         yield recipe.model.model_name_or_path, "model.model_name_or_path"
+
+
+def reward_base(recipe: Recipe) -> PreTrainedModel | None:
+    """Return the model that PPO starts from, or SFT does, without weights; None where it is built from scratch."""
+    path = recipe.ppo.sft_model_path if recipe.sft_is_external else recipe.model.model_name_or_path
+    return None if path is None else check_weights(path, recipe.model)
 
 
 def model_notes(recipe: Recipe) -> list[str]:

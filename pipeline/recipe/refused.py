@@ -124,6 +124,18 @@ OPTIMIZERS_WITHOUT_ARGS = (
     "adalomo",
 )
 LOW_RANK_OPTIMIZERS = ("galore", "apollo")
+# What the names of optimizers begin with that read no key of Adam; Lion reads the betas alone.
+OPTIMIZERS_WITHOUT_ADAM = (
+    "adafactor",
+    "sgd",
+    "adagrad",
+    "rmsprop",
+    "galore",
+    "lomo",
+    "adalomo",
+    "grokadamw",
+    "schedule_free_sgd",
+)
 
 _JOINS = "it joins texts into one row, and an encoder reads one prompt"
 # Keys of SFT that do nothing, or not what they say, where an encoder reads the prompt.

@@ -18,6 +18,7 @@ from pipeline.recipe.refused import (
     DEPRECATED_VALUES,
     IDLE_WITH,
     LOW_RANK_OPTIMIZERS,
+    OPTIMIZERS_WITHOUT_ADAM,
     OPTIMIZERS_WITHOUT_ARGS,
     REFUSED_REWARD_KEYS,
     REFUSED_SFT_KEYS,
@@ -180,6 +181,10 @@ def _refuse_conflicts(
     optimizer = str(effective["optim"])
     if "optim_args" in arguments and optimizer in OPTIMIZERS_WITHOUT_ARGS:
         refuse("optim_args", f": {optimizer} reads none; set {section}.optim")
+    for key in ("adam_beta1", "adam_beta2", "adam_epsilon"):
+        without = optimizer.startswith(OPTIMIZERS_WITHOUT_ADAM) or (key == "adam_epsilon" and "lion" in optimizer)
+        if key in arguments and without:
+            refuse(key, f": {optimizer} does not read it; remove it, or set {section}.optim")
     if "optim_target_modules" in arguments and not optimizer.startswith(LOW_RANK_OPTIMIZERS):
         rule = f": only the optimizers of GaLore and APOLLO read it, and optim is {optimizer}"
         refuse("optim_target_modules", rule)

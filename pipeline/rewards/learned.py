@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pipeline.models.adapters import attach_adapter
 from pipeline.models.config import ModelConfig
-from pipeline.models.reward_model import RECORD_FILE, RewardRecord, load_record
+from pipeline.models.reward_model import RECORD_FILE, RewardRecord, check_reward_files, load_record
 from pipeline.models.sequences import Sequences, length_sorted_chunks, make_sequences
 from pipeline.models.text import decode, encode_completions, encode_prompts
 from pipeline.rewards import Reward
-from pipeline.rewards.classifier import ClassifierReward
+from pipeline.rewards.classifier import ClassifierReward, check_classifier
 from pipeline.rewards.metric import text_of
 from pipeline.runtime.memory import in_smaller_batches
 
@@ -162,6 +163,23 @@ def check_learned_options(options: Mapping[str, Any], is_adapter: bool) -> None:
             raise ValueError("ppo.rewards: 'learned' reads token ids here, so its option template would do nothing")
         if key == "template" and ("{prompt}" not in value or "{completion}" not in value):
             raise ValueError(f"ppo.rewards: the template needs {{prompt}} and {{completion}} in it, found {value!r}")
+
+
+def check_reward_folder(path: str | Path, record: RewardRecord, model: PreTrainedModel | None) -> None:
+    """Refuse a reward stage's folder that lacks files or does not fit `model`, which PPO starts from.
+
+    Raises:
+        ValueError: as `check_reward_files`, `attach_adapter` and `check_classifier`.
+    """
+    if record.kind == "classifier":
+        check_classifier(record.path, ModelConfig(model_name_or_path=record.path))
+        return
+    check_reward_files(path, model)
+    if model is not None:
+        try:
+            attach_adapter(model, path)
+        except ValueError as error:
+            raise ValueError(f"ppo.reward_model_path: {error}") from error
 
 
 def is_reward_folder(path: str | Path) -> bool:

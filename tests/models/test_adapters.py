@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.models.adapters import check_adapter
+from pipeline.models.adapters import check_adapter, check_targets
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")  # of tied weights: the subject here
 LLAMA = {
@@ -62,3 +62,12 @@ def test_other_adapters_are_accepted_and_merge_exactly(tied, options, tmp_path):
     model = adapted(tied, **options)
     check_adapter(model)
     assert merged_difference(model, tmp_path) < 1e-6
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_modules_that_a_model_does_not_have_are_refused(dora):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **LLAMA))
+    check_targets(copy.deepcopy(model), LoraConfig(r=2, target_modules=["q_proj"], use_dora=dora))
+    with pytest.raises(ValueError, match=r"^model\.lora_target_modules: .* this llama .*no_such.* name other layers"):
+        check_targets(model, LoraConfig(r=2, target_modules=["no_such"]))
