@@ -39,7 +39,7 @@ def train_sft(recipe: Recipe, run: RunDirectory, stage: str) -> dict[str, object
     check_later_stages(recipe, task, model, tokenizer)  # before the hours of this stage
     adapter = lora_config(recipe.model) if recipe.sft.use_peft else None
     log = output / "metrics.jsonl"
-    trainer = build_sft_trainer(model, arguments, tokenizer, task.train, task.validation, adapter, log)
+    trainer = build_sft_trainer(model, arguments, tokenizer, task.train, task.validation, adapter, log, task.where)
     with stop_signals():
         result = trainer.train(resume_from_checkpoint=last_checkpoint(arguments))
     save_plain_model(trainer, base, recipe.model, output)

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.models.decoder_start import decoder_prefix
+from pipeline.models.dropout import without_dropout
 from pipeline.models.kernels.lm_head import LogitTransform
-from pipeline.models.sequences import Sequences
+from pipeline.models.loading import position_limit
+from pipeline.models.sequences import Sequences, probe_sequences
 
 # The largest |log pi - log rho| of a token that rounding explains: DoRA and checkpointing compute in another order.
 ROUNDING = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
@@ -132,6 +134,30 @@ def check_causal(model: PreTrainedModel) -> None:
         raise ValueError(
             f"model: {model.config.model_type!r} reads the whole text in both directions, so that it cannot write one "
             "token after the other; give a causal or an encoder-decoder language model"
+        )
+
+
+@torch.no_grad()
+def check_repeatable(model: PreTrainedModel) -> None:
+    """Refuse a model that computes something else each time it trains, though its dropout is off.
+
+    Raises:
+        ValueError: two passes over the same tokens differ, by the noise of a router, naming the model type.
+    """
+    vocabulary, training = model.get_input_embeddings().weight.shape[0], model.training
+    sequences = probe_sequences(vocabulary, position_limit(model.config), model.device)
+    random_state = torch.get_rng_state()
+    model.train()
+    with without_dropout(model):
+        first, second = (lm_head(model)(completion_states(model, sequences)).log_softmax(-1) for _ in range(2))
+    model.train(training)
+    torch.set_rng_state(random_state)
+    difference = float((first - second).abs().max())
+    if difference > ROUNDING[model.dtype]:
+        raise ValueError(
+            f"model: two passes of {model.config.model_type!r} over the same text differ by up to {difference:.2g} "
+            "nats a token in training, so the first ratio of PPO would not be 1; likely the noise of a router: set it "
+            "to 0 in the model's configuration"
         )
 
 

@@ -5,21 +5,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.metrics import load_metric
 from pipeline.metrics.sacrebleu_metric import short_references
 from pipeline.models.prompt_lengths import check_token_ids
-from pipeline.models.states import check_causal, check_trunk_and_head
+from pipeline.models.states import check_causal, check_repeatable, check_trunk_and_head
 from pipeline.models.text import encode_prompts_of
 from pipeline.recipe import Recipe
 from pipeline.rewards import RewardError, build_rewards, check_rewards
 from pipeline.rewards.constant import constant_reward
 from pipeline.runtime.distributed import launched_engine, on_main
 from pipeline.runtime.messages import say
-from pipeline.tasks import Task
+from pipeline.stages.reward_inputs import check_data_pairs
+from pipeline.tasks import Task, preferences
 
 
 def check_later_stages(recipe: Recipe, task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Try on the model that SFT starts from what PPO and the evaluation need.
 
     Raises:
-        ValueError: prompts with unknown tokens, or a model that PPO or the evaluation cannot take.
+        ValueError: prompts with unknown tokens, a model that PPO or the evaluation cannot take, or pairs of a data set
+            that no reward model can learn from.
         RewardError: a reward that fails on the first rows of the data.
     """
     check_prompts(task, model, tokenizer)
@@ -27,9 +29,12 @@ def check_later_stages(recipe: Recipe, task: Task, model: PreTrainedModel, token
     if launched_engine() is None:  # no weights are whole under one
         check_causal(model)
         if recipe.ppo is not None:
+            check_repeatable(model)
             check_trunk_and_head(model)
     if recipe.ppo is not None:
         on_main(lambda: try_rewards(recipe, task))
+    if recipe.reward is not None and isinstance(recipe.reward.pairs, preferences.Config):
+        on_main(lambda: check_data_pairs(recipe, task, tokenizer, model.config))
 
 
 def metric_warnings(recipe: Recipe, task: Task) -> list[str]:

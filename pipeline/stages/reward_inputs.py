@@ -1,12 +1,12 @@
 """What the reward stage makes of a recipe: the pairs, the reward model, and the settings it reports."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from accelerate import PartialState
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from pipeline.evaluation.reward_quality_scores import ReportInputs
 from pipeline.metrics import load_metric
@@ -17,6 +17,7 @@ from pipeline.recipe import Recipe
 from pipeline.rewards.pairs import (
     BROKEN,
     HELD_OUT,
+    LONG,
     TRAIN,
     Pair,
     check_pairs,
@@ -47,7 +48,8 @@ def collect_pairs(
             pairs, samples = _sampled(recipe, task, base, tokenizer)
             on_main(lambda: _save(recipe, run, base, tokenizer, pairs, samples))
         else:
-            on_main(lambda: _save(recipe, run, base, tokenizer, *_from_data(recipe, task, tokenizer)))
+            config = _trained_config(recipe, base)
+            on_main(lambda: _save(recipe, run, base, tokenizer, *_from_data(recipe, task, tokenizer, config)))
     return read_lines(Pair, run.reward / "pairs.jsonl"), read_lines(RankedSample, run.reward / "samples.jsonl")
 
 
@@ -72,9 +74,11 @@ def _sampled(
 
 
 def _from_data(
-    recipe: Recipe, task: Task, tokenizer: PreTrainedTokenizerBase
+    recipe: Recipe, task: Task, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig | None = None
 ) -> tuple[list[Pair], list[RankedSample], int]:
     """Load the pairs of a data set, in the form of the task's prompts; return them, no samples, and the broken rows.
+
+    With the model's `config` the rows whose pairs are longer than its context are named; `check_pairs` drops them.
 
     Raises:
         TaskError: rows that give no pair or that the chat template cannot render, unless `skip_broken_rows` is true.
@@ -82,18 +86,45 @@ def _from_data(
     """
     form = preferences.PromptForm(not isinstance(task.prompts[0]["prompt"], str), task.system)
     data = preferences.load(recipe.reward.pairs, form)
-    left_out, pairs = list(data.left_out), []
+    left_out, long, pairs = list(data.left_out), [], []
     for split, part, rows in ((TRAIN, "train", data.train), (HELD_OUT, "validation", data.validation)):
-        problems = _template_problems(tokenizer, rows)
+        problems, where = _template_problems(tokenizer, rows), data.places[part]
         broken = [row for row, problem in enumerate(problems) if problem is not None]
         if broken and not recipe.reward.pairs.skip_broken_rows:
-            raise TaskError(f"reward.pairs: {problems[broken[0]]}, in {data.places[part](broken)}")
-        left_out += [f"{data.places[part]([row])}: {problems[row]}" for row in broken]
-        kept = [row for row, problem in zip(rows, problems, strict=True) if problem is None]
-        pairs += data_pairs(tokenizer, split, kept)
+            raise TaskError(f"reward.pairs: {problems[broken[0]]}, in {where(broken)}")
+        left_out += [f"{where([row])}: {problems[row]}" for row in broken]
+        kept = [row for row, problem in enumerate(problems) if problem is None]
+        kept_pairs = data_pairs(tokenizer, split, [rows[row] for row in kept])
+        fits = _fitting(config, tokenizer, kept_pairs)
+        long += [where([row]) for row, pair in zip(kept, kept_pairs, strict=True) if not fits(pair)]
+        pairs += kept_pairs
     _check_system(task, pairs)
     say_left_out("reward.pairs", left_out)
+    say_left_out("reward.pairs", [f"{place}: {LONG}" for place in long])
     return pairs, [], len(left_out)
+
+
+def _fitting(
+    config: PretrainedConfig | None, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]
+) -> Callable[[Pair], bool]:
+    """Return a function that tells whether a pair fits into the model's context; every pair does without `config`."""
+    return (lambda pair: True) if config is None else context_check(config, tokenizer, pairs)
+
+
+def check_data_pairs(recipe: Recipe, task: Task, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
+    """Load the pairs of a data set once before SFT, and refuse what the reward stage would refuse after it.
+
+    Raises:
+        TaskError, ValueError: as `_from_data` and `check_pairs`.
+    """
+    config = config if recipe.reward.model is None else None
+    pairs = _from_data(recipe, task, tokenizer, config)[0]
+    check_pairs(pairs, _fitting(config, tokenizer, pairs), recipe.reward.pairs.min_margin)
+
+
+def _trained_config(recipe: Recipe, base: Base) -> PretrainedConfig | None:
+    """Return the configuration of the model that is trained; None for a classifier, which checks lengths itself."""
+    return load_config(base, recipe.model) if recipe.reward.model is None else None
 
 
 def _template_problems(tokenizer: PreTrainedTokenizerBase, rows: Sequence[preferences.Preference]) -> list[str | None]:
@@ -126,11 +157,9 @@ def _save(
     broken: int = 0,
 ) -> None:
     """Write the pairs that can be learnt from, the samples and, last, the counts."""
-    # A classifier checks lengths itself.
-    trains = recipe.reward.model is None
-    fits = context_check(load_config(base, recipe.model), tokenizer, pairs) if trains else lambda pair: True
+    fits = _fitting(_trained_config(recipe, base), tokenizer, pairs)
     kept, counts = check_pairs(pairs, fits, recipe.reward.pairs.min_margin)
-    if trains and recipe.reward.arguments.get("load_best_model_at_end", True):
+    if recipe.reward.model is None and recipe.reward.arguments.get("load_best_model_at_end", True):
         kept, counts = split_held_out(kept, counts, recipe.seed)
     if broken:
         counts = replace(counts, found=counts.found + broken, dropped={**counts.dropped, BROKEN: broken})

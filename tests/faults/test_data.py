@@ -245,8 +245,8 @@ def test_sft_cuts_what_is_longer_and_says_how_much(tmp_path, capfd):
     overrides = ["ppo=null", "sft.max_length=40"]
     assert outcome(MAINS["sft.py"], write_recipe(tmp_path), *overrides) == 0
     said = capfd.readouterr().err
-    assert "of 7 examples of train 1 are cut to sft.max_length (40 tokens)" in said
-    assert "2 are left out" in said and "the first is row 4" in said
+    assert "of 7 examples of train 1 are cut to sft.max_length (40 tokens): the first is line 6 of" in said
+    assert "2 are left out" in said and "the first is line 5 of" in said
     assert "examples of validation" not in said
 
 

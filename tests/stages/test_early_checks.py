@@ -1,5 +1,6 @@
 """What PPO or the evaluation would refuse is refused by the plan, or by SFT before its first step."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pipeline import run, sft
 from pipeline.models.config import FromScratchConfig
 from pipeline.models.from_scratch import build_from_scratch
+from pipeline.models.states import check_repeatable
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 RECIPE = """\
@@ -126,3 +128,48 @@ def test_an_architecture_that_ppo_cannot_take_is_refused_before_sft(recipe, capf
     AutoModelForCausalLM.from_config(config).save_pretrained("model")
     code, error = refusal(sft.main, capfd, recipe)
     assert code == 1 and error.startswith(f"error: sft: model: '{kind}'") and words in error
+
+
+def test_a_router_that_adds_noise_is_refused_before_sft(recipe, capfd):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    sizes |= {"num_key_value_heads": 1, "num_local_experts": 2, "num_experts_per_tok": 1, "router_jitter_noise": 0.9}
+    sizes |= {"max_position_embeddings": 64, "initializer_range": 2.0}
+    config = AutoConfig.for_model("mixtral", vocab_size=len(tokenizer(recipe)), **sizes)
+    torch.manual_seed(0)
+    for file in Path("model").glob("*.safetensors"):
+        file.unlink()
+    AutoModelForCausalLM.from_config(config).save_pretrained("model")
+    code, error = refusal(sft.main, capfd, recipe)
+    assert code == 1 and error.startswith("error: sft: model: ") and "'mixtral'" in error and "router" in error
+
+
+def test_dropout_is_no_noise_and_is_put_back(recipe):
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64, "embd_pdrop": 0.3, "resid_pdrop": 0.2}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", vocab_size=50, **sizes)).eval()
+    state = torch.get_rng_state()
+    check_repeatable(model)
+    assert torch.equal(torch.get_rng_state(), state) and not model.training
+    assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} >= {0.3, 0.2}
+
+
+PAIRS = "reward={pairs: {path: 'pairs.jsonl', train: 'train[:2]', validation: 'train[2:]'}, min_accuracy: 0.0}"
+
+
+def test_pairs_that_are_too_long_are_named_before_sft(recipe, capfd):
+    rows = [{"prompt": f"a dog {n}", "chosen": "ein Hund", "rejected": "x " * n} for n in (1, 200, 2)]
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert sft.main([recipe, PAIRS]) == 0
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("reward.pairs: ")]
+    assert "1 row is left out: line 2 of 'pairs.jsonl'" in line and "longer than the context" in line
+
+
+@pytest.mark.parametrize(
+    ("row", "rejected", "words"), [(1, None, "line 2 of"), (2, "ein Hund", "no pair is left held out")]
+)
+def test_pairs_that_no_reward_model_learns_from_are_refused_before_sft(recipe, capfd, row, rejected, words):
+    rows = [{"prompt": prompt, "chosen": "ein Hund", "rejected": "x"} for prompt in ("a dog 0", "a dog 1", "the cat")]
+    rows[row]["rejected"] = rejected
+    Path("pairs.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    code, error = refusal(sft.main, capfd, recipe, PAIRS)
+    assert code == 1 and "reward.pairs" in error and words in error

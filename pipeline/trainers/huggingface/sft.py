@@ -19,7 +19,7 @@ from pipeline.runtime.devices import has_accelerator
 from pipeline.trainers.huggingface.arguments import complete_arguments
 from pipeline.trainers.huggingface.completion_head import CompletionHeadSFTTrainer, ResumableSFTTrainer
 from pipeline.trainers.huggingface.encoder_decoder import EncoderDecoderCollator, EncoderDecoderSFTTrainer
-from pipeline.trainers.huggingface.sft_data import sft_dataset, truncate_examples
+from pipeline.trainers.huggingface.sft_data import RowPlaces, row_numbers, sft_dataset, truncate_examples
 from pipeline.trainers.logs import MetricsFileCallback
 
 DEFAULTS: Mapping[str, Any] = {
@@ -57,14 +57,17 @@ def build_sft_trainer(
     validation: Dataset,
     peft_config: LoraConfig | None,
     metrics_file: Path,
+    where: RowPlaces = row_numbers,
 ) -> ResumableSFTTrainer:
     """Build TRL's trainer over tokenised splits; every log event is also a line of `metrics_file`.
+
+    `where` says where rows of a split are in the data.
 
     Raises:
         ValueError: `sft.max_length` leaves no example, or the adapter does not fit the model.
     """
     args.max_length = _max_length(model, args)
-    train_examples, validation_examples = _prepare_splits(model, args, tokenizer, train, validation)
+    train_examples, validation_examples = _prepare_splits(model, args, tokenizer, train, validation, where)
     if args.padding_free and not args.packing:
         args.max_length = None  # the examples are cut, and TRL refuses to cut them without padding
     if peft_config is not None:
@@ -111,6 +114,7 @@ def _prepare_splits(
     tokenizer: PreTrainedTokenizerBase,
     train: Dataset,
     validation: Dataset,
+    where: RowPlaces,
 ) -> tuple[Dataset, Dataset | None]:
     """Tokenise the splits and cut their examples, but not those that are packed: packing splits what is too long."""
 
@@ -126,7 +130,7 @@ def _prepare_splits(
         )
         for column in ("input_ids", "labels"):
             check_token_ids(examples[column], embeddings, f"examples of {name}")
-        return truncate_examples(examples, None if packs else args.max_length, name, args.dataset_num_proc)
+        return truncate_examples(examples, None if packs else args.max_length, name, args.dataset_num_proc, where)
 
     train_examples = prepare(train, args.packing, "train")
     if args.eval_strategy == "no":

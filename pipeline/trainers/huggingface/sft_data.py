@@ -1,12 +1,20 @@
 """Examples for SFT: texts to token ids and labels, cut to the length that the model reads."""
 
 import sys
+from collections.abc import Callable, Sequence
 
 from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.models.text import SOURCE, encode_completions, encode_prompts
+
+RowPlaces = Callable[[str, Sequence[int]], str]  # a split's name and row numbers -> where these rows are in the data
+
+
+def row_numbers(split: str, rows: Sequence[int]) -> str:
+    """Name the first of the rows by its number."""
+    return f"row {rows[0]}"
 
 
 def sft_dataset(
@@ -46,38 +54,43 @@ def sft_dataset(
         )
 
 
-def truncate_examples(examples: Dataset, max_length: int | None, split: str, num_proc: int | None = None) -> Dataset:
+def truncate_examples(
+    examples: Dataset,
+    max_length: int | None,
+    split: str,
+    num_proc: int | None = None,
+    where: RowPlaces = row_numbers,
+) -> Dataset:
     """Truncate `input_ids` and `labels` to `max_length`; drop examples whose prompt alone fills it.
 
-    How many are truncated or dropped is printed on the main process.
+    How many are truncated or dropped is printed on the main process, and `where` says where the first of them is.
 
     Raises:
         ValueError: no example is left.
     """
     if max_length is None:
         return examples
-    dropped, num_cut = [], 0
+    dropped, cut = [], []
     for row, (ids, labels) in enumerate(zip(examples["input_ids"], examples["labels"], strict=True)):
         if all(label == -100 for label in labels[:max_length]):
             dropped.append(row)
-        else:
-            num_cut += max(len(ids), len(labels)) > max_length
+        elif max(len(ids), len(labels)) > max_length:
+            cut.append(row)
     rule = f"sft.max_length ({max_length} tokens)"
     if len(dropped) == len(examples):
         raise ValueError(
             f"sft.max_length: each of the {len(examples)} prompts of {split} fills {rule}; raise it, or cut them"
         )
-    if (dropped or num_cut) and PartialState().is_main_process:
-        words = [f"{num_cut} are cut to {rule}"] if num_cut else []
+    if (dropped or cut) and PartialState().is_main_process:
+        words = [f"{len(cut)} are cut to {rule}: the first is {where(split, cut[:1])}"] if cut else []
         if dropped:
-            words.append(
-                f"{len(dropped)} are left out, because their prompts fill {rule}: the first is row {dropped[0]}"
-            )
+            first = where(split, dropped[:1])
+            words.append(f"{len(dropped)} are left out, because their prompts fill {rule}: the first is {first}")
         print(f"sft: of {len(examples)} examples of {split} {', and '.join(words)}", file=sys.stderr)
     if dropped:
         drop = set(dropped)
         examples = examples.select([row for row in range(len(examples)) if row not in drop])
-    if not num_cut:
+    if not cut:
         return examples
 
     def truncate(example: dict[str, list[int]]) -> dict[str, list[int]]:
