@@ -225,7 +225,7 @@ def test_a_reward_folder_that_is_not_whole_is_refused_by_the_plan(recipe, made, 
     for message, width in (
         ("states of 16 numbers", 16),
         ("no head with one output", 0),
-        ("ppo.reward_model_path: '", None),
+        ("mend its weight files", None),
     ):
         if width is None:
             (made / "reward" / HEAD_FILE).write_bytes(b"no weights")
