@@ -23,7 +23,9 @@ _DATE_REPLACED = "".join(f" | replace('{part}', '{text}')" for part, text in _DA
 _DATE_MACRO = f"{{% macro strftime_now(format) %}}{{{{ format{_DATE_REPLACED} }}}}{{% endmacro %}}"
 # The lines that `set_chat_template` puts in front of a template.
 _SETTINGS = re.compile(r"\{# chat_template_kwargs #\}.*?\{# end #\}\n?", re.DOTALL)
-_THOUGHTS = re.compile(r"\s*<think>.*?(</think>|\Z)", re.DOTALL)
+_QUESTION: Messages = [{"role": "user", "content": "?"}]
+# A thought at the start of a text; where the prompt ends with `<think>`, a text has its end alone.
+_THOUGHTS = re.compile(r"\s*<think>.*?(</think>|\Z)|((?!<think>).)*?</think>", re.DOTALL)
 
 
 def encode_prompts(
@@ -92,15 +94,19 @@ def decode(
     """Return the texts of token ids, without special tokens and surrounding white space.
 
     What the chat template writes around every answer, such as an empty `<think></think>`, is no part of the answer and
-    is left out; with `strip_thoughts` so is any `<think>...</think>` at the start.
+    is left out; with `strip_thoughts` so is any `<think>...</think>` at the start. Of a thought that the generation
+    prompt begins the text has the beginning too, as references have.
     """
     before, after = _template_additions(tokenizer)
     answers = [_bare_answer(text, before, after) for text in _decode(tokenizer, ids)]
-    return [without_thoughts(answer) for answer in answers] if strip_thoughts else answers
+    if strip_thoughts:
+        return [without_thoughts(answer) for answer in answers]
+    start = _begun_thought(tokenizer) if any("</think>" in answer for answer in answers) else ""
+    return [start + answer if "</think>" in answer.partition("<think>")[0] else answer for answer in answers]
 
 
 def without_thoughts(text: str) -> str:
-    """Remove a `<think>...</think>` at the start of a text; a thought that does not end leaves no text."""
+    """Remove a thought at the start of a text, of which `<think>` may be in the prompt; one without end is all."""
     return _THOUGHTS.sub("", text, count=1).strip() if _THOUGHTS.match(text) else text
 
 
@@ -230,13 +236,24 @@ def _template_additions(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     if tokenizer.chat_template is None:
         return "", ""
     try:
-        turns = [_render_answer(tokenizer, [{"role": "user", "content": "?"}], word) for word in ("yes", "no")]
+        turns = [_render_answer(tokenizer, _QUESTION, word) for word in ("yes", "no")]
     except ValueError:  # a template that takes no such chat is refused where the data are rendered
         return "", ""
     (before, after), other = turns[0].split("yes", 1) if "yes" in turns[0] else ("", ""), turns[1]
     if f"{before}no{after}" != other:
         return "", ""
     return tuple(_decode(tokenizer, _tokenise(tokenizer, [before, after])))
+
+
+def _begun_thought(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the `<think>` that generation prompts end with, if it is the beginning of every answer in the data."""
+    tag = ""
+    try:
+        _, tag, rest = render_chat(tokenizer, _QUESTION, generation_prompt=True).rpartition("<think>")
+        _render_answer(tokenizer, _QUESTION, "yes")
+    except ValueError:  # before the tag is found: no chat template, or one that takes no such chat
+        return tag + rest if tag and "</think>" not in rest else ""
+    return ""  # the template writes it in front of every answer
 
 
 def _bare_answer(text: str, before: str, after: str) -> str:

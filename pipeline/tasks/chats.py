@@ -40,11 +40,17 @@ def with_tools(chat: Sequence[Message], tools: object) -> list[Message]:
         try:
             tools = json.loads(tools) if tools.strip() else None
         except ValueError as error:
-            raise Unusable(f"the tools are a text that is not JSON ({error})") from error
+            raise Unusable(
+                f"the tools are a text that is not JSON ({error}); name their column in task.tools, or set "
+                "task.tools: null where the data have none"
+            ) from error
     if not tools:
         return list(chat)
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise Unusable(f"the tools {describe_value(tools)}, expected a list of functions")
+        raise Unusable(
+            "its tools are no list of functions; name their column in task.tools, or set task.tools: null where the "
+            f"data have none, found {str(tools)[:60]!r}"
+        )
     return [{**chat[0], "tools": without_nulls(tools)}, *chat[1:]]
 
 
@@ -61,8 +67,9 @@ def read_messages(column: str, row: Row, names: Mapping[str, str] | None = None)
     if not isinstance(messages, list):
         raise Unusable(f"the column {column!r} {describe_value(messages)}, expected a list of messages")
     if names is None and is_sharegpt(messages):
-        names = {**SHAREGPT, **SHAREGPT_ROLES}
-    return [_read_message(message, column, names or {}) for message in messages]
+        names = SHAREGPT
+    names = {} if names is None else {**SHAREGPT_ROLES, **names}
+    return [_read_message(message, column, names) for message in messages]
 
 
 def split_answer(chat: Sequence[Message], column: str) -> tuple[list[Message], Message]:
@@ -82,12 +89,25 @@ def split_answer(chat: Sequence[Message], column: str) -> tuple[list[Message], M
     return prompt, answer
 
 
+def join_turns(prompt: Sequence[Message], completion: Sequence[Message]) -> list[Message]:
+    """Return the turns of a prompt and those of its completion, which may be a whole chat that repeats the prompt."""
+
+    def texts(chat: Sequence[Message]) -> list[tuple[str, str]]:
+        return [(message["role"], str(message["content"]).strip()) for message in chat if message["role"] != "system"]
+
+    turns = texts(prompt)
+    if texts(completion)[: len(turns)] != turns:
+        return [*prompt, *completion]
+    system = [message for message in prompt[:1] if message["role"] == "system"]
+    return list(completion) if completion[0]["role"] == "system" else [*system, *completion]
+
+
 def is_sharegpt(messages: object) -> bool:
     """Tell whether something is a list of messages that all have `from` and `value`, and no role."""
 
     def has_names(message: object) -> bool:
         is_message = isinstance(message, dict) and message.get("role") is None
-        return is_message and all(message.get(key) is not None for key in SHAREGPT.values())
+        return is_message and message.get("from") is not None and "value" in message
 
     return isinstance(messages, list) and bool(messages) and all(map(has_names, messages))
 
@@ -107,14 +127,21 @@ def _read_message(message: object, column: str, names: Mapping[str, str]) -> Mes
     read: Message = {"role": names.get(role, role), "content": message.get(keys["content"])}
     if names and read["role"] not in ROLES:
         raise Unusable(
-            f"a message in the column {column!r} has the role {role!r}; map it in task.messages_from, such as "
-            f"{{role: {keys['role']}, content: {keys['content']}, {role}: user}}"
+            f"a message in the column {column!r} has the role {role!r}; map it to one of {', '.join(ROLES)} in "
+            f"task.messages_from, such as {{{_hint(keys, names, role)}}}"
         )
     if calls:
         read["tool_calls"] = [_read_call(call, column) for call in calls]
     if not calls or read["content"] is not None:
         require_text(read["content"], "the content of a message")
     return read | {key: message[key] for key in FURTHER_KEYS[1:] if message.get(key) is not None}
+
+
+def _hint(keys: Mapping[str, str], names: Mapping[str, str], role: str) -> str:
+    """Return what task.messages_from may be: what it is, and one role more."""
+    mapped = {key: name for key, name in names.items() if key not in keys and SHAREGPT_ROLES.get(key) != name}
+    likely = "assistant" if "call" in role or "bot" in role else "user"
+    return ", ".join(f"{key}: {name}" for key, name in {**keys, **mapped, role: likely}.items())
 
 
 def _read_call(call: object, column: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pipeline.tasks.chats import (
     Message,
     as_user_turn,
     is_sharegpt,
+    join_turns,
     read_messages,
     split_answer,
     with_system,
@@ -133,8 +134,10 @@ def make_example(values: Row, row: Row, config: Config, chats: bool) -> Row:
         prompt, completion = split_answer(values["messages"], config.messages)
     elif isinstance(completion, list):
         turns = prompt if isinstance(prompt, list) else as_user_turn(prompt)
-        turns, completion = split_answer([*turns, *completion], config.completion)
+        turns, completion = split_answer(join_turns(turns, completion), config.completion)
         prompt = prompt if isinstance(prompt, str) and len(turns) == 1 else turns
+    elif isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
+        raise Unusable("the prompt ends with a message of the assistant, so it holds an answer; use task.messages")
     if isinstance(completion, dict):
         completion = [completion] if "tool_calls" in completion else completion["content"]
     if completion is None:

@@ -66,10 +66,40 @@ def test_what_the_template_adds_to_every_answer_is_no_part_of_it(template):
 
 @pytest.mark.parametrize(
     ("text", "bare"),
-    [("<think>a</think> b", "b"), ("<think>a", ""), ("b <think>a</think>", "b <think>a</think>"), ("b", "b")],
+    [
+        ("<think>a</think> b", "b"),
+        ("<think>a", ""),
+        ("b <think>a</think>", "b <think>a</think>"),
+        ("b", "b"),
+        ("a\n</think>\n\nb", "b"),  # the prompt began it
+        ("<think></think> b </think>", "b </think>"),
+    ],
 )
 def test_thoughts_at_the_start_are_stripped(text, bare):
     assert without_thoughts(text) == bare
+
+
+OPEN = PLAIN.replace("'<|assistant|>' }}{% endif", "'<|assistant|><think>\\n' }}{% endif")  # as DeepSeek's
+
+
+def test_a_thought_that_the_prompt_begins_is_a_thought():
+    tokenizer, answer = tokenizer_with(OPEN), "<think>\nhm\n</think>\n\nfour"
+    [prompt], [ids] = encode_prompts(tokenizer, [USER]), encode_completions(tokenizer, [USER], [answer])
+    assert tokenizer.decode(prompt).endswith("<think>\n") and not tokenizer.decode(ids).startswith("<think>")
+    assert decode(tokenizer, [ids]) == [answer]  # as its reference
+    assert decode(tokenizer, [ids], strip_thoughts=True) == ["four"]
+    plain = tokenizer("four", add_special_tokens=False)["input_ids"]
+    assert decode(tokenizer, [plain]) == decode(tokenizer, [plain], strip_thoughts=True) == ["four"]
+    [problem] = chat_problems(tokenizer, [USER], ["four"])  # the template lacks the end of the thought
+    assert "renders a prompt differently" in problem
+
+
+def test_a_thought_that_the_template_begins_in_prompts_and_answers():
+    begun = OPEN.replace("+ '|>' + m", "+ '|>' + ('<think>\\n' if m['role'] == 'assistant' else '') + m")
+    tokenizer, answer = tokenizer_with(begun), "hm\n</think>\n\nfour"
+    [ids] = encode_completions(tokenizer, [USER], [answer])
+    assert decode(tokenizer, [ids]) == [answer]
+    assert decode(tokenizer, [ids], strip_thoughts=True) == ["four"] == [without_thoughts(answer)]
 
 
 @pytest.mark.parametrize("value", [False, True, None, 3, "it's {{ 'x' }} %} 😀", ["a", 1], {"k": [True]}])

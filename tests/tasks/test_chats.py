@@ -53,7 +53,35 @@ def test_names_of_the_data_are_mapped(tmp_path):
     path = write_lines(tmp_path / "data.jsonl", [{"m": turns}] * 3)
     keys = {"prompt": None, "completion": None, "messages": "m"}
     assert "task.messages_from" in refusal(single(path, **keys))
-    assert "map it in task.messages_from" in refusal(single(path, **keys, messages_from={**names, "agent": "bot"}))
+    message = refusal(single(path, **keys, messages_from={key: names[key] for key in ("role", "content", "agent")}))
+    assert "'customer'" in message and "{role: who, content: text, agent: assistant, customer: user}" in message
+
+
+@pytest.mark.parametrize("names", [None, {"role": "from", "content": "value", "function_call": "assistant"}])
+def test_the_advice_for_an_unknown_role_of_sharegpt_can_be_followed(tmp_path, names):
+    turns = [{"from": "human", "value": "2 + 2?"}, {"from": "function_call", "value": "add"}]
+    path = write_lines(tmp_path / "data.jsonl", [{"m": [*turns, {"from": "gpt", "value": "4"}]}] * 3)
+    keys = {"prompt": None, "completion": None, "messages": "m", "messages_from": names}
+    if names is None:
+        assert "{role: from, content: value, function_call: assistant}" in refusal(single(path, **keys))
+        return
+    example = load_task("columns", single(path, **keys)).train[0]
+    assert example["prompt"] == [USER, {"role": "assistant", "content": "add"}]
+
+
+def test_a_null_value_of_sharegpt_is_an_empty_content(tmp_path):
+    turns = [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": None}]
+    path = write_lines(tmp_path / "data.jsonl", [{"m": turns}] * 3)
+    message = refusal(single(path, prompt=None, completion=None, messages="m"))
+    assert "content of a message is null" in message and "messages_from" not in message
+
+
+@pytest.mark.parametrize("tools", [["hammer"], "a hammer"])
+def test_a_column_tools_of_something_else_is_named(tmp_path, tools):
+    path = write_lines(tmp_path / "data.jsonl", [{"m": [USER, ANSWER], "tools": tools}] * 3)
+    keys = {"prompt": None, "completion": None, "messages": "m"}
+    assert "task.tools: null" in refusal(single(path, **keys))
+    assert load_task("columns", single(path, **keys, tools=None)).train[0]["prompt"] == [USER]
 
 
 @pytest.mark.parametrize(
@@ -88,6 +116,22 @@ def test_messages_before_the_last_answer_belong_to_the_prompt(tmp_path):
     more = [{"role": "assistant", "content": "Sure?"}, USER, ANSWER]
     example = first(tmp_path, {"p": [USER], "c": more}, prompt="p", completion="c", system="Be brief.")
     assert (example["prompt"], example["completion"]) == ([SYSTEM, USER, *more[:2]], "4")
+
+
+@pytest.mark.parametrize("prompt", ["2 + 2?\n", [USER], [SYSTEM, USER]])
+@pytest.mark.parametrize("start", [[], [SYSTEM]])
+def test_a_completion_that_is_the_whole_chat_does_not_repeat_the_prompt(tmp_path, prompt, start):
+    """As in UltraFeedback: `prompt` is a text, and `chosen` the chat with it."""
+    row = {"prompt": prompt, "chosen": [*start, USER, ANSWER]}
+    example = first(tmp_path, row, prompt="prompt", completion="chosen", chat=True)
+    system = [SYSTEM] if start or prompt == [SYSTEM, USER] else []
+    assert (example["prompt"], example["completion"]) == ([*system, USER], "4")
+
+
+def test_a_prompt_that_holds_an_answer_is_refused(tmp_path):
+    path = write_lines(tmp_path / "data.jsonl", [{"p": [USER, ANSWER], "a": "4"}] * 3)
+    message = refusal(single(path, prompt="p", completion=None, references="a"))
+    assert "ends with a message of the assistant" in message and "task.messages" in message
 
 
 def test_plain_columns_as_turns(tmp_path):
