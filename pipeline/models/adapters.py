@@ -122,7 +122,8 @@ def attach_adapter(model: PreTrainedModel, directory: str | Path) -> PeftModel:
     directory = os.path.expanduser(directory)
     try:
         config, weights = PeftConfig.from_pretrained(directory), load_peft_weights(directory, device="cpu")
-        resize_embeddings(model, config, weights, directory)
+        if problem := resize_embeddings(model, config, weights):
+            raise ValueError(problem)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft warns of what is refused here, and torch of empty tensors
             network = PeftModel.from_pretrained(model, directory)
@@ -164,13 +165,11 @@ def _misfit(model: PreTrainedModel, directory: object, reason: str) -> ValueErro
     )
 
 
-def resize_embeddings(
-    model: PreTrainedModel, config: PeftConfig, weights: dict[str, Tensor], directory: object
-) -> None:
+def resize_embeddings(model: PreTrainedModel, config: PeftConfig, weights: dict[str, Tensor]) -> str | None:
     """Give the embeddings the rows that an adapter was trained with, where tokens had been added before.
 
-    Raises:
-        ValueError: rows that neither the base nor the adapter has weights for.
+    Returns:
+        Which rows neither the base nor the adapter has weights for, if there are some.
     """
     inputs, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is None or head.weight is inputs.weight
@@ -178,18 +177,20 @@ def resize_embeddings(
     rows, size = inputs.weight.shape[0], _saved_rows(weights, names[id(inputs)])
     if size is not None and size != rows:
         if size > rows and not tied and _saved_rows(weights, names[id(head)]) is None:
-            raise _misfit(model, directory, f"it has {size} embeddings, the base {rows}, and it brings no LM head")
+            return f"it has {size} embeddings, the base {rows}, and it brings no LM head"
         model.resize_token_embeddings(size, mean_resizing=False)
-        return
+        return None
     trained = config.to_dict().get("trainable_token_indices") or ()
     indices = {index for item in (trained.values() if isinstance(trained, dict) else [trained]) for index in item}
     size = max(indices, default=-1) + 1
     if size > rows:
         heads = isinstance(trained, dict) and any(names[id(head)].endswith(name) for name in trained) if head else True
-        if not indices.issuperset(range(rows, size)) or not (tied or heads):
-            reason = f"it trained token {size - 1}, the base has {rows} embeddings, and it brings not all in between"
-            raise _misfit(model, directory, reason)
+        has_all = indices.issuperset(range(rows, size))
+        if not has_all or not (tied or heads):
+            lacks = "no LM head for them" if has_all else "not all in between"
+            return f"it trained tokens up to {size - 1}, the base has {rows} embeddings, and it brings {lacks}"
         model.resize_token_embeddings(size, mean_resizing=False)
+    return None
 
 
 def _saved_rows(weights: dict[str, Tensor], module: str) -> int | None:

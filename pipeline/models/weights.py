@@ -33,10 +33,20 @@ def empty_model(auto_class: type, path: str, config: PretrainedConfig, revision:
     checked when they are loaded.
 
     Raises:
-        ValueError: weights that the files lack or have in another shape, no weight file, or one that is broken.
+        ValueError: weights that the files lack or have in another shape, no weight file, or one that is broken; a
+            model of another kind.
     """
-    with torch.device("meta"):
-        model = auto_class.from_config(config)
+    try:
+        with torch.device("meta"):
+            model = auto_class.from_config(config)
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):  # followed by all that there are
+            raise
+        kind = auto_class.__name__.removeprefix("AutoModelFor")
+        raise ValueError(
+            f"{path!r} is a {', '.join(config.architectures or [config.model_type])}, and transformers has no {kind} "
+            f"of the type {config.model_type}; give another model"
+        ) from error
     files = weight_files(path, revision)
     if not files or "quantization_config" in config.to_dict():
         return model

@@ -2,6 +2,7 @@
 
 import pickle
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -87,7 +88,8 @@ def score_token_rows(
     """The first output of a classifier for token ids, [B], on the CPU in float32.
 
     Raises:
-        ValueError: a row is longer than the classifier at `path` can read; `key` is the setting that names it.
+        ValueError: a row is longer than the classifier at `path` can read, or has a token without an embedding; `key`
+            is the setting that names it.
     """
     limit = position_limit(model.config)
     longest = max(map(len, rows))
@@ -96,6 +98,10 @@ def score_token_rows(
             f"{key}: a prompt and its completion are {longest} tokens for the classifier {path!r}, which reads "
             f"{limit}; shorten the prompts or lower ppo.response_length"
         )
+    try:
+        _check_ids(model, tokenizer, [max(ids, default=0) for ids in rows], path)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
     scores = torch.zeros(len(rows))
     for index in length_sorted_chunks(torch.tensor([len(ids) for ids in rows]), batch_size):
         chosen = {"input_ids": [rows[row] for row in index.tolist()]}
@@ -138,8 +144,8 @@ def check_classifier(path: str, config: ModelConfig, key: str = "ppo.reward_mode
     """Refuse what is no reward model, by its configuration and the headers of its weight files alone.
 
     Raises:
-        ValueError: an adapter without a record, an encoder-decoder or language model, more than one label, or weights
-            that are missing.
+        ValueError: an adapter without a record, an encoder-decoder or language model, more than one label, weights
+            that are missing, or tokens without an embedding.
     """
     directory = Path(path).expanduser()
     if (directory / "adapter_config.json").is_file():
@@ -160,6 +166,32 @@ def check_classifier(path: str, config: ModelConfig, key: str = "ppo.reward_mode
         )
     if "auto_map" not in loaded.to_dict():
         try:
-            empty_model(AutoModelForSequenceClassification, source, loaded, pinned_revision(source))
+            model = empty_model(AutoModelForSequenceClassification, source, loaded, pinned_revision(source))
+            _check_tokenizer(model, read_tokenizer(source), path)
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from error
+
+
+def _check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """Refuse a tokenizer whose padding or chat template has tokens that the classifier has no embedding for.
+
+    Raises:
+        ValueError: naming the token.
+    """
+    ids = [tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id]
+    if ids[0] is None:
+        raise ValueError(f"the tokenizer of {path!r} has neither a pad nor an EOS token; set one of them and save it")
+    if tokenizer.chat_template is not None:
+        with suppress(ValueError):  # a template that takes no such chat is refused where the data are rendered
+            chat = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
+            ids += tokenizer(render_chat(tokenizer, chat), add_special_tokens=False)["input_ids"]
+    _check_ids(model, tokenizer, ids, path)
+
+
+def _check_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], path: str) -> None:
+    rows = model.get_input_embeddings().num_embeddings
+    if (largest := max(ids, default=0)) >= rows:
+        raise ValueError(
+            f"the token {tokenizer.convert_ids_to_tokens(largest)!r} of {path!r} is number {largest}, but the "
+            f"classifier has {rows} embeddings; use its own tokenizer and chat template, or resize its embeddings"
+        )

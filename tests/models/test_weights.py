@@ -1,5 +1,6 @@
 """Weights that are not in the files of a model or an adapter: refused from the headers, and again at loading."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +14,11 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    CLIPTextConfig,
+    CLIPTextModel,
     PreTrainedModel,
+    T5Config,
+    T5EncoderModel,
 )
 
 from pipeline.models.config import ModelConfig
@@ -168,6 +173,36 @@ def test_a_classifier_without_its_head_is_refused(tokenizer, tmp_path):
         ClassifierReward(str(tmp_path), ModelConfig(str(tmp_path)))
 
 
+@pytest.mark.parametrize("where", ["pad", "template", "text"])
+def test_a_classifier_with_fewer_embeddings_than_its_tokenizer_has_tokens_is_refused(tokenizer, tmp_path, where):
+    """A token of the tokenizer alone, as padding, in the chat template, or in a text that is scored."""
+    path, tokenizer = str(tmp_path), copy.deepcopy(tokenizer)
+    config = AutoConfig.for_model("llama", **{**KINDS["llama"], "vocab_size": len(tokenizer)}, num_labels=1)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(path)
+    tokenizer.add_special_tokens({"pad_token": "<new>"} if where == "pad" else {"extra_special_tokens": ["<new>"]})
+    if where == "template":
+        tokenizer.chat_template = "{% for m in messages %}{{ '<new>' + m['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(path)
+    problem = rf"'<new>' of .* is number {len(tokenizer) - 1}, but the classifier has {len(tokenizer) - 1} embeddings"
+    if where == "text":
+        with pytest.raises(ValueError, match=rf"^ppo\.reward_model_path: the token {problem}"):
+            ClassifierReward(path, ModelConfig(path)).raw_scores(["a"], ["<new>"])
+        return
+    with pytest.raises(ValueError, match=rf"^reward\.model: the token {problem}"):
+        check_classifier(path, ModelConfig(path), "reward.model")
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config_class"), [(T5EncoderModel, T5Config), (CLIPTextModel, CLIPTextConfig)]
+)
+def test_a_model_of_another_kind_is_refused_in_a_sentence(model_class, config_class, tmp_path):
+    sizes = {"num_layers": 1, "d_kv": 8, "num_hidden_layers": 1, "intermediate_size": 16, "num_attention_heads": 2}
+    model_class(config_class(vocab_size=20, hidden_size=16, d_model=16, **sizes)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"is a {model_class.__name__}, and transformers has no CausalLM") as raised:
+        check_weights(str(tmp_path), ModelConfig(str(tmp_path)))
+    assert len(str(raised.value)) < 300 + len(str(tmp_path))
+
+
 # adapters
 
 
@@ -208,6 +243,22 @@ GROWN = {
     "saved because they grew": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
     "trained tokens": {"trainable_token_indices": {"embed_tokens": [3, 50, 51, 52], "lm_head": [50, 51, 52]}},
 }
+
+
+@pytest.mark.parametrize(
+    ("tokens", "lacks"), [([50, 51, 52], "no LM head for them"), ([51, 52], "not all in between")]
+)
+def test_trained_tokens_without_an_embedding_or_head_are_refused_once(tmp_path, tokens, lacks):
+    build("llama").save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(53)
+    adapter = tmp_path / "adapter"
+    trained(model, trainable_token_indices={"embed_tokens": tokens}).save_pretrained(
+        adapter, save_embedding_layers=False
+    )
+    with pytest.raises(ValueError, match=rf"up to 52, the base has 50 embeddings, and it brings {lacks}\)") as raised:
+        check_weights(str(adapter), ModelConfig(str(tmp_path / "base")))
+    assert str(raised.value).count("does not fit") == 1
 
 
 @pytest.mark.parametrize("options", GROWN.values(), ids=GROWN)

@@ -192,7 +192,7 @@ def test_every_other_column_reaches_the_rewards(tmp_path):
     assert rows[0]["data_completion"] is None  # a column that only some rows have
 
     def reward(prompts, completions, completion_ids, references, question, n, data_prompts, **others):
-        assert others.keys() == {"answer", *renamed, "data_completion_ids"}
+        assert others.keys() >= {"answer", *renamed, "data_completion_ids"}
         return [float(value) for value in n]
 
     values = {name: rows[name][:] for name in rows.column_names if name not in ("prompt", "completion")}
