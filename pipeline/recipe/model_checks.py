@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from pipeline.models.adapters import ALL_LINEAR, check_targets, fused_experts
 from pipeline.models.hub import check_model_path
-from pipeline.models.loading import check_weights, load_tokenizer, lora_config
+from pipeline.models.loading import check_weights, load_config, load_tokenizer, lora_config
 from pipeline.models.weights import shown_weights
 from pipeline.recipe.types import Recipe
 from pipeline.trainers.ppo.checks import check_special_tokens
@@ -52,14 +52,24 @@ def reward_base(recipe: Recipe) -> PreTrainedModel | None:
 def model_notes(recipe: Recipe) -> list[str]:
     """Return what a user should know of the recipe's model before it is trained."""
     config = recipe.model
-    if config.model_name_or_path is None or config.lora_target_modules != ALL_LINEAR or not trains_adapter(recipe):
+    if config.model_name_or_path is None:
         return []
+    kinds = load_config(config.model_name_or_path, config).architectures or []
+    notes = [
+        f"model.model_name_or_path: {config.model_name_or_path!r} was saved as {kind}, and no LM head beside "
+        "its input embedding, which is used in its place; give the language model if there is one"
+        for kind in kinds
+        if kind.endswith("Classification")
+    ]
+    if config.lora_target_modules != ALL_LINEAR or not trains_adapter(recipe):
+        return notes
     model = check_weights(config.model_name_or_path, config)
     if model is None or not (experts := fused_experts(model)):
-        return []
+        return notes
     return [
+        *notes,
         f"model.lora_target_modules: {ALL_LINEAR} leaves out the experts of this {model.config.model_type} "
-        f"({shown_weights(experts)}), their router and feed-forward layers beside them; the attention gets adapters"
+        f"({shown_weights(experts)}), their router and feed-forward layers beside them; the attention gets adapters",
     ]
 
 

@@ -99,6 +99,8 @@ def load_recipe_task(recipe: Recipe, run: RunDirectory) -> tuple[Recipe, Task]:
     recipe = with_lengths(recipe, task, tokenizer, config)
     task = fit_rows(recipe, task, tokenizer, config)
     say_left_out("task", task.left_out)
+    if isinstance(recipe.task.config, columns.Config):
+        say(*filter(None, [columns.thoughts_warning(recipe.task.config, task.train)]))
     return recipe, task
 
 

@@ -1,7 +1,7 @@
 """Read chat messages in the shapes that data sets have: OpenAI's, ShareGPT's, and those that a recipe maps."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -15,6 +15,7 @@ FURTHER_KEYS = ("tool_calls", "tool_call_id", "name")
 SHAREGPT = {"role": "from", "content": "value"}
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
 SHAREGPT_ROLES |= {"observation": "tool"}
+THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")  # of messages whose thoughts are not in their content
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -87,6 +88,12 @@ def split_answer(chat: Sequence[Message], column: str) -> tuple[list[Message], M
     if "tool_calls" not in answer and not answer["content"].strip():
         raise Unusable(f"the last message of the assistant in the column {column!r} is empty")
     return prompt, answer
+
+
+def thought_key(chats: Iterable[object]) -> str | None:
+    """Return the key by which messages hold thoughts apart from their content, which no example has; None without."""
+    messages = (message for chat in chats if isinstance(chat, list) for message in chat if isinstance(message, dict))
+    return next((key for message in messages for key in THOUGHT_KEYS if message.get(key)), None)
 
 
 def join_turns(prompt: Sequence[Message], completion: Sequence[Message]) -> list[Message]:

@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from datasets import Dataset
+
+from pipeline.tasks.chats import thought_key
 from pipeline.tasks.column_config import Config
 from pipeline.tasks.column_examples import make_examples, renamed_column
 from pipeline.tasks.examples import check_columns
@@ -10,7 +13,8 @@ from pipeline.tasks.parts import check_disjoint, select_part, split_name
 from pipeline.tasks.tables import SUFFIXES, SourceTable, check_hub, read_file, read_hub, read_saved
 from pipeline.tasks.types import SPLITS, Task, TaskError, Where, hold_out
 
-__all__ = ["Config", "check_reachable", "files", "load", "read_tables"]
+__all__ = ["Config", "check_reachable", "files", "load", "read_tables", "thoughts_warning"]
+LOOKED_AT = 100  # rows, for thoughts that are left out
 SAVED_MARKERS = ("dataset_dict.json", "dataset_info.json")
 
 
@@ -109,6 +113,19 @@ def load(config: Config) -> Task:
         cluster=cluster,
     )
     return hold_out(task, config.ppo_examples)
+
+
+def thoughts_warning(config: Config, examples: Dataset) -> str | None:
+    """Say that the messages of the first examples have thoughts that are left out; None where they have none."""
+    column, names = config.messages or config.completion, examples.column_names
+    column = f"data_{column}" if f"data_{column}" in names else column
+    if column not in names:
+        return None
+    key = thought_key(examples.select(range(min(LOOKED_AT, len(examples))))[column])
+    return key and (
+        f"warning: task.{'messages' if config.messages else 'completion'}: {key!r} of the messages is left out, and "
+        "the model learns answers without thoughts; to keep them write <think>...</think> into the content"
+    )
 
 
 def _check_clusters(column: str, labels: Sequence[object], where: Where) -> None:

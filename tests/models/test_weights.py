@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from transformers import (
 
 from pipeline.models.config import ModelConfig
 from pipeline.models.loading import check_weights, load_model, load_policy
+from pipeline.recipe.model_checks import model_notes
 from pipeline.rewards.classifier import ClassifierReward, check_classifier
 
 SIZES = {
@@ -111,6 +113,19 @@ def test_a_bare_base_and_a_classifier_have_no_lm_head(tmp_path):
     for name in ("bare", "classifier"):
         (message,) = refusals(tmp_path / name)
         assert str(tmp_path / name) in message and "lack lm_head.weight" in message
+
+
+def test_a_classifier_with_a_tied_head_is_named_in_the_plan(tmp_path):
+    recipe = SimpleNamespace(
+        model=ModelConfig(str(tmp_path)), sft=SimpleNamespace(use_peft=False), reward=None, ppo=None
+    )
+    model = build("qwen2")
+    AutoModelForSequenceClassification.from_config(model.config).save_pretrained(tmp_path)
+    assert check_weights(str(tmp_path), recipe.model) is not None
+    (note,) = model_notes(recipe)
+    assert note.startswith("model.model_name_or_path: ") and "Qwen2ForSequenceClassification" in note
+    model.save_pretrained(tmp_path)
+    assert not model_notes(recipe)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "gpt2", "t5"])

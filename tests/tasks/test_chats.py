@@ -6,6 +6,7 @@ import pytest
 from column_data import refusal, single, write_lines
 
 from pipeline.tasks import TaskError, load_task
+from pipeline.tasks.columns import thoughts_warning
 from pipeline.tasks.parallel import Config as ParallelConfig
 
 USER, ANSWER = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}
@@ -74,6 +75,22 @@ def test_a_null_value_of_sharegpt_is_an_empty_content(tmp_path):
     path = write_lines(tmp_path / "data.jsonl", [{"m": turns}] * 3)
     message = refusal(single(path, prompt=None, completion=None, messages="m"))
     assert "content of a message is null" in message and "messages_from" not in message
+
+
+@pytest.mark.parametrize("column", ["m", "completion"])
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "mood"])
+def test_thoughts_that_are_left_out_are_reported(tmp_path, key, column):
+    rows = [{column: [USER, {**ANSWER, **({key: "two and two"} if number else {})}]} for number in range(4)]
+    rows = [{"prompt": [USER], **row} for row in rows]
+    keys = {"messages": "m", "prompt": None} if column == "m" else {"prompt": "prompt"}
+    config = single(
+        write_lines(tmp_path / "data.jsonl", rows), **{"completion": None if column == "m" else column, **keys}
+    )
+    warning = thoughts_warning(config, load_task("columns", config).train)
+    if key == "mood":
+        assert warning is None
+    else:
+        assert f"task.{'messages' if column == 'm' else column}: {key!r} of the messages is left out" in warning
 
 
 @pytest.mark.parametrize("tools", [["hammer"], "a hammer"])
