@@ -33,7 +33,8 @@ from pipeline.tasks.text_rows import Row
 from pipeline.tasks.types import RESERVED_COLUMNS
 
 # What reward functions get under names of their own beside the columns.
-TAKEN_COLUMNS = (*RESERVED_COLUMNS, "prompts", "completions", "completion_ids")
+TRAINER_ARGUMENTS = ("trainer_state", "log_metric", "log_extra")
+TAKEN_COLUMNS = (*RESERVED_COLUMNS, "prompts", "completions", "completion_ids", *TRAINER_ARGUMENTS)
 SOURCE = "".join(sha256(Path(__file__).with_name(name)) for name in ("column_examples.py", "chats.py", "examples.py"))
 
 

@@ -11,6 +11,7 @@ from datasets import Dataset
 from pipeline.recipe import RecipeError, check_recipe, load_recipe
 from pipeline.rewards import Reward, compute_rewards
 from pipeline.tasks import SPLITS, TaskError, columns, load_task
+from pipeline.tasks.column_examples import TRAINER_ARGUMENTS
 
 
 def test_files_by_split(folder):
@@ -183,6 +184,7 @@ def test_every_other_column_reaches_the_rewards(tmp_path):
         "prompts": 1,
         "completion_ids": 2,
         "data_prompt": 3,
+        "log_metric": 4,
     }
     path = write_lines(tmp_path / "a.jsonl", [ROWS[0], {**ROWS[1], **taken}, ROWS[2], ROWS[3]])
     rows = load_task("columns", single(path)).train
@@ -192,7 +194,7 @@ def test_every_other_column_reaches_the_rewards(tmp_path):
     assert rows[0]["data_completion"] is None  # a column that only some rows have
 
     def reward(prompts, completions, completion_ids, references, question, n, data_prompts, **others):
-        assert others.keys() >= {"answer", *renamed, "data_completion_ids"}
+        assert others.keys() - TRAINER_ARGUMENTS == {"answer", *renamed, "data_completion_ids", "data_log_metric"}
         return [float(value) for value in n]
 
     values = {name: rows[name][:] for name in rows.column_names if name not in ("prompt", "completion")}

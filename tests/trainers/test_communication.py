@@ -73,8 +73,8 @@ def test_gradients_of_what_is_trained_are_all_that_a_step_sends(counted, kind):
         gradients, everything, trained, whole = torch.load(counted / f"{kind}-{rank}.pt")
         # One float32 number for each trained weight, once an optimizer step.
         assert sum(gradients) == 4 * trained * EPOCHS * MINI_BATCHES
-        # Beside them the number of tokens and eight sums of the loss.
-        assert sum(everything) - sum(gradients) == (8 + 8 * 4) * EPOCHS * MINI_BATCHES
+        # Beside them the numbers of tokens and of episodes, and nine sums of the loss.
+        assert sum(everything) - sum(gradients) == (2 * 8 + 9 * 4) * EPOCHS * MINI_BATCHES
         assert (trained < 0.5 * whole) == (kind == "lora")
 
 

@@ -377,7 +377,7 @@ def test_every_column_reaches_the_reward_aligned(make_trainer, examples, tokeniz
     seen = []
 
     def reward(prompts, completions, references, tag, completion_ids, **columns):
-        assert not columns
+        assert columns.keys() == {"trainer_state", "log_metric", "log_extra"}
         if completion_ids == [[0]] * len(prompts):  # the check before training
             return [0.0] * len(prompts)
         for i, prompt in enumerate(prompts):

@@ -167,7 +167,6 @@ class PPOTrainer:
             token_scores = rewards.token_scores(self.scaled_rewards, completions.lengths)
         seen = self.state.score_moments
         scores = process_scores(rewards, token_scores, completions, seen, self.args, self.accelerator, seed)
-        self._enter("the log-probabilities")
         prompt_ids = [self._prompt_ids[row] for row in answers.rows]
         sequences, outputs = self.learner.forward(prompt_ids, completions.ids, self.tokenizer.pad_token_id)
         given = (examples["prompt"], completions.texts, completions.finished, sequences)
@@ -179,6 +178,7 @@ class PPOTrainer:
         completions = self.writer.write(prompt_ids, sampling, seed)
         self._enter("the rewards")
         rewards = self.compute_rewards(self.train_dataset.select(rows), completions.texts, completions.ids)
+        self._enter("the log-probabilities")  # before the processes wait for each other's scores
         return Answers(self.train_dataset, rows, completions, rewards)
 
     def compute_rewards(
