@@ -14,6 +14,7 @@ from pipeline.models.loading import load_config, load_tokenizer
 from pipeline.models.prompt_lengths import check_prompt_lengths, unfit_prompts
 from pipeline.models.text import (
     TEMPLATE_DATE,
+    chat_problems,
     chat_problems_of,
     decode,
     encode_completions,
@@ -150,7 +151,23 @@ def fit_rows(recipe: Recipe, task: Task, tokenizer: PreTrainedTokenizerBase, con
         if name in room:
             task = _with_room(task, name, *room[name], tokenizer, config)
         task = replace(task, **{name: _with_references(task, getattr(task, name), tokenizer)})
+    _check_reference(task, tokenizer)
     return task
+
+
+def _check_reference(task: Task, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a chat template that cannot render the first reference as an answer, which the evaluation does.
+
+    Completions that begin with a thought may be rendered where a reference without it cannot.
+
+    Raises:
+        TaskError: what the template says.
+    """
+    row = task.test[0]
+    [problem] = chat_problems(tokenizer, [row["prompt"]], [row["references"][0]])
+    if problem is not None:
+        key = "task.strip_thoughts" if task.strip_thoughts else "task.references"
+        raise TaskError(f"{key}: a reference cannot be an answer in a chat: {problem}, in {task.where('test', [0])}")
 
 
 def _with_room(

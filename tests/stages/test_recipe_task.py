@@ -160,3 +160,19 @@ def test_pairs_whose_chats_begin_otherwise_are_refused(recipe, tmp_path):
     pair = {"prompt": [{"role": "system", "content": "Be brief."}, user], "chosen": "north", "rejected": "red"}
     with pytest.raises(ValueError, match=r"^reward\.pairs: the chats of the pairs begin with a system message"):
         pairs_of(recipe(), tmp_path, pair)
+
+
+@pytest.mark.parametrize(
+    ("keys", "key"), [({"strip_thoughts": True}, "task.strip_thoughts"), ({"references": "r"}, "task.references")]
+)
+def test_references_that_a_template_cannot_render_are_refused_before_training(recipe, chat_model, keys, key):
+    """Prompts end with `<think>`, and references have no thought."""
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
+    tokenizer.chat_template = TEMPLATE.replace("{{ '<assistant>' }}", "{{ '<assistant><think>' }}")
+    tokenizer.save_pretrained(chat_model)
+    rows = [{**row, "a": f"<think>hm</think>{row['a']}", "r": row["a"]} for row in ROWS]
+    assert load(recipe(rows=rows)).test["references"][0] == ["<think>hm</think>north"]
+    with pytest.raises(
+        TaskError, match=rf"^{key}: a reference cannot be an answer .*model\.chat_template.* line 1 of"
+    ):
+        load(recipe(rows=rows, **keys))
