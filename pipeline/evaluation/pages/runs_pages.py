@@ -22,6 +22,8 @@ from pipeline.evaluation.power import p_cell, p_text
 from pipeline.evaluation.run_files import Run, load_run
 from pipeline.evaluation.runs import RunsReport, compare_runs
 
+TABLE_WIDTH = 130  # columns of the widest table: a narrower terminal wraps its lines, where it would cut its figures
+
 
 def compare_command(argv: Sequence[str], prog: str = "eval.py compare") -> int:
     """Run `compare RUN RUN ... [--output DIR]`; return 0 when it is written, 2 when a run has no report."""
@@ -56,6 +58,7 @@ def write_comparison(paths: Sequence[Path], output: Path) -> RunsReport:
     content = page.render(report=report, tables=shown, mood=mood(report.verdict), **page_parts(title))
     write_page(content, output / "report.html")
     console = Console(stderr=True)
+    console.width = max(console.width, TABLE_WIDTH)
     for table in shown[:4]:
         print_table(table, console)
     for warning in report.warnings:
