@@ -196,7 +196,8 @@ class PPOConfig:
             value = getattr(self, name)
             texts = [choice for choice in choices if isinstance(choice, str)]
             hint = did_you_mean(value, texts) if isinstance(value, str) else ""
-            require(value in choices, name, f"must be one of {choices}{hint}", value)
+            names = tuple(choice for choice in choices if choice is not None)
+            require(value in choices, name, f"must be one of {names}{hint}", value)
         check_sizes(self)
         check_combinations(self)
 
