@@ -26,10 +26,10 @@ def export_command(argv: Sequence[str]) -> int:
     try:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise ValueError(f"{str(target)!r} exists; give a folder that is new or empty")
-        found = find_model(arguments.run, arguments.system, TRAINED)
-        if found.recipe is None:
+        finished = find_model(arguments.run, arguments.system, TRAINED)
+        if finished.recipe is None:
             raise ValueError(f"{str(arguments.run)!r} is no run directory (it has no recipe.yaml)")
-        export_model(found, target)
+        export_model(finished, target)
     except (ValueError, OSError) as error:
         print(f"error: export: {error}", file=sys.stderr)
         return 2
@@ -37,14 +37,14 @@ def export_command(argv: Sequence[str]) -> int:
     return 0
 
 
-def export_model(found: FinishedModel, target: Path) -> None:
+def export_model(finished: FinishedModel, target: Path) -> None:
     """Write plain weights, an adapter merged into its base, the tokenizer, and the card."""
-    model, tokenizer = found.source.load()
+    model, tokenizer = finished.source.load()
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
-    facts = card_facts(found.recipe, found.run, found.source.name)
+    facts = card_facts(finished.recipe, finished.run, finished.source.name)
     facts = replace(facts, is_adapter=False, path=str(target))
-    (target / "README.md").write_text(model_card(facts, report_of(found.run)), encoding="utf-8")
+    (target / "README.md").write_text(model_card(facts, report_of(finished.run)), encoding="utf-8")
 
 
 def parse_export_arguments(argv: Sequence[str]) -> argparse.Namespace:

@@ -25,21 +25,23 @@ def generate_command(argv: Sequence[str]) -> int:
     arguments = parse_generate_arguments(argv)
     quiet_libraries()
     try:
-        found = find_model(arguments.path, arguments.system)
-        print(answer(found, arguments.prompt, arguments.max_new_tokens, arguments.temperature, arguments.seed))
+        finished = find_model(arguments.path, arguments.system)
+        print(answer(finished, arguments.prompt, arguments.max_new_tokens, arguments.temperature, arguments.seed))
     except (ValueError, OSError) as error:
         print(f"error: generate: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def answer(found: FinishedModel, text: str, max_new_tokens: int | None, temperature: float | None, seed: int) -> str:
+def answer(
+    finished: FinishedModel, text: str, max_new_tokens: int | None, temperature: float | None, seed: int
+) -> str:
     """Load a model and complete one prompt: greedily without a temperature."""
-    model, tokenizer = found.source.load()
-    prompt = prompt_from(found.recipe, text, tokenizer.chat_template is not None)
+    model, tokenizer = finished.source.load()
+    prompt = prompt_from(finished.recipe, text, tokenizer.chat_template is not None)
     ids = encode_prompts(tokenizer, [prompt], model.config.is_encoder_decoder)
     torch.manual_seed(seed)
-    completion = generate(model, tokenizer, ids, Decoding(max_new_tokens or found.max_new_tokens, temperature), 1)
+    completion = generate(model, tokenizer, ids, Decoding(max_new_tokens or finished.max_new_tokens, temperature), 1)
     return decode(tokenizer, completion)[0]
 
 

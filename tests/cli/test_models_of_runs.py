@@ -23,16 +23,16 @@ def test_a_run_answers_with_its_newest_model_unless_one_is_named():
     complete(recipe, "sft")
     assert find_model(RUN, None).source.name == "sft" and find_model(RUN, None).max_new_tokens == 8
     complete(recipe, "ppo")
-    found = find_model(RUN, None).source
-    assert (found.name, found.path, found.base) == ("ppo", RUN / "ppo", RUN / "sft")
+    source = find_model(RUN, None).source
+    assert (source.name, source.path, source.base) == ("ppo", RUN / "ppo", RUN / "sft")
     assert [find_model(RUN, name).source.path for name in ("base", "sft")] == [RUN / "base", RUN / "sft"]
 
 
 def test_a_run_that_was_moved_has_its_models_with_it():
     complete(recipe_with(), "sft", "ppo")
     RUN.rename("elsewhere")
-    found = find_model(Path("elsewhere"), None)
-    assert (found.source.path, found.source.base) == (Path("elsewhere/ppo"), Path("elsewhere/sft"))
+    finished = find_model(Path("elsewhere"), None)
+    assert (finished.source.path, finished.source.base) == (Path("elsewhere/ppo"), Path("elsewhere/sft"))
 
 
 def test_the_sft_model_may_be_one_from_elsewhere():
@@ -44,8 +44,8 @@ def test_the_sft_model_may_be_one_from_elsewhere():
 def test_a_folder_with_a_model_needs_no_run():
     Path("model").mkdir()
     Path("model/config.json").write_text("{}")
-    found = find_model(Path("model"), None)
-    assert (found.source.path, found.recipe, found.max_new_tokens) == (Path("model"), None, NEW_TOKENS)
+    finished = find_model(Path("model"), None)
+    assert (finished.source.path, finished.recipe, finished.max_new_tokens) == (Path("model"), None, NEW_TOKENS)
 
 
 @pytest.mark.parametrize(
