@@ -9,12 +9,12 @@ from transformers import SchedulerType
 from pipeline.models.generation import Decoding
 from pipeline.rewards.config import RewardConfig
 from pipeline.rewards.results import ON_ERROR, Handling
-from pipeline.runtime.messages import did_you_mean
+from pipeline.runtime.messages import did_you_mean, yaml_text
 from pipeline.runtime.schedules import Schedule, value_at
 from pipeline.trainers.ppo.algorithms import ALGORITHMS, expand_algorithm
 from pipeline.trainers.ppo.config_checks import check_combinations, check_sizes
 from pipeline.trainers.ppo.generation_kwargs import sampling_keys
-from pipeline.trainers.ppo.ranges import check_ranges, require
+from pipeline.trainers.ppo.ranges import check_ranges
 from pipeline.trainers.ppo.trl_arguments import refuse_config_arguments
 
 SCHEDULERS = tuple(
@@ -196,8 +196,9 @@ class PPOConfig:
             value = getattr(self, name)
             texts = [choice for choice in choices if isinstance(choice, str)]
             hint = did_you_mean(value, texts) if isinstance(value, str) else ""
-            names = tuple(choice for choice in choices if choice is not None)
-            require(value in choices, name, f"must be one of {names}{hint}", value)
+            names = ", ".join(c if isinstance(c, str) else yaml_text(c) for c in choices if c is not None)
+            if value not in choices:
+                raise ValueError(f"ppo.{name}: must be one of {names}, found {yaml_text(value)}{hint}")
         check_sizes(self)
         check_combinations(self)
 

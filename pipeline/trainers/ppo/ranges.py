@@ -2,6 +2,7 @@
 
 import math
 
+from pipeline.runtime.messages import yaml_text
 from pipeline.runtime.schedules import check_schedule
 
 SCHEDULES = ("temperature", "entropy_coef")  # keys that may change during a run
@@ -50,4 +51,4 @@ def check_ranges(args: object) -> None:
 def require(holds: bool, name: str, rule: str, found: object) -> None:
     """Raise a ValueError that names the key of the `ppo:` section, unless `holds`."""
     if not holds:
-        raise ValueError(f"ppo.{name}: {rule}, found {found!r}")
+        raise ValueError(f"ppo.{name}: {rule}, found {yaml_text(found)}")
