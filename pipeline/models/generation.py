@@ -12,31 +12,10 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.models.decoder_start import decoder_prefix
-from pipeline.models.kernels.decode_loop import Choose, Stop, decode_batch, supports_decode_loop
+from pipeline.models.kernels.decode_loop import Stop, decode_batch, supports_decode_loop
+from pipeline.models.sampling import Decoding, TokenChooser
 from pipeline.models.sequences import length_sorted_chunks, pad_left, pad_right
-from pipeline.runtime.devices import in_float64
 from pipeline.runtime.seeds import derive_seed
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How to write a completion of at most `max_new_tokens` tokens. `temperature` None: greedy, or beam search.
-
-    No end is written before `min_new_tokens`, a text that holds one of `stop_strings` ends there, and none of
-    `suppress_tokens` is written. `top_k`, `top_p`, `min_p` and `repetition_penalty` are for samples alone: what they
-    do is that of transformers' `GenerationConfig`.
-    """
-
-    max_new_tokens: int
-    temperature: float | None = None
-    top_k: int = 0
-    top_p: float = 1.0
-    num_beams: int = 1
-    min_new_tokens: int = 0
-    stop_strings: tuple[str, ...] = ()
-    suppress_tokens: tuple[int, ...] = ()
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -100,9 +79,10 @@ def generate(
         rows = chunk.tolist()
         chosen = [prompts[row] for row in rows]
         read = [decoder_prefix(model)] * len(rows) if model.config.is_encoder_decoder else chosen
-        choose = _chooser(decoding, ends, read, None if draws is None else draws[chunk].to(model.device))
+        choose = TokenChooser(decoding, ends, read, None if draws is None else draws[chunk].to(model.device))
         stop = _stopper(tokenizer, decoding)
         written = decode_batch(model, chosen, tokenizer.pad_token_id, decoding.max_new_tokens, ends, choose, stop)
+        choose.check()
         for row, tokens in zip(rows, written, strict=True):
             completions[row] = tokens
     return completions
@@ -142,68 +122,6 @@ def finished(
     """Whether each completion ended by itself, with EOS or a stop string, rather than at the token limit."""
     ends = eos_token_ids(model, tokenizer)
     return [ids[-1] in ends or _is_stopped(tokenizer, decoding, ids) for ids in completions]
-
-
-def _chooser(decoding: Decoding, ends: Sequence[int], read: Sequence[Sequence[int]], draws: Tensor | None) -> Choose:
-    """How the next tokens are chosen.
-
-    `read` has what each row has read by the network that writes: the prompt, or what a decoder begins with.
-    `draws [B, max_new_tokens]` are uniform numbers in [0, 1), None for greedy.
-    """
-    suppressed, penalised = list(decoding.suppress_tokens), draws is not None and decoding.repetition_penalty != 1
-    seen = torch.zeros(0)
-
-    def choose(logits: Tensor, step: int, rows: Tensor) -> Tensor:
-        nonlocal seen
-        if penalised:
-            seen = _tokens_read(read, logits) if step == 0 else seen
-            logits = penalise_repetition(logits, seen[rows], decoding.repetition_penalty)
-        if suppressed:
-            logits[:, suppressed] = -torch.inf
-        if step < decoding.min_new_tokens:
-            logits[:, ends] = -torch.inf
-        tokens = logits.argmax(-1) if draws is None else sample_tokens(logits, decoding, draws[rows, step])
-        if penalised:
-            seen[rows, tokens] = True
-        return tokens
-
-    return choose
-
-
-def _tokens_read(read: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
-    """Mark which tokens of the vocabulary each row has read, [B, V]."""
-    seen = torch.zeros(len(read), logits.shape[-1], dtype=torch.bool, device=logits.device)
-    for row, ids in enumerate(read):
-        seen[row, list(ids)] = True
-    return seen
-
-
-def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Divide positive and multiply negative `logits [N, V]` of tokens that were `seen [N, V]` (arXiv:1909.05858)."""
-    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
-
-
-def sample_tokens(logits: Tensor, decoding: Decoding, draws: Tensor) -> Tensor:
-    """One token for each row of `logits [N, V]` by inverting its cumulative distribution at `draws [N]` in [0, 1)."""
-    logits, order = logits / decoding.temperature, None
-    if decoding.top_k or decoding.top_p < 1:
-        logits, order = logits.topk(min(decoding.top_k or logits.shape[-1], logits.shape[-1]))
-    # In float64, where sums over a large vocabulary keep what small probabilities add.
-    probabilities = in_float64(torch.softmax(logits, dim=-1))
-    cumulative = probabilities.cumsum(-1)
-    if decoding.top_p < 1:  # the fewest likeliest tokens that together reach top_p
-        probabilities = probabilities.masked_fill(cumulative - probabilities >= decoding.top_p, 0.0)
-        cumulative = probabilities.cumsum(-1)
-    if decoding.min_p:  # at least this share of the likeliest token's probability
-        likeliest = probabilities.amax(-1, keepdim=True)
-        probabilities = probabilities.masked_fill(probabilities < decoding.min_p * likeliest, 0.0)
-        cumulative = probabilities.cumsum(-1)
-    targets = in_float64(draws).unsqueeze(-1) * cumulative[:, -1:]
-    index = torch.searchsorted(cumulative, targets, right=True)  # the first whose sum passes: never one of weight 0
-    if (index == logits.shape[-1]).any():
-        raise FloatingPointError("generation: the probabilities of the next token are not finite (NaN in the model)")
-    index = index.to(logits.device)
-    return (index if order is None else order.gather(-1, index)).squeeze(-1)
 
 
 def _stopper(tokenizer: PreTrainedTokenizerBase, decoding: Decoding) -> Stop | None:

@@ -22,8 +22,13 @@ def float64_device(device: torch.device) -> torch.device:
 
 
 def in_float64(values: Tensor) -> Tensor:
-    """Widen numbers to float64, on `float64_device`: all float64 of rollouts and updates is made here."""
+    """Widen numbers to float64, on `float64_device`: all float64 of rollouts and updates is made here and below."""
     return values.to(float64_device(values.device)).double()
+
+
+def sum_in_float64(values: Tensor, dim: int) -> Tensor:
+    """Sum along a dimension in float64, on `float64_device`, without a wide copy of the numbers."""
+    return values.to(float64_device(values.device)).sum(dim, dtype=torch.float64)
 
 
 def gpu_has_bf16(device: torch.device) -> bool:

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedModel
 
 from pipeline.models import generation
-from pipeline.models.generation import Decoding, generate, sample_tokens
+from pipeline.models.generation import Decoding, generate
 from pipeline.models.kernels import decode_loop as decoding
 from pipeline.models.kernels.decode_loop import (
     PreallocatedCacheLayer,
@@ -17,6 +17,7 @@ from pipeline.models.kernels.decode_loop import (
     decode_batch,
     supports_decode_loop,
 )
+from pipeline.models.sampling import BLOCK, invert_cumulative, sample_tokens
 from pipeline.models.sequences import pad_left, pad_right
 from pipeline.models.text import encode_prompts
 
@@ -259,9 +260,34 @@ def test_no_draw_reaches_a_token_of_probability_0():
     assert sample_tokens(logits, Decoding(1, 1.0), draws).tolist() == [1, 2]
 
 
-def test_nan_is_named():
+@pytest.mark.parametrize("size", [1, BLOCK - 1, BLOCK, 3 * BLOCK, 3 * BLOCK + 5])
+def test_a_draw_at_either_end_finds_the_outermost_weight(size):
+    weights = torch.zeros(2, size)
+    weights[:, [size // 3, size - 1 - size // 3]] = 0.1  # whose sum in float32 is not exact
+    draws = torch.tensor([0.0, 1 - 2**-24])
+    assert invert_cumulative(weights, draws).tolist() == [size // 3, size - 1 - size // 3]
+
+
+def test_small_probabilities_of_a_large_vocabulary_count():
+    """One token of 1/2, and 100,000 others of the same small probability, which float32 sums would lose."""
+    weights = torch.full((3, 100_001), 5e-6)
+    weights[:, 0] = 0.5
+    found = invert_cumulative(weights, torch.tensor([0.4999, 0.75, 0.9999]))
+    assert found.tolist() == pytest.approx([0, 50_000, 99_980], abs=2)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_p": 0.9}, {"min_p": 0.1}], ids=str)
+def test_probabilities_that_are_not_finite_give_no_token(options):
+    logits = torch.tensor([[0.0, torch.nan, 0.0], [0.0, 40.0, 0.0]])
+    assert sample_tokens(logits, Decoding(1, 1.0, **options), torch.tensor([0.5, 0.5])).tolist() == [-1, 1]
+
+
+def test_nan_is_named(taught, tokenizer):
+    model, prompts = taught().eval(), encode_prompts(tokenizer, TEXTS)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[7] = torch.nan
     with pytest.raises(FloatingPointError, match="not finite"):
-        sample_tokens(torch.full((1, 4), torch.nan), Decoding(1, 1.0), torch.tensor([0.5]))
+        generate(model, tokenizer, prompts, Decoding(4, 1.0, repetition_penalty=1.1, stop_strings=("x",)), 8)
 
 
 def test_frequencies_are_the_probabilities():

@@ -7,9 +7,10 @@ from transformers import GenerationConfig, LogitsProcessorList, MinPLogitsWarper
 
 from pipeline.models import generation
 from pipeline.models.decoder_start import decoder_prefix
-from pipeline.models.generation import Decoding, generate, penalise_repetition, sample_tokens, seed_samples
+from pipeline.models.generation import Decoding, generate, seed_samples
 from pipeline.models.kernels.lm_head import LogitTransform, suppression, token_logprobs
 from pipeline.models.loading import lora_config
+from pipeline.models.sampling import penalise_repetition, sample_tokens
 from pipeline.models.sequences import make_sequences
 from pipeline.models.shared import SharedModel
 

@@ -8,16 +8,17 @@ from ppo_toys import colours
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pipeline.models.generation import Decoding, sample_tokens
+from pipeline.models.sampling import Decoding, sample_tokens
 from pipeline.rewards import Reward
-from pipeline.runtime.devices import float64_device, in_float64
+from pipeline.runtime.devices import float64_device, in_float64, sum_in_float64
 
 
 class NoFloat64OnDevice(TorchDispatchMode):
     """Take every tensor for one of a device without float64, and every float64 tensor for one that has left it.
 
     Raises:
-        RuntimeError: float64 that `in_float64` did not make, or an operation on float64 and tensors of the device.
+        RuntimeError: float64 that `in_float64` and `sum_in_float64` did not make, or an operation on float64 and
+            tensors of the device.
     """
 
     def __init__(self) -> None:
@@ -27,7 +28,7 @@ class NoFloat64OnDevice(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         result = function(*args, **(kwargs or {}))
-        if _inside(in_float64):
+        if _inside(in_float64) or _inside(sum_in_float64):
             self.widened += 1
             return result
         wide = [x.dtype == torch.float64 for x in given]
@@ -85,9 +86,12 @@ def test_numbers_of_apples_gpu_are_widened_on_the_cpu():
     assert in_float64(torch.tensor([0.1])).dtype == torch.float64
 
 
-def test_draws_are_the_same_numbers_as_before():
+@pytest.mark.parametrize("vocabulary", [5, 128, 500, 3910])
+@pytest.mark.parametrize("spread", [0.1, 3.0, 30.0])
+def test_draws_are_those_of_sums_over_the_whole_vocabulary(vocabulary, spread):
     torch.manual_seed(0)
-    logits, draws = torch.randn(64, 500) * 3, torch.rand(64)
+    logits, draws = torch.randn(2000, vocabulary) * spread, torch.rand(2000)
+    logits[:, vocabulary // 2] = -torch.inf
     cumulative = logits.softmax(-1).double().cumsum(-1)
     expected = torch.searchsorted(cumulative, draws.double().unsqueeze(-1) * cumulative[:, -1:], right=True)
     assert torch.equal(sample_tokens(logits, Decoding(1, 1.0), draws), expected.squeeze(-1))
