@@ -84,6 +84,7 @@ SLOW = (
     "trainers/test_sft_config.py",
     "trainers/test_sft_encoder_decoder.py",
     "trainers/test_trl_algorithms.py",
+    "trainers/test_value_from_reward.py",
 )
 COLOURS = ("red", "blue", "green", "white", "black")
 NUMBERS = ("one", "two", "three", "four", "five")

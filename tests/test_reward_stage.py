@@ -264,12 +264,17 @@ def test_a_classifier_is_evaluated_by_the_stage_or_used_as_it_is(recipe, tmp_pat
         (["ppo.rewards=[{{name: learned, template: x}}]"], "its option template would do nothing"),
         (["reward.pairs={{path: no.jsonl}}"], "reward.pairs.path: no file 'no.jsonl' for the train split"),
         (["reward.pairs.metric=bleurt"], "reward.pairs.metric: unknown metric 'bleurt'"),
+        (
+            ["ppo.reward_model_path={one}", "ppo.value_model=reward_model"],
+            "ppo.value_model: reward_model needs a reward",
+        ),
         (["reward={{model: {two}}}"], "reward.model: the classifier '{two}' has 2 labels"),
         (["ppo.rewards=[learned, learned]"], "each reward once"),
     ],
 )
 def test_what_cannot_work_is_refused_before_a_model_is_loaded(recipe, tmp_path, tokenizer, capsys, overrides, message):
-    places = {"two": classifier(tmp_path / "two", tokenizer, num_labels=2), "empty": str(tmp_path / "empty")}
+    places = {"one": classifier(tmp_path / "one", tokenizer)}
+    places |= {"two": classifier(tmp_path / "two", tokenizer, num_labels=2), "empty": str(tmp_path / "empty")}
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit) as ended:
         ppo_stage.main([recipe, *(override.format(**places) for override in overrides)])

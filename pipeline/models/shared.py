@@ -18,12 +18,21 @@ from pipeline.models.kernels.lm_head import suppression, token_logprobs
 from pipeline.models.kernels.packing import disable_packing, enable_packing, pack, packed_states
 from pipeline.models.loading import position_limit
 from pipeline.models.reward_model import apply_head, load_head
+from pipeline.models.roles import (
+    POLICY,
+    REWARD,
+    VALUE,
+    load_frozen,
+    load_role,
+    train_own_adapters,
+    using,
+    without_adapters,
+)
 from pipeline.models.sequences import Sequences, probe_sequences, scatter_tokens
 from pipeline.models.states import ROUNDING, completion_states, encode, final_states, head_parts, lm_head
 
 # In bf16 on a CPU oneDNN compiles a kernel for each shape of a product: so many tokens more are less than that costs.
 ROUNDED_UP_TO = 32
-POLICY, VALUE, REWARD = "default", "value", "reward"  # peft's adapter names; it calls the first one default
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,7 @@ class SharedModel(nn.Module):
             check_adapter(self.network)
         if value_adapter:
             self.network.add_adapter(VALUE, lora)
-            self._train_own_adapters()
+            train_own_adapters(self.network)
         head = model.get_output_embeddings().weight  # its width is not always hidden_size: OPT may project
         self.value_head = nn.Linear(head.shape[1], 1, dtype=torch.promote_types(head.dtype, torch.float32))
         nn.init.zeros_(self.value_head.weight)
@@ -107,7 +116,7 @@ class SharedModel(nn.Module):
         mask = sequences.completion_mask
         logprobs, entropies = self._token_logprobs(self.language_model, states, sequences.completion_ids[mask])
         if self.has_value_adapter:
-            with self._adapter(VALUE):
+            with using(self.network, VALUE):
                 states = self._states(self.language_model, sequences)
         # The head computes in its own precision, whatever autocast does to the trunk.
         with torch.autocast(states.device.type, enabled=False):
@@ -147,25 +156,27 @@ class SharedModel(nn.Module):
     def reference(self) -> Iterator[PreTrainedModel]:
         """Give the reference policy as a language model, until the block ends."""
         network = self.network if self.frozen_copy is None else self.frozen_copy
-        if isinstance(network, PeftModel):
-            try:
-                with network.disable_adapter():
-                    yield network.get_base_model()
-            finally:
-                self._train_own_adapters()
-        else:
-            yield network
+        with without_adapters(network) if isinstance(network, PeftModel) else nullcontext(network) as model:
+            yield model
 
     def add_reward(self, directory: Path) -> None:
         """Add the reward adapter and head that are saved in `directory`: a few weights, no second model."""
         if self.frozen_copy:
-            self.frozen_copy = PeftModel.from_pretrained(self.frozen_copy, str(directory), adapter_name=REWARD)
-            remove_dropout(self.frozen_copy)
+            self.frozen_copy = load_frozen(self.frozen_copy, directory)
         else:
-            self.network.load_adapter(str(directory), REWARD, torch_device=str(self.language_model.device))
-            remove_dropout(self.network)
-            self._activate(POLICY)
+            load_role(self.network, directory, REWARD)
         self.reward_head = load_head(directory).to(self.language_model.device)
+
+    @torch.no_grad()
+    def start_value_as_reward(self, directory: Path, scale: float, offset: float) -> None:
+        """Make the value function `scale * raw score + offset` of the reward model that is saved in `directory`.
+
+        The value adapter and the value head become copies of the reward's, whatever its LoRA shape, and are trained.
+        """
+        self.network.delete_adapter(VALUE)
+        load_role(self.network, directory, VALUE)
+        self.value_head.weight.copy_(scale * load_head(directory).weight)
+        self.value_head.bias.fill_(offset)
 
     @torch.no_grad()
     def reward_scores(self, sequences: Sequences) -> Tensor:
@@ -173,34 +184,9 @@ class SharedModel(nn.Module):
         if self.frozen_copy:
             states = final_states(self.frozen_copy.get_base_model(), sequences)
         else:
-            with self._adapter(REWARD):
+            with using(self.network, REWARD):
                 states = final_states(self.language_model, sequences)
         return apply_head(self.reward_head, states)
-
-    @contextmanager
-    def _adapter(self, name: str) -> Iterator[None]:
-        """Use another adapter instead of the policy's until the block ends."""
-        self._activate(name)
-        try:
-            yield
-        finally:
-            self._activate(POLICY)
-
-    def _activate(self, name: str) -> None:
-        self.network.set_adapter(name)
-        self._train_own_adapters()
-
-    def _train_own_adapters(self) -> None:
-        """Make the adapters of policy and value trainable again, and the reward's not.
-
-        peft freezes an adapter that it switches off and frees the one that it switches on: a backward pass would leave
-        the policy without gradients, and the reward would be trained.
-        """
-        if isinstance(self.network, PeftModel):
-            self.network.set_requires_grad([POLICY, VALUE], True)
-        for network in (self.network, self.frozen_copy):
-            if isinstance(network, PeftModel):
-                network.set_requires_grad(REWARD, False)
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute layers in the backward pass, each under the adapter that was active in its forward pass."""
@@ -210,7 +196,7 @@ class SharedModel(nn.Module):
 
     def _checkpoint_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         active = self.has_value_adapter and self.network.active_adapter == VALUE
-        return nullcontext(), self._adapter(VALUE) if active else nullcontext()
+        return nullcontext(), using(self.network, VALUE) if active else nullcontext()
 
     def value_parameters(self) -> list[nn.Parameter]:
         """Return what only the value function uses: its head, and its adapter where it has one."""

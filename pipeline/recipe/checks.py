@@ -114,15 +114,21 @@ def _check_reward_model(recipe: Recipe, document: Document) -> None:
             "ppo.reward_model_path",
         )
     if path is None:
-        check_learned_options(learned.options, recipe.reward.model is None)
+        is_adapter = recipe.reward.model is None
+        check_learned_options(learned.options, is_adapter)
     elif is_reward_folder(path):
         record = load_record(path)
-        check_learned_options(learned.options, record.kind == "adapter")
+        is_adapter = record.kind == "adapter"
+        check_learned_options(learned.options, is_adapter)
         check_accuracy(record, recipe.min_accuracy, path)
         check_reward_folder(path, record, reward_base(recipe))
     else:
-        check_learned_options(learned.options, False)
+        is_adapter = False
+        check_learned_options(learned.options, is_adapter)
         _check_classifier_path(path)
+    if recipe.ppo.value_model == "reward_model" and not is_adapter:
+        rule = "reward_model needs a reward adapter over the SFT model, and 'learned' is a classifier; use adapter"
+        raise document.error(("ppo", "value_model"), rule)
 
 
 def _check_pairs_metric(recipe: Recipe) -> None:

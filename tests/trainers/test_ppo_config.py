@@ -134,6 +134,7 @@ BAD_COMBINATIONS: tuple[dict, ...] = (
     {"scale_rewards": "batch", "algorithm": "grpo"},
     {"kl_estimator": "k3", "kl_placement": "score"},
     {"value_model": "adapter", "use_peft": False},
+    {"value_model": "reward_model"},
     {"value_warmup_steps": 1, "vf_coef": 0.0},
     {"kl_placement": "loss"},
     {"kl_estimator": "k3"},

@@ -27,7 +27,7 @@ LOSS_TYPES = ("dapo", "grpo", "dr_grpo", "sum")
 IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence", "completion")
 REWARD_SHAPING = ("none", "prefix")
 SCORE_SCALING = ("none", "running", "reference")
-VALUE_MODELS = ("head", "adapter")
+VALUE_MODELS = ("head", "adapter", "reward_model")
 LEARNED = "learned"
 
 
@@ -60,7 +60,8 @@ class PPOConfig:
     learning_rate: float | None = None
     # of the value function; None: ten times that of the policy (verl; OpenRLHF: nine times)
     value_learning_rate: float | None = None
-    # head reads the policy's last hidden states; adapter has a LoRA of its own, at a second pass
+    # head reads the policy's last hidden states; adapter has a LoRA of its own, at a second pass; reward_model is an
+    # adapter that starts, with its head, as a copy of the reward `learned` (InstructGPT)
     value_model: str = "head"
     value_warmup_steps: int = 0  # PPO steps in which only the value function learns
     lr_scheduler_type: str = "linear"  # over optimizer steps, the same for any number of processes

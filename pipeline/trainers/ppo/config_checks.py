@@ -40,6 +40,7 @@ def check_combinations(args: Any) -> None:
     largest_ratio = 1 + (args.cliprange_high or args.cliprange)
     own_penalty = args.missing_eos_penalty not in (None, type(args).missing_eos_penalty)
     needless_path = args.reward_model_path is not None and args.learned_reward is None
+    value_adapter = args.value_model != "head"
     counted = args.max_steps is not None and args.total_episodes != type(args).total_episodes
     for wrong, name, rule, found in (
         (counted, "max_steps", "does nothing beside total_episodes; keep one", args.max_steps),
@@ -118,9 +119,15 @@ def check_combinations(args: Any) -> None:
             args.dual_clip,
         ),
         (
-            args.value_model == "adapter" and not args.use_peft,
+            value_adapter and not args.use_peft,
             "value_model",
-            "adapter needs ppo.use_peft: true",
+            "adapter and reward_model need ppo.use_peft: true",
+            args.value_model,
+        ),
+        (
+            args.value_model == "reward_model" and args.rewards and args.learned_reward is None,
+            "value_model",
+            "reward_model needs the reward learned in ppo.rewards; use adapter",
             args.value_model,
         ),
         (
@@ -161,7 +168,7 @@ def check_combinations(args: Any) -> None:
             args.value_lam,
         ),
         (
-            args.value_model == "adapter" and not args.value_loss_weight,
+            value_adapter and not args.value_loss_weight,
             "value_model",
             "does nothing without a value function; set vf_coef",
             args.value_model,

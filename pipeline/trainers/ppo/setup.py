@@ -13,12 +13,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.models.completion_lengths import reference_length
 from pipeline.models.shared import SharedModel
 from pipeline.rewards import Reward
-from pipeline.rewards.learned import adapter_rewards
+from pipeline.rewards.learned import AdapterReward
 from pipeline.runtime.devices import APPLE_GPU_IDLE, has_apple_gpu
 from pipeline.runtime.messages import say
 from pipeline.runtime.schedules import schedule_values, value_at
 from pipeline.trainers.logs import TrainingLog
 from pipeline.trainers.ppo.config import PPOConfig
+from pipeline.trainers.ppo.reward_scales import weights_at
 from pipeline.trainers.precision import mixed_precision
 from pipeline.trainers.trackers import installed
 
@@ -58,19 +59,32 @@ def make_accelerator(args: PPOConfig, directory: Path) -> Accelerator:
 def build_shared_model(
     model: PreTrainedModel, args: PPOConfig, peft_config: LoraConfig | None, rewards: Sequence[Reward]
 ) -> SharedModel:
-    """Put every role of PPO on `model`, the adapters of learned rewards included."""
+    """Put every role of PPO on `model`, the adapters of learned rewards included.
+
+    Raises:
+        ValueError: the value function is to start as a learned reward, and there is none on this model, or several.
+    """
+    learned = [reward for reward in weights_at(rewards, 0) if isinstance(reward.function, AdapterReward)]
+    if args.value_model == "reward_model" and len(learned) != 1:
+        raise ValueError(
+            f"ppo.value_model: reward_model needs one learned reward whose adapter is over the policy's base, found "
+            f"{len(learned)}; use adapter"
+        )
     shared = SharedModel(
         model,
         peft_config if args.use_peft else None,
         value_at(args.temperature, 0),
-        value_adapter=args.value_model == "adapter",
+        value_adapter=args.value_model != "head",
         entropy_gradient=max(schedule_values(args.entropy_coef)) > 0,
         padding_free=args.padding_free,
         suppress_tokens=args.suppress_tokens,
     )
-    for reward in adapter_rewards(rewards):
-        shared.add_reward(reward.directory)
-        reward.attach(shared.reward_scores, shared.language_model)
+    for reward in learned:
+        shared.add_reward(reward.function.directory)
+        reward.function.attach(shared.reward_scores, shared.language_model)
+    if args.value_model == "reward_model":
+        record, scale = learned[0].function.record, learned[0].weight / learned[0].function.record.scale
+        shared.start_value_as_reward(learned[0].function.directory, scale, -scale * record.shift)
     if args.gradient_checkpointing:
         shared.enable_gradient_checkpointing()
     return shared.train()
