@@ -437,6 +437,14 @@ def test_what_a_recipe_points_to_is_checked_before_anything_is_loaded(override, 
     assert_names(refusal(override), f"override {override!r}", key, *words)
 
 
+def test_the_best_checkpoint_is_not_the_worst_one_of_a_metric():
+    lower = ["ppo.metric_for_best_model=eval_wer", "eval.metrics=[bleu, wer]"]
+    message = refusal(*lower)
+    assert "ppo.greater_is_better: must be false: wer is better where it is lower" in message
+    check_recipe(load_recipe(write(), [*lower, "ppo.greater_is_better=false"]))
+    assert "must be true" in refusal("ppo.metric_for_best_model=eval_bleu", "ppo.greater_is_better=false")
+
+
 def test_the_number_of_processes_counts_in_the_batch():
     recipe = load_recipe(write())
     check_recipe(recipe, num_processes=6)

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from pipeline.metrics import Metric, Score
-from pipeline.metrics.resampling import bootstrap_indices, percentile_interval
+from pipeline.metrics.distinct import DistinctMetric
+from pipeline.metrics.resampling import bootstrap_indices, centred, percentile_interval
 from pipeline.metrics.types import Rows
 
 
@@ -81,7 +82,9 @@ def clustered_score(
     """Score all examples by `metric`, with a percentile interval from resamples of the clusters."""
     score = metric.corpus_score(predictions, references, n_bootstrap=0)
     rows = clusters.rows(bootstrap_indices(clusters.count, n_bootstrap, seed))
-    low, high = percentile_interval(metric.resampled_scores(predictions, references, rows), confidence)
+    scores = metric.resampled_scores(predictions, references, rows)
+    scores = centred(scores, score.value) if isinstance(metric, DistinctMetric) else scores
+    low, high = percentile_interval(scores, confidence)
     resampling = f"bs:{n_bootstrap}|seed:{seed}|clusters:{clusters.count}"
     return replace(score, low=low, high=high, signature=f"{resampling}|{score.signature}")
 

@@ -28,8 +28,9 @@ from pipeline.evaluation.clusters import Clusters, single_examples
 from pipeline.evaluation.power import student_interval
 from pipeline.metrics import Metric
 from pipeline.metrics.checks import check_examples
+from pipeline.metrics.distinct import DistinctMetric
 from pipeline.metrics.mean_metric import MeanMetric
-from pipeline.metrics.resampling import bootstrap_indices, percentile_interval, resampled_means
+from pipeline.metrics.resampling import bootstrap_indices, centred, percentile_interval, resampled_means
 from pipeline.metrics.types import Rows
 from pipeline.runtime.seeds import derive_seed
 
@@ -81,6 +82,10 @@ def compare_texts(
     texts, groups = (predictions_a, predictions_b, references), clusters or single_examples(len(references))
     bootstrap = paired_bootstrap(metric, *texts, n_resamples, seed, groups)
     randomised = paired_randomisation(metric, *texts, n_resamples, seed, groups)
+    if isinstance(
+        metric, DistinctMetric
+    ):  # resamples repeat texts, which lowers scores
+        return PairedTests(bootstrap, randomised, randomised, RANDOMISATION)
     if not isinstance(metric, MeanMetric):  # no mean over examples, so that single examples do not decide
         return _choose_test(bootstrap, randomised, groups)
     scores = (metric.sample_scores(predictions, references) for predictions in (predictions_a, predictions_b))
@@ -153,7 +158,7 @@ def paired_bootstrap(
         scores_a = metric.resampled_scores(predictions_a, references, rows)
         return metric.resampled_scores(predictions_b, references, rows) - scores_a
 
-    return _compare(differences(indices), groups, differences)
+    return _compare(differences(indices), groups, differences, isinstance(metric, DistinctMetric))
 
 
 def paired_bootstrap_means(
@@ -260,10 +265,12 @@ def _resampled_rows(clusters: Clusters, n_resamples: int, seed: int) -> Rows:
     return clusters.rows_with_full_set(bootstrap_indices(clusters.count, n_resamples, seed))
 
 
-def _compare(differences: np.ndarray, clusters: Clusters, resample: Callable[[Rows], np.ndarray]) -> Comparison:
+def _compare(
+    differences: np.ndarray, clusters: Clusters, resample: Callable[[Rows], np.ndarray], centre: bool = False
+) -> Comparison:
     """Summarise `differences` [R + 1], the first over all examples, the others over each resample.
 
-    `resample` computes the differences over any rows of examples.
+    `resample` computes the differences over any rows of examples. With `centre` the interval lies around the first.
     """
     delta, resampled = float(differences[0]), differences[1:]
     # Around their own mean the resampled differences scatter as they would if the systems were equally good. The test
@@ -276,7 +283,8 @@ def _compare(differences: np.ndarray, clusters: Clusters, resample: Callable[[Ro
         error = _jackknife_error(clusters, resample)
         return Comparison(delta, *student_interval(delta, error, clusters.count - 1, CONFIDENCE), p_value, error)
     error = float(resampled.std(ddof=1)) if len(resampled) > 1 else 0.0
-    return Comparison(delta, *percentile_interval(resampled, CONFIDENCE), p_value, error)
+    interval = percentile_interval(centred(resampled, delta) if centre else resampled, CONFIDENCE)
+    return Comparison(delta, *interval, p_value, error)
 
 
 def _jackknife_error(clusters: Clusters, resample: Callable[[Rows], np.ndarray]) -> float:

@@ -17,7 +17,8 @@ class TextStatistics:
     `length_ratio`: words per word of the first references. `repetition`: mean share of a text's trigrams that it
     already had. `distinct_1`, `distinct_2`: different words and bigrams of all texts per word and bigram (Li et al.
     2016); they fall with the number of texts, so compare sets of one size only. `copy_rate`: share of all words that
-    the example's prompt has too. `empty`: share of texts without a word. `most_common`: share of the most frequent
+    the example's prompt has too. `novel_2`: share of all bigrams that the prompt does not have, the novelty of
+    summaries. `empty`: share of texts without a word. `most_common`: share of the most frequent
     text among all.
     """
 
@@ -26,6 +27,7 @@ class TextStatistics:
     distinct_1: float
     distinct_2: float
     copy_rate: float
+    novel_2: float
     empty: float
     most_common: float
 
@@ -37,14 +39,17 @@ def text_statistics(texts: Sequence[str], references: Sequence[str], prompts: Se
     reference_total = sum(len(words(reference)) for reference in references)
     unigrams = {word for text in tokens for word in text}
     bigrams = [pair for text in tokens for pair in pairwise(text)]
-    vocabularies = [set(words(prompt)) for prompt in prompts]
+    prompt_tokens = [words(prompt) for prompt in prompts]
+    vocabularies, prompt_bigrams = map(set, prompt_tokens), map(set, map(pairwise, prompt_tokens))
     copied = sum(word in known for text, known in zip(tokens, vocabularies, strict=True) for word in text)
+    novel = sum(b not in known for text, known in zip(tokens, prompt_bigrams, strict=True) for b in pairwise(text))
     return TextStatistics(
         length_ratio=_ratio(total, reference_total),
         repetition=sum(map(repetition, tokens)) / len(tokens),
         distinct_1=_ratio(len(unigrams), total),
         distinct_2=_ratio(len(set(bigrams)), len(bigrams)),
         copy_rate=_ratio(copied, total),
+        novel_2=_ratio(novel, len(bigrams)),
         empty=sum(not text for text in tokens) / len(tokens),
         most_common=Counter(texts).most_common(1)[0][1] / len(texts),
     )

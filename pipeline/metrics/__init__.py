@@ -1,4 +1,4 @@
-"""Load text metrics: BLEU, chrF, TER, ROUGE, exact match, token F1, those of `evaluate`, and those of users."""
+"""Load text metrics by name: Relay's, those of the library `evaluate`, and those of users."""
 
 import importlib
 from typing import Any
@@ -10,7 +10,12 @@ from pipeline.runtime.user_code import FORMS, UserCodeError, is_user_code, load_
 
 __all__ = ["METRIC_NAMES", "Metric", "Score", "load_metric"]
 
-METRIC_NAMES = ("bleu", "chrf", "ter", "rouge1", "rouge2", "rougeL", "exact_match", "token_f1")
+# The file of each metric.
+_FILES = {name: name for name in ("bleu", "chrf", "ter")}
+_FILES |= dict.fromkeys(("rouge1", "rouge2", "rougeL", "rougeLsum"), "rouge")
+_FILES |= {"exact_match": "exact_match", "token_f1": "token_f1", "squad_em": "squad", "squad_f1": "squad"}
+_FILES |= dict.fromkeys(("wer", "cer"), "error_rate") | dict.fromkeys(("distinct1", "distinct2"), "distinct")
+METRIC_NAMES = tuple(_FILES)
 
 _CHOICES = (
     f"there are: {', '.join(METRIC_NAMES)}, evaluate:NAME for one of the evaluate library, and your own ({FORMS})"
@@ -28,8 +33,7 @@ def load_metric(name: str, language: str | None = None, **options: Any) -> Metri
     """
     language_code(language)  # refuses what is no language, for metrics that need none, too
     if name in METRIC_NAMES:
-        module = "rouge" if name.startswith("rouge") else name
-        return importlib.import_module(f"pipeline.metrics.{module}").load(name, language, **options)
+        return importlib.import_module(f"pipeline.metrics.{_FILES[name]}").load(name, language, **options)
     if name.startswith("evaluate:"):
         return importlib.import_module("pipeline.metrics.evaluate_library").load(name, **options)
     if is_user_code(name):

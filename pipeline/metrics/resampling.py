@@ -57,6 +57,11 @@ def percentile_interval(scores: np.ndarray, confidence: float) -> tuple[float, f
     return float(low), float(high)
 
 
+def centred(scores: np.ndarray, value: float) -> np.ndarray:
+    """Move resampled scores [R] so that `value` is their mean; for scores that resampling shifts: `DistinctMetric`."""
+    return scores - scores.mean() + value
+
+
 def score_with_interval(
     metric: Metric,
     predictions: Sequence[str],
@@ -64,8 +69,9 @@ def score_with_interval(
     n_bootstrap: int,
     confidence: float,
     seed: int,
+    centre: bool = False,
 ) -> Score:
-    """Score all examples by `metric`, with a percentile interval from `n_bootstrap` resamples.
+    """Score all examples by `metric`, with a percentile interval from `n_bootstrap` resamples; see `centred`.
 
     Raises:
         ValueError: examples the metric refuses, a negative `n_bootstrap`, a `confidence` outside (0, 1).
@@ -73,7 +79,8 @@ def score_with_interval(
     check_examples(predictions, references)
     indices = with_full_set(bootstrap_indices(len(predictions), n_bootstrap, seed))
     scores = metric.resampled_scores(predictions, references, indices)
-    low, high = percentile_interval(scores[1:] if n_bootstrap else scores, confidence)
+    resampled = scores[1:] if n_bootstrap else scores
+    low, high = percentile_interval(centred(resampled, scores[0]) if centre else resampled, confidence)
     counts = {len(texts) for texts in references}
     n_references = counts.pop() if len(counts) == 1 else "var"
     bootstrap = f"bs:{n_bootstrap}|seed:{seed}|" if n_bootstrap else ""

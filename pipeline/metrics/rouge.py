@@ -1,4 +1,4 @@
-"""ROUGE-1, ROUGE-2 and ROUGE-L: Lin, ROUGE: A Package for Automatic Evaluation of Summaries (2004), by rouge_score."""
+"""ROUGE-1, -2, -L and -Lsum: Lin, ROUGE: A Package for Automatic Evaluation of Summaries (2004), by rouge_score."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,8 +33,9 @@ class UnicodeTokenizer:
 
 
 def load(name: str, language: str | None = None, **options: Any) -> MeanMetric:
-    """Make ROUGE F1, the best over an example's references. `name` is rouge1, rouge2 or rougeL.
+    """Make ROUGE F1, the best over an example's references. `name` is rouge1, rouge2, rougeL or rougeLsum.
 
+    ROUGE-Lsum takes lines for sentences, as rouge_score does: of a text in one line it is ROUGE-L.
     The option `use_stemmer` (off by default) strips English suffixes.
 
     Raises:

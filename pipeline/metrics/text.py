@@ -23,7 +23,7 @@ _UNSPACED_RANGES = (
     (0x1780, 0x17FF),
 )
 UNSPACED_LANGUAGES = frozenset({"zh", "yue", "ja", "th", "lo", "km", "my", "bo", "dz"})
-_ENGLISH_ARTICLES = re.compile(r"\b(a|an|the)\b")
+ENGLISH_ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 def _unspaced_pattern() -> re.Pattern[str]:
@@ -96,7 +96,7 @@ def normalise_answer(text: str, language: str | None) -> str:
     plain = " ".join(plain.split()) or spaced
     if language_code(language) not in (None, "en"):
         return plain
-    return " ".join(_ENGLISH_ARTICLES.sub(" ", plain).split()) or plain
+    return " ".join(ENGLISH_ARTICLES.sub(" ", plain).split()) or plain
 
 
 def _is_punctuation(char: str) -> bool:

@@ -25,10 +25,11 @@ def load(name: str, language: str | None = None, **options: Any) -> MeanMetric:
 
 def _best_f1(language: str | None, prediction: str, references: Sequence[str]) -> float:
     predicted = split_unspaced(normalise_answer(prediction, language))
-    return max(_f1(predicted, split_unspaced(normalise_answer(text, language))) for text in references)
+    return max(word_f1(predicted, split_unspaced(normalise_answer(text, language))) for text in references)
 
 
-def _f1(predicted: list[str], expected: list[str]) -> float:
+def word_f1(predicted: list[str], expected: list[str]) -> float:
+    """Compute the F1 of the words that two texts share; two texts without words agree."""
     if not predicted or not expected:
         return float(predicted == expected)
     shared = (Counter(predicted) & Counter(expected)).total()

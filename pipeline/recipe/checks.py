@@ -262,9 +262,14 @@ def _check_metrics_and_rewards(recipe: Recipe, document: Document) -> None:
     """Load the metrics and build the rewards; any function stands for a learned reward, whose model a stage loads."""
     for index, metric in enumerate(recipe.eval.metrics):
         try:
-            load_metric(metric.name, recipe.language, **metric.options)
+            loaded = load_metric(metric.name, recipe.language, **metric.options)
         except (ValueError, TypeError) as error:
             raise document.restate(error, ("eval", "metrics", index)) from error
+        chooses = recipe.ppo is not None and recipe.ppo.metric_for_best_model == f"eval_{metric.name}"
+        if chooses and recipe.ppo.greater_is_better != loaded.higher_is_better:
+            right = str(loaded.higher_is_better).lower()
+            rule = f"{metric.name} is better where it is {'higher' if loaded.higher_is_better else 'lower'}"
+            raise document.error(("ppo", "greater_is_better"), f"must be {right}: {rule}")
     rewards = recipe.ppo.rewards if recipe.ppo is not None else ()
     try:
         build_rewards(rewards, recipe.language, constant_reward())

@@ -10,6 +10,7 @@ import pytest
 from sacrebleu.metrics import BLEU
 from sacrebleu.significance import PairedTest
 
+from pipeline.evaluation.clusters import Clusters, clustered_score
 from pipeline.evaluation.config import EvalConfig
 from pipeline.evaluation.gains import paired_shares
 from pipeline.evaluation.significance import (
@@ -73,7 +74,7 @@ def test_identical_predictions_give_no_difference(name):
     assert comparison == Comparison(0.0, 0.0, 0.0, 1.0, 0.0)
 
 
-@pytest.mark.parametrize("name", ["bleu", "chrf", "ter", "rougeL", "token_f1"])
+@pytest.mark.parametrize("name", ["bleu", "chrf", "ter", "rougeL", "token_f1", "wer", "cer"])
 def test_real_improvement_is_found_in_the_right_direction(name):
     references = sentences(80, seed=3)
     worse, better = noisy(references, 0.4, seed=4), noisy(references, 0.2, seed=5)
@@ -88,6 +89,19 @@ def test_real_improvement_is_found_in_the_right_direction(name):
     assert (backwards.delta, backwards.low, backwards.high) == pytest.approx(
         (-forwards.delta, -forwards.high, -forwards.low)
     )
+
+
+def test_variety_is_compared_around_the_difference_of_the_whole_sets(monkeypatch):
+    """Resamples repeat texts, which lowers distinct-1 and the difference; the randomisation test repeats none."""
+    few, many = sentences(60, seed=3, length=4), [f"{text} x{i}" for i, text in enumerate(sentences(60, 4, 3))]
+    metric, references = load_metric("distinct1"), [["no matter"]] * 60
+    monkeypatch.setattr("pipeline.evaluation.significance.SMALL", 2)
+    tests = compare_texts(metric, few, many, references, 200, 1)
+    delta = metric.corpus_score(many, references, 0).value - metric.corpus_score(few, references, 0).value
+    assert tests.bootstrap.delta == pytest.approx(delta) and tests.bootstrap.low < delta < tests.bootstrap.high
+    assert (tests.test, tests.p_value) == (RANDOMISATION, tests.p_randomisation) and tests.p_value < 0.01
+    clustered = clustered_score(metric, few, references, Clusters(tuple(i // 2 for i in range(60))), 100, 0.95, 0)
+    assert clustered.low < clustered.value < clustered.high
 
 
 def test_delta_is_the_difference_of_the_corpus_scores():

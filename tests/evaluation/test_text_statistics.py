@@ -19,6 +19,7 @@ def test_figures_by_hand():
     assert found.distinct_1 == pytest.approx(3 / 9)  # the, cat, red
     assert found.distinct_2 == pytest.approx(2 / 6)  # the cat, cat the
     assert found.copy_rate == pytest.approx(5 / 9)  # all of the first, none of the third, and red
+    assert found.novel_2 == pytest.approx(4 / 6)  # of "the cat the cat", "see the cat" has "the cat" twice
     assert (found.empty, found.most_common, found.repetition) == (0.25, 0.5, 0)
 
 

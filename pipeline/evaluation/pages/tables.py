@@ -43,6 +43,7 @@ TEXT_FIGURES = (
     ("distinct-1", "distinct_1", ".4f"),
     ("distinct-2", "distinct_2", ".4f"),
     ("copied from the prompt", "copy_rate", ".1%"),
+    ("word pairs not in the prompt", "novel_2", ".1%"),
     ("empty", "empty", ".1%"),
     ("most frequent text", "most_common", ".1%"),
 )
