@@ -82,9 +82,7 @@ def compare_texts(
     texts, groups = (predictions_a, predictions_b, references), clusters or single_examples(len(references))
     bootstrap = paired_bootstrap(metric, *texts, n_resamples, seed, groups)
     randomised = paired_randomisation(metric, *texts, n_resamples, seed, groups)
-    if isinstance(
-        metric, DistinctMetric
-    ):  # resamples repeat texts, which lowers scores
+    if isinstance(metric, DistinctMetric):  # resamples repeat texts, which lowers scores
         return PairedTests(bootstrap, randomised, randomised, RANDOMISATION)
     if not isinstance(metric, MeanMetric):  # no mean over examples, so that single examples do not decide
         return _choose_test(bootstrap, randomised, groups)

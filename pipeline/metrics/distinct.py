@@ -1,4 +1,4 @@
-"""Distinct-1 and distinct-2: Li et al., A Diversity-Promoting Objective Function for Neural Conversation Models (2016)."""
+"""Distinct-n: Li et al., A Diversity-Promoting Objective Function for Neural Conversation Models (2016)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
