@@ -13,9 +13,9 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from pipeline.cli.compare_command import compare_command
 from pipeline.evaluation.assemble import build_report
 from pipeline.evaluation.pages.render import print_report, write_report
-from pipeline.evaluation.pages.runs_pages import compare_command
 from pipeline.evaluation.scoring import compute_system_rewards
 from pipeline.evaluation.systems import predict_systems
 from pipeline.recipe import Recipe, parse_stage_arguments
@@ -31,7 +31,7 @@ from pipeline.stages.task import left_out_record, load_recipe_task
 def main(argv: Sequence[str]) -> int:
     """Run the stage, or `compare`; return 0 when the report is written."""
     if argv and argv[0] == "compare":
-        return compare_command(argv[1:])
+        return compare_command(argv[1:], "eval.py compare")
     return run_stage(parse_stage_arguments(argv, __doc__), "eval", evaluate)
 
 

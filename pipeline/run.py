@@ -12,12 +12,12 @@ import pipeline.runtime.versions  # noqa: F401  # first: before an import fails 
 import sys
 from collections.abc import Sequence
 
-from pipeline.cli.run_command import run_command
+from pipeline.cli.run_command import run_script
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the chain; return its exit code."""
-    return run_command(argv, __doc__)
+    return run_script(argv, __doc__)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,18 @@
-"""relay export: write a model of a run as a folder that transformers loads by itself, with its model card."""
+"""relay export: write a model of a run as a folder that transformers or peft loads by itself, with its model card."""
 
 import argparse
+import json
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from pipeline.cli.finished_models import TRAINED, FinishedModel, find_model, report_of
+from pipeline.cli.parsers import make_parser
 from pipeline.evaluation.pages.model_card import model_card
+from pipeline.models.hub import ADAPTER_FILE
+from pipeline.models.loading import load_tokenizer
 from pipeline.runtime.libraries import quiet_libraries
 from pipeline.stages.model_cards import card_facts
 
@@ -15,21 +20,20 @@ EXAMPLE = """\
 examples:
   relay export runs/quickstart my_model
   relay export runs/quickstart sft_model --system sft
+  relay export runs/quickstart my_adapter --adapter
 """
+ADAPTER_FILES = (ADAPTER_FILE, "adapter_model.safetensors")
 
 
 def export_command(argv: Sequence[str]) -> int:
     """Write the model; return 2 where there is none, or where the folder has files in it."""
-    arguments = parse_export_arguments(argv)
+    arguments = export_parser().parse_args(argv)
     quiet_libraries()
     target = arguments.directory
     try:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise ValueError(f"{str(target)!r} exists; give a folder that is new or empty")
-        finished = find_model(arguments.run, arguments.system, TRAINED)
-        if finished.recipe is None:
-            raise ValueError(f"{str(arguments.run)!r} is no run directory (it has no recipe.yaml)")
-        export_model(finished, target)
+        export_model(find_model_of_run(arguments.run, arguments.system), target, arguments.adapter, str(target))
     except (ValueError, OSError) as error:
         print(f"error: export: {error}", file=sys.stderr)
         return 2
@@ -37,26 +41,59 @@ def export_command(argv: Sequence[str]) -> int:
     return 0
 
 
-def export_model(finished: FinishedModel, target: Path) -> None:
-    """Write plain weights, an adapter merged into its base, the tokenizer, and the card."""
-    model, tokenizer = finished.source.load()
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
+def find_model_of_run(run: Path, system: str | None) -> FinishedModel:
+    """Find a trained model of a run.
+
+    Raises:
+        ValueError: as `find_model`, or it is no run directory.
+    """
+    finished = find_model(run, system, TRAINED)
+    if finished.recipe is None:
+        raise ValueError(f"{str(run)!r} is no run directory (it has no recipe.yaml)")
+    return finished
+
+
+def export_model(finished: FinishedModel, target: Path, adapter: bool, name: str) -> None:
+    """Write plain weights, or the adapter alone, with the tokenizer and a card; `name` is where the card loads it.
+
+    Raises:
+        ValueError: the adapter is asked for, and the model has none.
+    """
+    if adapter:
+        copy_adapter(finished, target)
+    else:
+        model, tokenizer = finished.source.load()
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
     facts = card_facts(finished.recipe, finished.run, finished.source.name)
-    facts = replace(facts, is_adapter=False, path=str(target))
+    facts = replace(facts, is_adapter=adapter, path=name)
     (target / "README.md").write_text(model_card(facts, report_of(finished.run)), encoding="utf-8")
 
 
-def parse_export_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse the words after `relay export`."""
-    parser = argparse.ArgumentParser(
-        prog="relay export",
-        description=__doc__,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def copy_adapter(finished: FinishedModel, target: Path) -> None:
+    """Copy the files of an adapter, which name the base as the run has it now, and its tokenizer.
+
+    Raises:
+        ValueError: the model has no adapter.
+    """
+    source = finished.source
+    if not all((Path(source.path) / file).is_file() for file in ADAPTER_FILES):
+        raise ValueError(f"--adapter: {str(source.path)!r} is a whole model without an adapter; remove --adapter")
+    target.mkdir(parents=True, exist_ok=True)
+    for file in ADAPTER_FILES:
+        shutil.copy(Path(source.path) / file, target)
+    settings = json.loads((target / ADAPTER_FILE).read_text(encoding="utf-8"))
+    base = source.base or settings["base_model_name_or_path"]
+    settings["base_model_name_or_path"] = str(Path(base).resolve()) if Path(base).is_dir() else str(base)
+    (target / ADAPTER_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    load_tokenizer(source.path, source.config).save_pretrained(target)
+
+
+def export_parser() -> argparse.ArgumentParser:
+    """Make the parser of the words after `relay export`."""
+    parser = make_parser("export", __doc__, EXAMPLE)
     parser.add_argument("run", type=Path, metavar="RUN", help="a run directory, such as runs/quickstart")
     parser.add_argument("directory", type=Path, metavar="DIR", help="a folder that is new or empty")
     parser.add_argument("--system", choices=TRAINED, help="default: ppo, or sft where there is no ppo")
-    return parser.parse_args(argv)
+    parser.add_argument("--adapter", action="store_true", help="PPO's adapter alone, over the SFT model where it is")
+    return parser

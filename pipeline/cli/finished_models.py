@@ -1,13 +1,14 @@
 """Where the models of a finished run are, and what they read of a text that a user types."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipeline.evaluation.systems import Source
+from pipeline.evaluation.systems import Answering, Source
 from pipeline.models.config import ModelConfig
-from pipeline.models.hub import ADAPTER_FILE
-from pipeline.recipe import Recipe, load_recipe
+from pipeline.models.hub import CONFIG_FILES
+from pipeline.models.sampling import Decoding
+from pipeline.recipe import Recipe, load_stored_recipe
 from pipeline.stages.directory import FINISHED, RunDirectory
 from pipeline.stages.inputs import sft_model_path
 from pipeline.stages.task import base_model_path, task_config
@@ -32,6 +33,12 @@ class FinishedModel:
         """Return how long a completion may be: as long as in the evaluation of the run."""
         return NEW_TOKENS if self.recipe is None else self.recipe.eval.max_new_tokens or NEW_TOKENS
 
+    def decoding(self, max_new_tokens: int | None, temperature: float | None) -> Decoding:
+        """Return how the model answers: as in the evaluation of the run, greedily without a temperature."""
+        length = max_new_tokens or self.max_new_tokens
+        decoding = Decoding(length) if self.recipe is None else Answering(self.recipe.eval).greedy()
+        return replace(decoding, max_new_tokens=length, temperature=temperature)
+
 
 def find_model(path: Path, system: str | None, systems: tuple[str, ...] = SYSTEMS) -> FinishedModel:
     """Find a system of a run, PPO's or else SFT's unless one is named, or the model in a folder of its own.
@@ -43,28 +50,46 @@ def find_model(path: Path, system: str | None, systems: tuple[str, ...] = SYSTEM
     if not recipe_file.is_file():
         if system is not None:
             raise ValueError(f"--system {system}: {str(path)!r} is no run directory (it has no recipe.yaml)")
-        if not any((path / name).is_file() for name in (ADAPTER_FILE, "config.json")):
+        if not any((path / name).is_file() for name in CONFIG_FILES):
             raise ValueError(f"{str(path)!r} is neither a run directory nor the folder of a model")
         return FinishedModel(Source("model", path, ModelConfig(model_name_or_path=str(path))))
-    recipe = load_recipe(recipe_file)
-    finished = [name for name in TRAINED if (run.stage(name) / FINISHED).is_file()]
-    if recipe.sft_is_external:
-        finished.append("sft")
-    name = system or ("ppo" if "ppo" in finished else "sft")
-    if name not in systems or (name in TRAINED and name not in finished):
-        raise ValueError(f"{str(path)!r} has no finished {name} stage; {listed(finished)}")
-    sft = sft_model_path(recipe, run)
-    sources = {
-        "base": Source("base", base_model_path(recipe, run), recipe.model),
-        "sft": Source("sft", sft, recipe.model),
-        "ppo": Source("ppo", run.ppo, recipe.model, sft),
-    }
+    recipe = load_stored_recipe(recipe_file)
+    sources = finished_sources(recipe, run)
+    name = system or ("ppo" if "ppo" in sources else "sft")
+    if name not in systems or name not in sources:
+        finished = [trained for trained in TRAINED if trained in sources]
+        there = f"finished: {', '.join(finished)}" if finished else "run its recipe first"
+        raise ValueError(f"{str(path)!r} has no finished {name} stage; {there}")
     return FinishedModel(sources[name], recipe, run)
 
 
-def listed(finished: list[str]) -> str:
-    """Say which models there are."""
-    return f"finished: {', '.join(finished)}" if finished else "run its recipe first"
+def find_systems(path: Path) -> list[FinishedModel]:
+    """Find the base of a run and its trained models.
+
+    Raises:
+        ValueError: it is no run directory, or nothing is trained yet.
+    """
+    newest = find_model(path, None)
+    if newest.recipe is None or newest.run is None:
+        raise ValueError(f"{str(path)!r} is no run directory (it has no recipe.yaml), so there is nothing to compare")
+    sources = finished_sources(newest.recipe, newest.run)
+    return [FinishedModel(source, newest.recipe, newest.run) for source in sources.values()]
+
+
+def finished_sources(recipe: Recipe, run: RunDirectory) -> dict[str, Source]:
+    """Return where the base of a run is, and its models whose stages are finished."""
+    sft = sft_model_path(recipe, run)
+    sources = {"base": Source("base", base_model_path(recipe, run), recipe.model)}
+    if recipe.sft_is_external or (run.sft / FINISHED).is_file():
+        sources["sft"] = Source("sft", sft, recipe.model)
+    if (run.ppo / FINISHED).is_file():
+        sources["ppo"] = Source("ppo", run.ppo, recipe.model, sft)
+    return sources
+
+
+def is_chat_run(recipe: Recipe | None) -> bool:
+    """Tell whether a chat may go on after the first answer: a prompt around a source text stands alone."""
+    return recipe is None or not isinstance(recipe.task.config, parallel.Config)
 
 
 def prompt_from(recipe: Recipe | None, text: str, has_template: bool) -> str | list[Message]:

@@ -3,8 +3,9 @@
 import pipeline.runtime.versions  # noqa: F401  # first: before an import fails on a version that does not fit
 
 # isort: split
+import pkgutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 COMMANDS = {
@@ -16,6 +17,7 @@ COMMANDS = {
     "generate": "let a model of a run, or any model in a folder, answer a prompt",
     "export": "write a model of a run as a folder that transformers loads by itself",
 }
+FILES = {"check": "run"}  # the file of a command's code where it is not named like the command
 EXAMPLE = """\
   relay recipes copy quickstart
   relay run quickstart.yaml
@@ -37,40 +39,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"error: no command {name!r}{did_you_mean(name, COMMANDS)}; see relay --help", file=sys.stderr)
         return 2
-    return run_named(name, words)
+    return code_of(name, "command")(words)
 
 
-def run_named(name: str, words: Sequence[str]) -> int:
-    """Run one of `COMMANDS`, whose imports take seconds for those that train."""
-    match name:
-        case "recipes":
-            from pipeline.cli.recipes_command import recipes_command
+def code_of(name: str, kind: str) -> Callable:
+    """Return the function `NAME_command` or `NAME_parser` of one of `COMMANDS`.
 
-            return recipes_command(words)
-        case "check":
-            from pipeline.cli.run_command import check_command
-
-            return check_command(words)
-        case "run":
-            from pipeline.cli.run_command import run_named_recipe
-
-            return run_named_recipe(words)
-        case "report":
-            from pipeline.cli.report_command import report_command
-
-            return report_command(words)
-        case "generate":
-            from pipeline.cli.generate_command import generate_command
-
-            return generate_command(words)
-        case "export":
-            from pipeline.cli.export_command import export_command
-
-            return export_command(words)
-        case _:
-            from pipeline.evaluation.pages.runs_pages import compare_command
-
-            return compare_command(words, "relay compare")
+    It is imported only now: the imports of commands that train take seconds.
+    """
+    return pkgutil.resolve_name(f"pipeline.cli.{FILES.get(name, name)}_command:{name}_{kind}")
 
 
 def usage() -> str:

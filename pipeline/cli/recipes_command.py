@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.cli.parsers import make_parser
 from pipeline.cli.recipe_files import data_folders, first_sentence, recipe_files
 
 EXAMPLE = """\
@@ -19,7 +20,7 @@ examples:
 
 def recipes_command(argv: Sequence[str]) -> int:
     """Run `list`, `show NAME` or `copy NAME`; return 2 where there is no such recipe, or a file is in the way."""
-    arguments = parse_recipes_arguments(argv)
+    arguments = recipes_parser().parse_args(argv)
     files = recipe_files()
     if arguments.action == "list":
         width = max(map(len, files))
@@ -41,20 +42,17 @@ def recipes_command(argv: Sequence[str]) -> int:
     return 0
 
 
-def parse_recipes_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse the words after `relay recipes`."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog="relay recipes", description=__doc__, epilog=EXAMPLE, formatter_class=raw, allow_abbrev=False
-    )
+def recipes_parser() -> argparse.ArgumentParser:
+    """Make the parser of the words after `relay recipes`."""
+    parser = make_parser("recipes", __doc__, EXAMPLE)
     actions = parser.add_subparsers(dest="action", required=True, metavar="list | show NAME | copy NAME")
     actions.add_parser("list", help="name each recipe and say what it trains")
     actions.add_parser("show", help="print a recipe").add_argument("name", metavar="NAME")
     copy = actions.add_parser("copy", help="copy a recipe, and the data that comes with it", epilog=EXAMPLE)
-    copy.formatter_class = raw
+    copy.formatter_class = argparse.RawDescriptionHelpFormatter
     copy.add_argument("name", metavar="NAME")
     copy.add_argument("--to", type=Path, default=Path(), metavar="FOLDER", help="default: this folder")
-    return parser.parse_args(argv)
+    return parser
 
 
 def copy_recipe(file: Path, folder: Path) -> list[Path]:

@@ -6,6 +6,7 @@ import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.cli.parsers import make_parser
 from pipeline.evaluation.run_files import load_run
 
 EXAMPLE = """\
@@ -17,7 +18,7 @@ examples:
 
 def report_command(argv: Sequence[str]) -> int:
     """Print verdict, findings and warnings, and where the report is; return 2 where the run has none."""
-    arguments = parse_report_arguments(argv)
+    arguments = report_parser().parse_args(argv)
     try:
         run = load_run(arguments.run)
     except ValueError as error:
@@ -33,15 +34,9 @@ def report_command(argv: Sequence[str]) -> int:
     return 0
 
 
-def parse_report_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse the words after `relay report`."""
-    parser = argparse.ArgumentParser(
-        prog="relay report",
-        description=__doc__,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def report_parser() -> argparse.ArgumentParser:
+    """Make the parser of the words after `relay report`."""
+    parser = make_parser("report", __doc__, EXAMPLE)
     parser.add_argument("run", type=Path, metavar="RUN", help="a run directory, such as runs/quickstart")
     parser.add_argument("--open", action="store_true", help="open the page in a browser")
-    return parser.parse_args(argv)
+    return parser

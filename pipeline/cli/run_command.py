@@ -30,14 +30,14 @@ examples:
 """
 
 
-def run_named_recipe(argv: Sequence[str]) -> int:
+def run_command(argv: Sequence[str]) -> int:
     """Run the words after `relay run`, which may name an installed recipe; return the exit code."""
-    return run_found_recipe(*parse_arguments(argv, RUN, "relay run"))
+    return run_found_recipe(*parse_arguments(argv, run_parser()))
 
 
 def check_command(argv: Sequence[str]) -> int:
     """Print the plan of what the words after `relay check` would run; return 2 where it cannot start."""
-    return run_found_recipe(*parse_arguments(["--dry-run", *argv], CHECK, "relay check"))
+    return run_found_recipe(*parse_arguments(["--dry-run", *argv], check_parser()))
 
 
 def run_found_recipe(arguments: argparse.Namespace, options: Sequence[str]) -> int:
@@ -49,9 +49,9 @@ def run_found_recipe(arguments: argparse.Namespace, options: Sequence[str]) -> i
     return run_selected(arguments, options, recipe_path(words[0]), words[1:])
 
 
-def run_command(argv: Sequence[str], description: str | None) -> int:
+def run_script(argv: Sequence[str], description: str | None) -> int:
     """Run the words after `python pipeline/run.py`; return the exit code."""
-    arguments, options = parse_arguments(argv, description)
+    arguments, options = parse_arguments(argv, chain_parser(description=description))
     return run_selected(arguments, options, *split_recipe_argument(arguments.words))
 
 
@@ -64,12 +64,27 @@ def run_selected(arguments: argparse.Namespace, options: Sequence[str], path: Pa
 
 
 def parse_arguments(
-    argv: Sequence[str], description: str | None = None, prog: str | None = None
+    argv: Sequence[str], parser: argparse.ArgumentParser | None = None
 ) -> tuple[argparse.Namespace, list[str]]:
     """Parse the command line; return its arguments, and after `--` the options of accelerate launch."""
     words, options = list(argv), []
     if "--" in words:
         words, options = words[: words.index("--")], words[words.index("--") + 1 :]
+    return (parser or chain_parser()).parse_intermixed_args(words), options
+
+
+def run_parser() -> argparse.ArgumentParser:
+    """Make the parser of the words after `relay run`."""
+    return chain_parser(prog="relay run", description=RUN)
+
+
+def check_parser() -> argparse.ArgumentParser:
+    """Make the parser of the words after `relay check`."""
+    return chain_parser(prog="relay check", description=CHECK)
+
+
+def chain_parser(prog: str | None = None, description: str | None = None) -> argparse.ArgumentParser:
+    """Make the parser of a recipe, overrides, and which stages to run."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog=prog, usage=USAGE, description=description, formatter_class=raw, allow_abbrev=False
@@ -82,7 +97,7 @@ def parse_arguments(
     parser.add_argument("--seeds", type=seed_list, metavar="N,N,...", help="run once for each seed and sum up")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
     parser.add_argument("--force", action="store_true", help="run the selected stages again, keeping what they made")
-    return parser.parse_intermixed_args(words), options
+    return parser
 
 
 def seed_list(text: str) -> list[int]:

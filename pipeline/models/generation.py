@@ -1,7 +1,7 @@
 """Write completions: sampling for rollouts, greedy or beam search for evaluation."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -9,13 +9,16 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from pipeline.models.decoder_start import decoder_prefix
 from pipeline.models.kernels.decode_loop import Stop, decode_batch, supports_decode_loop
 from pipeline.models.sampling import Decoding, TokenChooser
 from pipeline.models.sequences import length_sorted_chunks, pad_left, pad_right
 from pipeline.runtime.seeds import derive_seed
+
+# Gets after every token what each unfinished row has written, as lists of token ids.
+Watch = Callable[[list[list[int]]], None]
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     decoding: Decoding,
     batch_size: int,
+    watch: Watch | None = None,
 ) -> list[list[int]]:
     """Write one completion for each prompt.
 
@@ -60,6 +64,7 @@ def generate(
         prompts: Token ids, as lists of any length.
         decoding: Sampling, greedy or beam search, and where a completion ends.
         batch_size: Prompts that are read at once.
+        watch: Gets what is written while it is written.
 
     Returns:
         Token ids of the completions, as lists in the order of the prompts.
@@ -69,10 +74,10 @@ def generate(
     """
     ends = eos_token_ids(model, tokenizer)
     if decoding.num_beams > 1:
-        return _generate_by_transformers(model, tokenizer, prompts, decoding, ends, batch_size)
+        return _generate_by_transformers(model, tokenizer, prompts, decoding, ends, batch_size, watch)
     if not supports_decode_loop(model):
         warn_of_slow_generation(model.config.model_type)
-        return _generate_by_transformers(model, tokenizer, prompts, decoding, ends, batch_size)
+        return _generate_by_transformers(model, tokenizer, prompts, decoding, ends, batch_size, watch)
     draws = torch.rand(len(prompts), decoding.max_new_tokens) if decoding.temperature is not None else None
     completions: list[list[int]] = [[] for _ in prompts]
     for chunk in length_sorted_chunks(torch.tensor([len(p) for p in prompts]), batch_size):
@@ -80,7 +85,7 @@ def generate(
         chosen = [prompts[row] for row in rows]
         read = [decoder_prefix(model)] * len(rows) if model.config.is_encoder_decoder else chosen
         choose = TokenChooser(decoding, ends, read, None if draws is None else draws[chunk].to(model.device))
-        stop = _stopper(tokenizer, decoding)
+        stop = _stopper(tokenizer, decoding, watch)
         written = decode_batch(model, chosen, tokenizer.pad_token_id, decoding.max_new_tokens, ends, choose, stop)
         choose.check()
         for row, tokens in zip(rows, written, strict=True):
@@ -124,14 +129,16 @@ def finished(
     return [ids[-1] in ends or _is_stopped(tokenizer, decoding, ids) for ids in completions]
 
 
-def _stopper(tokenizer: PreTrainedTokenizerBase, decoding: Decoding) -> Stop | None:
-    """Which texts hold one of the stop strings, after at least `min_new_tokens`; None if there are none."""
-    if not decoding.stop_strings:
+def _stopper(tokenizer: PreTrainedTokenizerBase, decoding: Decoding, watch: Watch | None) -> Stop | None:
+    """Which texts hold one of the stop strings, after at least `min_new_tokens`; None if there are none to `watch`."""
+    if not decoding.stop_strings and watch is None:
         return None
 
     def stop(rows: Tensor, written: Tensor) -> Tensor:
-        stopped = [_is_stopped(tokenizer, decoding, ids) for ids in written.tolist()]
-        return torch.tensor(stopped, device=written.device)
+        texts = written.tolist()
+        if watch is not None:
+            watch(texts)
+        return torch.tensor([_is_stopped(tokenizer, decoding, ids) for ids in texts], device=written.device)
 
     return stop
 
@@ -151,6 +158,7 @@ def _generate_by_transformers(
     decoding: Decoding,
     ends: list[int],
     batch_size: int,
+    watch: Watch | None,
 ) -> list[list[int]]:
     prefix, sampled = decoder_prefix(model), decoding.temperature is not None
     config = GenerationConfig(
@@ -179,8 +187,9 @@ def _generate_by_transformers(
             ids, mask = pad([prompts[row] for row in rows], config.pad_token_id, model.device)
             given = {"decoder_input_ids": torch.tensor([prefix] * len(rows), device=model.device)} if prefix else {}
             inputs = {"input_ids": ids, "attention_mask": mask.long(), **given}
-            output = model.generate(**inputs, generation_config=config)
             start = len(prefix) or ids.shape[1]
+            criteria = None if watch is None else StoppingCriteriaList([_watcher(watch, start)])
+            output = model.generate(**inputs, generation_config=config, stopping_criteria=criteria)
             for row, tokens in zip(rows, output[:, start:].tolist(), strict=True):
                 lengths = range(1, len(tokens))
                 stop = (n for n in lengths if tokens[n - 1] in ends or _is_stopped(tokenizer, decoding, tokens[:n]))
@@ -188,3 +197,13 @@ def _generate_by_transformers(
     finally:
         model.generation_config = saved
     return completions
+
+
+def _watcher(watch: Watch, start: int) -> Callable[..., Tensor]:
+    """Make a stopping criterion of transformers that stops nothing and shows `watch` the tokens from `start` on."""
+
+    def look(ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
+        watch(ids[:, start:].tolist())
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+    return look

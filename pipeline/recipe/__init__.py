@@ -8,7 +8,7 @@ from pipeline.recipe.command_line import (
     split_recipe_argument,
 )
 from pipeline.recipe.document import RecipeError
-from pipeline.recipe.load import load_recipe, recipe_values
+from pipeline.recipe.load import load_recipe, load_stored_recipe, recipe_values
 from pipeline.recipe.types import Recipe, RewardSection, SFTSection, TaskSection
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "exit_with_error",
     "load_checked_recipe",
     "load_recipe",
+    "load_stored_recipe",
     "parse_arguments_of_stages",
     "parse_stage_arguments",
     "recipe_values",

@@ -58,7 +58,7 @@ def check_keys(values: Mapping[str, Any], known: Iterable[str], path: KeyPath, d
     known = list(known)
     for key in values:
         if key not in known:
-            raise document.error((*path, key), f"unknown key{_suggestion(key, known)}")
+            raise document.unknown((*path, key), f"unknown key{_suggestion(key, known)}")
 
 
 def _check_nested_keys(annotation: Any, value: object, path: KeyPath, document: Document) -> None:

@@ -17,10 +17,11 @@ class RecipeError(ValueError):
     """A recipe that cannot be run; the message is one sentence with the place, the key, what was found and a fix.
 
     The message is one printable line of a readable length without secrets, whatever stands in the recipe.
+    `unknown_key` is the key that no recipe has, where there is one.
     """
 
-    def __init__(self, message: str) -> None:
-        message = redact(message)
+    def __init__(self, message: str, unknown_key: KeyPath | None = None) -> None:
+        message, self.unknown_key = redact(message), unknown_key
         if len(message) > MAX_MESSAGE:
             middle = f" [... {len(message):,} characters ...] "
             message = message[: MAX_MESSAGE // 2] + middle + message[-MAX_MESSAGE // 4 :]
@@ -45,6 +46,17 @@ class Document:
     def error(self, path: KeyPath, message: str) -> RecipeError:
         """Make the error that says `message` about `path`."""
         return RecipeError(": ".join([self.place(path), *([dotted(path)] if path else []), message]))
+
+    def unknown(self, path: KeyPath, message: str) -> RecipeError:
+        """Make the error that says `message` about the key `path`, which no recipe has, or none has any more."""
+        return RecipeError(str(self.error(path, message)), path)
+
+    def without(self, path: KeyPath) -> bool:
+        """Remove the value at `path`; return whether there was one."""
+        container: Any = self.data
+        for key in path[:-1]:
+            container = container[key]
+        return container.pop(path[-1], self) is not self
 
     def with_folder(self, keys: dict[str, Any]) -> dict[str, Any]:
         """Replace `{recipe_dir}` in `data_dir` by the folder of the recipe: relative if it is in the current one."""

@@ -31,7 +31,33 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: one sentence with the place, the key, what was found and, where there is one, the key meant.
     """
     search_user_code(Path(path).parent, Path.cwd())
-    document = read_document(path, overrides)
+    return build_recipe(read_document(path, overrides))
+
+
+def load_stored_recipe(path: str | Path) -> Recipe:
+    """Load the recipe that is saved with a run; one of an older version without the keys that no recipe has any more.
+
+    It tells the names and paths of a finished run. What trains or evaluates reads recipes by `load_recipe`.
+
+    Raises:
+        RecipeError: as `load_recipe`, but for keys that no recipe has.
+    """
+    search_user_code(Path(path).parent, Path.cwd())
+    document = read_document(path)
+    while True:
+        try:
+            return build_recipe(document)
+        except RecipeError as error:
+            if error.unknown_key is None or not document.without(error.unknown_key):
+                raise
+
+
+def build_recipe(document: Document) -> Recipe:
+    """Make a recipe of plain values.
+
+    Raises:
+        RecipeError: as `load_recipe`.
+    """
     values = document.data
     check_keys(values, TOP_LEVEL, (), document)
     for section in ("name", "model", "task"):
@@ -110,7 +136,7 @@ def _build_ppo(values: object, model: ModelConfig, document: Document) -> PPOCon
         return None
     keys = {"use_peft": model.use_peft, **as_mapping(values, ("ppo",), document)}
     for key in keys.keys() & REFUSED_PPO_KEYS.keys():
-        raise document.error(("ppo", key), REFUSED_PPO_KEYS[key])
+        raise document.unknown(("ppo", key), REFUSED_PPO_KEYS[key])
     keys = _with_options(keys, "rewards", RewardConfig, ("ppo",), document)
     if keys.get("chat_template_kwargs"):
         rule = "it would hold for PPO alone; write model.chat_template_kwargs, which holds for every stage"

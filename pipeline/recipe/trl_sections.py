@@ -136,7 +136,9 @@ def _convert_arguments(
     for key in values:
         if key in refused or key.startswith(("hub_", "push_to_hub")):
             reason = refused.get(key, UPLOADS)
-            raise document.error((section, key), f"this key of {config_class.__name__} is not for a recipe: {reason}")
+            raise document.unknown(
+                (section, key), f"this key of {config_class.__name__} is not for a recipe: {reason}"
+            )
     known, hints = {f.name: f for f in fields(config_class)}, get_type_hints(config_class)
     check_keys(values, [*own, *(name for name in known if name not in refused)], (section,), document)
     arguments = {}

@@ -4,7 +4,9 @@ The ranges are those of pyproject.toml, read from the installed package.
 """
 
 import os
+import shlex
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 
@@ -37,6 +39,11 @@ def unsupported() -> list[str]:
     return problems
 
 
+def advice(problems: Sequence[str]) -> str:
+    """Return the command that installs versions that fit in place of those that `unsupported` lists."""
+    return shlex.join(["pip", "install", *(problem.rpartition("Relay needs ")[2] for problem in problems)])
+
+
 NEEDED_MODULES = ("fcntl", "resource")  # of Linux and macOS: a lock of run directories, the memory of a process
 
 if any(find_spec(name) is None for name in NEEDED_MODULES):
@@ -44,6 +51,5 @@ if any(find_spec(name) is None for name in NEEDED_MODULES):
     raise SystemExit(2)
 if problems := unsupported():
     if os.environ.get("RANK", "0") == "0":
-        advice = "pip install --constraint constraints.txt --editable . installs the tested versions"
-        print(f"error: {'; '.join(problems)}; {advice}", file=sys.stderr)
+        print(f"error: {'; '.join(problems)}; {advice(problems)}", file=sys.stderr)
     raise SystemExit(2)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+from pipeline.evaluation.config import CONTROL
 from pipeline.evaluation.pages.model_card import CardFacts, model_card
 from pipeline.models.hub import ADAPTER_FILE
 from pipeline.models.loading import load_config
@@ -26,7 +27,7 @@ def write_model_cards(recipe: Recipe, run: RunDirectory, stage: str) -> None:
         if not file.is_file():
             return
         report = json.loads(file.read_text(encoding="utf-8"))
-    for name in ("sft", "ppo"):
+    for name in ("sft", "ppo", CONTROL):
         is_model = any((run.stage(name) / model_file).is_file() for model_file in MODEL_FILES)
         if is_model and stage in (name, "eval"):
             write_atomically(run.stage(name) / "README.md", model_card(card_facts(recipe, run, name), report))
@@ -35,8 +36,8 @@ def write_model_cards(recipe: Recipe, run: RunDirectory, stage: str) -> None:
 def card_facts(recipe: Recipe, run: RunDirectory, stage: str) -> CardFacts:
     """Collect what a card says of a model of this run without any figures."""
     config, task = recipe.model, dataclasses.asdict(recipe.task.config)
-    directory, sft = run.stage(stage), sft_model_path(recipe, run)
-    base = sft if stage == "ppo" and recipe.sft_is_external else config.model_name_or_path
+    directory, sft, by_ppo = run.stage(stage), sft_model_path(recipe, run), stage != "sft"
+    base = sft if by_ppo and recipe.sft_is_external else config.model_name_or_path
     on_hub = base is not None and not Path(base).expanduser().exists()
     described = {key: str(task[key]) for key in DATA_KEYS if task.get(key)}
     folders = [part for part in Path(described.get("path") or described.get("data_dir", "")).parts if "{" not in part]
@@ -49,7 +50,7 @@ def card_facts(recipe: Recipe, run: RunDirectory, stage: str) -> CardFacts:
         data=", ".join([recipe.task.name, *(f"{key} {value}" for key, value in described.items())]),
         data_name=folders[-1] if folders else recipe.name,
         language=recipe.language,
-        rewards=[f"{reward.name} x {reward.weight:g}" for reward in recipe.ppo.rewards] if stage == "ppo" else [],
+        rewards=[f"{reward.name} x {reward.weight:g}" for reward in recipe.ppo.rewards] if by_ppo else [],
         is_adapter=(directory / ADAPTER_FILE).is_file(),
         is_encoder_decoder=load_config(sft, config).is_encoder_decoder,
         path=str(directory),

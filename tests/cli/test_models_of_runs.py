@@ -1,15 +1,31 @@
 """Which model `relay generate` and `relay export` take, what it reads, and what is said where there is none."""
 
+import builtins
+import json
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from demo_run import complete, recipe_with, write_demo
+from huggingface_hub import ModelCard
+from peft import AutoPeftModelForCausalLM, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from pipeline.cli.finished_models import NEW_TOKENS, find_model, prompt_from
 from pipeline.cli.main import main
+from pipeline.models.adapters import adapter_config
+from pipeline.models.config import ModelConfig
+from pipeline.models.generation import generate
+from pipeline.models.loading import load_model, load_tokenizer, lora_config
+from pipeline.models.sampling import Decoding
+from pipeline.models.text import decode, encode_prompts
+from pipeline.recipe import RecipeError, load_recipe, load_stored_recipe
 from pipeline.stages.directory import RunDirectory
 
 RUN = Path("runs/demo")
+TEMPLATE = "{% for m in messages %}{{ m.role[0] }} {{ m.content }} {% endfor %}"
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +74,8 @@ def test_a_folder_with_a_model_needs_no_run():
         (["export", "runs/demo", "."], "export: '.' exists; give a folder that is new or empty"),
         (["export", "runs/demo", "recipe.yaml"], "export: 'recipe.yaml' exists"),
         (["export", "model", "new"], "export: 'model' is no run directory"),
+        (["generate", "model", "Hello", "--compare"], "generate: 'model' is no run directory"),
+        (["generate", "runs/demo", "Hello", "--compare"], "generate: 'runs/demo' has no finished sft stage"),
     ],
 )
 def test_a_model_that_is_not_there_is_named_in_one_sentence(words, sentence, capsys):
@@ -69,8 +87,17 @@ def test_a_model_that_is_not_there_is_named_in_one_sentence(words, sentence, cap
     assert capsys.readouterr().err.startswith(f"error: {sentence}") and not Path("new").exists()
 
 
-@pytest.mark.parametrize("words", [["--temperature", "0"], ["--max-new-tokens", "0"], ["--system", "best"]])
-def test_options_out_of_range_are_named(words, capsys):
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--temperature", "0"],
+        ["--max-new-tokens", "0"],
+        ["--system", "best"],
+        ["--interactive"],
+        ["--compare", "--system", "sft"],
+    ],
+)
+def test_options_out_of_range_or_that_do_not_go_together_are_named(words, capsys):
     with pytest.raises(SystemExit) as raised:
         main(["generate", "runs/demo", "Hello", *words])
     assert raised.value.code == 2 and words[0] in capsys.readouterr().err
@@ -84,3 +111,142 @@ def test_a_source_text_goes_into_the_prompt_of_its_task_and_a_text_into_a_chat_w
     chat = recipe_with(*columns, "task.chat=true", "task.system=Be brief.")
     assert prompt_from(chat, "Hi", True) == [{"role": "system", "content": "Be brief."}, *user]
     assert prompt_from(None, "Hi", True) == user and prompt_from(None, "Hi", False) == "Hi"
+
+
+@pytest.fixture
+def trained(base_directory, taught_directory, model_config):
+    """A finished run of the tiny models: the base is untaught, the SFT model is taught, and PPO has an adapter."""
+    recipe = recipe_with("model={from_scratch: {hidden_size: 32, vocab_size: 320}, lora_r: 4}")
+    for stage, model in (("base", base_directory), ("sft", taught_directory)):
+        shutil.copytree(model, RunDirectory.of(recipe).path / stage)
+    model = load_model(RUN / "sft", model_config)
+    policy = get_peft_model(model, adapter_config(model, lora_config(model_config)))
+    torch.manual_seed(0)
+    for name, weight in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    policy.save_pretrained(RUN / "ppo")
+    for stage in ("sft", "ppo"):  # not `complete`, which would set aside what is there
+        (RUN / stage / "stage.json").write_text("{}")
+    RunDirectory.of(recipe).save_recipe(recipe)
+    return recipe
+
+
+def answer_of(folder: Path, text: str) -> str:
+    """What a whole model in a folder writes."""
+    config = ModelConfig(model_name_or_path=str(folder))
+    model, tokenizer = load_model(folder, config).eval(), load_tokenizer(folder, config)
+    ids = encode_prompts(tokenizer, [text])
+    return decode(tokenizer, generate(model, tokenizer, ids, Decoding(8), 1))[0]
+
+
+def test_a_terminal_gets_the_answer_token_by_token(trained, capsys, monkeypatch):
+    assert main(["generate", "runs/demo", "say north", "--system", "sft"]) == 0
+    whole = capsys.readouterr().out
+    assert whole == answer_of(RUN / "sft", "say north\n") + "\n" and len(whole.split()) > 1
+    pieces, write = [], sys.stdout.write
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(sys.stdout, "write", lambda text: pieces.append(text) or write(text))
+    assert main(["generate", "runs/demo", "say north", "--system", "sft"]) == 0
+    assert capsys.readouterr().out == whole and len([text for text in pieces if text.strip()]) > 1
+
+
+def test_systems_stand_side_by_side(trained, capsys):
+    assert main(["generate", "runs/demo", "say north", "--compare"]) == 0
+    text = capsys.readouterr().out
+    assert [word for word in text.split() if word in ("base", "sft", "ppo")] == ["base", "sft", "ppo"]
+    sft = answer_of(RUN / "sft", "say north\n")
+    (row,) = [line for line in text.splitlines() if sft in line]
+    assert row.split("│")[2].strip() == sft != row.split("│")[3].strip()
+    shutil.rmtree(RUN / "ppo")
+    assert main(["generate", "runs/demo", "say north", "--compare"]) == 0
+    assert " ppo " not in capsys.readouterr().out
+
+
+def give_lines(monkeypatch, lines: list[str | BaseException]) -> None:
+    """Let `input` return these lines, and then the end of the input."""
+    lines = iter([*lines, EOFError()])
+
+    def read(prompt: str = "") -> str:
+        line = next(lines)
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    monkeypatch.setattr(builtins, "input", read)
+
+
+def test_lines_are_answered_one_by_one(trained, capsys, monkeypatch):
+    give_lines(monkeypatch, ["say north", "", "word " * 100, "say south"])
+    assert main(["generate", "runs/demo", "--interactive", "--system", "sft"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.split("\n")[:2] == [answer_of(RUN / "sft", f"say {p}\n") for p in ("north", "south")]
+    assert "error: generate: --max-new-tokens: the prompt of " in captured.err and "64 positions" in captured.err
+
+
+def test_a_chat_remembers_its_turns_until_an_empty_line(trained, capsys, monkeypatch):
+    folder = RUN / "sft"
+    tokenizer = load_tokenizer(folder, ModelConfig(model_name_or_path=str(folder)))
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    read = []
+    monkeypatch.setattr(
+        "pipeline.cli.generate_command.encode_prompts", lambda t, p, e: read.append(p[0]) or encode_prompts(t, p, e)
+    )
+    give_lines(monkeypatch, ["say north", "and south", "", "say east", KeyboardInterrupt()])
+    assert main(["generate", str(folder), "--interactive", "--max-new-tokens", "4"]) == 0
+    answers = capsys.readouterr().out.split("\n")
+    assert [len(chat) for chat in read] == [1, 3, 1]
+    assert read[1] == [
+        *read[0],
+        {"role": "assistant", "content": answers[0]},
+        {"role": "user", "content": "and south"},
+    ]
+
+
+def test_models_that_transformers_decodes_are_watched_too(trained, monkeypatch):
+    config = ModelConfig(model_name_or_path=str(RUN / "sft"))
+    model, tokenizer = load_model(RUN / "sft", config).eval(), load_tokenizer(RUN / "sft", config)
+    ids, seen = encode_prompts(tokenizer, ["say north\n"]), {True: [], False: []}
+    for supported, rows in seen.items():
+        monkeypatch.setattr("pipeline.models.generation.supports_decode_loop", lambda model, yes=supported: yes)
+        (written,) = generate(model, tokenizer, ids, Decoding(8), 1, lambda now, rows=rows: rows.extend(now))
+        assert rows == [written[:length] for length in range(1, len(written) + 1)] and len(rows) > 1
+    assert seen[True] == seen[False]
+
+
+def test_an_adapter_is_exported_alone_and_finds_its_base(trained, capsys):
+    assert main(["export", "runs/demo", "adapter", "--adapter"]) == 0
+    assert not (Path("adapter") / "model.safetensors").exists() and (Path("adapter") / "tokenizer.json").is_file()
+    card = ModelCard.load("adapter/README.md")
+    assert card.data.library_name == "peft" and 'from_pretrained("adapter")' in card.text
+    assert main(["export", "runs/demo", "whole"]) == 0
+    ids = torch.arange(5, 25).unsqueeze(0)
+    with torch.no_grad():
+        logits = AutoPeftModelForCausalLM.from_pretrained("adapter").eval()(ids).logits
+        torch.testing.assert_close(AutoModelForCausalLM.from_pretrained("whole").eval()(ids).logits, logits)
+        assert (AutoModelForCausalLM.from_pretrained(RUN / "sft").eval()(ids).logits - logits).abs().max() > 0.1
+    assert main(["export", "runs/demo", "sft", "--adapter", "--system", "sft"]) == 2
+    assert "--adapter: " in (error := capsys.readouterr().err) and "without an adapter" in error
+
+
+def test_an_adapter_of_a_run_that_was_moved_names_the_base_where_it_is_now(trained):
+    RUN.rename("elsewhere")
+    assert main(["export", "elsewhere", "adapter", "--adapter"]) == 0
+    settings = json.loads(Path("adapter/adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(Path("elsewhere/sft").resolve())
+
+
+def test_the_recipe_of_an_older_version_names_models_and_does_not_train(trained, capsys):
+    file = RUN / "recipe.yaml"
+    text = file.read_text().replace("ppo:\n", "ppo:\n  whiten_advantages: false\n  former_key: {a: 1}\n")
+    file.write_text(text.replace("sft:\n", "sft:\n  use_cpu: true\n"))
+    assert load_stored_recipe(file) == trained
+    assert main(["generate", "runs/demo", "say north"]) == 0
+    assert main(["export", "runs/demo", "exported"]) == 0 and "former_key" in Path("exported/README.md").read_text()
+    with pytest.raises(RecipeError, match="whiten_advantages"):
+        load_recipe(file)
+    assert main(["run", str(file)]) == 2 and "whiten_advantages" in capsys.readouterr().err
+    file.write_text(text.replace("seed: 0", "seed: none"))
+    with pytest.raises(RecipeError, match="seed"):
+        load_stored_recipe(file)

@@ -5,9 +5,10 @@ import json
 import pytest
 from evaluation_toys import BAD, GOOD, MIXED, TEST, make_report
 
+from pipeline.cli.compare_command import compare_command
 from pipeline.evaluation.assemble import Details, all_examples
 from pipeline.evaluation.pages.render import write_report
-from pipeline.evaluation.pages.runs_pages import compare_command, comparison_tables
+from pipeline.evaluation.pages.runs_pages import comparison_tables
 from pipeline.evaluation.run_files import load_run
 from pipeline.evaluation.runs import compare_runs
 from pipeline.evaluation.significance import holm

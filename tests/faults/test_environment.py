@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -199,7 +200,9 @@ def test_a_version_that_does_not_fit_is_named_with_those_that_do(tmp_path, scrip
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     [needed] = [line for line in map(Requirement, supported.requires("trl-relay")) if line.name == "trl"]
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.startswith(f"error: trl 1.12.0 is installed, Relay needs trl{needed.specifier}; pip install ")
+    problem, _, advice = result.stderr.partition("; ")
+    assert problem == f"error: trl 1.12.0 is installed, Relay needs trl{needed.specifier}"
+    assert shlex.split(advice) == ["pip", "install", f"trl{needed.specifier}"]
     assert result.stderr.count("\n") == 1
 
 

@@ -21,10 +21,10 @@ def run():
     recipe = recipe_with("task.language=de")
     run = RunDirectory.of(recipe)
     run.save_recipe(recipe)
-    for stage in ("sft", "ppo", "eval", "reward"):
+    for stage in ("sft", "ppo", "control", "eval", "reward"):
         run.stage(stage).mkdir(parents=True)
     AutoConfig.for_model("llama").save_pretrained(run.sft)
-    for stage in ("ppo", "reward"):
+    for stage in ("ppo", "control", "reward"):
         (run.stage(stage) / "adapter_config.json").write_text("{}")
     return run
 
@@ -48,6 +48,19 @@ def test_a_stage_writes_its_own_card_and_the_evaluation_all(run):
     assert values == [round(report["systems"][name]["metrics"]["bleu"]["value"], 4) for name in ("sft", "ppo")]
     assert report["verdict"] in card(run, "ppo").text and not (run.reward / "README.md").exists()
     assert "name: demo" in card(run, "ppo").text and card(run, "ppo").data.language == "de"
+
+
+def test_the_control_has_a_card_that_says_what_it_is(run):
+    write_model_cards(recipe_with(), run, "control")
+    assert not (run.ppo / "README.md").exists()
+    control = card(run, "control")
+    assert "shuffled scores" in control.text and "bleu x 1" in control.text and control.data.library_name == "peft"
+    report = asdict(make_report({"sft": MIXED, "ppo": GOOD}, test_examples=12, decoding="greedy", confidence=0.95)[0])
+    report["systems"]["control"] = report["systems"]["sft"]
+    (run.eval / "report.json").write_text(json.dumps(report))
+    write_model_cards(recipe_with(), run, "eval")
+    control = card(run, "control")
+    assert report["verdict"] not in control.text and control.data.eval_results[0].metric_value > 0
 
 
 @pytest.mark.parametrize(

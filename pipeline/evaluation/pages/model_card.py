@@ -10,15 +10,16 @@ from pipeline.evaluation.pages.page import environment, visible
 from pipeline.evaluation.power import p_cell
 
 REPOSITORY_TAGS = ("relay", "trl")
-KINDS = {"sft": "supervised fine-tuning", "ppo": "PPO"}
+KINDS = {"sft": "supervised fine-tuning", "ppo": "PPO", "control": "PPO with shuffled scores"}
 
 
 @dataclass(frozen=True)
 class CardFacts:
     """What a card says of a model without any figures.
 
-    `stage` is sft or ppo, `base` the model that training began with, `hub_base` its id where it is on the Hub, `data`
-    where the examples are, `path` the folder of model and tokenizer, and `recipe` the text of the run's recipe.yaml.
+    `stage` is sft, ppo or control, `base` the model that training began with, `hub_base` its id where it is on the
+    Hub, `data` where the examples are, `path` the folder of model and tokenizer, and `recipe` the text of the run's
+    recipe.yaml.
     """
 
     name: str

@@ -1,7 +1,5 @@
-"""The comparison of runs as tables and pages, and its command: eval.py compare runs/a runs/b."""
+"""The comparison of runs as tables and pages."""
 
-import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,21 +21,6 @@ from pipeline.evaluation.run_files import Run, load_run
 from pipeline.evaluation.runs import RunsReport, compare_runs
 
 TABLE_WIDTH = 130  # columns of the widest table: a narrower terminal wraps its lines, where it would cut its figures
-
-
-def compare_command(argv: Sequence[str], prog: str = "eval.py compare") -> int:
-    """Run `compare RUN RUN ... [--output DIR]`; return 0 when it is written, 2 when a run has no report."""
-    example = f"example: {prog} runs/quickstart runs/control"
-    parser = argparse.ArgumentParser(prog=prog, description="Set evaluated runs side by side.", epilog=example)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory, such as runs/quickstart")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="default: `comparison` next to the first run")
-    arguments = parser.parse_args(argv)
-    try:
-        write_comparison(arguments.runs, arguments.output or arguments.runs[0].parent / "comparison")
-    except ValueError as error:
-        print(f"error: compare: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 def write_comparison(paths: Sequence[Path], output: Path) -> RunsReport:
