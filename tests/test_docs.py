@@ -215,3 +215,16 @@ def test_the_site_is_built_without_a_warning(tmp_path, monkeypatch):
 def test_every_key_has_its_reason(name):
     comments = recipe_reference.field_comments(recipe_reference.CLASSES[name])
     assert [key for key, comment in comments.items() if not comment] == []
+
+
+def test_the_badges_are_true():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    pins = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M))
+    tested = ", ".join(f"{name} {pins[name]}" for name in ("torch", "transformers", "trl"))
+    python = project["requires-python"].removeprefix(">=")
+    true = {"licence": project["license"], "python": f"{python} or later", "tested": tested}
+    badges = re.findall(r"!\[([^\]]+)\]\(docs/assets/badges/(\w+)\.svg\)", README.read_text(encoding="utf-8"))
+    assert {name for _, name in badges} == true.keys()
+    for name, words in true.items():
+        svg = (ROOT / "docs" / "assets" / "badges" / f"{name}.svg").read_text(encoding="utf-8")
+        assert svg.count(words) == 3, name  # its title, its label and what is drawn
