@@ -27,6 +27,7 @@ from pipeline.rewards.learned import (
     check_reward_folder,
     is_reward_folder,
 )
+from pipeline.runtime.libraries import quiet_libraries
 from pipeline.runtime.messages import did_you_mean
 from pipeline.tasks import columns, preferences, task_module
 from pipeline.tasks.counts import count_examples
@@ -43,6 +44,7 @@ def load_checked_recipe(path: str | Path, overrides: Sequence[str], num_processe
     Raises:
         RecipeError: as `load_recipe` and `check_recipe`.
     """
+    quiet_libraries()
     recipe = load_recipe(path, overrides)
     check_recipe(recipe, num_processes)
     return recipe

@@ -201,13 +201,13 @@ def sft_sizes(recipe: Recipe, processes: int) -> str:
     batch += f"{per_device * accumulation * processes}"
     examples = count_examples(recipe.task.config).sft
     if arguments["max_steps"] > 0:
-        return f"{batch}; {arguments['max_steps']} optimizer steps"
+        return f"{batch}; {optimizer_steps(arguments['max_steps'])}"
     epochs = f"{arguments['num_train_epochs']:g} epoch{'' if arguments['num_train_epochs'] == 1 else 's'}"
     if examples is None or arguments.get("packing"):
         return f"{batch}; {epochs}"
     micro_batches = math.ceil(examples / (per_device * processes))
     steps = math.ceil(math.ceil(micro_batches / accumulation) * arguments["num_train_epochs"])
-    return f"{examples} examples, {batch}; {epochs}, {steps} optimizer steps"
+    return f"{examples} examples, {batch}; {epochs}, {optimizer_steps(steps)}"
 
 
 def ppo_sizes(recipe: Recipe, processes: int) -> str:
@@ -221,8 +221,13 @@ def ppo_sizes(recipe: Recipe, processes: int) -> str:
         f"{processes} = {batch} episodes, mini-batch {batch // ppo.num_mini_batches}, micro-batch "
         f"{ppo.per_device_train_batch_size} per device; {count(ppo.num_steps(processes), 'step', 'steps')} of "
         f"{count(ppo.num_ppo_epochs, 'PPO epoch', 'PPO epochs')}, "
-        f"{ppo.num_optimizer_steps(processes)} optimizer steps"
+        + optimizer_steps(ppo.num_optimizer_steps(processes))
     )
+
+
+def optimizer_steps(number: int) -> str:
+    """Return `1 optimizer step` or `3 optimizer steps`."""
+    return count(number, "optimizer step", "optimizer steps")
 
 
 def count(number: int, one: str, many: str) -> str:

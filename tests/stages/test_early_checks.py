@@ -1,6 +1,7 @@
 """What PPO or the evaluation would refuse is refused by the plan, or by SFT before its first step."""
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,13 @@ def refusal(main, capfd, *arguments: str) -> tuple[int, str]:
     (error,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert not list(Path("runs").rglob("checkpoint-*"))
     return code, error
+
+
+def test_the_plan_shows_no_warnings_of_the_libraries(recipe, capfd):
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        assert run.main([recipe, "--dry-run"]) == 0
+    assert not [warning for warning in shown if issubclass(warning.category, FutureWarning)]
 
 
 def test_a_pad_token_without_an_embedding_is_refused_by_the_plan(recipe, capfd):
