@@ -24,7 +24,8 @@ def first_sentence(file: Path) -> str:
     return re.split(r"(?<=[.;:])\s", " ".join(comment))[0].rstrip(".;:")
 
 
-def data_folders(file: Path) -> list[Path]:
-    """Return the folders beside a recipe whose files it reads, as `{recipe_dir}/name` in it says."""
-    names = re.findall(r"\{recipe_dir\}/([\w-]+)", file.read_text(encoding="utf-8"))
-    return [file.parent / name for name in dict.fromkeys(names) if (file.parent / name).is_dir()]
+def files_beside(file: Path) -> list[Path]:
+    """Return what a recipe reads of its folder: data in `{recipe_dir}/name`, and code by `name.py:thing`."""
+    names = re.findall(r"\{recipe_dir\}/([\w-]+)|\b([\w-]+\.py):\w", file.read_text(encoding="utf-8"))
+    paths = (file.parent / (folder or code) for folder, code in dict.fromkeys(names))
+    return [path for path in paths if path.exists()]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.cli.parsers import make_parser
-from pipeline.cli.recipe_files import data_folders, first_sentence, recipe_files
+from pipeline.cli.recipe_files import files_beside, first_sentence, recipe_files
 
 EXAMPLE = """\
 examples:
@@ -48,7 +48,7 @@ def recipes_parser() -> argparse.ArgumentParser:
     actions = parser.add_subparsers(dest="action", required=True, metavar="list | show NAME | copy NAME")
     actions.add_parser("list", help="name each recipe and say what it trains")
     actions.add_parser("show", help="print a recipe").add_argument("name", metavar="NAME")
-    copy = actions.add_parser("copy", help="copy a recipe, and the data that comes with it", epilog=EXAMPLE)
+    copy = actions.add_parser("copy", help="copy a recipe, and the data and code that come with it", epilog=EXAMPLE)
     copy.formatter_class = argparse.RawDescriptionHelpFormatter
     copy.add_argument("name", metavar="NAME")
     copy.add_argument("--to", type=Path, default=Path(), metavar="FOLDER", help="default: this folder")
@@ -56,9 +56,9 @@ def recipes_parser() -> argparse.ArgumentParser:
 
 
 def copy_recipe(file: Path, folder: Path) -> list[Path]:
-    """Copy a recipe and its data folders into `folder`; return what was written.
+    """Copy a recipe, its data folders and its code into `folder`; return what was written.
 
-    A data folder that is there already is left alone: recipes share theirs.
+    What is there already is left alone: recipes share their data.
 
     Raises:
         FileExistsError: there is a file of the recipe's name, which may hold somebody's changes.
@@ -68,9 +68,9 @@ def copy_recipe(file: Path, folder: Path) -> list[Path]:
         raise FileExistsError(f"{target} exists; remove it, or copy to another folder with --to")
     folder.mkdir(parents=True, exist_ok=True)
     written = [target]
-    for source in data_folders(file):
+    for source in files_beside(file):
         if not (folder / source.name).exists():
-            shutil.copytree(source, folder / source.name)
+            (shutil.copytree if source.is_dir() else shutil.copyfile)(source, folder / source.name)
             written.append(folder / source.name)
     shutil.copyfile(file, target)
     return written
