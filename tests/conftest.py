@@ -49,6 +49,7 @@ TESTS = Path(__file__).resolve().parent
 # option. `make test-fast` leaves them out.
 SLOW = (
     "benchmarks",
+    "cli/test_transcripts.py",
     "cli/test_wheel.py",
     "evaluation/test_browser.py",
     "evaluation/test_clusters.py",

@@ -1,5 +1,6 @@
 """README.md and docs/: links lead somewhere, commands are taken, recipes are read, and the README's Python runs."""
 
+import json
 import pkgutil
 import re
 import shlex
@@ -228,3 +229,18 @@ def test_the_badges_are_true():
     for name, words in true.items():
         svg = (ROOT / "docs" / "assets" / "badges" / f"{name}.svg").read_text(encoding="utf-8")
         assert svg.count(words) == 3, name  # its title, its label and what is drawn
+
+
+def test_the_sample_run_is_small_and_names_no_machine():
+    run = ROOT / "docs" / "assets" / "quickstart"
+    files = {str(path.relative_to(run)): path.read_text(encoding="utf-8") for path in run.rglob("*") if path.is_file()}
+    logs = {f"{stage}/metrics.jsonl" for stage in ("sft", "ppo")}
+    assert files.keys() == {"recipe.yaml", "eval/report.html", "eval/report.json", *logs}
+    assert sum(len(text.encode()) for text in files.values()) < 500_000
+    for name, text in files.items():
+        assert not re.search(r"(?<![\w.])/(?:home|root|tmp|work|mnt|Users|var)/", text), name
+    report = json.loads(files["eval/report.json"])
+    assert report["verdict"].startswith("PPO is better") and report["settings"]["name"] == "quickstart"
+    assert report["verdict"].replace("<", "&lt;") in files["eval/report.html"]
+    assert len(files["ppo/metrics.jsonl"].splitlines()) > 80
+    assert load_recipe(run / "recipe.yaml").name == "quickstart"
