@@ -60,6 +60,7 @@ SLOW = (
     "faults",
     "models/test_decoding.py",
     "models/test_states.py",
+    "models/test_static_decode.py",
     "models/test_weights.py",
     "runtime/test_shared_work.py",
     "runtime/test_systems.py",

@@ -13,12 +13,15 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from pipeline.models.decoder_start import decoder_prefix
 from pipeline.models.kernels.decode_loop import Stop, decode_batch, supports_decode_loop
+from pipeline.models.kernels.static_decode import decode_static, supports_static_decode
 from pipeline.models.sampling import Decoding, TokenChooser
 from pipeline.models.sequences import length_sorted_chunks, pad_left, pad_right
 from pipeline.runtime.seeds import derive_seed
 
 # Gets after every token what each unfinished row has written, as lists of token ids.
 Watch = Callable[[list[list[int]]], None]
+# Where decoding with static shapes is faster: it saves launches, and computes finished rows and unread columns.
+STATIC_DEVICES = {"cuda"}
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,9 @@ def generate(
         warn_of_slow_generation(model.config.model_type)
         return _generate_by_transformers(model, tokenizer, prompts, decoding, ends, batch_size, watch)
     draws = torch.rand(len(prompts), decoding.max_new_tokens) if decoding.temperature is not None else None
+    # A watcher is to see each token at once, and no row that has ended.
+    static = watch is None and model.device.type in STATIC_DEVICES and supports_static_decode(model)
+    decode = decode_static if static else decode_batch
     completions: list[list[int]] = [[] for _ in prompts]
     for chunk in length_sorted_chunks(torch.tensor([len(p) for p in prompts]), batch_size):
         rows = chunk.tolist()
@@ -86,7 +92,7 @@ def generate(
         read = [decoder_prefix(model)] * len(rows) if model.config.is_encoder_decoder else chosen
         choose = TokenChooser(decoding, ends, read, None if draws is None else draws[chunk].to(model.device))
         stop = _stopper(tokenizer, decoding, watch)
-        written = decode_batch(model, chosen, tokenizer.pad_token_id, decoding.max_new_tokens, ends, choose, stop)
+        written = decode(model, chosen, tokenizer.pad_token_id, decoding.max_new_tokens, ends, choose, stop)
         choose.check()
         for row, tokens in zip(rows, written, strict=True):
             completions[row] = tokens

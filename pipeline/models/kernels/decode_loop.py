@@ -104,7 +104,7 @@ def decode_batch(
 ) -> list[list[int]]:
     """One completion for each prompt, up to and including the first token of `ends`, or where `stop` says so."""
     device, total = model.device, len(prompts)
-    reader = (_DecoderReader if model.config.is_encoder_decoder else _CausalReader)(model, prompts, pad_id)
+    reader = make_reader(model, prompts, pad_id)
     logits = reader.logits
     ending = torch.tensor(list(ends), device=device)
     written = torch.zeros(total, max_new_tokens, dtype=torch.long, device=device)
@@ -129,6 +129,13 @@ def decode_batch(
     return [row[:length] for row, length in zip(written.tolist(), lengths.tolist(), strict=True)]
 
 
+def make_reader(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_id: int
+) -> "CausalReader | DecoderReader":
+    """Let the model read the prompts."""
+    return (DecoderReader if model.config.is_encoder_decoder else CausalReader)(model, prompts, pad_id)
+
+
 def _distinct(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[list[tuple[int, ...]], Tensor]:
     """Each prompt once, and which of them every row has, [N]."""
     numbers: dict[tuple[int, ...], int] = {}
@@ -136,8 +143,14 @@ def _distinct(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[l
     return list(numbers), torch.tensor(index, device=device)
 
 
-class _CausalReader:
-    """A causal model that has read the prompts: `logits [N, V]` of the first token, and what reading on takes."""
+class CausalReader:
+    """A causal model that has read the prompts: `logits [N, V]` of the first token, and what reading on takes.
+
+    `growing` are its cache layers, padded to the left of `positions [N]` tokens; `fixed` are none, and there is no
+    source.
+    """
+
+    source_width = 0
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_id: int) -> None:
         distinct, index = _distinct(prompts, model.device)
@@ -149,7 +162,8 @@ class _CausalReader:
         self.model, self.logits = model, model(**inputs, use_cache=True, logits_to_keep=1).logits[index, -1]
         self.layers = [PreallocatedCacheLayer(layer.keys[index], layer.values[index]) for layer in cache.layers]
         self.cache = {name: Cache(layers=self.layers)}
-        self.mask, self.positions = mask[index], positions[index, -1] + 1
+        self.growing, self.fixed = self.layers, []
+        self.mask, self.positions, self.width = mask[index], positions[index, -1] + 1, ids.shape[1]
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows, whose cache has been moved already."""
@@ -169,11 +183,11 @@ class _CausalReader:
         return output.logits[:, -1]
 
 
-class _DecoderReader:
+class DecoderReader:
     """The same for an encoder-decoder: the encoder has read the prompts, the decoder what it is given to begin with.
 
     Every row of a decoder has the same length, so it needs neither positions nor a mask of its own. Its keys and
-    values of the prompts are kept once for each row and leave with it.
+    values of the prompts, the cache layers `fixed`, are kept once for each row and leave with it.
     """
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_id: int) -> None:
@@ -188,9 +202,12 @@ class _DecoderReader:
         self.logits = self._forward(prefix, states, mask)[index]
         for side in (cache.self_attention_cache, cache.cross_attention_cache):
             side.layers = [PreallocatedCacheLayer(layer.keys[index], layer.values[index]) for layer in side.layers]
-        self.layers = [*cache.self_attention_cache.layers, *cache.cross_attention_cache.layers]
+        self.growing, self.fixed = cache.self_attention_cache.layers, cache.cross_attention_cache.layers
+        self.layers = [*self.growing, *self.fixed]
         # Only their shape is read from now on: what the decoder made of them is in the cache.
         self.states, self.mask = states[:1].expand(len(index), -1, -1), mask[index]
+        self.width, self.source_width = prefix.shape[1], ids.shape[1]
+        self.positions = torch.full((len(index),), self.width, device=model.device)
 
     def _forward(self, tokens: Tensor, states: Tensor, mask: Tensor) -> Tensor:
         output = self.model(

@@ -1,0 +1,259 @@
+"""Decoding with static shapes against the decode loop, row by row, and what a CUDA graph asks of a pass.
+
+No test here needs CUDA: `Tape` records the operations of a pass and replays them, as a graph would, at the same
+addresses. What Python decided while it was recorded stays as it was.
+"""
+
+import gc
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from test_decoding import MODELS, PROMPTS, WINDOWS, build, greedy
+from test_sampling_options import SAMPLED, Tokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pipeline.models import generation
+from pipeline.models.generation import Decoding, generate
+from pipeline.models.kernels import static_decode as static
+from pipeline.models.kernels import static_step
+from pipeline.models.kernels.decode_loop import decode_batch
+from pipeline.models.kernels.packing import enable_packing
+from pipeline.models.kernels.static_decode import bucket, decode_static, open_first, supports_static_decode
+from pipeline.models.kernels.static_step import StaticStep
+from pipeline.models.text import encode_prompts
+
+EXPERTS = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "num_experts_per_tok": 2,
+}
+MIXTURES = {"mixtral": {**EXPERTS, "num_local_experts": 4}, "qwen3_moe": {**EXPERTS, "num_experts": 4}}
+# Its positions are compared with the length of a table, by a number that only the device knows.
+WAITING = {"m2m_100"}
+# Operations for which a host waits, or which read the host's memory: none of them can be in a CUDA graph.
+HOST = {"aten::_local_scalar_dense", "aten::nonzero", "aten::lift_fresh", "aten::masked_select", "aten::_unique2"}
+
+
+class Tape(TorchDispatchMode):
+    """A stand-in for a CUDA graph: what a pass computes, to be computed again into the same tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().split(".")[0]
+        if name in HOST:
+            raise RuntimeError(f"{name} cannot be captured")
+        result = function(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        made = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        self.calls.append(
+            (function, args, kwargs or {}, [x.untyped_storage().data_ptr() not in given for x in made], made)
+        )
+        return result
+
+    def replay(self) -> None:
+        for function, args, kwargs, new, made in self.calls:
+            result = [x for x in tree_leaves(function(*args, **kwargs)) if isinstance(x, torch.Tensor)]
+            for is_new, target, source in zip(new, made, result, strict=True):
+                if is_new and target.numel():
+                    target.copy_(source)
+
+
+@pytest.fixture(autouse=True)
+def often(monkeypatch):
+    """Look at the ends every third token, so that rows leave several times, and round caches to 16 columns."""
+    monkeypatch.setattr(static, "LOOK", 3)
+    monkeypatch.setattr(static, "COLUMNS", 16)
+    static._MEMORIES.clear()
+
+
+@pytest.fixture
+def captures(monkeypatch) -> list[Tape]:
+    """All tapes; every step is recorded when it is first needed, and replayed from then on."""
+    tapes = []
+
+    class Recorder:
+        def warm_up(self, compute) -> torch.Tensor:
+            return compute()
+
+        def record(self, compute) -> tuple[Tape, torch.Tensor]:
+            with Tape() as tape:
+                logits = compute()
+            tapes.append(tape)
+            return tape, logits
+
+    monkeypatch.setattr(static_step, "Recorder", Recorder)
+    monkeypatch.setattr(static, "can_capture", lambda model: True)
+    return tapes
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("architecture", [*MODELS, *MIXTURES])
+def test_tokens_are_those_of_the_decode_loop(architecture, attention):
+    model = build(architecture, attn_implementation=attention, **MIXTURES.get(architecture, {}))
+    assert supports_static_decode(model)
+    plain = decode_batch(model, PROMPTS, 0, 40, [60], greedy)
+    for ends in ([2], [plain[0][3], plain[2][20]], [plain[1][0]]):
+        assert decode_static(model, PROMPTS, 0, 40, ends, greedy) == decode_batch(model, PROMPTS, 0, 40, ends, greedy)
+    # The memory of a large batch serves smaller ones with shorter prompts.
+    few = model, PROMPTS[1:3], 0, 7, [2], greedy
+    assert decode_static(*few) == decode_batch(*few) and len(static._MEMORIES) == 1
+
+
+@pytest.mark.parametrize("architecture", [*MODELS, *MIXTURES])
+def test_a_pass_can_be_recorded_once_for_each_bucket_and_replayed(architecture, captures, capsys):
+    model = build(architecture, attn_implementation="sdpa", **MIXTURES.get(architecture, {}))
+    plain = decode_batch(model, PROMPTS, 0, 20, [60], greedy)
+    ends = [plain[0][3], plain[2][12]]
+    expected = decode_batch(model, PROMPTS, 0, 20, ends, greedy)
+    assert decode_static(model, PROMPTS, 0, 20, ends, greedy) == expected
+    recorded, lines = len(captures), capsys.readouterr().err.splitlines()
+    assert decode_static(model, PROMPTS, 0, 20, ends, greedy) == expected
+    assert len(captures) == recorded  # nothing new
+    if architecture in WAITING:
+        [line] = lines  # once, and then never tried again
+        assert recorded == 0 and architecture in line and "_local_scalar_dense cannot be captured" in line
+    else:
+        assert recorded >= 1 and not lines
+
+
+@pytest.mark.parametrize("replayed", [False, True])
+@pytest.mark.parametrize("decoding", SAMPLED.values(), ids=SAMPLED)
+@pytest.mark.parametrize("architecture", ["llama", "t5"])
+def test_a_row_is_sampled_alike_in_any_company(architecture, decoding, replayed, monkeypatch, request):
+    model, rows = build(architecture), []
+    if replayed:
+        request.getfixturevalue("captures")
+    for devices in (set(), {"cpu"}):
+        monkeypatch.setattr(generation, "STATIC_DEVICES", devices)
+        for size in (1, 4, 6):
+            torch.manual_seed(1)
+            rows.append(generate(model, Tokenizer, PROMPTS, decoding, size))
+    assert rows == rows[:1] * 6 and len(static._MEMORIES) == 1
+
+
+def test_texts_end_where_they_should_between_two_looks(taught, tokenizer, monkeypatch):
+    monkeypatch.setattr(generation, "STATIC_DEVICES", {"cpu"})
+    model, prompts = taught().eval(), encode_prompts(tokenizer, ["say north", "say east south", "say west"])
+    free = generate(model, tokenizer, prompts, Decoding(8), 8)
+    word = tokenizer.decode(free[0], skip_special_tokens=True).split()[1][:3]
+    for decoding in (Decoding(8, stop_strings=(word, "w")), Decoding(8, min_new_tokens=7), Decoding(1), Decoding(3)):
+        with monkeypatch.context() as patch:
+            patch.setattr(generation, "STATIC_DEVICES", set())
+            expected = generate(model, tokenizer, prompts, decoding, 8)
+        assert generate(model, tokenizer, prompts, decoding, 8) == expected
+    assert len(static._MEMORIES) == 1
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_an_adapter_is_read_as_it_is_now(precision, captures):
+    """Under autocast, with packed attention, and again after each change that a graph could not see."""
+    base = build("llama", attn_implementation="sdpa")
+    enable_packing(base)
+    network = get_peft_model(base, LoraConfig(target_modules="all-linear", r=4, init_lora_weights=False)).eval()
+    forced = torch.randint(3, 60, (len(PROMPTS), 12), generator=torch.Generator().manual_seed(0))
+
+    def logits(decode) -> torch.Tensor:
+        """What is found likely before each of the same tokens."""
+        steps = []
+
+        def choose(found, step, rows):
+            steps.append(found.clone())
+            return forced[rows, step]
+
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+            assert decode(base, PROMPTS, 0, 12, [2], choose) == forced.tolist()
+        return torch.stack(steps)
+
+    def check() -> torch.Tensor:
+        found, tolerance = logits(decode_static), {"rtol": 0, "atol": 1e-4 if precision == torch.float32 else 0.3}
+        torch.testing.assert_close(found, logits(decode_batch), **tolerance)
+        return found
+
+    first, recorded = check(), len(captures)
+    with torch.no_grad():  # in place, as an optimizer writes
+        for name, parameter in network.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(2)
+    second = check()
+    assert (second - first).abs().max() > 1 and len(captures) == recorded
+    with network.disable_adapter():
+        assert (check() - second).abs().max() > 1
+    assert len(captures) > recorded
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.data = parameter.data * 1.5  # elsewhere in memory
+    check()
+
+
+def test_rows_leave_by_buckets(captures):
+    model, widths = build("llama"), []
+    prompts = [[token, token + 1] for token in range(5, 18)]
+    model.register_forward_pre_hook(lambda _, args, kw: widths.append(len(kw["input_ids"])), with_kwargs=True)
+    lengths = torch.tensor([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 12, 12])
+    decode_static(model, prompts, 0, 12, [], greedy, lambda rows, ids: ids.shape[1] >= lengths[rows])
+    # All are read; 16 hold 13; after 3, 6 and 9 tokens 10, 7 and 4 are open. Each bucket warms up and is recorded.
+    assert widths == [13, 16, 16, 12, 12, 8, 8, 4, 4] and len(captures) == 4
+    assert decode_static(model, prompts, 0, 12, [], greedy, lambda rows, ids: ids.shape[1] >= lengths[rows]) == [
+        row[:length]
+        for row, length in zip(decode_batch(model, prompts, 0, 12, [], greedy), lengths.tolist(), strict=True)
+    ]
+
+
+def test_a_replay_that_differs_is_not_used(captures, monkeypatch, capsys):
+    def replay(tape: Tape) -> None:
+        for *_, new, made in tape.calls:
+            for tensor in made:
+                if tensor.is_floating_point() and all(new):
+                    tensor.add_(1)
+
+    monkeypatch.setattr(Tape, "replay", replay)
+    model = build("llama")
+    assert decode_static(model, PROMPTS, 0, 9, [2], greedy) == decode_batch(model, PROMPTS, 0, 9, [2], greedy)
+    [line] = capsys.readouterr().err.splitlines()
+    assert "a replay gives other logits" in line
+
+
+def test_buckets_and_order_by_hand():
+    sizes = [1, 2, 3, 4, 6, 6, 8, 8, 12, 12, 12, 12, 16]
+    assert [bucket(rows) for rows in range(1, 14)] == sizes and bucket(64) == 64 and bucket(65) == 96
+    assert open_first([False, True, False, True, False]) == [0, 4, 2]
+    assert open_first([True, True]) == [] and open_first([True, False]) == [1] and open_first([False] * 2) == [0, 1]
+
+
+@pytest.mark.parametrize("architecture", [*WINDOWS, "bloom", "mamba"])
+def test_windows_and_other_states_are_left_to_transformers(architecture):
+    assert not supports_static_decode(build(architecture, **WINDOWS.get(architecture, {})))
+
+
+def test_other_attention_is_left_to_the_decode_loop():
+    model = build("llama")
+    model.set_attn_implementation("flex_attention")
+    assert not supports_static_decode(model)
+
+
+def test_nothing_is_kept_of_a_model_that_is_gone_or_of_a_batch_too_large(monkeypatch):
+    model = build("llama")
+    decode_static(model, PROMPTS, 0, 4, [2], greedy)
+
+    def fail(*inputs):
+        raise torch.OutOfMemoryError("out of memory")
+
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(StaticStep, "compute", fail)
+        decode_static(model, PROMPTS, 0, 4, [2], greedy)
+    assert not static._MEMORIES
+    decode_static(model, PROMPTS, 0, 4, [2], greedy)
+    assert len(static._MEMORIES) == 1
+    del model
+    gc.collect()
+    assert not static._MEMORIES
