@@ -85,7 +85,7 @@ def generate_command(argv: Sequence[str]) -> int:
         else:
             writer = load_writer(find_model(arguments.path, arguments.system), arguments)
             writer.show(writer.prompt(arguments.prompt))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: generate: {error}", file=sys.stderr)
         return 2
     return 0

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 COMMANDS = {
+    "init": "write a recipe for your own data, and check it with the first rows",
     "recipes": "list the recipes that are installed, show one, or copy one with its data",
     "check": "check a recipe and print what a run of it would do; nothing is written",
     "run": "run the stages of a recipe; the same command continues an interrupted run",

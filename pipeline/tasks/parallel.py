@@ -128,7 +128,7 @@ def read_sides(config: Config, split: str) -> list[list[str]]:
         TaskError: a file that is missing or not UTF-8, sides of unequal length, or no line with text on both.
     """
     files(config)
-    source, target = (_read_lines(config.path(key, split)) for key in ("source", "target"))
+    source, target = (read_lines(config.path(key, split)) for key in ("source", "target"))
     if len(source) != len(target):
         raise TaskError(
             f"task: {str(config.path('source', split))!r} has {len(source)} lines and "
@@ -143,7 +143,12 @@ def _names(config: Config, split: str) -> str:
     return " and ".join(repr(str(config.path(key, split))) for key in ("source", "target"))
 
 
-def _read_lines(path: Path) -> list[str]:
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a file, without the white space around them.
+
+    Raises:
+        TaskError: it is not UTF-8.
+    """
     # Not splitlines(): it also breaks at U+2028 and its kin, which would shift one side against the other.
     lines = decode_text(path, "task").replace("\r\n", "\n").split("\n")
     if lines[-1] == "":
