@@ -17,11 +17,12 @@ from pipeline.runtime.signals import stop_signals
 from pipeline.stages.baselines import choose_checkpoint, sft_keys
 from pipeline.stages.directory import RunDirectory
 from pipeline.stages.early_checks import check_later_stages
+from pipeline.stages.endings import check_endings
 from pipeline.stages.stage import run_stage
 from pipeline.stages.task import base_model_path, left_out_record, load_recipe_task, template_record
 from pipeline.trainers.huggingface.gather_weights import check_sharding, save_plain_model
 from pipeline.trainers.huggingface.resumable import last_checkpoint
-from pipeline.trainers.huggingface.sft import build_sft_trainer, sft_arguments
+from pipeline.trainers.huggingface.sft import build_sft_trainer, sft_arguments, training_figures
 
 
 def main(argv: Sequence[str]) -> int:
@@ -42,12 +43,11 @@ def train_sft(recipe: Recipe, run: RunDirectory, stage: str) -> dict[str, object
     trainer = build_sft_trainer(model, arguments, tokenizer, task.train, task.validation, adapter, log, task.where)
     with stop_signals():
         result = trainer.train(resume_from_checkpoint=last_checkpoint(arguments))
+    endings = check_endings(recipe, task, trainer, tokenizer)
     save_plain_model(trainer, base, recipe.model, output)
     return {
-        "train_loss": result.training_loss,
-        "steps": trainer.state.global_step,
-        "best_eval_loss": trainer.state.best_metric,
-        "mixed_precision": trainer.accelerator.mixed_precision,  # the machine's choice, where the recipe makes none
+        **training_figures(trainer, result),
+        **endings,
         **(choose_checkpoint(recipe, run, task, output) if stage == SFT_BY_METRIC else {}),
         **left_out_record(task),
         **template_record(tokenizer),

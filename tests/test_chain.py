@@ -74,6 +74,7 @@ def test_the_chain_leaves_what_the_readme_says(recipe, tmp_path, capsys, archite
         assert list((run / stage / "checkpoints").iterdir())
         assert json.loads((run / stage / "stage.json").read_text())["mixed_precision"] == "no"
 
+    assert 0 <= json.loads((run / "sft" / "stage.json").read_text())["unfinished_share"] <= 1
     config = ModelConfig(model_name_or_path="unused")
     sft, policy = load_model(run / "sft", config), load_policy(run / "ppo", run / "sft", config)
     assert any((a != b).any() for a, b in zip(sft.parameters(), policy.parameters(), strict=True))

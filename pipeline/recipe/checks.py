@@ -14,13 +14,11 @@ from pipeline.models.loading import is_encoder_decoder, load_config, position_li
 from pipeline.models.reward_model import RECORD_FILE, load_record
 from pipeline.recipe.document import Document, KeyPath, RecipeError
 from pipeline.recipe.load import load_recipe
+from pipeline.recipe.measure_checks import check_measures
 from pipeline.recipe.model_checks import check_models, reward_base, trains_adapter
 from pipeline.recipe.refused import REFUSED_FOR_ENCODER_DECODERS
 from pipeline.recipe.types import Recipe
-from pipeline.rewards import build_rewards
 from pipeline.rewards.classifier import check_classifier
-from pipeline.rewards.config import RewardConfig
-from pipeline.rewards.constant import constant_reward
 from pipeline.rewards.learned import (
     check_accuracy,
     check_learned_options,
@@ -28,10 +26,8 @@ from pipeline.rewards.learned import (
     is_reward_folder,
 )
 from pipeline.runtime.libraries import quiet_libraries
-from pipeline.runtime.messages import did_you_mean
 from pipeline.tasks import columns, preferences, task_module
 from pipeline.tasks.counts import count_examples
-from pipeline.trainers import trackers
 
 # Keys whose values are paths, wherever in a recipe.
 PATH_KEYS = {"output_dir", "data_dir", "path", "source", "target", "control", "model"}
@@ -88,9 +84,7 @@ def _check_all(recipe: Recipe, num_processes: int, document: Document) -> None:
     _check_family(recipe, document)
     _check_lengths(recipe, document)
     _check_batches(recipe, num_processes, document)
-    _check_best_metric(recipe, document)
-    _check_trackers(recipe, document)
-    _check_metrics_and_rewards(recipe, document)
+    check_measures(recipe, document)
     _check_writable(recipe, document)
 
 
@@ -236,57 +230,6 @@ def _check_batches(recipe: Recipe, num_processes: int, document: Document) -> No
             f"{recipe.ppo.gradient_accumulation_steps} x processes {num_processes}{shared} = {size} prompts, "
             f"but {limit}; lower one of them",
         )
-
-
-def _check_best_metric(recipe: Recipe, document: Document) -> None:
-    """Refuse a metric of the best checkpoint that no evaluation logs."""
-    names = {"sft": recipe.sft.arguments.get("metric_for_best_model")}
-    names["ppo"] = recipe.ppo.metric_for_best_model if recipe.ppo else None
-    for section, name in names.items():
-        if name is not None and not name.startswith("eval_"):
-            rule = f"must be a logged evaluation metric, which starts with eval_, found {name!r}"
-            raise document.error((section, "metric_for_best_model"), f"{rule}; did you mean 'eval_{name}'?")
-
-
-def _check_trackers(recipe: Recipe, document: Document) -> None:
-    """Refuse a tracker that does not exist; the stage only warns of one that is not installed."""
-    report_to = {"sft": recipe.sft.arguments.get("report_to"), "ppo": recipe.ppo.report_to if recipe.ppo else None}
-    report_to["reward"] = recipe.reward.arguments.get("report_to") if recipe.reward else None
-    for section, names in report_to.items():
-        known = trackers.OF_PPO if section == "ppo" else ("all", "none", *trackers.OF_TRAINERS)
-        for name in [names] if isinstance(names, str) else names or ():
-            if name not in known:
-                rule = f"must be of {', '.join(known)}, found {name!r}{did_you_mean(str(name), known)}"
-                raise document.error((section, "report_to"), rule)
-
-
-def _check_metrics_and_rewards(recipe: Recipe, document: Document) -> None:
-    """Load the metrics and build the rewards; any function stands for a learned reward, whose model a stage loads."""
-    for index, metric in enumerate(recipe.eval.metrics):
-        try:
-            loaded = load_metric(metric.name, recipe.language, **metric.options)
-        except (ValueError, TypeError) as error:
-            raise document.restate(error, ("eval", "metrics", index)) from error
-        chooses = recipe.ppo is not None and recipe.ppo.metric_for_best_model == f"eval_{metric.name}"
-        if chooses and recipe.ppo.greater_is_better != loaded.higher_is_better:
-            right = str(loaded.higher_is_better).lower()
-            rule = f"{metric.name} is better where it is {'higher' if loaded.higher_is_better else 'lower'}"
-            raise document.error(("ppo", "greater_is_better"), f"must be {right}: {rule}")
-    rewards = recipe.ppo.rewards if recipe.ppo is not None else ()
-    try:
-        build_rewards(rewards, recipe.language, constant_reward())
-    except (ValueError, TypeError) as error:
-        raise document.restate(error, _refused_reward(rewards, recipe.language)) from error
-
-
-def _refused_reward(rewards: Sequence[RewardConfig], language: str | None) -> KeyPath:
-    """Return the key path of the reward that cannot be built, or of all of them where each can be built alone."""
-    for index, reward in enumerate(rewards):
-        try:
-            build_rewards([reward], language, constant_reward())
-        except (ValueError, TypeError):
-            return ("ppo", "rewards", index)
-    return ("ppo", "rewards")
 
 
 def _check_writable(recipe: Recipe, document: Document) -> None:

@@ -9,6 +9,7 @@ from accelerate.utils import set_seed
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import TrainOutput
 from trl import SFTConfig
 
 from pipeline.models.adapters import adapter_config, check_adapter
@@ -137,3 +138,13 @@ def _prepare_splits(
         return train_examples, None
     packs_validation = args.packing if args.eval_packing is None else args.eval_packing
     return train_examples, prepare(validation, packs_validation, "validation")
+
+
+def training_figures(trainer: ResumableSFTTrainer, result: TrainOutput) -> dict[str, object]:
+    """Return what stage.json holds of the training."""
+    return {
+        "train_loss": result.training_loss,
+        "steps": trainer.state.global_step,
+        "best_eval_loss": trainer.state.best_metric,
+        "mixed_precision": trainer.accelerator.mixed_precision,  # the machine's choice, where the recipe makes none
+    }

@@ -1,0 +1,74 @@
+"""Check what a recipe measures by before a run starts: metrics, rewards, the metric that chooses, trackers."""
+
+from collections.abc import Sequence
+
+from pipeline.metrics import load_metric
+from pipeline.recipe.document import Document, KeyPath
+from pipeline.recipe.types import Recipe
+from pipeline.rewards import build_rewards
+from pipeline.rewards.config import RewardConfig
+from pipeline.rewards.constant import constant_reward
+from pipeline.runtime.messages import did_you_mean
+from pipeline.trainers import trackers
+
+
+def check_measures(recipe: Recipe, document: Document) -> None:
+    """Refuse metrics and rewards that cannot be loaded, and names that nothing is logged by or to.
+
+    Raises:
+        RecipeError: naming the key.
+    """
+    _check_best_metric(recipe, document)
+    _check_trackers(recipe, document)
+    _check_metrics_and_rewards(recipe, document)
+
+
+def _check_best_metric(recipe: Recipe, document: Document) -> None:
+    """Refuse a metric of the best checkpoint that no evaluation logs."""
+    names = {"sft": recipe.sft.arguments.get("metric_for_best_model")}
+    names["ppo"] = recipe.ppo.metric_for_best_model if recipe.ppo else None
+    for section, name in names.items():
+        if name is not None and not name.startswith("eval_"):
+            rule = f"must be a logged evaluation metric, which starts with eval_, found {name!r}"
+            raise document.error((section, "metric_for_best_model"), f"{rule}; did you mean 'eval_{name}'?")
+
+
+def _check_trackers(recipe: Recipe, document: Document) -> None:
+    """Refuse a tracker that does not exist; the stage only warns of one that is not installed."""
+    report_to = {"sft": recipe.sft.arguments.get("report_to"), "ppo": recipe.ppo.report_to if recipe.ppo else None}
+    report_to["reward"] = recipe.reward.arguments.get("report_to") if recipe.reward else None
+    for section, names in report_to.items():
+        known = trackers.OF_PPO if section == "ppo" else ("all", "none", *trackers.OF_TRAINERS)
+        for name in [names] if isinstance(names, str) else names or ():
+            if name not in known:
+                rule = f"must be of {', '.join(known)}, found {name!r}{did_you_mean(str(name), known)}"
+                raise document.error((section, "report_to"), rule)
+
+
+def _check_metrics_and_rewards(recipe: Recipe, document: Document) -> None:
+    """Load the metrics and build the rewards; any function stands for a learned reward, whose model a stage loads."""
+    for index, metric in enumerate(recipe.eval.metrics):
+        try:
+            loaded = load_metric(metric.name, recipe.language, **metric.options)
+        except (ValueError, TypeError) as error:
+            raise document.restate(error, ("eval", "metrics", index)) from error
+        chooses = recipe.ppo is not None and recipe.ppo.metric_for_best_model == f"eval_{metric.name}"
+        if chooses and recipe.ppo.greater_is_better != loaded.higher_is_better:
+            right = str(loaded.higher_is_better).lower()
+            rule = f"{metric.name} is better where it is {'higher' if loaded.higher_is_better else 'lower'}"
+            raise document.error(("ppo", "greater_is_better"), f"must be {right}: {rule}")
+    rewards = recipe.ppo.rewards if recipe.ppo is not None else ()
+    try:
+        build_rewards(rewards, recipe.language, constant_reward())
+    except (ValueError, TypeError) as error:
+        raise document.restate(error, _refused_reward(rewards, recipe.language)) from error
+
+
+def _refused_reward(rewards: Sequence[RewardConfig], language: str | None) -> KeyPath:
+    """Return the key path of the reward that cannot be built, or of all of them where each can be built alone."""
+    for index, reward in enumerate(rewards):
+        try:
+            build_rewards([reward], language, constant_reward())
+        except (ValueError, TypeError):
+            return ("ppo", "rewards", index)
+    return ("ppo", "rewards")
