@@ -13,6 +13,7 @@ import pytest
 import torch
 from demo_run import OWN, write_demo
 
+import pipeline
 from pipeline import run
 from pipeline.recipe import load_recipe
 from pipeline.stages import chain
@@ -314,6 +315,23 @@ def test_options_after_two_dashes_reach_accelerate(monkeypatch):
     script = str(Path(run.__file__).parent / "sft.py")
     assert seen[0][:3] == [sys.executable, "-m", "pipeline.stages.first_failure"]
     assert seen[0][3:] == ["--cpu", "--num_processes", "1", script, "recipe.yaml", "seed=1"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "seen"),
+    [({}, "1000 None"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None ACTIVE"), ({"GOMP_SPINCOUNT": "7"}, "7 None")],
+    ids=["none", "policy", "count"],
+)
+def test_idle_threads_of_a_stage_make_room_for_other_jobs(monkeypatch, tmp_path, variables, seen):
+    """Unless the user says how they wait."""
+    monkeypatch.setattr(process_group, "SCRIPTS", tmp_path)
+    Path("sft.py").write_text(
+        "import os\nprint(os.environ.get('GOMP_SPINCOUNT'), os.environ.get('OMP_WAIT_POLICY'))\n"
+    )
+    command = process_group.stage_command("sft", "recipe.yaml", [], default_launch_options())
+    inherited = {name: value for name, value in os.environ.items() if name not in pipeline.WAITING_VARIABLES}
+    result = subprocess.run(command, capture_output=True, text=True, env=inherited | variables)
+    assert (result.returncode, result.stdout) == (0, f"{seen}\n")
 
 
 def test_accelerate_starts_a_stage_on_a_cpu_without_noise(monkeypatch, tmp_path):
