@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 # The quickstart and the tests never need a network; offline mode makes sure of it.
 OFFLINE := HF_HUB_OFFLINE=1
 
-.PHONY: install quickstart test test-fast test-versions test-oldest test-newest lint docs dist
+.PHONY: install quickstart test test-fast test-versions test-oldest test-newest lint docs dist release-files release-check
 
 install: $(VENV)/.installed
 
@@ -46,3 +46,14 @@ docs: $(VENV)/.installed
 # The wheel: the package, its recipes and the sentences of the quickstart, in dist/.
 dist: $(VENV)/.installed
 	$(RUN) -m pip wheel --disable-pip-version-check --no-deps --wheel-dir dist .
+
+# What a release consists of: the sdist, the wheel that is built from it, their metadata, and versions that agree.
+release-files: $(VENV)/.installed
+	$(RUN) -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable ".[release]"
+	rm -rf build/release
+	$(RUN) -m build --outdir build/release
+	$(RUN) -m twine check --strict build/release/*
+	$(RUN) -m tools.release_check build/release
+
+# The whole list before a release, the quick parts first.
+release-check: lint docs release-files test test-versions

@@ -68,6 +68,7 @@ SLOW = (
     "stages/test_recipe_task.py",
     "test_accelerate_configs.py",
     "test_chain.py",
+    "test_notebooks.py",
     "test_reward_stage.py",
     "test_run.py",
     "test_stages_in_two.py",

@@ -126,7 +126,9 @@ def test_links_lead_to_files_and_headings(page):
 
 def test_files_that_pages_name_in_backticks_exist():
     for page in PAGES:
-        for name in re.findall(r"`((?:tests|recipes|accelerate_configs|tools|pipeline)/[\w./-]+)`", page.read_text()):
+        for name in re.findall(
+            r"`((?:tests|recipes|accelerate_configs|tools|pipeline|notebooks)/[\w./-]+)`", page.read_text()
+        ):
             assert (ROOT / name).exists(), f"{page.name}: {name}"
 
 
