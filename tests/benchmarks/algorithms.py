@@ -18,6 +18,7 @@ from ruamel.yaml import YAML
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
+from pipeline.evaluation.power import p_text  # noqa: E402
 from pipeline.trainers.ppo.algorithms import ALGORITHMS  # noqa: E402
 
 
@@ -59,7 +60,7 @@ def table(gains: dict[str, dict[int, Gain]], seeds: list[int]) -> str:
     means = {name: fmean(gain.delta for gain in by_seed.values()) for name, by_seed in gains.items()}
     for name in sorted(gains, key=means.get, reverse=True):
         by_seed = gains[name]
-        cells = [f"{by_seed[s].delta:+.2f} (p = {by_seed[s].p_value:.3f})" if s in by_seed else "" for s in seeds]
+        cells = [f"{by_seed[s].delta:+.2f} ({p_text(by_seed[s].p_value)})" if s in by_seed else "" for s in seeds]
         times = ", ".join(f"{gain.seconds:.0f}" for gain in by_seed.values())
         lines.append(f"| `{name}` | {' | '.join(cells)} | {means[name]:+.2f} | {times} |")
     return "\n".join(lines)
