@@ -326,7 +326,7 @@ def test_rewards_and_metrics_are_names_or_mappings_with_options():
 def test_keys_of_trl_that_could_not_be_honoured_are_refused_by_name(section, refused):
     for key in [*refused, "hub_token", "hub_model_id", "push_to_hub_token"]:
         message = refusal(line6=f"{section}: {{{key}: 1}}")
-        reason = refused.get(key, "never uploads")
+        reason = refused.get(key, "uploads")
         assert_names(message, "recipe.yaml:6", f"{section}.{key}", "not for a recipe", reason)
     names = {
         "sft": "enable_jit_checkpoint seed fsdp eos_token output_dir",

@@ -13,10 +13,14 @@ COMMANDS = {
     "recipes": "list the recipes that are installed, show one, or copy one with its data",
     "check": "check a recipe and print what a run of it would do; nothing is written",
     "run": "run the stages of a recipe; the same command continues an interrupted run",
+    "watch": "show the curves and samples of a run in the browser while it trains",
     "report": "print the verdict of a run, or open its report",
     "compare": "set two or more evaluated runs side by side",
     "generate": "let a model of a run, or any model in a folder, answer a prompt",
     "export": "write a model of a run as a folder that transformers loads by itself",
+    "push": "upload a model of a run, with its card, to the Hugging Face Hub",
+    "doctor": "say what is installed, what this machine has and what would run where; test it in a minute",
+    "completion": "print the script by which a shell completes the words of relay",
 }
 FILES = {"check": "run"}  # the file of a command's code where it is not named like the command
 EXAMPLE = """\

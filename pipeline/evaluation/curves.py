@@ -63,10 +63,10 @@ class Panel:
     curves: list[Curve]
 
 
-def read_panels(run: Path) -> list[Panel]:
+def read_panels(run: Path, wanted: Mapping[str, Mapping[str, tuple[str, ...]]] = PANELS) -> list[Panel]:
     """Read the panels of every stage of a run directory that has a metrics.jsonl."""
     panels = []
-    for stage, titles in PANELS.items():
+    for stage, titles in wanted.items():
         events = read_events(run / stage / "metrics.jsonl")
         speeds = token_speeds(stage, events, read_events(run / stage / "timing.jsonl"))
         for title, names in titles.items():

@@ -11,7 +11,8 @@ _NO_PREDICTIONS = "it does nothing here: sft evaluates the loss alone, the eval 
 _IN_TRAINING = "it does nothing here: a stage evaluates while it trains, in the precision of the training"
 _DEPRECATED = "TRL has deprecated it"
 _NO_LABELS = "it does nothing here: the loss compares two scores, and there are no labelled tokens"
-UPLOADS = "Relay never uploads anything"  # also for every key that starts with hub_ or push_to_hub
+# Also for every key that starts with hub_ or push_to_hub.
+UPLOADS = "no run uploads anything; relay push uploads a finished model"
 
 REFUSED_SFT_KEYS: dict[str, str] = {
     "output_dir": _DIRECTORY,

@@ -145,3 +145,21 @@ def test_a_missing_stage_is_asked_for_with_a_command_that_is_there(monkeypatch):
     assert RECIPE and plan.typed_command(recipe, "sft") == "accelerate launch pipeline/sft.py recipe.yaml seed=3"
     monkeypatch.setattr(plan, "IN_CLONE", False)
     assert plan.typed_command(recipe, "sft") == "relay run recipe.yaml seed=3 --only sft"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_a_shell_completes_every_command(shell, capsys, tmp_path):
+    pytest.importorskip("shtab", reason="needs the extra completion")
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert all(name in script for name in COMMANDS) and "--interactive" in script and "--dry-run" in script
+    if shell == "bash":
+        (tmp_path / "relay.sh").write_text(script)
+        ask = "source relay.sh; COMP_WORDS=(relay gen); COMP_CWORD=1; _shtab_relay; echo ${COMPREPLY[@]}"
+        done = subprocess.run(["bash", "-c", ask], capture_output=True, text=True)
+        assert done.stdout.split() == ["generate"], done.stderr
+
+
+def test_completion_without_its_library_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert main(["completion", "bash"]) == 2 and "pip install shtab" in capsys.readouterr().err

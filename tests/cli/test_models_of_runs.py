@@ -8,17 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from demo_run import complete, recipe_with, write_demo
+from demo_run import complete, recipe_with
 from huggingface_hub import ModelCard
-from peft import AutoPeftModelForCausalLM, get_peft_model
+from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
 from pipeline.cli.finished_models import NEW_TOKENS, find_model, prompt_from
 from pipeline.cli.main import main
-from pipeline.models.adapters import adapter_config
 from pipeline.models.config import ModelConfig
 from pipeline.models.generation import generate
-from pipeline.models.loading import load_model, load_tokenizer, lora_config
+from pipeline.models.loading import load_model, load_tokenizer
 from pipeline.models.sampling import Decoding
 from pipeline.models.text import decode, encode_prompts
 from pipeline.recipe import RecipeError, load_recipe, load_stored_recipe
@@ -28,10 +27,7 @@ RUN = Path("runs/demo")
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }} {{ m.content }} {% endfor %}"
 
 
-@pytest.fixture(autouse=True)
-def demo(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_demo()
+pytestmark = pytest.mark.usefixtures("demo")
 
 
 def test_a_run_answers_with_its_newest_model_unless_one_is_named():
@@ -111,25 +107,6 @@ def test_a_source_text_goes_into_the_prompt_of_its_task_and_a_text_into_a_chat_w
     chat = recipe_with(*columns, "task.chat=true", "task.system=Be brief.")
     assert prompt_from(chat, "Hi", True) == [{"role": "system", "content": "Be brief."}, *user]
     assert prompt_from(None, "Hi", True) == user and prompt_from(None, "Hi", False) == "Hi"
-
-
-@pytest.fixture
-def trained(base_directory, taught_directory, model_config):
-    """A finished run of the tiny models: the base is untaught, the SFT model is taught, and PPO has an adapter."""
-    recipe = recipe_with("model={from_scratch: {hidden_size: 32, vocab_size: 320}, lora_r: 4}")
-    for stage, model in (("base", base_directory), ("sft", taught_directory)):
-        shutil.copytree(model, RunDirectory.of(recipe).path / stage)
-    model = load_model(RUN / "sft", model_config)
-    policy = get_peft_model(model, adapter_config(model, lora_config(model_config)))
-    torch.manual_seed(0)
-    for name, weight in policy.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.3)
-    policy.save_pretrained(RUN / "ppo")
-    for stage in ("sft", "ppo"):  # not `complete`, which would set aside what is there
-        (RUN / stage / "stage.json").write_text("{}")
-    RunDirectory.of(recipe).save_recipe(recipe)
-    return recipe
 
 
 def answer_of(folder: Path, text: str) -> str:

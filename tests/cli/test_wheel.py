@@ -9,6 +9,7 @@ import venv
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def wheel(tmp_path_factory) -> Path:
     copy = folder / "copy"
     for name in ("pipeline", "recipes"):  # with the link from one to the other
         shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "constraints.txt"):
         shutil.copy(ROOT / name, copy)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", str(copy)]
     subprocess.run([*command, "--wheel-dir", str(folder)], check=True, capture_output=True)
@@ -61,7 +62,7 @@ def test_the_wheel_holds_recipes_data_and_templates_and_nothing_of_the_tests(whe
     names = zipfile.ZipFile(wheel).namelist()
     recipes = {path.relative_to(ROOT) for path in (ROOT / "recipes").rglob("*") if path.is_file()}
     assert {f"pipeline/cli/{path}" for path in recipes} <= set(names)
-    assert "pipeline/evaluation/pages/templates/report.html" in names
+    assert {"pipeline/evaluation/pages/templates/report.html", "pipeline/cli/constraints.txt"} <= set(names)
     python = {str(path.relative_to(ROOT)) for path in (ROOT / "pipeline").rglob("*.py")}
     python |= {f"pipeline/cli/{path}" for path in recipes if path.suffix == ".py"}  # a link to recipes/
     assert python == {name for name in names if name.endswith(".py")}
@@ -86,18 +87,54 @@ def check_generate_and_export(relay: Callable[..., str], ppo: Path, folder: Path
     assert relay("generate", "runs/quickstart", "A cat", "--system", "sft", "--max-new-tokens", "1").count("\n") == 1
 
 
-def test_a_recipe_goes_from_its_name_to_its_report_in_an_empty_folder(installed, tmp_path):
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+def check_compare_push_and_watch(relay: Callable[..., str], command: Path, folder: Path) -> None:
+    """The commands about a run that need no terminal and no network."""
+    shown = relay("generate", "runs/quickstart", "A cat", "--compare", "--max-new-tokens", "4")
+    assert [name in shown for name in ("base", "sft", "ppo")] == [True] * 3
+    relay("export", "runs/quickstart", "adapter", "--adapter")
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+    sent = relay("push", "runs/quickstart", "me/my-model", "--dry-run")
+    assert "repository: me/my-model" in sent and "model.safetensors" in sent and str(folder) not in sent
+    words = [str(command), "watch", "runs/quickstart", "--port", "0"]
+    with subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, text=True, env=environment()) as watching:
+        try:
+            url = watching.stdout.readline().split()[0]
+            assert urlopen(url).read().count(b"<svg") == 2
+        finally:
+            watching.terminate()
 
-    def relay(*words: str) -> str:
-        done = subprocess.run(
-            [str(installed / "relay"), *words], cwd=tmp_path, capture_output=True, text=True, env=environment
-        )
+
+def environment() -> dict[str, str]:
+    """The variables of this process, without the way to this repository."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
+@pytest.fixture
+def relay(installed, tmp_path) -> Callable[..., str]:
+    """Run the installed command in an empty folder; return what it prints."""
+
+    def run(*words: str) -> str:
+        command = [str(installed / "relay"), *words]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment())
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
+    return run
+
+
+def test_a_machine_is_looked_at_and_a_recipe_is_begun_in_an_empty_folder(relay, tmp_path):
+    shown = relay("doctor", "--tests")
+    assert "a wheel" in shown and "tests: every stage runs here" in shown and not any(tmp_path.iterdir())
+    tested = (ROOT / "constraints.txt").read_text().partition("\ntrl==")[2].split()[0]
+    assert any(line.startswith("│ trl ") and tested in line for line in shown.splitlines())
+    (tmp_path / "data.csv").write_text("question,answer\n" + "".join(f"What is {n}?,It is {n}.\n" for n in range(20)))
+    assert "reward rougeL: 1.000" in relay("init", "own.yaml", "--model", "scratch", "--data", "data.csv")
+    assert "own.yaml -> runs/own" in relay("check", "own.yaml")
+
+
+def test_a_recipe_goes_from_its_name_to_its_report_in_an_empty_folder(installed, relay, tmp_path):
     code = "import pipeline, sys; print(pipeline.__file__)"
-    where = subprocess.run([installed / "python", "-c", code], cwd=tmp_path, capture_output=True, env=environment)
+    where = subprocess.run([installed / "python", "-c", code], cwd=tmp_path, capture_output=True, env=environment())
     assert str(installed.parent) in where.stdout.decode()
     assert "quickstart " in relay("recipes", "list")
     assert relay("recipes", "copy", "quickstart").split() == ["quickstart.yaml", "phrasebook"]
@@ -111,6 +148,7 @@ def test_a_recipe_goes_from_its_name_to_its_report_in_an_empty_folder(installed,
     assert [card.data.library_name for card in cards] == ["peft", "transformers"]
     assert {result.metric_type for card in cards for result in card.data.eval_results} == {"bleu", "chrf"}
     check_generate_and_export(relay, ppo, tmp_path)
+    check_compare_push_and_watch(relay, installed / "relay", tmp_path)
     relay("run", "quickstart.yaml", *SHORT, "name=other", "seed=1")
     relay("compare", "runs/quickstart", "runs/other")
     assert (tmp_path / "runs" / "comparison" / "report.html").is_file()
