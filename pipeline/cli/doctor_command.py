@@ -114,7 +114,7 @@ def launch_table() -> Table:
     there = Path(default_config_file).is_file()
     used = "used" if there and has_accelerator() else "not used without an accelerator" if there else "not there"
     place = f"{count(processes, 'process', 'processes')} on {device_name(options)}"
-    rows = [["accelerate's configuration", f"{default_config_file}: {used}"]]
+    rows = [["accelerate's configuration", f"{used}: {default_config_file}"]]
     rows += [[stage, engine_problem(stage, engine) or place] for stage in STAGES]
     return Table("What runs where", ["", ""], rows, f"options: {' '.join(options)}")
 
