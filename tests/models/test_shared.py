@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pipeline.models.dropout import remove_dropout
@@ -247,6 +248,41 @@ def test_on_a_cpu_the_logits_of_a_frozen_head_are_as_many_as_its_caches_hold(
     monkeypatch.setattr(head, "THINNEST", thinnest)
     model(batch())
     assert scored == pieces
+
+
+def test_the_weight_of_a_frozen_head_is_cast_once_and_not_once_a_piece(monkeypatch):
+    """To the same bits as where autocast does it for each piece."""
+    model = SharedModel(build("llama"), lora())
+    monkeypatch.setattr(head, "LOGIT_BUDGET", 3 * 300)
+    shape, casts = model.language_model.get_output_embeddings().weight.shape, []
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._to_copy.default and args[0].shape == shape:
+                casts.append(1)
+            return function(*args, **kwargs or {})
+
+    results = []
+    for cast in (head._as_multiplied, lambda tensor: tensor):
+        monkeypatch.setattr(head, "_as_multiplied", cast)
+        casts.clear()
+        with Casts(), torch.autocast("cpu", dtype=torch.bfloat16):
+            results.append((gradients(model), len(casts)))
+    (first, once), (second, each) = results
+    assert once == 1 and each > 3
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def test_the_pieces_of_logits_fit_the_device(monkeypatch):
+    class Properties:
+        total_memory = 64 * 2**30
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties())
+    devices = [torch.device(kind) for kind in ("cpu", "cuda", "xpu")]
+    head._accelerator_budget.cache_clear()
+    assert [head._budget(device) for device in devices] == [2**24, 2**28, 2**26]
+    head._accelerator_budget.cache_clear()
+    assert [head._piece_rows(2**16, device) for device in devices] == [128, 2**12, 2**10]
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])

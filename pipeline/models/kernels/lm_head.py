@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-# Rows of [tokens, vocabulary] that exist at once, in numbers (64 MiB of float32).
-LOGIT_BUDGET = 2**24
+# Rows of [tokens, vocabulary] that exist at once, in numbers (64 MiB of float32); on an accelerator at least 256 MiB,
+# and as much as this share of its memory: thin products and their kernels would take longer than the passes over them.
+LOGIT_BUDGET, LEAST_ON_ACCELERATORS, SHARE_OF_MEMORY = 2**24, 2**26, 1 / 64
 # On a CPU fewer (8 MiB), which its caches hold, for most of the work is passes over them: but no product too thin to
 # be fast, and a multiple of that, because oneDNN compiles bf16 kernels for each number of rows.
 CACHED_LOGITS, THINNEST = 2**21, 128
@@ -74,11 +76,12 @@ def token_logprobs(
     """
     frozen = not entropy_gradient and _is_frozen(head)
     # Others would be computed twice in small pieces.
-    rows = _piece_rows(vocabulary, hidden.device) if frozen else max(1, LOGIT_BUDGET // vocabulary)
+    rows = _piece_rows(vocabulary, hidden.device) if frozen else max(1, _budget(hidden.device) // vocabulary)
+    weight, bias = (_as_multiplied(t) for t in (head.weight, head.bias)) if frozen else (None, None)
     pieces = []
     for states, tokens in zip(hidden.split(rows), targets.split(rows), strict=True):
         if frozen:
-            pieces.append(_FrozenHead.apply(states, head.weight, head.bias, tokens, temperature, transform))
+            pieces.append(_FrozenHead.apply(states, weight, bias, tokens, temperature, transform))
         elif len(tokens) == len(targets):
             pieces.append(_score(head, states, tokens, temperature, entropy_gradient, transform))
         else:
@@ -126,10 +129,29 @@ def entropies_and_divergences(
 
 def _piece_rows(vocabulary: int, device: torch.device) -> int:
     """Rows of [rows, vocabulary] that exist at once where each piece is computed only once."""
-    rows = max(1, LOGIT_BUDGET // vocabulary)
+    rows = max(1, _budget(device) // vocabulary)
     if device.type != "cpu":
         return rows
     return min(rows, max(THINNEST, CACHED_LOGITS // vocabulary // THINNEST * THINNEST))
+
+
+def _budget(device: torch.device) -> int:
+    """Numbers of [tokens, vocabulary] that exist at once on a device."""
+    return LOGIT_BUDGET if device.type == "cpu" else _accelerator_budget(device)
+
+
+@cache
+def _accelerator_budget(device: torch.device) -> int:
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    return max(LEAST_ON_ACCELERATORS, int(memory * SHARE_OF_MEMORY) // torch.float32.itemsize)
+
+
+def _as_multiplied(tensor: Tensor | None) -> Tensor | None:
+    """Cast a frozen tensor as autocast does for each product; autocast remembers only casts of what is trained."""
+    kind = "cpu" if tensor is None else tensor.device.type
+    if tensor is None or tensor.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(kind))
 
 
 def _is_frozen(head: nn.Module) -> bool:

@@ -46,7 +46,7 @@ class TrainerState:
     best_metric: float | None = None
     skipped_steps: int = 0
     skipped_in_row: int = 0  # of them, those that end with the last optimizer step
-    micro_batch_size: int | None = None  # where memory has run out; None: still the setting
+    micro_batch_size: int | None = None  # where memory has run out; None: still the first
     kl_coef: float | None = None  # where it adapts; None: still the setting
     score_count: float = 0.0  # moments of the scores that were scaled by them
     score_mean: float = 0.0

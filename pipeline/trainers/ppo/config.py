@@ -49,7 +49,8 @@ class PPOConfig:
     use_peft: bool = True  # as model.use_peft; false trains all weights, with a frozen copy as reference
     total_episodes: int = 10_000  # completions of the whole run
     max_steps: int | None = None  # PPO steps of the whole run, instead of total_episodes
-    # episodes of a micro-batch: a matter of memory, not of the result; halved where memory runs out
+    # episodes of a micro-batch: a matter of memory, not of the result; halved where memory runs out. One accelerator
+    # begins with a whole mini-batch instead
     per_device_train_batch_size: int = 32
     gradient_accumulation_steps: int = 4  # times the above = 128 episodes a rollout, the least that public recipes use
     num_ppo_epochs: int = 1  # passes over a rollout, as in OpenRLHF and verl; more than 2 need target_kl

@@ -13,6 +13,7 @@ from transformers import get_scheduler
 from pipeline.models.sequences import Sequences, make_sequences
 from pipeline.models.shared import SharedModel
 from pipeline.runtime.memory import in_smaller_batches, is_out_of_memory
+from pipeline.runtime.messages import say
 from pipeline.runtime.schedules import value_at
 from pipeline.trainers.ppo.config import PPOConfig
 from pipeline.trainers.ppo.moving_reference import MovingReference, without_reference
@@ -25,6 +26,18 @@ EARLY_STOP_FACTOR = 1.5  # as stable-baselines3 and TRL 0.11 read target_kl
 Result = TypeVar("Result")
 
 
+def first_micro_batch_size(args: PPOConfig, device: torch.device, num_processes: int) -> int:
+    """Return the episodes of the first micro-batch: on one accelerator those of a whole mini-batch.
+
+    On a CPU the rounding of recorded runs stays. Of several processes none can begin anew in the pass in which they
+    meet, and that would be the only one.
+    """
+    size = args.per_device_train_batch_size
+    if device.type == "cpu" or num_processes > 1:
+        return size
+    return size * args.gradient_accumulation_steps // args.num_mini_batches
+
+
 class LastPassError(Exception):
     """Memory ran out where one of several processes cannot begin anew alone."""
 
@@ -34,7 +47,10 @@ class Learner:
 
     def __init__(self, shared: SharedModel, args: PPOConfig, accelerator: Accelerator, warn: Warn) -> None:
         self.args, self.accelerator, self.warn = args, accelerator, warn
-        self.micro_batch_size = args.per_device_train_batch_size  # less once memory has run out
+        self._first_size = first_micro_batch_size(args, accelerator.device, accelerator.num_processes)
+        self.micro_batch_size = self._first_size  # less once memory has run out
+        if self._first_size > args.per_device_train_batch_size:
+            say(f"PPO: micro-batches of {self._first_size} episodes, half as many wherever memory runs out")
         optimizer = torch.optim.AdamW(
             [
                 {"params": shared.policy_parameters()},
@@ -75,9 +91,8 @@ class Learner:
 
     @property
     def reduced_micro_batch_size(self) -> int | None:
-        """The size of micro-batches where memory has run out; None: still the setting."""
-        size = self.micro_batch_size
-        return size if size < self.args.per_device_train_batch_size else None
+        """The size of micro-batches where memory has run out; None: still the first."""
+        return self.micro_batch_size if self.micro_batch_size < self._first_size else None
 
     def restore(self, optimizer: dict, scheduler: dict, micro_batch_size: int | None, steps: int | None) -> None:
         """Go on from saved states; `steps`: the optimizer steps of the whole run, where these changed."""
@@ -85,7 +100,7 @@ class Learner:
             self.scheduler = self._schedule(steps)
         self.optimizer.load_state_dict(optimizer)
         self.scheduler.load_state_dict(scheduler)
-        self.micro_batch_size = micro_batch_size or self.micro_batch_size
+        self.micro_batch_size = min(micro_batch_size or self._first_size, self._first_size)
 
     def trained_state(self) -> dict[str, Tensor]:
         """Copy everything that training changes to the CPU, by name."""
@@ -147,7 +162,7 @@ class Learner:
                     log.add(self.optimizer_step(mini_batch, value_only, its_references))
                 self.scheduler.step()
         stats = log.statistics() | {
-            "policy/memory_parts": float(-(-args.per_device_train_batch_size // self.micro_batch_size)),
+            "policy/memory_parts": float(-(-self._first_size // self.micro_batch_size)),
             "lr": self.scheduler.get_last_lr()[0],
         }
         return Update(stats, log.skipped_in_row, log.notes)
