@@ -116,7 +116,8 @@ def launch_table() -> Table:
     place = f"{count(processes, 'process', 'processes')} on {device_name(options)}"
     rows = [["accelerate's configuration", f"{used}: {default_config_file}"]]
     rows += [[stage, engine_problem(stage, engine) or place] for stage in STAGES]
-    return Table("What runs where", ["", ""], rows, f"options: {' '.join(options)}")
+    rows.append(["options of accelerate launch", " ".join(options) or "none"])
+    return Table("What runs where", ["", ""], rows)
 
 
 def accelerators() -> list[str]:

@@ -29,7 +29,7 @@ def test_versions_machine_and_launch_are_shown(capsys, monkeypatch, tmp_path):
     threads = torch.get_num_threads()
     assert f"torch uses {threads} thread" in row_of(text, "cores")[1] and "free of" in row_of(text, "memory")[1]
     assert row_of(text, "ppo")[1].startswith("1 process on cpu with ") and "bf16" in text and " free in " in text
-    assert row_of(text, "accelerate's configuration")[1].startswith("not there") and "--num_processes 1" in text
+    assert row_of(text, "accelerate's configuration")[1].startswith("not there") and "--num_processes" in text
     assert row_of(text, "quantization")[1] in ("there", "missing: bitsandbytes") and "dev" in text
 
 
