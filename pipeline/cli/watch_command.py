@@ -1,7 +1,6 @@
 """relay watch: show the curves and samples of a run in the browser while it trains."""
 
 import argparse
-import json
 import sys
 import time
 import webbrowser
@@ -16,7 +15,7 @@ from pipeline.evaluation.config import BASELINES, CONTROL
 from pipeline.evaluation.curves import PANELS, read_events, read_panels
 from pipeline.evaluation.pages.page import environment, page_parts, visible
 from pipeline.evaluation.pages.plots import curve_plot
-from pipeline.evaluation.pages.tables import Table
+from pipeline.evaluation.pages.tables import Table, duration
 from pipeline.models.text import plain_text
 from pipeline.stages.directory import FINISHED, STAGES, RunDirectory
 
@@ -94,7 +93,7 @@ def watch_page(run: RunDirectory) -> str:
     return page.render(
         stages=stage_table(run),
         figures=figures,
-        samples={stage: table for stage in ("ppo", CONTROL) if (table := sample_table_of(run, stage)).rows},
+        samples={stage: newest_samples(run, stage) for stage in ("ppo", CONTROL)},
         has_report=(run.eval / "report.html").is_file(),
         seconds=SECONDS,
         **page_parts(str(run.path)),
@@ -112,21 +111,18 @@ def stage_table(run: RunDirectory) -> Table:
         events = read_events(log)
         seconds = time.time() - (log if log.is_file() else file).stat().st_mtime
         state = "finished" if file.name == FINISHED else "begun"
-        rows.append([stage, state, str(events[-1]["step"]) if events else "", f"{seconds:.0f} s ago"])
+        rows.append([stage, state, str(events[-1]["step"]) if events else "", f"{duration(seconds)} ago"])
     return Table("Stages", ["stage", "state", "last logged step", "last written"], rows)
 
 
-def sample_table_of(run: RunDirectory, stage: str) -> Table:
-    """Make the table of the newest samples of a stage, the last one first."""
-    file = run.stage(stage) / "samples.jsonl"
-    lines = file.read_text(encoding="utf-8").splitlines()[-SHOWN_SAMPLES:] if file.is_file() else []
-    samples = [json.loads(line) for line in lines if line.endswith("}")]
-    rows = [
-        [str(sample["step"]), plain_text(sample["prompt"]), sample["completion"], f"{sample['score']:.3f}"]
+def newest_samples(run: RunDirectory, stage: str) -> list[dict[str, object]]:
+    """Return step, score, prompt and completion of the newest samples of a stage, the last one first."""
+    samples = read_events(run.stage(stage) / "samples.jsonl")[-SHOWN_SAMPLES:]
+    return [
+        {**sample, "prompt": plain_text(sample["prompt"])}
         for sample in reversed(samples)
-        if sample["score"] is not None
+        if sample.get("score") is not None
     ]
-    return Table(f"Samples of {stage}", ["step", "prompt", "completion", "score"], rows)
 
 
 def watch_parser() -> argparse.ArgumentParser:
