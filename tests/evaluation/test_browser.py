@@ -69,7 +69,7 @@ def test_what_models_write_is_text(page):
     )
 
 
-@pytest.mark.parametrize("width", [390, 768, 1400])
+@pytest.mark.parametrize("width", [390, 768, 1200, 1400])
 def test_the_page_never_scrolls_sideways(page, width):
     set_width(page, width)
     page.execute_script("for (const d of document.querySelectorAll('details')) d.open = true")
