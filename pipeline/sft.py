@@ -20,6 +20,7 @@ from pipeline.stages.early_checks import check_later_stages
 from pipeline.stages.endings import check_endings
 from pipeline.stages.stage import run_stage
 from pipeline.stages.task import base_model_path, left_out_record, load_recipe_task, template_record
+from pipeline.stages.training_examples import with_training_examples
 from pipeline.trainers.huggingface.gather_weights import check_sharding, save_plain_model
 from pipeline.trainers.huggingface.resumable import last_checkpoint
 from pipeline.trainers.huggingface.sft import build_sft_trainer, sft_arguments, training_figures
@@ -38,16 +39,17 @@ def train_sft(recipe: Recipe, run: RunDirectory, stage: str) -> dict[str, object
     check_sharding(arguments, recipe.model.load_in_4bit and recipe.sft.use_peft)
     model, tokenizer = load_model(base, recipe.model, frozen=recipe.sft.use_peft), load_tokenizer(base, recipe.model)
     check_later_stages(recipe, task, model, tokenizer)  # before the hours of this stage
+    task, figures = with_training_examples(recipe, run, task, model, tokenizer)
     adapter = lora_config(recipe.model) if recipe.sft.use_peft else None
     log = output / "metrics.jsonl"
     trainer = build_sft_trainer(model, arguments, tokenizer, task.train, task.validation, adapter, log, task.where)
     with stop_signals():
         result = trainer.train(resume_from_checkpoint=last_checkpoint(arguments))
-    endings = check_endings(recipe, task, trainer, tokenizer)
+    figures |= check_endings(recipe, task, trainer, tokenizer)
     save_plain_model(trainer, base, recipe.model, output)
     return {
         **training_figures(trainer, result),
-        **endings,
+        **figures,
         **(choose_checkpoint(recipe, run, task, output) if stage == SFT_BY_METRIC else {}),
         **left_out_record(task),
         **template_record(tokenizer),

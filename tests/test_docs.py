@@ -80,7 +80,7 @@ def test_a_command_is_taken(page, command, monkeypatch):
     elif words[0:1] == ["-c"]:
         compile(words[1], str(page), "exec")
     elif program == "python":
-        assert words[0].startswith("tests/") and (ROOT / words[0]).is_file()
+        assert words[0].startswith(("tests/", "recipes/")) and (ROOT / words[0]).is_file()
     else:
         assert program in ("pip", "sbatch") and all(
             (ROOT / word).is_file() for word in words if word.startswith("docs")

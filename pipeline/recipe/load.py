@@ -12,7 +12,13 @@ from pipeline.recipe.build import TOP_LEVEL, as_mapping, build_section, check_ke
 from pipeline.recipe.document import Document, KeyPath, RecipeError
 from pipeline.recipe.reader import read_document
 from pipeline.recipe.refused import REFUSED_PPO_KEYS
-from pipeline.recipe.trl_sections import build_reward_section, build_sft_section, fill_lengths, reward_values
+from pipeline.recipe.trl_sections import (
+    build_reward_section,
+    build_sft_section,
+    fill_lengths,
+    reward_values,
+    sft_values,
+)
 from pipeline.recipe.types import Recipe, TaskSection
 from pipeline.rewards.config import RewardConfig
 from pipeline.runtime.messages import did_you_mean
@@ -127,7 +133,17 @@ def _build_task(values: object, document: Document) -> TaskSection:
         )
     if missing := {"language", "ppo_examples"} - {f.name for f in dataclasses.fields(config_class)}:
         raise document.error(("task", "name"), f"the Config of {name!r} lacks {', '.join(sorted(missing))}; add it")
+    if isinstance(keys.get("augment"), list):
+        keys["augment"] = [_augment_step(item, document) for item in keys["augment"]]
     return TaskSection(name, build_section(config_class, document.with_folder(keys), ("task",), document))
+
+
+def _augment_step(item: object, document: Document) -> object:
+    """Write a line of `task.augment` as a mapping; anything that is none is refused with its section."""
+    step = {"name": item} if isinstance(item, str) else item
+    if isinstance(step, dict) and isinstance(step.get("name"), str):
+        return {**step, "name": document.with_code(step["name"])}
+    return step
 
 
 def _build_ppo(values: object, model: ModelConfig, document: Document) -> PPOConfig | None:
@@ -203,7 +219,7 @@ def recipe_values(recipe: Recipe) -> dict[str, Any]:
         **({"control": True} if recipe.control else {}),
         "model": _plain(recipe.model),
         "task": {"name": recipe.task.name, **_plain(recipe.task.config)},
-        **({"sft": {"use_peft": recipe.sft.use_peft, **_plain(recipe.sft.arguments)}} if recipe.sft.needed else {}),
+        **({"sft": _plain(sft_values(recipe.sft))} if recipe.sft.needed else {}),
         **({} if recipe.reward is None else {"reward": reward_values(recipe.reward)}),
         **({} if recipe.ppo is None else {"ppo": _plain(recipe.ppo)}),
         "eval": _plain(recipe.eval),

@@ -25,12 +25,15 @@ from pipeline.recipe.refused import (
     UPLOADS,
 )
 from pipeline.recipe.types import PairSource, RewardSection, SFTSection
+from pipeline.rewards.best_of_n import BEST_OF_N, REFERENCES, BestOfN
 from pipeline.rewards.pairs.settings import SampledPairs
 from pipeline.tasks import preferences
 from pipeline.trainers.huggingface import reward, sft
 from pipeline.trainers.ppo.config import PPOConfig
 
 Lengths = TypeVar("Lengths", SampledPairs, EvalConfig)
+SAMPLE_KEYS = tuple(f.name for f in fields(BestOfN))  # of `sft.from: best_of_n`
+OWN_SFT_KEYS = ("use_peft", "from", *SAMPLE_KEYS)
 OWN_REWARD_KEYS = ("pairs", "model", "min_accuracy", "margin_weight")
 
 
@@ -43,11 +46,30 @@ def build_sft_section(values: object, model: ModelConfig, document: Document) ->
     values = dict(as_mapping(values, ("sft",), document))
     use_peft = values.pop("use_peft", model.use_peft and model.from_scratch is None)
     use_peft = convert(use_peft, bool, ("sft", "use_peft"), document)
-    arguments = _convert_arguments("sft", values, SFTConfig, REFUSED_SFT_KEYS, ["use_peft"], document)
+    best_of_n = _build_best_of_n(values, document)
+    arguments = _convert_arguments("sft", values, SFTConfig, REFUSED_SFT_KEYS, OWN_SFT_KEYS, document)
     _refuse_conflicts("sft", arguments, SFTConfig, sft.DEFAULTS, document)
     if model.from_scratch is not None and "max_length" not in arguments:
         arguments["max_length"] = min(SFTConfig.max_length, model.from_scratch.max_position_embeddings)
-    return SFTSection(use_peft, arguments)
+    return SFTSection(use_peft, arguments, best_of_n=best_of_n)
+
+
+def _build_best_of_n(values: dict[str, Any], document: Document) -> BestOfN | None:
+    """Take the keys of `sft.from` out of the section; None where SFT learns the completions of the data."""
+    source = convert(values.pop("from", REFERENCES), Literal[REFERENCES, BEST_OF_N], ("sft", "from"), document)
+    keys = {key: values.pop(key) for key in SAMPLE_KEYS if key in values}
+    if source == BEST_OF_N:
+        return build_section(BestOfN, keys, ("sft",), document)
+    if keys:
+        rule = f"it would do nothing without from: {BEST_OF_N}; set sft.from, or remove it"
+        raise document.error(("sft", next(iter(keys))), rule)
+    return None
+
+
+def sft_values(section: SFTSection) -> dict[str, Any]:
+    """Write the section as plain values under a recipe's names."""
+    samples = {} if section.best_of_n is None else {"from": BEST_OF_N, **dataclasses.asdict(section.best_of_n)}
+    return {"use_peft": section.use_peft, **samples, **section.arguments}
 
 
 def build_reward_section(values: object, ppo: PPOConfig | None, document: Document) -> RewardSection:

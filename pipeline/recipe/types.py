@@ -9,8 +9,10 @@ from typing import Any
 from pipeline.evaluation.config import AUTO, SFT_BY_METRIC, EvalConfig
 from pipeline.models.config import ModelConfig
 from pipeline.recipe.document import Document
+from pipeline.rewards.best_of_n import BestOfN
 from pipeline.rewards.pairs.settings import SampledPairs
-from pipeline.tasks import preferences
+from pipeline.tasks import columns, parallel, preferences
+from pipeline.tasks.augment import AugmentConfig
 from pipeline.tasks.types import TaskConfig
 from pipeline.trainers.ppo.config import PPOConfig
 
@@ -32,12 +34,14 @@ class TaskSection:
 class SFTSection:
     """Hold the `sft:` section: whether an adapter is trained, and keyword arguments of `trl.SFTConfig` as written.
 
+    With `best_of_n` it learns the best samples of the model that it starts from, in place of the data's completions.
     It is not `needed` where the recipe lacks the section and nothing in it reads an SFT model.
     """
 
     use_peft: bool
     arguments: Mapping[str, Any]
     needed: bool = True
+    best_of_n: BestOfN | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,8 @@ class Recipe:
             self._check_control()
         if self.eval.baselines:
             self._check_baselines()
+        if self.sft.best_of_n is not None:
+            self._check_best_of_n()
 
     def _check_control(self) -> None:
         if self.ppo is None:
@@ -123,6 +129,19 @@ class Recipe:
                 "eval.control: with control: true the report shows the control of this run; remove one of the two"
             )
 
+    def _check_best_of_n(self) -> None:
+        if self.ppo is None:
+            raise ValueError("sft.from: best_of_n keeps the samples with the best ppo.rewards: it needs a ppo section")
+        if self.ppo.learned_reward is not None:
+            raise ValueError(
+                "sft.from: best_of_n cannot use the reward 'learned', which is made after SFT; name other rewards"
+            )
+        if self.model.from_scratch is not None:
+            raise ValueError(
+                "sft.from: best_of_n samples from the model that SFT starts from, and one built from scratch has "
+                "learnt nothing; name a trained model, such as runs/NAME/sft, in model.model_name_or_path"
+            )
+
     def _check_baselines(self) -> None:
         if self.ppo is None or self.sft_is_external:
             raise ValueError(
@@ -139,6 +158,12 @@ class Recipe:
     def language(self) -> str | None:
         """Return the language of the completions, by which metrics choose their tokenizer; None where unknown."""
         return self.task.config.language
+
+    @property
+    def augment(self) -> tuple[AugmentConfig, ...]:
+        """Return the steps that make SFT's training examples more; none for a kind of task of the user."""
+        config = self.task.config
+        return config.augment if isinstance(config, columns.Config | parallel.Config) else ()
 
     @property
     def sft_is_external(self) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerState
 
-from pipeline.metrics import METRIC_NAMES, load_metric
+from pipeline.metrics import METRIC_NAMES, is_metric, load_metric
 from pipeline.rewards.arguments import RewardLog
 from pipeline.rewards.calling import RewardCall, merged_log, run_calls
 from pipeline.rewards.config import RewardConfig, check_score_scaling
@@ -128,7 +128,7 @@ def build_rewards(
 def _function(config: RewardConfig, language: str | None) -> RewardFunction:
     if config.name == "constant":
         return _make(constant_reward, config)
-    if config.name in METRIC_NAMES or config.name.startswith("evaluate:"):
+    if is_metric(config.name):
         return metric_reward(load_metric(config.name, language, **config.options))
     if config.name == "shuffled":
         raise ValueError(

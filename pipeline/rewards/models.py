@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.metrics import METRIC_NAMES
+from pipeline.metrics import is_metric
 from pipeline.models.config import ModelConfig
 from pipeline.models.hub import read_tokenizer
 from pipeline.models.text import render_chat, set_chat_template
@@ -142,7 +142,7 @@ def _refuse_name(name: str) -> None:
     Raises:
         ValueError: naming the function that makes one.
     """
-    if name in (*METRIC_NAMES, "constant", "learned") or name.startswith("evaluate:"):
+    if name in ("constant", "learned") or is_metric(name):
         raise ValueError(
             f"reward_funcs: {name!r} is the name of a reward in a recipe; here give "
             f"*build_rewards([RewardConfig({name!r})]) of pipeline.rewards"

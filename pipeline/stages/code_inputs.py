@@ -17,7 +17,7 @@ def code_files(recipe: Recipe, stage: str) -> dict[str, Path]:
 
     A metric decides PPO's result only where it may choose the best checkpoint.
     """
-    names = [recipe.task.name]
+    names = [recipe.task.name, *(step.name for step in recipe.augment)]
     rewards = [] if recipe.ppo is None else [reward.name for reward in recipe.ppo.rewards]
     if stage == "reward" and recipe.reward is not None and isinstance(recipe.reward.pairs, SampledPairs):
         names.append(recipe.reward.pairs.metric)

@@ -43,6 +43,8 @@ def stage_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
     flat.pop("reward.min_accuracy", None)
     if stage != "eval":
         flat.pop("task.cluster", None)
+    if not recipe.augment:  # runs from before there was that key are still the same
+        flat.pop("task.augment", None)
     return flat
 
 

@@ -23,6 +23,7 @@ from pipeline.stages.fingerprint import needed_stages, setting_differences, stag
 from pipeline.stages.ppo_plan import ppo_choices, ppo_notes
 from pipeline.stages.task import choose_prompts
 from pipeline.tasks import TaskError
+from pipeline.tasks.augment import growth_factor
 from pipeline.tasks.counts import count_examples
 from pipeline.trainers.ppo.algorithms import describe_algorithm
 
@@ -199,7 +200,9 @@ def sft_sizes(recipe: Recipe, processes: int) -> str:
     per_device, accumulation = arguments["per_device_train_batch_size"], arguments["gradient_accumulation_steps"]
     batch = f"batch {per_device} per device x {accumulation} accumulated x {processes} = "
     batch += f"{per_device * accumulation * processes}"
-    examples = count_examples(recipe.task.config).sft
+    examples, factor = count_examples(recipe.task.config).sft, growth_factor(recipe.augment)
+    batch += training_examples_text(recipe, examples)
+    examples = None if None in (examples, factor) or recipe.sft.best_of_n is not None else examples * factor
     if arguments["max_steps"] > 0:
         return f"{batch}; {optimizer_steps(arguments['max_steps'])}"
     epochs = f"{arguments['num_train_epochs']:g} epoch{'' if arguments['num_train_epochs'] == 1 else 's'}"
@@ -208,6 +211,18 @@ def sft_sizes(recipe: Recipe, processes: int) -> str:
     micro_batches = math.ceil(examples / (per_device * processes))
     steps = math.ceil(math.ceil(micro_batches / accumulation) * arguments["num_train_epochs"])
     return f"{examples} examples, {batch}; {epochs}, {optimizer_steps(steps)}"
+
+
+def training_examples_text(recipe: Recipe, examples: int | None) -> str:
+    """Say what SFT's training examples are made of; an empty text where they are those of the data."""
+    lines = []
+    if recipe.sft.best_of_n is not None:
+        lines.append(f"; completions are the best of {recipe.sft.best_of_n.samples} samples by ppo.rewards")
+    if recipe.augment:
+        names = ", ".join(step.name for step in recipe.augment)
+        factor, each = growth_factor(recipe.augment), "each example" if examples is None else f"each of {examples}"
+        lines.append(f"; {names} makes {'what it returns' if factor is None else f'{factor} examples'} of {each}")
+    return "".join(lines)
 
 
 def ppo_sizes(recipe: Recipe, processes: int) -> str:

@@ -205,6 +205,8 @@ def _tokens_to_generate(recipe: Recipe, task: Task) -> dict[str, tuple[str, int,
     if recipe.ppo is not None:
         length = recipe.ppo.response_length
         room |= {prompts: ("ppo.response_length", length, len(task.prompts))}
+        if recipe.sft.best_of_n is not None:
+            room |= {"train": ("ppo.response_length", length, len(task.train))}
         room |= {"validation": ("ppo.response_length", length, recipe.ppo.eval_examples or sys.maxsize)}
     return room
 

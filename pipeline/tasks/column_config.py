@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.tasks.examples import placeholders
+from pipeline.tasks.augment import AugmentConfig
+from pipeline.tasks.examples import column_of, placeholders
 from pipeline.tasks.parts import check_part
 from pipeline.tasks.tables import SUFFIXES
 from pipeline.tasks.types import SPLITS, TaskError, check_chat, check_limits
@@ -64,6 +65,7 @@ class Config:
     max_validation_examples: int | None = None  # likewise
     max_test_examples: int | None = None  # likewise
     ppo_examples: int | None = None  # the last training rows, which SFT does not see and PPO answers
+    augment: tuple[AugmentConfig, ...] = ()  # of SFT's training examples: word_dropout, source_noise, or functions
     cluster: str | None = None  # a column: test rows with equal values are resampled together
     strip_thoughts: bool = False  # rewards and metrics do not see a <think>...</think> at the start of a completion
     skip_broken_rows: bool = False  # leave out and count rows that cannot be used, instead of stopping
@@ -106,6 +108,11 @@ class Config:
     def local_path(self, split: str) -> Path:
         """Return the path of a split, if the data are local."""
         return Path(self.data_dir).expanduser() / Path(self.path.replace("{split}", split)).expanduser()
+
+    @property
+    def prompt_columns(self) -> list[str]:
+        """Return the columns of the template that makes the prompt; none where it is one column."""
+        return [] if self.prompt is None else [column_of(field) for field in placeholders(self.prompt, "prompt")]
 
     @property
     def is_local(self) -> bool:

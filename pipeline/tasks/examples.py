@@ -32,12 +32,12 @@ def placeholders(expression: str, key: str) -> list[str]:
             f"task.{key}: the template {expression!r} is not valid ({error}); write {{{{ for a brace"
         ) from error
     check_widths(expression, f"task.{key}")
-    if not expression.strip() or not all(map(_column_of, names)):
+    if not expression.strip() or not all(map(column_of, names)):
         raise TaskError(f"task.{key}: {expression!r} names no column; write its name, or a text with {{column}} in it")
     return names
 
 
-def _column_of(field: str) -> str:
+def column_of(field: str) -> str:
     """Return `answers` of `answers[text][0]`."""
     return re.split(r"[.\[]", field, maxsplit=1)[0]
 
@@ -49,7 +49,7 @@ def check_columns(table: SourceTable, key: str, expression: str) -> None:
         TaskError: naming it, and those that there are.
     """
     columns = table.dataset.column_names
-    for column in list(map(_column_of, placeholders(expression, key))) or [expression]:
+    for column in list(map(column_of, placeholders(expression, key))) or [expression]:
         if column not in columns:
             hint = did_you_mean(column, columns) or ";"
             raise TaskError(f"task.{key}: no column {column!r} in {table.place}{hint} there are: {', '.join(columns)}")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from pipeline.tasks.augment import AugmentConfig
 from pipeline.tasks.chats import Message, as_user_turn, with_system
 from pipeline.tasks.encoding import decode_text
 from pipeline.tasks.types import SPLITS, Task, TaskError, check_chat, check_limits, hold_out, make_split, render
@@ -30,6 +31,7 @@ class Config:
     max_validation_examples: int | None = None  # likewise
     max_test_examples: int | None = None  # likewise
     ppo_examples: int | None = None  # the last training rows, which SFT does not see and PPO answers
+    augment: tuple[AugmentConfig, ...] = ()  # of SFT's training examples: word_dropout, source_noise, or functions
     chat: bool | str = "auto"  # a prompt is a user's turn; auto: where a pretrained model has a chat template
     system: str | None = None  # the system message of such chats
     strip_thoughts: bool = False  # rewards and metrics do not see a <think>...</think> at the start of a completion
