@@ -37,7 +37,7 @@ def train_reward_model(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
     pairs, samples = collect_pairs(recipe, run, task, base, tokenizer)
     reward = reward_model(recipe, run, base, tokenizer, pairs)
     data = reward_test_data(pairs, samples, task.validation, task.prompts["prompt"], tokenizer, recipe.seed)
-    scores = score_test_data(reward.scorer, data, recipe.reward.batch_size)
+    scores = score_test_data(reward, data, recipe.reward.batch_size)
 
     def report() -> dict[str, object]:
         report, held_out = reward_report(data, scores, report_inputs(recipe, run, task, reward.record))

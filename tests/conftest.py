@@ -72,6 +72,7 @@ SLOW = (
     "test_reward_stage.py",
     "test_run.py",
     "test_stages_in_two.py",
+    "test_stages_sharded.py",
     "test_two_machines.py",
     "trainers/test_communication.py",
     "trainers/test_deepspeed.py",
@@ -85,6 +86,8 @@ SLOW = (
     "trainers/test_ppo_options.py",
     "trainers/test_reward.py",
     "trainers/test_sft_config.py",
+    "trainers/test_sharded_ppo.py",
+    "trainers/test_sharded_sft.py",
     "trainers/test_sft_encoder_decoder.py",
     "trainers/test_trl_algorithms.py",
     "trainers/test_value_from_reward.py",
@@ -146,6 +149,12 @@ def base_directory(examples, scratch_config, tmp_path_factory) -> Path:
 def taught_directory(base_directory, model_config, tmp_path_factory) -> Path:
     """The tiny model after it has learnt to answer with a few colours and numbers: the SFT model of these tests."""
     return teach(base_directory, model_config, tmp_path_factory.mktemp("models") / "taught")
+
+
+@pytest.fixture(scope="session")
+def teach_model() -> Callable[[Path, ModelConfig, Path], Path]:
+    """Train another model as the taught ones were: `teach`."""
+    return teach
 
 
 def teach(base: Path, config: ModelConfig, directory: Path) -> Path:

@@ -14,7 +14,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
 from pipeline.runtime.distributed import launched_engine
-from pipeline.stages.launch import engine_problem, process_count, sharding_engine
+from pipeline.stages.engines import engine_problem, fsdp_problem
+from pipeline.stages.launch import process_count, sharding_engine
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
@@ -24,10 +25,11 @@ PROCESSES = {
     "multi_gpu": 8,
     "multi_node": 16,
     "fsdp2": 8,
+    "fsdp2_multi_node": 16,
     "deepspeed_zero2": 8,
     "deepspeed_zero3": 8,
 }
-ENGINES = {"fsdp2": "FSDP", "deepspeed_zero2": "DeepSpeed", "deepspeed_zero3": "DeepSpeed"}
+ENGINES = {"fsdp2": "FSDP", "fsdp2_multi_node": "FSDP", "deepspeed_zero2": "DeepSpeed", "deepspeed_zero3": "DeepSpeed"}
 every_file = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 
 
@@ -47,12 +49,13 @@ def test_accelerate_takes_every_key(file):
     config = load_config_from_file(str(file))
     found = checked("--config_file", str(file))
     known = {action.dest for action in launch_command_parser()._actions}
-    assert set(config.fsdp_config) | set(config.deepspeed_config) <= known
+    sections = {**config.fsdp_config, **config.deepspeed_config, **config.parallelism_config}
+    assert set(sections) <= known
     assert found.num_processes == PROCESSES[file.stem] and found.mixed_precision == "no"
-    assert found.use_fsdp == (file.stem == "fsdp2")
+    assert found.use_fsdp == file.stem.startswith("fsdp2")
     assert found.use_deepspeed == file.stem.startswith("deepspeed")
     assert found.multi_gpu == (file.stem in ("multi_gpu", "multi_node"))
-    for key, value in {**config.fsdp_config, **config.deepspeed_config}.items():
+    for key, value in sections.items():
         assert vars(found)[key] == value
 
 
@@ -88,14 +91,30 @@ def test_engines_by_option_and_by_environment(monkeypatch):
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         monkeypatch.delenv(f"ACCELERATE_USE_{name}", raising=False)
     assert sharding_engine(["--num_processes", "2"]) is None and launched_engine() is None
-    for option, engine in (("fsdp", "FSDP"), ("deepspeed", "DeepSpeed"), ("megatron_lm", "Megatron-LM")):
+    for option, engine in (("fsdp", "FSDP1"), ("deepspeed", "DeepSpeed"), ("megatron_lm", "Megatron-LM")):
         assert sharding_engine([f"--use_{option}"]) == engine
         with monkeypatch.context() as patch:
             patch.setenv(f"ACCELERATE_USE_{option.upper()}", "true")
             assert launched_engine() == engine
+            patch.setenv("FSDP_VERSION", "2")
+            assert launched_engine() == engine.removesuffix("1")
         refused = {stage for stage in ("sft", "reward", "ppo", "eval") if engine_problem(stage, engine)}
         assert refused == {"reward", "ppo", "eval"} | ({"sft"} if engine == "Megatron-LM" else set())
-    assert engine_problem("ppo", None) is None
+    assert sharding_engine(["--use_fsdp", "--fsdp_version", "2"]) == "FSDP"
+    assert engine_problem("ppo", None) is None and engine_problem("ppo", "FSDP") is None
+    assert "fsdp_version: 2" in engine_problem("ppo", "FSDP1")
+    assert "model.load_in_4bit" in engine_problem("ppo", "FSDP", in_4_bits=True)
+
+
+def test_settings_that_relays_own_sharding_does_not_do_are_refused(monkeypatch):
+    file = str(ROOT / "accelerate_configs" / "fsdp2.yaml")
+    settings = checked("--config_file", file)
+    for name in ("cpu_ram_efficient_loading", "offload_params", "activation_checkpointing", "reshard_after_forward"):
+        monkeypatch.setenv(f"FSDP_{name.upper()}", str(vars(settings)[f"fsdp_{name}"]).lower())
+    assert fsdp_problem("ppo", "FSDP") is None
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+    assert "needs fsdp_offload_params: false" in fsdp_problem("ppo", "FSDP")
+    assert fsdp_problem("sft", "FSDP") is None and fsdp_problem("ppo", None) is None
 
 
 STAGE = """
@@ -113,7 +132,9 @@ state.destroy_process_group()  # one that goes while another still talks to it a
 """
 
 
-@pytest.mark.parametrize(("name", "options", "count"), [("single_gpu", [], 1), ("multi_gpu", ["2"], 2)])
+@pytest.mark.parametrize(
+    ("name", "options", "count"), [("single_gpu", [], 1), ("multi_gpu", ["2"], 2), ("fsdp2", ["2"], 2)]
+)
 def test_a_stage_starts_with_the_processes_of_its_file(name, options, count, tmp_path):
     """Truly launched, on the CPU; what the stages do in several processes is tested with the stages."""
     (tmp_path / "stage.py").write_text(STAGE)

@@ -1,4 +1,4 @@
-"""docs/hardware.md and docs/slurm.sh: their commands are those that accelerate and run.py take."""
+"""docs/hardware.md and the Slurm scripts: their commands are those that accelerate and run.py take."""
 
 import os
 import re
@@ -32,7 +32,7 @@ def test_every_command_of_the_page_is_taken(command, monkeypatch):
         assert (ROOT / arguments.words[0]).is_file()
         assert process_count(options) == 16 if "multi_node" in str(options) else 8
         assert machine_rank(options) in (0, 1)
-        if sharding_engine(options):
+        if sharding_engine(options) == "DeepSpeed":
             assert arguments.only == "sft"
     elif command[:2] == ["accelerate", "launch"]:
         found = launch_command_parser().parse_args(command[2:])
@@ -45,10 +45,11 @@ def test_every_command_of_the_page_is_taken(command, monkeypatch):
         assert command[0] == "pip" or (command[0] == "python" and (ROOT / file[0]).is_file())
 
 
-def test_the_slurm_script_gives_each_machine_its_rank(tmp_path, monkeypatch):
+@pytest.mark.parametrize("script", ["docs/slurm.sh", "docs/slurm_fsdp2.sh"])
+@pytest.mark.parametrize("slices", [None, "4"])
+def test_the_slurm_scripts_give_each_machine_its_rank(tmp_path, monkeypatch, script, slices):
     """Run by bash, with stand-ins for Slurm and Python that tell what they are given."""
     monkeypatch.chdir(ROOT)
-    script = "docs/slurm.sh"
     subprocess.run(["bash", "-n", script], check=True)
     stand_ins = {
         "scontrol": '[ "$*" = "show hostnames node[7-8]" ] && printf "node7\\nnode8\\n"',
@@ -59,6 +60,7 @@ def test_the_slurm_script_gives_each_machine_its_rank(tmp_path, monkeypatch):
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
     slurm = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8"}
+    slurm |= {} if slices is None else {"SLICES": slices}
     environment = {**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": "python"}
     command = ["bash", script, "recipes/quickstart.yaml"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
@@ -72,3 +74,6 @@ def test_the_slurm_script_gives_each_machine_its_rank(tmp_path, monkeypatch):
         assert (found.num_machines, found.machine_rank, found.main_process_ip) == (2, rank, "node7")
         assert found.main_process_port == 29500 and Path(found.config_file).is_file()
         assert process_count(options) == 16
+        if "fsdp2" in script:  # by default slices inside of a machine
+            sizes = (found.parallelism_config_dp_replicate_size, found.parallelism_config_dp_shard_size)
+            assert sizes == ((2, 8) if slices is None else (4, 4)) and sharding_engine(options) == "FSDP"

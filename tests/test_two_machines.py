@@ -77,9 +77,9 @@ def environment(machine: str) -> dict[str, str]:
     }
 
 
-def options(rank: int) -> list[str]:
+def options(rank: int, name: str = "multi_node") -> list[str]:
     """Of accelerate launch, as docs/hardware.md has them."""
-    file = str(ROOT / "accelerate_configs" / "multi_node.yaml")
+    file = str(ROOT / "accelerate_configs" / f"{name}.yaml")
     where = ["--main_process_ip", ADDRESSES[0], "--main_process_port", "29500"]
     return ["--config_file", file, "--num_processes", "2", "--num_machines", "2", "--machine_rank", str(rank), *where]
 
@@ -126,11 +126,13 @@ for stage in (sft, ppo, eval):
 """
 
 
-def test_two_machines_run_the_chain(machines, tmp_path):
+@pytest.mark.parametrize("name", ["multi_node", "fsdp2"])
+def test_two_machines_run_the_chain(machines, tmp_path, name):
+    """With a whole model on each, and with a slice on each; SFT has whole ones, because it runs on a CPU."""
     path, chain = recipe(tmp_path), tmp_path / "chain.py"
     chain.write_text(CHAIN)
     launch = [sys.executable, "-m", "accelerate.commands.launch"]
-    commands = [[*launch, *options(rank), str(chain), str(path)] for rank in (0, 1)]
+    commands = [[*launch, *options(rank, name), str(chain), str(path)] for rank in (0, 1)]
     for code, said in on_both(machines, *commands):
         assert code == 0, said
     run = tmp_path / "runs" / "tiny"

@@ -1,4 +1,4 @@
-"""Run a function in two processes of one gloo group, on the CPU."""
+"""Run a function in two or more processes of one gloo group, on the CPU."""
 
 import multiprocessing
 import os
@@ -13,7 +13,12 @@ SECONDS = 180
 
 
 def run_in_two(function: Callable[[], None], errors: Path) -> None:
-    """Call `function` in two forked processes, which `Accelerator()` will find to be ranks 0 and 1.
+    """Call `function` in two processes: `run_in_processes`."""
+    run_in_processes(2, function, errors)
+
+
+def run_in_processes(count: int, function: Callable[[], None], errors: Path) -> None:
+    """Call `function` in `count` forked processes, which `Accelerator()` will find to be ranks 0, 1, ...
 
     Forked, because importing the libraries takes longer than the tests.
 
@@ -24,7 +29,7 @@ def run_in_two(function: Callable[[], None], errors: Path) -> None:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_rank, args=(function, rank, port, errors)) for rank in range(2)]
+    processes = [context.Process(target=_rank, args=(function, rank, count, port, errors)) for rank in range(count)]
     for process in processes:
         process.start()
     for process in processes:
@@ -32,17 +37,17 @@ def run_in_two(function: Callable[[], None], errors: Path) -> None:
     codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()
-    if codes != [0, 0]:
+    if codes != [0] * count:
         said = "\n".join(path.read_text() for path in sorted(errors.glob("error-*")))
         raise RuntimeError(f"exit codes {codes} after at most {SECONDS} s each\n{said}")
 
 
-def _rank(function: Callable[[], None], rank: int, port: int, errors: Path) -> None:
+def _rank(function: Callable[[], None], rank: int, count: int, port: int, errors: Path) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "ACCELERATE_USE_CPU": "true",

@@ -29,7 +29,8 @@ from pipeline.runtime.devices import has_accelerator
 from pipeline.runtime.versions import PACKAGE
 from pipeline.stages.chain import Selection, run_chain
 from pipeline.stages.directory import PACKAGES
-from pipeline.stages.launch import default_launch_options, engine_problem, process_count, sharding_engine
+from pipeline.stages.engines import engine_problem
+from pipeline.stages.launch import default_launch_options, process_count, sharding_engine
 from pipeline.stages.plan import IN_CLONE, count, device_name
 from pipeline.trainers.precision import native_bf16
 

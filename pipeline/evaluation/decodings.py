@@ -1,6 +1,7 @@
 """Other decodings than the report's own: other numbers of beams, and the best of n samples."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from math import comb
 
@@ -10,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.models.generation import Decoding, generate
 from pipeline.models.text import decode, encode_prompts
-from pipeline.runtime.distributed import gather_rows
+from pipeline.runtime.distributed import NOTHING_ELSE, gather_rows
 from pipeline.runtime.memory import BatchSize
 from pipeline.runtime.seeds import derive_seed
 
@@ -114,10 +115,12 @@ def draw_samples(
     decoding: Decoding,
     batches: BatchSize,
     seed: int,
+    during: AbstractContextManager = NOTHING_ELSE,
 ) -> list[DecodedText]:
     """Draw `copies` samples for each row, every process those of its groups of rows; all samples in order of the rows.
 
-    Each group has a seed of its own, so the samples are the same for any number of processes.
+    Each group has a seed of its own, so the samples are the same for any number of processes. `during` is as in
+    `gather_rows`.
     """
     samples, size = range(len(rows) * copies), sample_block_size(batches.initial, copies)
 
@@ -126,7 +129,7 @@ def draw_samples(
         asked = [number // copies for number in block]
         return decode_rows(model, tokenizer, rows, asked, decoding, batches, block_seed)
 
-    return gather_rows([samples[start : start + size] for start in range(0, len(samples), size)], draw)
+    return gather_rows([samples[start : start + size] for start in range(0, len(samples), size)], draw, during)
 
 
 def sample_block_size(batch_size: int, copies: int) -> int:

@@ -6,6 +6,7 @@ the expectation of the log ratio that PPO logs as `objective/kl`, and scatters l
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from math import sqrt
 
@@ -20,7 +21,7 @@ from pipeline.models.likelihood import entropy_and_divergence
 from pipeline.models.sequences import Sequences, length_sorted_blocks, make_sequences
 from pipeline.models.text import encode_prompts
 from pipeline.runtime.devices import in_float64
-from pipeline.runtime.distributed import gather_rows
+from pipeline.runtime.distributed import NOTHING_ELSE, gather_rows
 from pipeline.runtime.memory import BatchSize
 from pipeline.runtime.seeds import derive_seed
 
@@ -61,11 +62,12 @@ def measure_samples(
     batches: BatchSize,
     seed: int,
     sft: PreTrainedModel | None = None,
+    during: AbstractContextManager = NOTHING_ELSE,
 ) -> list[SampleMeasure]:
     """Draw a sample for each row at the temperature of `decoding`, and measure it, in order of the rows.
 
     Every process takes its blocks of rows. Each block has a seed of its own, so the samples are the same for any
-    number of processes.
+    number of processes. `during` is as in `gather_rows`.
     """
     prompts = encode_prompts(tokenizer, rows["prompt"], model.config.is_encoder_decoder)
 
@@ -78,7 +80,7 @@ def measure_samples(
         kls = divergences.tolist() if sft is not None else [None] * len(block)
         return [SampleMeasure(*figures) for figures in zip(map(len, samples), entropies.tolist(), kls, strict=True)]
 
-    return gather_rows(length_sorted_blocks([len(ids) for ids in prompts], batches.initial), measure)
+    return gather_rows(length_sorted_blocks([len(ids) for ids in prompts], batches.initial), measure, during)
 
 
 def completion_sums(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -13,7 +14,9 @@ from pipeline.evaluation.systems import Source
 from pipeline.models.decoder_start import decoder_prefix
 from pipeline.models.likelihood import completion_logprobs
 from pipeline.models.sequences import make_sequences
+from pipeline.models.sharding import SHARE_OF_MEMORY, device_memory, shards_models
 from pipeline.models.text import encode_completions, encode_prompts, plain_text
+from pipeline.runtime.messages import say
 
 MAX_TOKENS = 200  # of a completion that is shown token by token
 MAX_CELLS = 4000  # of a heat map: prompt tokens times completion tokens
@@ -147,9 +150,17 @@ def inspect_systems(
     if not chosen:
         return []
     by_name = {source.name: source for source in sources}
+    if shards_models() and 2 * directory_bytes(by_name["sft"].path) > SHARE_OF_MEMORY * device_memory():
+        say("eval: no examples are inspected: the main process would need both models whole, which do not fit")
+        return []
     (sft, tokenizer), (ppo, _) = (by_name[name].load() for name in ("sft", "ppo"))
     completions = tuple([p.completion_ids for p in outputs[name].predictions] for name in ("sft", "ppo"))
     return inspect_examples((sft, ppo), tokenizer, rows, chosen, completions)
+
+
+def directory_bytes(path: object) -> int:
+    """Count the bytes of the weights in a directory; 0 for what is none."""
+    return sum(file.stat().st_size for file in Path(str(path)).glob("*.safetensors"))
 
 
 def chosen_examples(gains: Gains | None, count: int) -> list[tuple[int, str]]:

@@ -20,7 +20,7 @@ from pipeline.models.text import encode_completions
 from pipeline.rewards.learned import calibration
 from pipeline.rewards.pairs import CHOICE, HELD_OUT, TRAIN, Pair, prompt_key
 from pipeline.rewards.pairs.collect import RankedSample
-from pipeline.rewards.raw_scores import RawScorer, gather_raw_scores
+from pipeline.rewards.raw_scores import UncalibratedReward, gather_raw_scores
 
 TRAINING_PAIRS, REFERENCES = 1000, 1000  # at most so many are scored
 
@@ -111,25 +111,25 @@ def reward_test_data(
     )
 
 
-def score_test_data(scorer: RawScorer, data: RewardTestData, batch_size: int) -> RawScores:
+def score_test_data(reward: UncalibratedReward, data: RewardTestData, batch_size: int) -> RawScores:
     """Score everything, every process its share; all scores on every process."""
     return RawScores(
-        _pair_scores(scorer, data.held_out, batch_size),
-        _pair_scores(scorer, data.training, batch_size),
-        _text_scores(scorer, data.texts, batch_size),
-        _text_scores(scorer, data.references, batch_size),
+        _pair_scores(reward, data.held_out, batch_size),
+        _pair_scores(reward, data.training, batch_size),
+        _text_scores(reward, data.texts, batch_size),
+        _text_scores(reward, data.references, batch_size),
     )
 
 
-def _pair_scores(scorer: RawScorer, pairs: Sequence[Pair], batch_size: int) -> Tensor:
+def _pair_scores(reward: UncalibratedReward, pairs: Sequence[Pair], batch_size: int) -> Tensor:
     sides = [PromptText(p.row, p.prompt, p.chosen, p.chosen_ids) for p in pairs]
     sides += [PromptText(p.row, p.prompt, p.rejected, p.rejected_ids) for p in pairs]
-    return _text_scores(scorer, sides, batch_size).view(2, -1).T
+    return _text_scores(reward, sides, batch_size).view(2, -1).T
 
 
-def _text_scores(scorer: RawScorer, texts: Sequence[PromptText], batch_size: int) -> Tensor:
+def _text_scores(reward: UncalibratedReward, texts: Sequence[PromptText], batch_size: int) -> Tensor:
     prompts, words, ids = [t.prompt for t in texts], [t.text for t in texts], [t.ids for t in texts]
-    return gather_raw_scores(scorer, prompts, words, ids, batch_size)
+    return gather_raw_scores(reward, prompts, words, ids, batch_size)
 
 
 def scored_pairs(

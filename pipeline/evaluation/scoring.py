@@ -1,6 +1,7 @@
 """Score what systems wrote: rewards on every process for its share, metrics of single texts on the main process."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
@@ -25,7 +26,7 @@ class Scoring:
     """How texts are scored: by `metrics`, the first of which decides, and by `rewards`, which may be none.
 
     `handling` says what a reward that fails costs; `seed` is that of the resampling, which draws whole `clusters` of
-    the test rows where they belong together.
+    the test rows where they belong together. Rewards are computed in a block of `gathered()`.
     """
 
     metrics: Sequence[Metric]
@@ -34,6 +35,7 @@ class Scoring:
     settings: EvalConfig
     seed: int
     clusters: Clusters | None = None
+    gathered: Callable[[], AbstractContextManager] = nullcontext
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def compute_text_rewards(
         ]
 
     blocks = [range(start, min(start + block_size, len(texts))) for start in range(0, len(texts), block_size)]
-    return gather_rows(blocks, compute)
+    return gather_rows(blocks, compute, scoring.gathered())
 
 
 def compute_system_metrics(

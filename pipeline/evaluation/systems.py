@@ -1,13 +1,16 @@
 """Load the systems of the report and let them complete the test prompts, each process its share."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.evaluation.config import EvalConfig
@@ -19,10 +22,12 @@ from pipeline.models.generation import Decoding
 from pipeline.models.loading import load_model, load_policy, load_tokenizer
 from pipeline.models.prompt_lengths import check_prompt_lengths
 from pipeline.models.sequences import length_sorted_blocks
+from pipeline.models.sharding import Sharding
+from pipeline.models.slices import slice_here
 from pipeline.models.states import check_causal
 from pipeline.models.text import encode_prompts, without_thoughts
 from pipeline.runtime.distributed import gather_rows
-from pipeline.runtime.memory import BatchSize
+from pipeline.runtime.memory import BatchSize, free_memory
 from pipeline.runtime.messages import say
 
 Text = TypeVar("Text", Prediction, DecodedText)
@@ -38,15 +43,21 @@ class Source:
     config: ModelConfig
     base: Path | str | None = None
 
-    def load(self) -> Loaded:
-        """Load the model with plain weights, on this process's device, and its tokenizer."""
+    def load(self, sharding: Sharding | None = None, bf16: bool = False) -> Loaded:
+        """Load the model with plain weights, on this process's device, and its tokenizer.
+
+        With `sharding`, which every process has to give, a slice of the model may be there: see `Sharding.place`.
+        """
         if self.base is None:
             model, tokenizer = load_model(self.path, self.config), load_tokenizer(self.path, self.config)
         else:
             model = load_policy(self.path, self.base, self.config)
             tokenizer = load_tokenizer(self.base, self.config)
         check_causal(model)
-        return model.to(PartialState().device).eval(), tokenizer
+        if sharding is None:
+            return model.to(PartialState().device).eval(), tokenizer
+        sharding.place(model.eval(), bf16=bf16)
+        return model, tokenizer
 
 
 @dataclass(frozen=True)
@@ -103,47 +114,63 @@ def predict_systems(
 
     Besides SFT one system at a time is in memory. Without SFT nothing is compared with it.
     """
-    loaded_sft = None if sft is None else sft.load()
+    sharding, bf16 = Sharding(), answering.bf16
+    loaded_sft = None if sft is None else sft.load(sharding, bf16)
     batches = BatchSize(answering.settings.per_device_eval_batch_size)
     predictions = {}
     for source in sources:
         say(f"{source.name}: writing {len(rows)} completions")
-        loaded = loaded_sft if source.name == "sft" else source.load()
-        with torch.autocast(PartialState().device.type, torch.bfloat16, enabled=answering.bf16):
-            system = predict_system(source.name, loaded_sft, loaded, rows, answering, batches)
+        loaded = loaded_sft if source.name == "sft" else source.load(sharding, bf16)
+        with torch.autocast(PartialState().device.type, torch.bfloat16, enabled=bf16):
+            system = predict_system(source.name, loaded_sft, loaded, rows, answering, batches, sharding.gathered)
+        if sharding.roots and loaded is not loaded_sft:
+            sharding.remove(loaded[0])
+            del loaded
+            free_memory()  # a sharded model is in a circle of references
         predictions[source.name] = system.without_thoughts() if answering.strip_thoughts else system
     return predictions
 
 
 def predict_system(
-    name: str, sft: Loaded | None, loaded: Loaded, rows: Dataset, answering: Answering, batches: BatchSize
+    name: str,
+    sft: Loaded | None,
+    loaded: Loaded,
+    rows: Dataset,
+    answering: Answering,
+    batches: BatchSize,
+    gathered: Callable[[], AbstractContextManager] = nullcontext,
 ) -> SystemPredictions:
     """Let one system complete the test prompts, in batches of prompts alike in length, and measure samples of it.
 
-    An untrained base writes no other decodings, and no samples for the best of n.
+    An untrained base writes no other decodings, and no samples for the best of n. Of sharded models every process
+    computes in blocks of `gathered()`.
     """
     (model, tokenizer), settings, greedy = loaded, answering.settings, answering.greedy()
     prompts = encode_prompts(tokenizer, rows["prompt"], model.config.is_encoder_decoder)
     check_prompt_lengths(prompts, settings.max_new_tokens, model.config, "eval.max_new_tokens", f"test, for {name},")
     blocks = length_sorted_blocks([len(ids) for ids in prompts], batches.initial)
     reported = replace(greedy, num_beams=settings.num_beams)
-    predictions = gather_rows(blocks, lambda block: predict(model, tokenizer, rows, block, reported, batches))
+    predictions = gather_rows(
+        blocks, lambda block: predict(model, tokenizer, rows, block, reported, batches), gathered()
+    )
     reference = sft[0] if sft is not None and _same_tokens(loaded, sft) else None
     sampling, measured = replace(greedy, temperature=answering.temperature), rows.select(measured_rows(len(rows)))
-    measures = measure_samples(model, tokenizer, measured, sampling, batches, answering.seed, reference)
+    measures = measure_samples(model, tokenizer, measured, sampling, batches, answering.seed, reference, gathered())
     same = name != "sft" and sft is not None and same_weights(model, sft[0])
     if name == "base":
         return SystemPredictions(predictions, measures=measures, same_weights_as_sft=same)
 
     def with_beams(num_beams: int) -> list[DecodedText]:
         other = replace(greedy, num_beams=num_beams)
-        return gather_rows(blocks, lambda block: decode_rows(model, tokenizer, rows, block, other, batches))
+        return gather_rows(
+            blocks, lambda block: decode_rows(model, tokenizer, rows, block, other, batches), gathered()
+        )
 
     samples: list[DecodedText] = []
     if copies := settings.samples_per_prompt:
         first = rows.select(range(min(settings.sample_prompts, len(rows))))
         drawn = replace(greedy, temperature=settings.sample_temperature)
-        samples = draw_samples(model, tokenizer, first, copies, drawn, batches, answering.seed)
+        samples = draw_samples(model, tokenizer, first, copies, drawn, batches, answering.seed, gathered())
     beams = {number: with_beams(number) for number in settings.beam_sizes}
     return SystemPredictions(predictions, beams, samples, measures, same)
 
@@ -155,8 +182,10 @@ def _same_tokens(loaded: Loaded, sft: Loaded) -> bool:
 
 
 def same_weights(model: PreTrainedModel, other: PreTrainedModel) -> bool:
-    """Check that two models have the same parameters under the same names, bit for bit."""
+    """Check that two models have the same parameters under the same names, bit for bit; every process calls it."""
     weights, others = dict(model.named_parameters()), dict(other.named_parameters())
-    return weights.keys() == others.keys() and all(
-        p.shape == others[name].shape and torch.equal(p, others[name]) for name, p in weights.items()
+    same = weights.keys() == others.keys() and all(
+        p.shape == others[name].shape and torch.equal(slice_here(p), slice_here(others[name]))
+        for name, p in weights.items()
     )
+    return all(gather_object([same])) if isinstance(model, FSDPModule) else same

@@ -3,7 +3,7 @@
 import os
 import pickle
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -201,10 +201,18 @@ def _saved_rows(weights: dict[str, Tensor], module: str) -> int | None:
     return None
 
 
-def save_adapter(network: PeftModel, directory: Path, names: Sequence[str] = ("default",)) -> None:
-    """Save adapters; a base in a directory is recorded by its absolute path, so that they load from any folder."""
+def save_adapter(
+    network: PeftModel,
+    directory: Path,
+    names: Sequence[str] = ("default",),
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Save adapters; a base in a directory is recorded by its absolute path, so that they load from any folder.
+
+    `weights`: whole ones by name, where the network holds slices of them.
+    """
     for name in names:
         config = network.peft_config[name]
         if config.base_model_name_or_path and Path(config.base_model_name_or_path).expanduser().is_dir():
             config.base_model_name_or_path = os.path.abspath(os.path.expanduser(config.base_model_name_or_path))
-        network.save_pretrained(directory, selected_adapters=[name])
+        network.save_pretrained(directory, selected_adapters=[name], state_dict=weights)

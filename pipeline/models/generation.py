@@ -16,6 +16,7 @@ from pipeline.models.kernels.decode_loop import Stop, decode_batch, supports_dec
 from pipeline.models.kernels.static_decode import decode_static, supports_static_decode
 from pipeline.models.sampling import Decoding, TokenChooser
 from pipeline.models.sequences import length_sorted_chunks, pad_left, pad_right
+from pipeline.models.sharding import is_sharded
 from pipeline.runtime.seeds import derive_seed
 
 # Gets after every token what each unfinished row has written, as lists of token ids.
@@ -84,6 +85,7 @@ def generate(
     draws = torch.rand(len(prompts), decoding.max_new_tokens) if decoding.temperature is not None else None
     # A watcher is to see each token at once, and no row that has ended.
     static = watch is None and model.device.type in STATIC_DEVICES and supports_static_decode(model)
+    static = static and not is_sharded(model)  # its weights move in memory
     decode = decode_static if static else decode_batch
     completions: list[list[int]] = [[] for _ in prompts]
     for chunk in length_sorted_chunks(torch.tensor([len(p) for p in prompts]), batch_size):
@@ -195,7 +197,9 @@ def _generate_by_transformers(
             inputs = {"input_ids": ids, "attention_mask": mask.long(), **given}
             start = len(prefix) or ids.shape[1]
             criteria = None if watch is None else StoppingCriteriaList([_watcher(watch, start)])
-            output = model.generate(**inputs, generation_config=config, stopping_criteria=criteria)
+            # Of a sharded model too every process writes as much as it has to: `Sharding.gathered`.
+            given = {"generation_config": config, "stopping_criteria": criteria, "synced_gpus": False}
+            output = model.generate(**inputs, **given)
             for row, tokens in zip(rows, output[:, start:].tolist(), strict=True):
                 lengths = range(1, len(tokens))
                 stop = (n for n in lengths if tokens[n - 1] in ends or _is_stopped(tokenizer, decoding, tokens[:n]))

@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     BitsAndBytesConfig,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -26,7 +27,7 @@ from pipeline.models.decoder_start import check_decoder, check_languages, set_de
 from pipeline.models.hub import ADAPTER_FILE, adapter_base, pinned_revision, read_config, read_tokenizer, unreadable
 from pipeline.models.quantized import use_one_product
 from pipeline.models.text import set_chat_template
-from pipeline.models.weights import check_loaded_weights, empty_model
+from pipeline.models.weights import check_loaded_weights, empty_model, mapped_weights
 from pipeline.runtime.devices import gpu_has_bf16
 from pipeline.runtime.distributed import launched_engine
 
@@ -133,11 +134,13 @@ def load_model(path: str | Path, config: ModelConfig, frozen: bool = False) -> P
     # An engine shards weights of one type, and those of the adapter are float32.
     bf16_gpu = frozen and launched_engine() is None and gpu_has_bf16(PartialState().device)
     dtype = weights_dtype(config, frozen, bf16_gpu)
+    revision = pinned_revision(str(path), config.model_revision)
     try:
-        model, info = language_model_class(model_config).from_pretrained(
-            str(path),
+        kind, source = _weights_source(path, model_config, dtype, revision, frozen and config.load_in_4bit)
+        model, info = kind.from_pretrained(
+            **source,
             config=model_config,
-            revision=pinned_revision(str(path), config.model_revision),
+            revision=revision,
             trust_remote_code=config.trust_remote_code,
             dtype=dtype,
             attn_implementation=config.attn_implementation,
@@ -148,6 +151,8 @@ def load_model(path: str | Path, config: ModelConfig, frozen: bool = False) -> P
     except (pickle.UnpicklingError, SafetensorError) as error:
         raise unreadable(path, "weights", "weight files", error) from error
     check_loaded_weights(model, path, info)
+    if "state_dict" in source:
+        _name_after(model, path)
     if "output_router_logits" in model.config.get_text_config().to_dict():
         model.config.get_text_config().output_router_logits = False  # for training alone: TRL asks for it by itself
     if frozen and config.load_in_4bit:
@@ -156,6 +161,30 @@ def load_model(path: str | Path, config: ModelConfig, frozen: bool = False) -> P
         check_decoder(model)
         set_decoder_start(model, load_tokenizer(path, config))
     return model
+
+
+def _weights_source(
+    path: str, config: PretrainedConfig, dtype: torch.dtype | str, revision: str, in_4_bits: bool
+) -> tuple[type, dict[str, object]]:
+    """Return the class of a model and what its weights are loaded from: where it will be sharded, files mapped once.
+
+    Then the processes of a machine do not each hold a copy of them while they load.
+    """
+    kind, named = language_model_class(config), {"pretrained_model_name_or_path": str(path)}
+    if launched_engine() != "FSDP" or in_4_bits or "auto_map" in config.to_dict() or not Path(path).is_dir():
+        return kind, named
+    weights = mapped_weights(path, dtype, revision)
+    if weights is None:
+        return kind, named
+    with torch.device("meta"):
+        return type(kind.from_config(config)), {"pretrained_model_name_or_path": None, "state_dict": weights}
+
+
+def _name_after(model: PreTrainedModel, path: str) -> None:
+    """Give a model what transformers takes from the directory that it loads weights from, besides the weights."""
+    model.name_or_path = model.config.name_or_path = str(path)
+    if (Path(path) / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path)
 
 
 def _in_4_bits(config: ModelConfig, dtype: torch.dtype | str) -> dict[str, object]:

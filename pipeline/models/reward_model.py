@@ -18,6 +18,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from pipeline.models.adapters import adapter_config, attach_adapter, check_adapter, save_adapter
 from pipeline.models.hub import ADAPTER_FILE
 from pipeline.models.sequences import Sequences
+from pipeline.models.slices import whole_on_main
 from pipeline.models.states import final_states
 from pipeline.models.weights import read_headers
 
@@ -134,14 +135,20 @@ class RewardNetwork(nn.Module):
         settings = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
         self.language_model.gradient_checkpointing_enable(settings, **more)
 
-    def save_pretrained(self, directory: Path) -> None:
-        """The adapter as peft saves it, and the head beside it."""
-        save_adapter(self.network, directory)
-        save_file({"weight": self.head.weight.detach().cpu().contiguous()}, Path(directory) / HEAD_FILE)
+    def save_pretrained(self, directory: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+        """The adapter as peft saves it, and the head beside it.
+
+        `weights`: those of `trainable_state`, where this process holds slices of them.
+        """
+        start, head = "network.", self.head.weight if weights is None else weights["head.weight"]
+        if weights is not None:
+            weights = {name.removeprefix(start): w for name, w in weights.items() if name.startswith(start)}
+        save_adapter(self.network, directory, weights=weights)
+        save_file({"weight": head.detach().cpu().contiguous()}, Path(directory) / HEAD_FILE)
 
     def trainable_state(self) -> dict[str, Tensor]:
-        """Name -> tensor of everything that is trained."""
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+        """Copy everything that is trained to the CPU, by name; the main process alone gets what is sharded."""
+        return {name: whole_on_main(p) for name, p in self.named_parameters() if p.requires_grad}
 
 
 def check_reward_files(directory: str | Path, model: PreTrainedModel | None) -> None:

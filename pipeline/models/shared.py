@@ -8,18 +8,16 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pipeline.models.adapters import adapter_config, check_adapter, save_adapter
+from pipeline.models.adapters import adapter_config, check_adapter
 from pipeline.models.dropout import remove_dropout
 from pipeline.models.kernels.lm_head import suppression, token_logprobs
 from pipeline.models.kernels.packing import disable_packing, enable_packing, pack, packed_states
 from pipeline.models.loading import position_limit
 from pipeline.models.reward_model import apply_head, load_head
 from pipeline.models.roles import (
-    POLICY,
     REWARD,
     VALUE,
     load_frozen,
@@ -29,10 +27,12 @@ from pipeline.models.roles import (
     without_adapters,
 )
 from pipeline.models.sequences import Sequences, probe_sequences, scatter_tokens
+from pipeline.models.slices import like, whole_on_main
 from pipeline.models.states import ROUNDING, completion_states, encode, final_states, head_parts, lm_head
 
 # In bf16 on a CPU oneDNN compiles a kernel for each shape of a product: so many tokens more are less than that costs.
 ROUNDED_UP_TO = 32
+PASSES = ("encoded", "reference_logprobs", "reward_scores")  # methods that compute with weights, besides `forward`
 
 
 @dataclass(frozen=True)
@@ -222,20 +222,11 @@ class SharedModel(nn.Module):
             before = {n.replace(".base_layer", ""): p for n, p in frozen.named_parameters()}
             initial = {n: before[names[id(p)]] for n, p in self._named_policy()}
         for name, parameter in self._named_policy():
-            parameter.copy_(initial[name])
-
-    def save_pretrained(self, directory: Path) -> None:
-        """Save the policy as peft or transformers do, and the value head in the same directory."""
-        if isinstance(self.network, PeftModel):
-            save_adapter(self.network, directory, [POLICY, *([VALUE] if self.has_value_adapter else [])])
-        else:
-            self.network.save_pretrained(directory)
-        head = {name: tensor.contiguous() for name, tensor in self.value_head.state_dict().items()}
-        save_file(head, directory / "value_head.safetensors")
+            parameter.copy_(like(initial[name], parameter))
 
     def trainable_state(self) -> dict[str, Tensor]:
-        """Copy everything that is trained to the CPU, by name."""
-        return {name: p.detach().cpu().clone() for name, p in self.named_parameters() if p.requires_grad}
+        """Copy everything that is trained to the CPU, by name; the main process alone gets what is sharded."""
+        return {name: whole_on_main(p) for name, p in self.named_parameters() if p.requires_grad}
 
     def load_trainable_state(self, state: dict[str, Tensor]) -> None:
         """Put back what `trainable_state` gave.
@@ -248,7 +239,7 @@ class SharedModel(nn.Module):
             raise ValueError(f"the saved weights differ from the model in {sorted(trained.keys() ^ state.keys())[:3]}")
         with torch.no_grad():
             for name, parameter in trained.items():
-                parameter.copy_(state[name])
+                parameter.copy_(like(state[name], parameter))
 
     def _states(self, model: PreTrainedModel, sequences: Sequences) -> Tensor:
         """[M, H] for the M completion tokens in row order: the state of token t has read the prompt and t tokens."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import (
@@ -117,6 +118,20 @@ def weight_files(path: str, revision: str = "main") -> list[Path]:
     if directory.is_dir():
         raise ValueError(f"{path!r} holds no weight files ({', '.join(FILES)}); give a model that was saved whole")
     return []
+
+
+def mapped_weights(path: str, dtype: torch.dtype | str, revision: str = "main") -> dict[str, Tensor] | None:
+    """Map weight files into memory: the processes of a machine then share what they read, until they change it.
+
+    None where that is not possible: files of another kind, not on this machine, or with numbers of another type.
+    """
+    files = weight_files(path, revision)
+    if not files or any(file.suffix != ".safetensors" for file in files):
+        return None
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        weights |= load_file(file)
+    return weights if all(weight.dtype == dtype for weight in weights.values()) else None
 
 
 def read_headers(path: object, files: list[Path]) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Raw scores of many texts by a reward model, which every process computes for its share."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -19,11 +20,15 @@ RawScorer = Callable[[list, Sequence[str], Sequence[Sequence[int]]], Tensor]
 
 @dataclass(frozen=True)
 class UncalibratedReward:
-    """A reward model before it is evaluated: its record without figures, how it scores, what its training came to."""
+    """A reward model before it is evaluated: its record without figures, how it scores, what its training came to.
+
+    Of a sharded one every process scores in a block of `gathered()`.
+    """
 
     record: RewardRecord
     scorer: RawScorer
     summary: Mapping[str, object] = field(default_factory=dict)
+    gathered: Callable[[], AbstractContextManager] = nullcontext
 
 
 def load_classifier(path: str, config: ModelConfig, template: str | None, batch_size: int) -> UncalibratedReward:
@@ -37,7 +42,7 @@ def load_classifier(path: str, config: ModelConfig, template: str | None, batch_
 
 
 def gather_raw_scores(
-    scorer: RawScorer, prompts: list, texts: Sequence[str], ids: Sequence[Sequence[int]], batch_size: int
+    reward: UncalibratedReward, prompts: list, texts: Sequence[str], ids: Sequence[Sequence[int]], batch_size: int
 ) -> Tensor:
     """Compute the raw scores [N] of texts, in batches of `batch_size` texts alike in length; all of them everywhere.
 
@@ -47,6 +52,7 @@ def gather_raw_scores(
     blocks = [chunk.tolist() for chunk in length_sorted_chunks(lengths, batch_size)]
 
     def compute(block: Sequence[int]) -> list[float]:
-        return scorer([prompts[r] for r in block], [texts[r] for r in block], [ids[r] for r in block]).tolist()
+        rows = ([prompts[r] for r in block], [texts[r] for r in block], [ids[r] for r in block])
+        return reward.scorer(*rows).tolist()
 
-    return torch.tensor(gather_rows(blocks, compute))
+    return torch.tensor(gather_rows(blocks, compute, reward.gathered()))

@@ -5,25 +5,32 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import TypeVar
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env, patch_environment
 
 T = TypeVar("T")
+NOTHING_ELSE = nullcontext()
 PATIENCE = 20.0  # seconds: a network file system may show late what another machine has written
 
 
-def gather_rows(blocks: Sequence[Sequence[int]], compute: Callable[[list[int]], Iterable[T]]) -> list[T]:
+def gather_rows(
+    blocks: Sequence[Sequence[int]],
+    compute: Callable[[list[int]], Iterable[T]],
+    during: AbstractContextManager = NOTHING_ELSE,
+) -> list[T]:
     """Compute an item for each row, every process those of its blocks; return all items in order of the rows.
 
     Every process calls this, and computes every n-th block: the blocks are the same for any number n of processes.
+    `during` is entered for what a process computes alone, before they wait for each other.
     """
     state, items = PartialState(), []
-    for block in blocks[state.process_index :: state.num_processes]:
-        items += zip(block, compute(list(block)), strict=True)
+    with during:
+        for block in blocks[state.process_index :: state.num_processes]:
+            items += zip(block, compute(list(block)), strict=True)
     return [item for _, item in sorted(gather_object(items), key=lambda pair: pair[0])]
 
 
@@ -85,4 +92,26 @@ def _write_mark(directory: Path) -> str:
 def launched_engine() -> str | None:
     """Return what shards this process's model, by the environment that accelerate launch has made."""
     variables = {"FSDP": "FSDP", "DeepSpeed": "DEEPSPEED", "Megatron-LM": "MEGATRON_LM"}
-    return next((name for name, part in variables.items() if parse_flag_from_env(f"ACCELERATE_USE_{part}")), None)
+    engine = next((name for name, part in variables.items() if parse_flag_from_env(f"ACCELERATE_USE_{part}")), None)
+    return "FSDP1" if engine == "FSDP" and os.environ.get("FSDP_VERSION", "1") == "1" else engine
+
+
+def other_fsdp_settings() -> list[str]:
+    """Name the settings of accelerate launch under which Relay's own sharding would not do what they say."""
+    wanted = {
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+        "FSDP_OFFLOAD_PARAMS": "false",
+        "FSDP_ACTIVATION_CHECKPOINTING": "false",
+        "FSDP_RESHARD_AFTER_FORWARD": "true",
+        "PARALLELISM_CONFIG_TP_SIZE": "1",
+        "PARALLELISM_CONFIG_CP_SIZE": "1",
+        "PARALLELISM_CONFIG_SP_SIZE": "1",
+    }
+    return [
+        f"{name.lower()}: {value}" for name, value in wanted.items() if os.environ.get(name, value).lower() != value
+    ]
+
+
+def without_engine() -> AbstractContextManager:
+    """Let accelerate see a group of processes that each hold a whole model, until the block ends."""
+    return patch_environment(ACCELERATE_USE_FSDP="false", ACCELERATE_USE_PARALLELISM_CONFIG="false")

@@ -11,16 +11,17 @@ from pipeline.evaluation.pages.runs_pages import write_comparison
 from pipeline.recipe import Recipe, RecipeError, load_checked_recipe, load_recipe
 from pipeline.runtime.messages import one_line
 from pipeline.stages.directory import RunDirectory
+from pipeline.stages.engines import engine_problem
 from pipeline.stages.launch import (
     StageError,
     default_launch_options,
-    engine_problem,
     launch_stage,
     machine_rank,
     process_count,
     sharding_engine,
 )
 from pipeline.stages.plan import PlannedStage, missing_input, plan_stages, print_line, show_plan
+from pipeline.stages.sharding_plan import sharding_line
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,9 @@ def run_chain(path: Path, overrides: Sequence[str], selection: Selection, option
         recipe = load_checked_recipe(path, overrides, processes)
         plan = plan_stages(recipe, selection.only, selection.start, selection.force)
         show_plan(console, recipe, plan, processes, options)
+        launched = [planned.stage for planned in plan if planned.launches]
+        if "ppo" in launched and sharding_engine(options) == "FSDP":
+            print_line(console, f"ppo: {sharding_line(recipe, processes)}")
         if problem := launch_problem(recipe, plan, options):
             raise RecipeError(problem)
         if selection.dry_run:
@@ -61,7 +65,8 @@ def run_chain(path: Path, overrides: Sequence[str], selection: Selection, option
 def launch_problem(recipe: Recipe, plan: Sequence[PlannedStage], options: Sequence[str]) -> str | None:
     """Return why the planned stages cannot be launched, or None if they can."""
     stages, engine = [planned.stage for planned in plan if planned.launches], sharding_engine(options)
-    refused = next((problem for stage in stages if (problem := engine_problem(stage, engine))), None)
+    in_4_bits = recipe.model.load_in_4bit
+    refused = next((problem for stage in stages if (problem := engine_problem(stage, engine, in_4_bits))), None)
     return refused or (missing_input(recipe, stages[0]) if stages else None)
 
 

@@ -13,6 +13,7 @@ from pipeline.evaluation.systems import Answering, Source
 from pipeline.metrics import load_metric
 from pipeline.models.loading import load_model, load_tokenizer, plain_model_directory
 from pipeline.models.reward_model import RewardNetwork, check_base
+from pipeline.models.sharding import Sharding
 from pipeline.recipe import Recipe
 from pipeline.rewards import Handling, Reward, RewardFunction, build_rewards
 from pipeline.rewards.learned import AdapterReward
@@ -65,17 +66,17 @@ def _computes_in_bf16(recipe: Recipe) -> bool:
 
 def report_scoring(recipe: Recipe, run: RunDirectory, task: Task) -> Scoring:
     """Load the metrics and the rewards, a learned one included."""
-    rewards, handling = [], Handling()
+    rewards, handling, sharding = [], Handling(), Sharding()
     if recipe.ppo is not None:
-        rewards, handling = report_rewards(recipe, run, task), report_handling(recipe.ppo)
+        rewards, handling = report_rewards(recipe, run, task, sharding), report_handling(recipe.ppo)
     metrics = [load_metric(metric.name, task.language, **metric.options) for metric in recipe.eval.metrics]
     clusters = None if task.cluster is None else cluster_by(task.test[task.cluster])
-    return Scoring(metrics, rewards, handling, recipe.eval, recipe.seed, clusters)
+    return Scoring(metrics, rewards, handling, recipe.eval, recipe.seed, clusters, sharding.gathered)
 
 
-def report_rewards(recipe: Recipe, run: RunDirectory, task: Task) -> list[Reward]:
-    """Build PPO's rewards outside of PPO: a learned one has a network of its own."""
-    return build_rewards(recipe.ppo.rewards, task.language, _attached_reward(recipe, run, task))
+def report_rewards(recipe: Recipe, run: RunDirectory, task: Task, sharding: Sharding | None = None) -> list[Reward]:
+    """Build PPO's rewards outside of PPO: a learned one has a network of its own, which may be sharded."""
+    return build_rewards(recipe.ppo.rewards, task.language, _attached_reward(recipe, run, task, sharding))
 
 
 def report_handling(ppo: PPOConfig) -> Handling:
@@ -83,7 +84,9 @@ def report_handling(ppo: PPOConfig) -> Handling:
     return Handling("stop" if ppo.on_reward_error == "stop" else "zero", ppo.reward_timeout)
 
 
-def _attached_reward(recipe: Recipe, run: RunDirectory, task: Task) -> RewardFunction | None:
+def _attached_reward(
+    recipe: Recipe, run: RunDirectory, task: Task, sharding: Sharding | None
+) -> RewardFunction | None:
     """Load the learned reward, with a network of its own; None if the recipe has none."""
     if recipe.ppo.learned_reward is None:
         return None
@@ -93,7 +96,11 @@ def _attached_reward(recipe: Recipe, run: RunDirectory, task: Task) -> RewardFun
     if isinstance(reward, AdapterReward):
         model = load_model(base, recipe.model, frozen=True)
         check_base(reward.record, model, tokenizer, base)
-        network = RewardNetwork.load(model, reward.directory).to(PartialState().device).eval()
+        network = RewardNetwork.load(model, reward.directory).eval()
+        if sharding is None:
+            network.to(PartialState().device)
+        else:
+            sharding.place(network, ("scores",))
         reward.attach(network.scores, network.language_model)
     return reward
 

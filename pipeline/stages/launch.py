@@ -18,7 +18,6 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
 from rich.console import Console
 
-from pipeline.evaluation.config import SFT_BY_METRIC, SFT_LONGER
 from pipeline.recipe import Recipe
 from pipeline.runtime.devices import has_accelerator
 from pipeline.stages.directory import RunDirectory, script_of, set_aside, stage_option
@@ -33,13 +32,6 @@ ENGINES = {
     DistributedType.FSDP: "FSDP",
     DistributedType.DEEPSPEED: "DeepSpeed",
     DistributedType.MEGATRON_LM: "Megatron-LM",
-}
-# Why each stage needs a whole model on every process.
-WHOLE = {
-    "sft": "this stage knows FSDP and DeepSpeed alone",
-    "reward": "a reward model is an adapter over a whole model on each",
-    "ppo": "PPO's policy, reference and values are adapters over a whole model on each, which also writes",
-    "eval": "each answers its share of the prompts with a whole model",
 }
 SCRIPTS = Path(__file__).resolve().parent.parent
 
@@ -162,7 +154,9 @@ def machine_rank(options: Sequence[str]) -> int:
 
 
 def sharding_engine(options: Sequence[str]) -> str | None:
-    """Return what accelerate launch shards the model with: `FSDP`, `DeepSpeed`, `Megatron-LM`, or None.
+    """Return what accelerate launch shards the model with: `FSDP`, `FSDP1`, `DeepSpeed`, `Megatron-LM`, or None.
+
+    `FSDP` is its second version, FSDP2, and `FSDP1` the first, which accelerate takes where no version is given.
 
     Raises:
         FileNotFoundError: the `--config_file` does not exist.
@@ -176,19 +170,12 @@ def sharding_engine(options: Sequence[str]) -> str | None:
     if arguments.cpu:
         return None
     if any(chosen.values()) or arguments.multi_gpu:  # options stand above the file
-        return next((ENGINES[kind] for kind, used in chosen.items() if used), None)
-    return ENGINES.get(config.distributed_type) if config is not None else None
-
-
-def engine_problem(stage: str, engine: str | None) -> str | None:
-    """Return why a stage cannot run under an engine that shards the model, and what to use; None if it can."""
-    if engine is None or (stage in ("sft", SFT_LONGER) and engine != "Megatron-LM"):
-        return None
-    reason = WHOLE["eval" if stage == SFT_BY_METRIC else script_of(stage)]
-    return (
-        f"{stage}: {engine} shards the model over the processes, and {reason}; launch it with "
-        "accelerate_configs/multi_gpu.yaml or multi_node.yaml; FSDP and DeepSpeed are for sft alone (--only sft)"
-    )
+        engine = next((ENGINES[kind] for kind, used in chosen.items() if used), None)
+    else:
+        engine = ENGINES.get(config.distributed_type) if config is not None else None
+    in_file = config.fsdp_config.get("fsdp_version") if config is not None and engine == "FSDP" else None
+    version = in_file if in_file is not None and str(arguments.fsdp_version) == "1" else arguments.fsdp_version
+    return "FSDP1" if engine == "FSDP" and str(version) == "1" else engine
 
 
 def _read(options: Sequence[str]) -> tuple[argparse.Namespace, ClusterConfig | None]:

@@ -5,13 +5,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from accelerate import PartialState
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from pipeline.evaluation.reward_quality_scores import ReportInputs
 from pipeline.metrics import load_metric
 from pipeline.models.loading import load_config, load_model, lora_config
 from pipeline.models.reward_model import RewardRecord
+from pipeline.models.sharding import Sharding
 from pipeline.models.text import chat_problems
 from pipeline.recipe import Recipe
 from pipeline.rewards.pairs import (
@@ -58,7 +58,8 @@ def _sampled(
 ) -> tuple[list[Pair], list[RankedSample]]:
     """Sample pairs of training prompts and of held-out ones; return them with the samples of the latter."""
     settings = recipe.reward.pairs
-    model = load_model(base, recipe.model).to(PartialState().device).eval()
+    model, sharding = load_model(base, recipe.model).eval(), Sharding()
+    sharding.place(model)
     metric = load_metric(settings.metric, task.language)
     pairs: list[Pair] = []
     samples: list[RankedSample] = []
@@ -68,7 +69,8 @@ def _sampled(
     ):
         rows = rows.select(range(min(count or len(rows), len(rows))))
         say(f"reward: {settings.samples} samples for each of {len(rows)} {split.replace('_', '-')} prompts")
-        more, samples = sample_pairs(model, tokenizer, rows, split, settings, metric, recipe.seed, task.strip_thoughts)
+        given = (rows, split, settings, metric, recipe.seed, task.strip_thoughts, sharding.gathered())
+        more, samples = sample_pairs(model, tokenizer, *given)
         pairs += more
     return pairs, samples
 

@@ -35,8 +35,8 @@ from pipeline.stages.directory import (
     versions,
     write_record,
 )
+from pipeline.stages.engines import engine_problem, fsdp_problem
 from pipeline.stages.fingerprint import STATE, external_models, setting_differences, stage_state, stage_status
-from pipeline.stages.launch import engine_problem
 from pipeline.stages.lock import RunInUseError, run_lock
 from pipeline.stages.model_cards import write_model_cards
 from pipeline.stages.plan import missing_input
@@ -127,7 +127,9 @@ def prepare_process(run: RunDirectory) -> None:
 
 def decide(run: RunDirectory, recipe: Recipe, stage: str) -> Decision:
     """Decide whether a stage begins. The main process decides for all: others may see its files some seconds later."""
-    if problem := engine_problem(stage, launched_engine()) or missing_input(recipe, stage):
+    engine = launched_engine()
+    problem = engine_problem(stage, engine, recipe.model.load_in_4bit) or fsdp_problem(stage, engine)
+    if problem := problem or missing_input(recipe, stage):
         return Decision(False, (f"error: {problem}",), exit_code=2)
     status = stage_status(run, recipe, stage)
     if status == "complete":

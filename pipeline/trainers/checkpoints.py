@@ -13,7 +13,7 @@ from accelerate import PartialState
 from safetensors import SafetensorError
 from torch import Tensor
 
-from pipeline.runtime.distributed import on_main
+from pipeline.runtime.distributed import launched_engine, on_main
 from pipeline.runtime.files import flush_to_disk, sha256
 
 PREFIX, TEMPORARY, DAMAGED = "checkpoint-", "tmp-", "damaged-"
@@ -216,7 +216,8 @@ def load_tensors(file: Path):
         ValueError: it holds anything else, which could run code.
     """
     with tensors_alone(file):
-        return torch.load(file, map_location="cpu", weights_only=True)
+        mapped = launched_engine() == "FSDP"  # each process takes its slices of what a machine reads once
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
 
 
 @contextmanager

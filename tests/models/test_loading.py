@@ -4,6 +4,7 @@ import json
 import shutil
 import socket
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -198,3 +199,22 @@ def test_lora_keys_reach_the_adapter(taught_directory):
     assert (found.r, found.lora_alpha, found.lora_dropout) == (3, 7, 0.25)
     assert found.target_modules == {"q_proj"} and found.modules_to_save == ["lm_head"]
     assert found.use_rslora and found.use_dora
+
+
+def test_processes_that_share_a_model_map_its_files(base_directory, model_config, monkeypatch):
+    """The weights are pages of the file, which the processes of a machine have in memory once."""
+    plain = load_model(base_directory, model_config)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    mapped = load_model(base_directory, model_config)
+    assert mapped.generation_config.to_dict() == plain.generation_config.to_dict()
+    assert mapped.config.to_dict() == plain.config.to_dict() and mapped.name_or_path == plain.name_or_path
+    weights = dict(mapped.named_parameters())
+    for name, weight in plain.named_parameters():
+        assert torch.equal(weights[name], weight)
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    file = str((base_directory / "model.safetensors").resolve())
+    ranges = [[int(end, 16) for end in line[0].split("-")] for line in lines if line[-1] == file]
+    assert all(any(low <= w.data_ptr() < high for low, high in ranges) for w in weights.values())
+    bf16 = load_model(base_directory, replace(model_config, dtype="bfloat16"))  # another type: no file has it
+    assert bf16.dtype == torch.bfloat16

@@ -11,6 +11,7 @@ from pipeline.models.kernels import packing
 from pipeline.models.kernels.packing import PREFIX, pack
 from pipeline.models.sequences import Sequences, make_sequences
 from pipeline.models.shared import SharedModel
+from pipeline.models.shared_files import save_shared
 from tests.models.test_shared import COMMON, HEADS, SIZES, lora, move
 
 # Two prompts twice, apart from each other; completions of one token, which have no column of their own to read.
@@ -126,7 +127,7 @@ def test_a_difference_in_longer_texts_alone_is_found_out(monkeypatch):
 
 def test_the_saved_model_keeps_its_own_attention(tmp_path):
     shared = SharedModel(build("llama", "eager"), None)
-    shared.save_pretrained(tmp_path)
+    save_shared(shared, tmp_path)
     assert PREFIX not in (tmp_path / "config.json").read_text()
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
 

@@ -22,6 +22,7 @@ from pipeline.models.reward_model import (
 )
 from pipeline.models.sequences import make_sequences
 from pipeline.models.shared import SharedModel
+from pipeline.models.shared_files import save_shared
 
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11, 12]]
 COMPLETIONS = [[13, 14, 2], [15, 16, 17, 18, 2], [19]]
@@ -119,7 +120,7 @@ def test_ppo_scores_on_the_shared_base_what_the_reward_model_said(tmp_path, kind
         assert (
             sum(1 for _ in shared.network.parameters()) == parameters
         )  # the copy that is the reference anyway carries it
-    shared.save_pretrained(tmp_path / "policy")
+    save_shared(shared, tmp_path / "policy")
     assert not (tmp_path / "policy" / "reward").exists()
     shared(sequences()).logprobs.sum().backward()
     grads = [p.grad is not None for n, p in shared.named_parameters() if ".reward." in n]

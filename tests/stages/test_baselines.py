@@ -10,8 +10,9 @@ from pipeline.recipe import RecipeError
 from pipeline.rewards import build_rewards
 from pipeline.stages.baselines import scaled_as_in_ppo, sft_keys, stretched, time_factor
 from pipeline.stages.directory import RunDirectory
+from pipeline.stages.engines import engine_problem
 from pipeline.stages.fingerprint import needed_stages, stage_settings, stage_status
-from pipeline.stages.launch import engine_problem, stage_command
+from pipeline.stages.launch import stage_command
 from pipeline.stages.plan import missing_input, plan_stages
 
 BOTH = "eval.baselines=[sft_by_metric, sft_longer]"

@@ -17,6 +17,7 @@ TRAINERS = (Trainer, SFTTrainer, RewardTrainer)
 VERSIONS = f"transformers {transformers.__version__}, trl {trl.__version__}"
 # Methods that are overridden or called, and the parameters they take, in this order.
 METHODS: dict[str, str] = {
+    "_defer_fsdp_gradient_reduction": "",
     "_finalize_training": "trial num_train_samples start_time",
     "_get_grad_norm": "model grad_norm",
     "_get_train_sampler": "train_dataset",
@@ -25,6 +26,7 @@ METHODS: dict[str, str] = {
     "_load_optimizer_and_scheduler": "checkpoint",
     "_load_rng_state": "checkpoint",
     "_maybe_log_save_evaluate": "tr_loss grad_norm model trial epoch ignore_keys_for_eval start_time learning_rate",
+    "_move_model_to_device": "model device",
     "_run_epoch": (
         "model epoch train_dataloader steps_in_epoch num_update_steps_per_epoch trial ignore_keys_for_eval "
         "start_time resume_from_checkpoint epochs_trained steps_trained_in_current_epoch"
@@ -76,6 +78,8 @@ def test_the_private_names_are_those_of_the_installed_versions():
         for trainer, method in places:
             is_set = re.search(rf"self\.{name} = ", inspect.getsource(getattr(trainer, method)))
             assert is_set, f"{VERSIONS}: {trainer.__name__}.{method} no longer sets {name}"
+    prepare = inspect.getsource(Trainer._prepare_for_training)
+    assert "if self.is_distributed_loading_by_transformers:" in prepare and "create_optimizer()" in prepare, VERSIONS
     sampler = inspect.getsource(LengthGroupedSampler.__init__)
     for name in ("batch_size", "lengths", "generator"):
         assert f"self.{name} = " in sampler, f"{VERSIONS}: LengthGroupedSampler.{name} is gone"

@@ -1,6 +1,7 @@
 """Collect pairs: from samples of the SFT model, drawn and ranked by every process, or from preference data."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from pipeline.models.prompt_lengths import check_prompt_lengths
 from pipeline.models.text import decode, encode_completions, encode_prompts, plain_text
 from pipeline.rewards.pairs import Pair, RankedText, prompt_pairs
 from pipeline.rewards.pairs.settings import SampledPairs
-from pipeline.runtime.distributed import gather_rows
+from pipeline.runtime.distributed import NOTHING_ELSE, gather_rows
 from pipeline.runtime.seeds import derive_seed
 
 BLOCK = 256  # prompts whose samples are drawn under one seed
@@ -41,11 +42,12 @@ def sample_pairs(
     metric: Metric,
     seed: int,
     strip_thoughts: bool = False,
+    during: AbstractContextManager = NOTHING_ELSE,
 ) -> tuple[list[Pair], list[RankedSample]]:
     """Sample completions of every prompt of `rows` and pair them; all pairs and samples, on every process.
 
     Every process draws and ranks the samples of its blocks of prompts. Each block has a seed of its own, so the
-    samples are the same for any number of processes.
+    samples are the same for any number of processes. `during` is as in `gather_rows`.
     """
 
     def collect(block: Sequence[int]) -> list[tuple[list[Pair], list[RankedSample]]]:
@@ -55,7 +57,7 @@ def sample_pairs(
         return _pair_samples(tokenizer, rows, block, drawn, split, settings, metric)
 
     blocks = [range(start, min(start + BLOCK, len(rows))) for start in range(0, len(rows), BLOCK)]
-    by_prompt = gather_rows(blocks, collect)
+    by_prompt = gather_rows(blocks, collect, during)
     return [pair for pairs, _ in by_prompt for pair in pairs], [s for _, samples in by_prompt for s in samples]
 
 

@@ -1,24 +1,30 @@
 """Reward modelling: Relay's data, model and defaults for TRL's `RewardTrainer`."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import set_seed
 from datasets import Dataset
-from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import RewardConfig, RewardTrainer
 
 from pipeline.models.dropout import remove_dropout
 from pipeline.models.reward_model import RewardNetwork, load_head
 from pipeline.models.sequences import make_sequences
+from pipeline.models.sharding import Sharding, shards_models
+from pipeline.models.slices import keep_whole_states, like
 from pipeline.models.text import encode_prompts
 from pipeline.rewards.pairs import CHOICE, HELD_OUT, TRAIN, Pair
 from pipeline.runtime.devices import has_accelerator
+from pipeline.runtime.distributed import without_engine
 from pipeline.trainers.huggingface.arguments import complete_arguments
 from pipeline.trainers.huggingface.resumable import ResumableTrainer
 from pipeline.trainers.logs import MetricsFileCallback
@@ -89,15 +95,35 @@ class ResumableRewardTrainer(ResumableTrainer, RewardTrainer):
 
     section = "reward"
 
+    def __init__(self, *args, **kwargs) -> None:
+        with without_engine():  # the network is sharded as PPO's is, not by accelerate
+            super().__init__(*args, **kwargs)
+        self.sharding, self.is_distributed_loading_by_transformers = Sharding(), shards_models()
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not shards_models():  # else a slice of it is moved, when the training begins
+            super()._move_model_to_device(model, device)
+
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        """Create it over slices of the network, where accelerate launch asks for FSDP2."""
+        if self.is_distributed_loading_by_transformers and not self.sharding.roots:
+            self.sharding.place(self.model, ("scores",), self.args.bf16)
+            keep_whole_states(super().create_optimizer(*args, **kwargs))
+        return super().create_optimizer(*args, **kwargs)
+
+    def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager:
+        return nullcontext()  # each micro-batch adds to the slices of the gradient
+
     def _saved_parameters(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
 
+    def _save_optimizer_and_scheduler(self, output_dir: str | None) -> None:
+        if self.sharding.roots and not self.args.should_save:
+            self.optimizer.state_dict()  # the process that saves gathers slices of all
+        super()._save_optimizer_and_scheduler(output_dir)
+
     def _save(self, output_dir: str | None = None, state_dict: object = None) -> None:
-        if not self.args.should_save:  # every process is asked
-            return
-        directory = Path(output_dir or self.args.output_dir)
-        directory.mkdir(parents=True, exist_ok=True)
-        self.accelerator.unwrap_model(self.model).save_pretrained(directory)
+        save_network(self.accelerator.unwrap_model(self.model), Path(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_weights(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint))
@@ -106,12 +132,23 @@ class ResumableRewardTrainer(ResumableTrainer, RewardTrainer):
         load_weights(self.accelerator.unwrap_model(self.model), Path(self.state.best_model_checkpoint))
 
 
+def save_network(network: RewardNetwork, directory: Path) -> None:
+    """Save the adapter and the head; every process calls it, the main one writes."""
+    weights = network.trainable_state() if isinstance(network, FSDPModule) else None
+    if PartialState().is_main_process:
+        directory.mkdir(parents=True, exist_ok=True)
+        network.save_pretrained(directory, weights)
+
+
 def load_weights(network: RewardNetwork, directory: Path) -> None:
-    """Load a saved adapter and head into a network that has the same adapter."""
-    weights = load_peft_weights(str(directory), device=str(network.head.weight.device))
+    """Load a saved adapter and head into a network that has the same adapter, whole or as slices."""
+    weights = load_peft_weights(str(directory), device="cpu")
+    if isinstance(network, FSDPModule):
+        here = get_peft_model_state_dict(network.network, save_embedding_layers=False)
+        weights = {name: like(weight, here[name]) if name in here else weight for name, weight in weights.items()}
     set_peft_model_state_dict(network.network, weights)
     with torch.no_grad():
-        network.head.weight.copy_(load_head(directory).weight)
+        network.head.weight.copy_(like(load_head(directory).weight, network.head.weight))
 
 
 def build_reward_trainer(

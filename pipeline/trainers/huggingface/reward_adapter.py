@@ -15,7 +15,7 @@ from pipeline.rewards.pairs import Pair
 from pipeline.rewards.raw_scores import UncalibratedReward
 from pipeline.runtime.signals import stop_signals
 from pipeline.trainers.huggingface.resumable import last_checkpoint
-from pipeline.trainers.huggingface.reward import build_reward_trainer, reward_arguments
+from pipeline.trainers.huggingface.reward import build_reward_trainer, reward_arguments, save_network
 
 
 def train_reward_adapter(
@@ -38,8 +38,8 @@ def train_reward_adapter(
     with stop_signals():
         result = trainer.train(resume_from_checkpoint=last_checkpoint(args))
     network: RewardNetwork = trainer.accelerator.unwrap_model(trainer.model).eval()
+    save_network(network, directory)
     if trainer.is_world_process_zero():
-        network.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
     trainer.accelerator.wait_for_everyone()
     device, encoder_decoder = trainer.accelerator.device, model.config.is_encoder_decoder
@@ -53,6 +53,5 @@ def train_reward_adapter(
         "steps": trainer.state.global_step,
         "mixed_precision": trainer.accelerator.mixed_precision,
     }
-    return UncalibratedReward(
-        RewardRecord("adapter", model.config.name_or_path, 0.0, 1.0, None, 0, **digests), scorer, summary
-    )
+    record = RewardRecord("adapter", model.config.name_or_path, 0.0, 1.0, None, 0, **digests)
+    return UncalibratedReward(record, scorer, summary, trainer.sharding.gathered)

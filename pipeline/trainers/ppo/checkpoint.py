@@ -12,9 +12,11 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, set_seed
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.models.shared import SharedModel
+from pipeline.models.shared_files import save_shared, whole_weights
 from pipeline.runtime.seeds import derive_seed, random_state, restore_random_state
 from pipeline.trainers.checkpoints import (
     check_space,
@@ -140,9 +142,10 @@ def save_training(directory: Path, state: TrainerState, learner: Learner) -> Non
 
 def save_policy(directory: Path, shared: SharedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Save the policy, the value head and the tokenizer; every process calls it, the main one writes."""
+    weights = whole_weights(shared) if isinstance(shared, FSDPModule) else None
     if PartialState().is_main_process:
         directory.mkdir(parents=True, exist_ok=True)
-        shared.save_pretrained(directory)
+        save_shared(shared, directory, weights)
         tokenizer.save_pretrained(directory)
     PartialState().wait_for_everyone()
 

@@ -1,6 +1,7 @@
 """PPO's held-out figures: every process completes and scores its share of the prompts."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -10,7 +11,7 @@ from datasets import Dataset
 from pipeline.models.generation import Completions, Decoding
 from pipeline.models.sequences import length_sorted_chunks
 from pipeline.rewards import RewardOutputs
-from pipeline.runtime.distributed import gather_rows, on_main
+from pipeline.runtime.distributed import NOTHING_ELSE, gather_rows, on_main
 from pipeline.runtime.seeds import derive_seed
 from pipeline.trainers.ppo.checks import check_prompt_ids
 from pipeline.trainers.ppo.config import PPOConfig
@@ -126,7 +127,8 @@ class HeldOutEvaluator:
 
         keep, seed = logged.kept(compute_rewards), None if copies == 1 else self.seed
         size, write = args.local_rollout_forward_batch_size, self.writer.write
-        figures = evaluate_held_out(repeated, size, write, decoding, keep, compute_metrics, seed)
+        during = self.writer.gathered()
+        figures = evaluate_held_out(repeated, size, write, decoding, keep, compute_metrics, seed, during)
         return figures | named_metrics(logged.metrics, "eval_")
 
 
@@ -138,10 +140,11 @@ def evaluate_held_out(
     compute_rewards: ComputeRewards,
     compute_metrics: ComputeMetrics | None,
     seed: int | None = None,
+    during: AbstractContextManager = NOTHING_ELSE,
 ) -> dict[str, float]:
     """Complete the held-out prompts, `batch_size` at once: each reward, their weighted sum, length, metrics.
 
-    Samples follow from `seed`, the same for any number of processes.
+    Samples follow from `seed`, the same for any number of processes. `during` is as in `gather_rows`.
     """
 
     def complete(rows: list[int]) -> list[HeldOutCompletion]:
@@ -149,7 +152,7 @@ def evaluate_held_out(
         return complete_held_out(rows, data, write, decoding, compute_rewards, block_seed)
 
     metrics = None if compute_metrics is None else lambda texts: compute_metrics(texts, data.examples)
-    return held_out_figures([len(ids) for ids in data.prompt_ids], batch_size, complete, metrics)
+    return held_out_figures([len(ids) for ids in data.prompt_ids], batch_size, complete, metrics, during)
 
 
 def complete_held_out(
@@ -182,14 +185,15 @@ def held_out_figures(
     batch_size: int,
     complete: Callable[[list[int]], list[HeldOutCompletion]],
     metrics: Callable[[list[str]], dict[str, float]] | None,
+    during: AbstractContextManager = NOTHING_ELSE,
 ) -> dict[str, float]:
-    """Compute the figures of held-out prompts with these lengths, on every process.
+    """Compute the figures of held-out prompts with these lengths, on every process; `during` is as in `gather_rows`.
 
     `complete` gets rows that are alike in length, the same ones together for any number of processes; `metrics` gets
     all texts in order of the rows, on the main process.
     """
     blocks = [sorted(block.tolist()) for block in length_sorted_chunks(torch.tensor(lengths), batch_size)]
-    completions = gather_rows(blocks, complete)
+    completions = gather_rows(blocks, complete, during)
 
     def figures() -> dict[str, float]:
         values = metrics([completion.text for completion in completions]) if metrics else {}

@@ -1,7 +1,7 @@
 """PPO's update: optimizer, schedule, and passes over an experience in mini-batches and micro-batches."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -11,7 +11,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
 from pipeline.models.sequences import Sequences, make_sequences
-from pipeline.models.shared import SharedModel
+from pipeline.models.sharding import Sharding
+from pipeline.models.shared import PASSES, SharedModel
+from pipeline.models.slices import keep_whole_states, whole
 from pipeline.runtime.memory import in_smaller_batches, is_out_of_memory
 from pipeline.runtime.messages import say
 from pipeline.runtime.schedules import value_at
@@ -51,6 +53,8 @@ class Learner:
         self.micro_batch_size = self._first_size  # less once memory has run out
         if self._first_size > args.per_device_train_batch_size:
             say(f"PPO: micro-batches of {self._first_size} episodes, half as many wherever memory runs out")
+        self.sharding = Sharding()
+        self.sharding.place(shared, PASSES, accelerator.mixed_precision == "bf16", rare=shared.frozen_copy)
         optimizer = torch.optim.AdamW(
             [
                 {"params": shared.policy_parameters()},
@@ -61,8 +65,11 @@ class Learner:
             eps=args.adam_epsilon,
             weight_decay=args.weight_decay,
         )
-        shared.to(accelerator.device)
-        self.model, self.optimizer = accelerator.prepare(shared, optimizer)
+        if self.sharding.roots:  # what accelerate would do for a model has been done
+            keep_whole_states(optimizer)
+            self.model, self.optimizer = shared, accelerator.prepare_optimizer(optimizer)
+        else:
+            self.model, self.optimizer = accelerator.prepare(shared, optimizer)
         self.shared: SharedModel = accelerator.unwrap_model(self.model)
         self.scheduler = self._schedule(args.num_optimizer_steps(accelerator.num_processes))
         self.entropy_coef = value_at(args.entropy_coef, 0)
@@ -129,7 +136,7 @@ class Learner:
 
         def attempt(size: int) -> tuple[Sequences, TokenOutputs]:
             with self.accelerator.autocast():
-                encoded = self.shared.encoded(sequences, size)
+                encoded = self.shared.encoded(sequences, size) if self.shared.encoder_is_frozen else sequences
                 return encoded, compute_token_outputs(self.shared, encoded, size, self.moving_reference)
 
         return self._in_micro_batches(attempt)
@@ -201,11 +208,15 @@ class Learner:
             LastPassError: out of memory in the last pass of one of several processes.
         """
 
+        reference_tokens = 0
+        if references is not None:
+            reference_tokens = int(self.accelerator.reduce(references.completion_mask.sum(), reduction="sum"))
+
         def attempt(size: int) -> Tensor:
             self.optimizer.zero_grad()
             sums = torch.zeros(len(TERMS), device=self.accelerator.device)
             if references is not None:
-                sums[-1] = self._accumulate_reference_gradients(references, size) * tokens
+                sums[-1] = self._accumulate_reference_gradients(references, reference_tokens, size) * tokens
             micro_batches = mini_batch.micro_batches(size)
             for number, micro_batch in enumerate(micro_batches):
                 with self._synchronised(number == len(micro_batches) - 1), self.accelerator.autocast():
@@ -222,18 +233,19 @@ class Learner:
 
         return self.accelerator.reduce(self._in_micro_batches(attempt), reduction="sum").cpu()
 
-    def _accumulate_reference_gradients(self, references: Sequences, size: int) -> Tensor:
+    def _accumulate_reference_gradients(self, references: Sequences, tokens: int, size: int) -> Tensor:
         """Add the gradients of `ptx_coef` times the SFT loss: the mean over the reference tokens of all processes.
+
+        `tokens` is their number.
 
         Returns:
             This process's share of that mean.
         """
         total = torch.zeros((), device=self.accelerator.device)
-        tokens = int(self.accelerator.reduce(references.completion_mask.sum(), reduction="sum"))
         temperature, self.shared.temperature = self.shared.temperature, 1.0  # SFT knows none
         try:
             for index in references.chunks(size):
-                with self.accelerator.no_sync(self.model), self.accelerator.autocast():
+                with self._unsynchronised(), self.accelerator.autocast():
                     loss = -self.model(references.rows(index)).logprobs.sum() / tokens
                     self.accelerator.backward(self.args.ptx_coef * loss * self.accelerator.num_processes)
                 total += loss.detach()
@@ -254,11 +266,12 @@ class Learner:
         if value_only:
             for parameter in self.shared.policy_parameters():
                 parameter.grad = None
-        return float(self.accelerator.clip_grad_norm_(self.shared.parameters(), self.args.max_grad_norm))
+        return float(whole(self.accelerator.clip_grad_norm_(self.shared.parameters(), self.args.max_grad_norm)))
 
     def _in_micro_batches(self, call: Callable[[int], Result]) -> Result:
         before = self.micro_batch_size
-        result, self.micro_batch_size = in_smaller_batches(call, before)
+        together = self.sharding.together
+        result, self.micro_batch_size = in_smaller_batches(lambda size: together(lambda: call(size)), before)
         if self.micro_batch_size < before:
             self.warn(
                 f"out of memory: from now on micro-batches of {self.micro_batch_size} instead of {before} episodes, "
@@ -269,8 +282,8 @@ class Learner:
     @contextmanager
     def _synchronised(self, last: bool) -> Iterator[None]:
         """Exchange gradients between processes with the last micro-batch only."""
-        if not last:
-            with self.accelerator.no_sync(self.model):
+        if not last or self.sharding.roots:
+            with self._unsynchronised():
                 yield
             return
         try:
@@ -279,3 +292,7 @@ class Learner:
             if self.accelerator.num_processes == 1 or not is_out_of_memory(error):
                 raise
             raise LastPassError(f"{error} (in the pass in which the processes exchange gradients)") from error
+
+    def _unsynchronised(self) -> AbstractContextManager:
+        """Leave gradients where they are, but for a sharded model, whose gradients no process holds whole."""
+        return nullcontext() if self.sharding.roots else self.accelerator.no_sync(self.model)

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from pipeline.models.slices import like, whole_on_main
+
 PREFIX = "moving_reference."  # of its weights in a checkpoint
 
 
@@ -34,12 +36,12 @@ class MovingReference:
 
     def state(self) -> dict[str, Tensor]:
         """Copy the weights to the CPU, by name."""
-        return {f"{PREFIX}{i}": weight.cpu().clone() for i, weight in enumerate(self.weights)}
+        return {f"{PREFIX}{i}": whole_on_main(weight) for i, weight in enumerate(self.weights)}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Put back what `state` gave."""
         for i, weight in enumerate(self.weights):
-            weight.copy_(state[f"{PREFIX}{i}"])
+            weight.copy_(like(state[f"{PREFIX}{i}"], weight))
 
     @torch.no_grad()
     def _put(self, weights: Sequence[Tensor]) -> None:

@@ -1,6 +1,7 @@
 """What one PPO step collects, a rollout, and what it learns from, an experience."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -111,7 +112,10 @@ class Experience:
 
 
 class CompletionWriter:
-    """Write completions with the current policy, in smaller batches once memory has run out."""
+    """Write completions with the current policy, in smaller batches once memory has run out.
+
+    Of a model that is sharded over processes each writes in a block of `gathered()`.
+    """
 
     def __init__(
         self,
@@ -121,8 +125,9 @@ class CompletionWriter:
         batch_size: int,
         warn: Warn,
         strip_thoughts: bool = False,
+        gathered: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
-        self.shared, self.tokenizer, self.accelerator = shared, tokenizer, accelerator
+        self.shared, self.tokenizer, self.accelerator, self.gathered = shared, tokenizer, accelerator, gathered
         self.batch_size, self.warn, self.strip_thoughts = batch_size, warn, strip_thoughts
 
     def encode(self, examples: Dataset) -> list[list[int]]:

@@ -15,6 +15,7 @@ from pipeline.models.shared import SharedModel
 from pipeline.rewards import Reward
 from pipeline.rewards.learned import AdapterReward
 from pipeline.runtime.devices import APPLE_GPU_IDLE, has_apple_gpu
+from pipeline.runtime.distributed import without_engine
 from pipeline.runtime.messages import say
 from pipeline.runtime.schedules import schedule_values, value_at
 from pipeline.trainers.logs import TrainingLog
@@ -43,14 +44,15 @@ def make_accelerator(args: PPOConfig, directory: Path) -> Accelerator:
     Raises:
         ValueError: a precision that this machine does not have.
     """
-    accelerator = Accelerator(
-        cpu=has_apple_gpu(),
-        mixed_precision=mixed_precision("ppo", args.bf16),
-        log_with=installed(args.report_to, ppo=True) or None,
-        project_dir=str(directory),
-        # No buffer of a language model is trained; sent with a pass, one process could not repeat that pass alone.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
+    with without_engine():  # PPO shards its model itself, and accelerate sees processes with models of their own
+        accelerator = Accelerator(
+            cpu=has_apple_gpu(),
+            mixed_precision=mixed_precision("ppo", args.bf16),
+            log_with=installed(args.report_to, ppo=True) or None,
+            project_dir=str(directory),
+            # No buffer of a language model is trained; sent with a pass, one process could not repeat that pass alone.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
     if has_apple_gpu():
         say(APPLE_GPU_IDLE)
     return accelerator
@@ -81,7 +83,8 @@ def build_shared_model(
     )
     for reward in learned:
         shared.add_reward(reward.function.directory)
-        reward.function.attach(shared.reward_scores, shared.language_model)
+        # By name when it is called: sharding puts another method in its stead.
+        reward.function.attach(lambda sequences: shared.reward_scores(sequences), shared.language_model)
     if args.value_model == "reward_model":
         record, scale = learned[0].function.record, learned[0].weight / learned[0].function.record.scale
         shared.start_value_as_reward(learned[0].function.directory, scale, -scale * record.shift)

@@ -79,31 +79,31 @@ class PPOTrainer:
     ) -> None:
         refuse_trainer_arguments(args, unsupported)
         args = PPOConfig() if args is None else args
-        self.seed, self.output_dir = seed, Path(output_dir)
-        self.checkpoints = self.output_dir / "checkpoints"
+        self.seed, self.output_dir, self.checkpoints = seed, Path(output_dir), Path(output_dir) / "checkpoints"
         self.accelerator = make_accelerator(args, self.output_dir)
         start = load_start(model, processing_class, peft_config, args, self.output_dir)
-        self.tokenizer, adapter, device = start.tokenizer, start.peft_config, self.accelerator.device
+        self.tokenizer, adapter = start.tokenizer, start.peft_config
         self.train_dataset = training_examples(train_dataset, args, self.accelerator.num_processes)
         self.args = args = with_response_length(args, start.model, self.tokenizer, self.train_dataset)
-        self.rewards = load_rewards(
-            reward_funcs, reward_processing_classes, start.tokenizer, device, args.chat_template_kwargs
-        )
+        classes = (reward_processing_classes, start.tokenizer, self.accelerator.device)
+        self.rewards = load_rewards(reward_funcs, *classes, args.chat_template_kwargs)
         set_seed(seed)  # python, numpy and torch, before the adapter is initialised
         check_inputs(start.model, self.tokenizer, self.train_dataset, self.rewards, args.suppress_tokens)
         self.experiment = describe_experiment(start.model, args, self.rewards, self.train_dataset, adapter, seed)
         shared = build_shared_model(start.model, args, adapter, self.rewards)
         self.learner = Learner(shared, args, self.accelerator, self._warn)
         self.shared, self.optimizer = self.learner.shared, self.learner.optimizer
-        size = args.local_rollout_forward_batch_size
-        self.writer = CompletionWriter(self.shared, self.tokenizer, self.accelerator, size, self._warn, strip_thoughts)
+        self.gathered = self.learner.sharding.gathered
+        given = (self.shared, self.tokenizer, self.accelerator, args.local_rollout_forward_batch_size, self._warn)
+        self.writer = CompletionWriter(*given, strip_thoughts, self.gathered)
         self._prompt_ids = self.writer.encode(self.train_dataset)
         self._references = encode_references(args, self.train_dataset, self._prompt_ids, self.tokenizer, start.model)
         self.evaluator = HeldOutEvaluator(self.writer, args, seed, compute_metrics)
         self.held_out = self.evaluator.encode(eval_dataset)
         self._prompt_at = prompt_order(len(self.train_dataset), seed)
-        check_rewards(self.rewards, first_examples(self.train_dataset), args.reward_handling)
-        check_start(self.shared, self.tokenizer, self._prompt_ids, args.response_length, self.accelerator)
+        with self.gathered():
+            check_rewards(self.rewards, first_examples(self.train_dataset), args.reward_handling)
+            check_start(self.shared, self.tokenizer, self._prompt_ids, args.response_length, self.accelerator)
         self.state = self._origin = TrainerState()  # the latter: from which this number of processes counts on
 
     @property
@@ -156,29 +156,33 @@ class PPOTrainer:
         """Answer the prompts of the training `rows` with the current policy and score the answers; no gradient."""
         self.learner.follow_schedules(self.state.episodes)
         seed, rank = derive_seed(self.seed, "rollout", self.state.step), self.accelerator.process_index
-        answers = resample(self._answer(rows, seed), self._answer, self.args, seed, rank)
+        with self.gathered():
+            answers = resample(self._answer(rows, seed), self._answer, self.args, seed, rank)
         completions, rewards, examples = answers.completions, answers.rewards, answers.examples
         if self.state.step == 0:
             deviations, rewards = fit_scales(weights_at(self.rewards, self.state.episodes), rewards, self.accelerator)
             self.state = replace(self.state, reward_deviations=deviations)
         if self.args.reward_shaping == "prefix":
-            token_scores = prefix_scores(rewards, completions.ids, examples, self.writer.decode, self.compute_rewards)
+            given = (examples, self.writer.decode, self.compute_rewards)
+            with self.gathered():
+                token_scores = prefix_scores(rewards, completions.ids, *given)
         else:
             token_scores = rewards.token_scores(self.scaled_rewards, completions.lengths)
         seen = self.state.score_moments
         scores = process_scores(rewards, token_scores, completions, seen, self.args, self.accelerator, seed)
         prompt_ids = [self._prompt_ids[row] for row in answers.rows]
         sequences, outputs = self.learner.forward(prompt_ids, completions.ids, self.tokenizer.pad_token_id)
-        given = (examples["prompt"], completions.texts, completions.finished, sequences)
-        return Rollout(*given, **vars(outputs), rewards=rewards.by_name, **vars(scores), log=rewards.log)
+        episodes = (examples["prompt"], completions.texts, completions.finished, sequences)
+        return Rollout(*episodes, **vars(outputs), rewards=rewards.by_name, **vars(scores), log=rewards.log)
 
     def _answer(self, rows: Sequence[int], seed: int) -> Answers:
-        self._enter("the completions")
+        step = self.state.step + 1
+        enter(f"the completions of PPO step {step}")
         prompt_ids, sampling = [self._prompt_ids[row] for row in rows], self.args.sampling_at(self.state.episodes)
         completions = self.writer.write(prompt_ids, sampling, seed)
-        self._enter("the rewards")
+        enter(f"the rewards of PPO step {step}")
         rewards = self.compute_rewards(self.train_dataset.select(rows), completions.texts, completions.ids)
-        self._enter("the log-probabilities")  # before the processes wait for each other's scores
+        enter(f"the log-probabilities of PPO step {step}")  # before the processes wait for each other's scores
         return Answers(self.train_dataset, rows, completions, rewards)
 
     def compute_rewards(
@@ -204,9 +208,8 @@ class PPOTrainer:
         experience, penalties = estimate_advantages(rollout, self.kl_coef, args, self.accelerator)
         if rollout.failures:
             self._warn(count_failures(rollout.failures, args.on_reward_error))
-        stats = rollout_statistics(
-            rollout, experience.returns, penalties, args.num_generations, step, self.accelerator
-        )
+        given = (experience.returns, penalties, args.num_generations, step, self.accelerator)
+        stats = rollout_statistics(rollout, *given)
         stats |= named_metrics(rollout.log.metrics)
         stats |= variance_shares(self.scaled_rewards, rollout.rewards, rollout.scored, self.accelerator)
         limit = args.max_kl if stats["objective/length"] > 0 else None  # NaN where no completion has a score
@@ -219,7 +222,7 @@ class PPOTrainer:
         Raises:
             FloatingPointError: the gradients of `max_skipped_steps` optimizer steps in a row were not finite.
         """
-        self._enter("the update")
+        enter(f"the update of PPO step {self.state.step + 1}")
         step, state = self.state.step, self.state
         seed = derive_seed(self.seed, "mini-batches", step, self.accelerator.process_index)
         rows = self.prompt_rows(step)[:: self.args.num_generations]
@@ -260,9 +263,8 @@ class PPOTrainer:
 
     def _start(self, resume: bool | None) -> None:
         """Go on from the newest checkpoint if there is one, and open the log."""
-        self.state, notes = restore_training(
-            self.checkpoints, self.state, self.learner, self.seed, resume, self.experiment
-        )
+        given = (self.state, self.learner, self.seed, resume, self.experiment)
+        self.state, notes = restore_training(self.checkpoints, *given)
         self._origin = self.state
         self.log = open_log(self.accelerator, self.output_dir, self.num_steps, self.state.step, self.args)
         self.log.say(*notes)
@@ -290,9 +292,6 @@ class PPOTrainer:
         values = self.evaluate()
         self.state = self.state.compared(values, self.args.metric_for_best_model, self.args.greater_is_better)
         self.log.end_evaluation(self.state.step, values)
-
-    def _enter(self, phase: str) -> None:
-        enter(f"{phase} of PPO step {self.state.step + 1}")
 
     def _warn(self, text: str) -> None:
         """Say something about this step on the process that it is about."""
