@@ -1,0 +1,142 @@
+"""What a token costs the host: `python tests/benchmarks/decoding.py [--device cuda] [--layers 24] [--width 32]`.
+
+The model is so small that next to nothing is computed: what is left is what a GPU would wait for. Operations are those
+of ATen that compute something, each at least one kernel; views are not counted.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from pipeline.models.kernels.decode_loop import decode_batch
+from pipeline.models.kernels.packing import enable_packing
+from pipeline.models.kernels.static_decode import decode_static
+from pipeline.models.sampling import Decoding, TokenChooser
+
+VIEWS = {
+    "alias",
+    "as_strided",
+    "detach",
+    "expand",
+    "permute",
+    "select",
+    "slice",
+    "split",
+    "split_with_sizes",
+    "squeeze",
+    "t",
+    "transpose",
+    "unbind",
+    "unsqueeze",
+    "view",
+    "_reshape_alias",
+    "_unsafe_view",
+}
+
+
+class Operations(TorchDispatchMode):
+    """Count what is computed, inside a model's forward pass and outside."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.inside, self.outside, self._in = 0, 0, False
+        self._hooks = [
+            model.register_forward_pre_hook(lambda *_: self._enter(True)),
+            model.register_forward_hook(lambda *_: self._enter(False)),
+        ]
+
+    def _enter(self, inside: bool) -> None:
+        self._in = inside
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket.__name__ not in VIEWS:
+            self.inside, self.outside = self.inside + self._in, self.outside + (not self._in)
+        return function(*args, **(kwargs or {}))
+
+    def __exit__(self, *error) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        super().__exit__(*error)
+
+
+def build(layers: int, width: int, vocabulary: int, rank: int, device: str) -> PreTrainedModel:
+    """A random Llama with an adapter, as PPO trains it."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        attn_implementation="sdpa",
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    model = LlamaForCausalLM(config)
+    enable_packing(model)
+    if rank:
+        get_peft_model(model, LoraConfig(target_modules="all-linear", r=rank))
+    return model.to(device).eval()
+
+
+def measure(decode: Callable, model: PreTrainedModel, args: argparse.Namespace) -> dict[str, float]:
+    """Operations and milliseconds for each token after the first, of a whole batch."""
+    prompts = [[5 + (row + column) % 50 for column in range(args.prompt)] for row in range(args.rows)]
+    sampling = Decoding(args.tokens, 1.0, min_new_tokens=args.tokens)
+
+    def write(tokens: int) -> float:
+        torch.manual_seed(0)
+        draws = torch.rand(args.rows, args.tokens).to(model.device)
+        choose = TokenChooser(sampling, [1], prompts, draws)
+        start = time.perf_counter()
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
+            decode(model, prompts, 0, tokens, [1], choose)  # which ends with a copy to the host
+        return time.perf_counter() - start
+
+    counts = []
+    for tokens in (2, args.tokens):
+        with Operations(model) as operations:
+            write(tokens)
+        counts.append((operations.inside, operations.outside))
+    seconds = [min(write(tokens) for _ in range(args.repetitions)) for tokens in (2, args.tokens)]
+    steps = args.tokens - 2
+    return {
+        "operations of the pass": (counts[1][0] - counts[0][0]) / steps,
+        "operations outside it": (counts[1][1] - counts[0][1]) / steps,
+        "ms a token": 1000 * (seconds[1] - seconds[0]) / steps,
+    }
+
+
+def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
+    """Measure both ways to decode and print them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--width", type=int, default=32)
+    parser.add_argument("--vocabulary", type=int, default=500)
+    parser.add_argument("--rank", type=int, default=16, help="of the adapter; 0: none")
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--prompt", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=66)
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--bf16", action="store_true", help="autocast")
+    args = parser.parse_args(argv)
+    model = build(args.layers, args.width, args.vocabulary, args.rank, args.device)
+    found = {
+        name: measure(decode, model, args)
+        for name, decode in (("decode loop", decode_batch), ("static shapes", decode_static))
+    }
+    for name, numbers in found.items():
+        print(name, json.dumps({label: round(number, 2) for label, number in numbers.items()}))
+    return found
+
+
+if __name__ == "__main__":
+    main()
