@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 # The quickstart and the tests never need a network; offline mode makes sure of it.
 OFFLINE := HF_HUB_OFFLINE=1
 
-.PHONY: install quickstart test test-fast test-versions test-oldest test-newest lint docs dist release-files release-check
+.PHONY: install quickstart test test-fast test-gpu test-versions test-oldest test-newest lint docs dist release-files release-check
 
 install: $(VENV)/.installed
 
@@ -22,6 +22,10 @@ test: $(VENV)/.installed
 
 test-fast: $(VENV)/.installed
 	$(OFFLINE) $(RUN) -m pytest -m "not slow" --numprocesses auto --dist loadfile
+
+# What only a GPU can show, on the first one.
+test-gpu: $(VENV)/.installed
+	$(OFFLINE) CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} ACCELERATE_USE_CPU=false $(RUN) -m pytest tests/test_gpu.py -ra
 
 # The fast tests once more, with the oldest and with the newest libraries that pyproject.toml allows.
 test-versions: test-oldest test-newest

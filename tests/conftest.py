@@ -68,6 +68,7 @@ SLOW = (
     "stages/test_recipe_task.py",
     "test_accelerate_configs.py",
     "test_chain.py",
+    "test_gpu.py",
     "test_notebooks.py",
     "test_reward_stage.py",
     "test_run.py",
@@ -97,8 +98,19 @@ NUMBERS = ("one", "two", "three", "four", "five")
 PLACES = ("north", "south", "east", "west")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test of the files and folders in `SLOW` as slow."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add where the tests with the mark `gpu` run."""
+    parser.addoption(
+        "--gpu-device", choices=("cuda", "cpu"), default="cuda", help="tests of GPUs: cpu runs them small"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark every test of the files and folders in `SLOW` as slow, and skip those of GPUs where there is none."""
+    if config.getoption("--gpu-device") == "cuda" and not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device: make test-gpu"))
     slow = [TESTS / name for name in SLOW]
     assert all(path.exists() for path in slow), "SLOW in tests/conftest.py names a file that does not exist"
     for item in items:

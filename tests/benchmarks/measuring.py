@@ -20,14 +20,16 @@ def resident(kind: str) -> int:
 class Phases:
     """Wall and CPU seconds of each phase of each step; the first step warms up and is left out of the report."""
 
-    def __init__(self) -> None:
+    def __init__(self, wait: Callable[[], None] = lambda: None) -> None:
+        """Call `wait` before each look at the clock: an accelerator may still be computing."""
+        self._wait = wait
         self.imported = resident("VmRSS")
         self.steps: list[dict[str, list[float]]] = []
         self._current: dict[str, list[float]] = {}
         self._last = self._now()
 
-    @staticmethod
-    def _now() -> list[float]:
+    def _now(self) -> list[float]:
+        self._wait()
         return [time.perf_counter(), time.process_time()]
 
     def mark(self, phase: str) -> None:
@@ -55,18 +57,26 @@ class Phases:
 
         return marked
 
-    def report(self, batch: int, lengths: list[float], versions: dict[str, str]) -> str:
-        """One JSON line: seconds and CPU seconds of each measured step, shares by CPU time, memory, mean length."""
+    def report(
+        self, batch: int, lengths: list[float], versions: dict[str, str], accelerator_memory: int | None = None
+    ) -> str:
+        """One JSON line: seconds and CPU seconds of each measured step, shares by CPU time, memory, mean length.
+
+        Memory is the accelerator's at its highest, where it is given.
+        """
         steps = self.steps[1:]
         names = ("generate", "score", "update")
         cpu = {name: sum(step.get(name, [0, 0])[1] for step in steps) for name in names}
+        wall = {name: sum(step.get(name, [0, 0])[0] for step in steps) for name in names}
         return json.dumps(
             {
                 "wall": [sum(phase[0] for phase in step.values()) for step in steps],
                 "cpu": [sum(phase[1] for phase in step.values()) for step in steps],
                 "share": {name: value / sum(cpu.values()) for name, value in cpu.items()},
+                "wall_share": {name: value / max(1e-9, sum(wall.values())) for name, value in wall.items()},
+                "generate_seconds": wall["generate"] / len(steps),
                 "phase_cpu": {name: value / len(steps) for name, value in cpu.items()},
-                "memory": resident("VmHWM") - self.imported,
+                "memory": resident("VmHWM") - self.imported if accelerator_memory is None else accelerator_memory,
                 "batch": batch,
                 "length": sum(lengths) / len(lengths),
                 "versions": versions,

@@ -31,13 +31,17 @@ def parity(prompts: list, completions: list, completion_ids: list, **columns: li
 def run(spec: dict) -> str:
     """Train as the specification says; the report of the phases."""
     torch.set_num_threads(spec["threads"])
-    phases, lengths = Phases(), []
+    phases, lengths = Phases(torch.cuda.synchronize if torch.cuda.is_available() else lambda: None), []
     tokenizer = AutoTokenizer.from_pretrained(spec["model"], padding_side="left")
     seq2seq = AutoConfig.from_pretrained(spec["model"]).is_encoder_decoder
     family = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
     with tempfile.TemporaryDirectory() as directory:
         trainer = PPOTrainer(
-            model=family.from_pretrained(spec["model"], attn_implementation=spec["attention"], dtype=torch.float32),
+            model=family.from_pretrained(
+                spec["model"],
+                attn_implementation=spec["attention"],
+                dtype=getattr(torch, spec.get("dtype", "float32")),
+            ),
             args=_settings(spec),
             processing_class=tokenizer,
             reward_funcs=parity,
@@ -54,7 +58,8 @@ def run(spec: dict) -> str:
             phases.end_step()
             trainer.state = replace(trainer.state, step=trainer.state.step + 1)
     versions = {"trl": trl.__version__, "transformers": transformers.__version__, "torch": torch.__version__}
-    return phases.report(spec["batch"], lengths, versions)
+    used = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    return phases.report(spec["batch"], lengths, versions, used)
 
 
 def _settings(spec: dict) -> PPOConfig:
@@ -65,6 +70,8 @@ def _settings(spec: dict) -> PPOConfig:
         gradient_accumulation_steps=spec["batch"] // spec["micro_batch"],
         local_rollout_forward_batch_size=spec["batch"],
         num_ppo_epochs=spec["epochs"],
+        num_generations=spec.get("generations", 1),
+        group_baseline=spec.get("generations", 1) > 1,
         response_length=spec["response_length"],
         temperature=spec["temperature"],
         learning_rate=1e-5,

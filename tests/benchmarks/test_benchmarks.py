@@ -2,7 +2,10 @@
 
 import json
 
+import decoding
 import encoder_decoder
+import gpu
+import gpu_worker
 import ppo_scaling
 import ppo_vs_trl
 import pytest
@@ -93,3 +96,44 @@ def test_scaling_takes_the_slowest_of_all_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(scaling, "HERE", tmp_path)
     assert scaling.measure({}, 2, 1) == [2, 2]
     assert scaling.measure({}, 1, 2) == [1, 2]
+
+
+def test_the_comparison_on_a_gpu_runs_on_a_cpu_too(tmp_path, capsys, fresh_accelerate, monkeypatch):
+    """Our sides in this process; of TRL's, the one that has no environment here."""
+
+    def run_side(side: str, spec: dict, trl12: None) -> dict:
+        worker, _, own = gpu.SIDES[side]
+        if worker == "relay_worker.py":
+            return json.loads(run(spec | own))
+        return run_true_side(side, spec, trl12) if "1.12" in side else gpu_worker.SIDES[worker.split()[1]](spec | own)
+
+    run_true_side = gpu.run_side
+    monkeypatch.setattr(gpu, "run_side", run_side)
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    monkeypatch.setattr(gpu_worker.torch.cuda, "is_available", lambda: False)
+    sides = [side for side in gpu.SIDES if "TRL" not in side or "1.12" in side]
+    options = ["--device", "cpu", "--tiny", "--steps", "1", "--json", str(tmp_path / "gpu.json")]
+    reports = gpu.main([*options, *(word for side in sides for word in ("--side", side))])
+    assert list(reports) == sides and json.loads((tmp_path / "gpu.json").read_text())["reports"] == reports
+    assert [side for side in sides if "error" in reports[side]] == ["TRL 1.12 PPOTrainer"]
+    assert reports["Relay, PPO"]["length"] == 6.0 and reports["Relay, SFT"]["tokens_a_second"] > 0
+    assert len(reports["Generation"]["tokens_a_second"]) == 4
+    assert "Generation: static shapes |" in capsys.readouterr().out
+
+
+def test_lines_of_the_gpu_table_by_hand():
+    shares = {"generate": 0.5, "score": 0.2, "update": 0.3}
+    report = {"batch": 64, "wall": [2.0, 6.0], "length": 10.0, "generate_seconds": 2.0, "memory": 1.5e9}
+    row = gpu.rows("side", report | {"wall_share": shares})
+    assert row == [["side", "16.0", "50%, 20%, 30%", "320", "1.5"]]
+    assert gpu.rows("side", {"error": "no memory"})[0][:2] == ["side", "no memory"]
+    assert gpu.rows("side", {"tokens_a_second": 1234.4, "memory": None}) == [["side", "", "", "1,234", ""]]
+
+
+def test_what_a_token_costs_the_host(capsys):
+    sizes = ["--rows", "2", "--prompt", "4", "--tokens", "10", "--repetitions", "1", "--rank", "4"]
+    found, more = (decoding.main([*sizes, "--layers", layers]) for layers in ("2", "3"))
+    for name in ("decode loop", "static shapes"):
+        # A layer has seven linear ones, each of which is a product and two of the adapter, its scale and the sum.
+        assert more[name]["operations of the pass"] - found[name]["operations of the pass"] > 7 * 5
+        assert more[name]["operations outside it"] == pytest.approx(found[name]["operations outside it"], abs=4)

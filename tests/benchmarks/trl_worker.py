@@ -23,9 +23,10 @@ def main() -> None:
     torch.set_num_threads(spec["threads"])
     if spec["bf16"]:  # its Accelerator takes the precision from here alone
         os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
-    phases, lengths = Phases(), []
+    cuda = spec.get("device", "cpu") == "cuda"
+    phases, lengths = Phases(torch.cuda.synchronize if cuda else lambda: None), []
     tokenizer = AutoTokenizer.from_pretrained(spec["model"], padding_side="left")
-    options = {"attn_implementation": spec["attention"], "dtype": torch.float32}
+    options = {"attn_implementation": spec["attention"], "dtype": getattr(torch, spec.get("dtype", "float32"))}
     rows = Dataset.from_dict({"input_ids": spec["prompts"]})
     with tempfile.TemporaryDirectory() as directory:
         args = PPOConfig(
@@ -41,7 +42,7 @@ def main() -> None:
             temperature=spec["temperature"],
             learning_rate=1e-5,
             bf16=False,
-            use_cpu=True,
+            use_cpu=not cuda,
             gradient_checkpointing=False,
             num_sample_generations=0,
             report_to="none",
@@ -54,7 +55,7 @@ def main() -> None:
             processing_class=tokenizer,
             model=AutoModelForCausalLM.from_pretrained(spec["model"], **options),
             ref_model=None,
-            reward_model=_tiny_classifier(len(tokenizer), tokenizer.pad_token_id),
+            reward_model=_tiny_classifier(len(tokenizer), tokenizer.pad_token_id).to("cuda" if cuda else "cpu"),
             value_model=AutoModelForSequenceClassification.from_pretrained(spec["model"], num_labels=1, **options),
             train_dataset=rows,
             eval_dataset=rows.select(range(spec["batch"])),
@@ -62,7 +63,8 @@ def main() -> None:
         )
         _watch(trainer, phases, lengths, tokenizer.pad_token_id)
         trainer.train()
-    print(phases.report(spec["batch"], lengths, _versions()))
+    used = torch.cuda.max_memory_allocated() if cuda else None
+    print(phases.report(spec["batch"], lengths, _versions(), used))
 
 
 def _tiny_classifier(vocab_size: int, pad: int) -> torch.nn.Module:

@@ -4,6 +4,7 @@ No test here needs CUDA: `Tape` records the operations of a pass and replays the
 addresses. What Python decided while it was recorded stays as it was.
 """
 
+import contextlib
 import gc
 
 import pytest
@@ -19,6 +20,7 @@ from pipeline.models.generation import Decoding, generate
 from pipeline.models.kernels import static_decode as static
 from pipeline.models.kernels import static_step
 from pipeline.models.kernels.decode_loop import decode_batch
+from pipeline.models.kernels.narrow_adapters import narrow_adapters
 from pipeline.models.kernels.packing import enable_packing
 from pipeline.models.kernels.static_decode import bucket, decode_static, open_first, supports_static_decode
 from pipeline.models.kernels.static_step import StaticStep
@@ -198,6 +200,32 @@ def test_an_adapter_is_read_as_it_is_now(precision, captures):
     assert len(captures) > recorded
 
 
+def test_narrow_adapters_change_no_bit_and_go_again(monkeypatch):
+    base = build("llama", attn_implementation="sdpa")
+    network = get_peft_model(base, LoraConfig(target_modules="all-linear", r=4, init_lora_weights=False)).eval()
+    before = {name: (parameter, parameter.clone()) for name, parameter in network.named_parameters()}
+    ids, outputs, counts = torch.tensor(PROMPTS[4:5]), [], []
+
+    def count(module, args) -> None:
+        counts.append(sum(p.dtype == torch.bfloat16 for p in base.parameters()))
+
+    base.register_forward_pre_hook(count)
+    for kept in (contextlib.nullcontext(), narrow_adapters(base)):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), kept:
+            outputs.append(base(ids).logits)
+    with narrow_adapters(base), torch.no_grad():
+        base(ids)
+    assert torch.equal(*outputs) and counts == [
+        0,
+        2 * 7 * 2,
+        0,
+    ]  # A and B of seven layers twice; none without autocast
+    with pytest.raises(KeyError), torch.autocast("cpu", torch.bfloat16), narrow_adapters(base):
+        raise KeyError
+    for name, parameter in network.named_parameters():
+        assert parameter is before[name][0] and torch.equal(parameter, before[name][1])
+
+
 def test_rows_leave_by_buckets(captures):
     model, widths = build("llama"), []
     prompts = [[token, token + 1] for token in range(5, 18)]
@@ -255,6 +283,10 @@ def test_nothing_is_kept_of_a_model_that_is_gone_or_of_a_batch_too_large(monkeyp
         patch.setattr(StaticStep, "compute", fail)
         decode_static(model, PROMPTS, 0, 4, [2], greedy)
     assert not static._MEMORIES
+    with monkeypatch.context() as patch:
+        patch.setattr(static, "_is_small", lambda memory: memory.num_bytes != 2 * 2 * 6 * 2 * 16 * 8 * 4)
+        decode_static(model, PROMPTS, 0, 4, [2], greedy)
+    assert not static._MEMORIES  # two layers, keys and values of 6 rows, 2 heads, 16 columns, 8 numbers of 4 bytes
     decode_static(model, PROMPTS, 0, 4, [2], greedy)
     assert len(static._MEMORIES) == 1
     del model

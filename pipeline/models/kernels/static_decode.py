@@ -20,13 +20,16 @@ from pipeline.models.kernels.decode_loop import (
     make_reader,
     supports_decode_loop,
 )
+from pipeline.models.kernels.narrow_adapters import narrow_adapters
 from pipeline.models.kernels.packing import IMPLEMENTATIONS, PREFIX
 from pipeline.models.kernels.static_step import StepMemory, can_capture, captured_state
 
 COLUMNS = 128  # a cache has a multiple of so many columns
 LOOK = 8  # tokens after which the ends are looked at: each look waits for the device
 
-# Kept from one rollout to the next, because a capture takes as long as many replays. They refer to no model.
+# What may be kept from one batch to the next, as a share of the device's memory: the update needs the rest.
+KEPT_SHARE = 1 / 16
+# Kept because a capture takes as long as many replays. They refer to no model.
 _MEMORIES: WeakKeyDictionary[PreTrainedModel, StepMemory] = WeakKeyDictionary()
 
 
@@ -50,11 +53,14 @@ def decode_static(
     stop: Stop | None = None,
 ) -> list[list[int]]:
     """Write what `decode_batch` writes: one completion for each prompt, up to the first of `ends` or a stop."""
+    written = None
     try:
-        return _decode(model, prompts, pad_id, max_new_tokens, ends, choose, stop)
-    except RuntimeError:  # where memory ran out above all, smaller batches need what is kept here
-        _MEMORIES.pop(model, None)
-        raise
+        with narrow_adapters(model):
+            written = _decode(model, prompts, pad_id, max_new_tokens, ends, choose, stop)
+    finally:  # where memory ran out, smaller batches need what is kept here
+        if written is None or not _is_small(_MEMORIES.get(model)):
+            _MEMORIES.pop(model, None)
+    return written
 
 
 def _decode(
@@ -120,6 +126,12 @@ def _memory(
         memory.forget(captures)
     memory.load(reader)
     return memory
+
+
+def _is_small(memory: StepMemory | None) -> bool:
+    if memory is None or memory.tokens.device.type != "cuda":
+        return True
+    return memory.num_bytes <= KEPT_SHARE * torch.cuda.get_device_properties(memory.tokens.device).total_memory
 
 
 def bucket(rows: int) -> int:

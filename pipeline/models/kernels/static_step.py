@@ -161,6 +161,11 @@ class StepMemory:
         self._steps: dict[tuple[int, int, int], StaticStep] = {}
         self._recorder = Recorder() if captures else None
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the caches."""
+        return sum(tensor.nbytes for room in (*self.growing, *self.fixed) for tensor in room)
+
     def holds(self, reader: CausalReader | DecoderReader, rows: int, length: int, source: int) -> bool:
         """Tell whether what a reader has read fits in."""
         same = self.growing[0][1].dtype == reader.growing[0].values.dtype
