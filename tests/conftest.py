@@ -28,15 +28,17 @@ import pytest
 import torch
 from datasets import Dataset
 from ppo_toys import SMALL, colours
+from speech_toys import TONES, spoken_examples
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.models.config import FromScratchConfig, ModelConfig
 from pipeline.models.from_scratch import build_from_scratch
-from pipeline.models.loading import load_model, load_tokenizer, lora_config
+from pipeline.models.loading import load_config, load_model, load_tokenizer, lora_config
+from pipeline.models.prompts import encode_rows
 from pipeline.models.sequences import Sequences, make_sequences
 from pipeline.models.states import completion_states, lm_head
-from pipeline.models.text import encode_completions, encode_prompts
+from pipeline.models.text import encode_completions
 from pipeline.trainers.ppo.config import PPOConfig
 from pipeline.trainers.ppo.trainer import PPOTrainer
 
@@ -66,6 +68,7 @@ SLOW = (
     "runtime/test_systems.py",
     "runtime/test_user_code.py",
     "stages/test_recipe_task.py",
+    "stages/test_speech_stages.py",
     "test_accelerate_configs.py",
     "test_chain.py",
     "test_gpu.py",
@@ -90,6 +93,7 @@ SLOW = (
     "trainers/test_sharded_ppo.py",
     "trainers/test_sharded_sft.py",
     "trainers/test_sft_encoder_decoder.py",
+    "trainers/test_speech_training.py",
     "trainers/test_trl_algorithms.py",
     "trainers/test_value_from_reward.py",
 )
@@ -169,17 +173,17 @@ def teach_model() -> Callable[[Path, ModelConfig, Path], Path]:
     return teach
 
 
-def teach(base: Path, config: ModelConfig, directory: Path) -> Path:
-    """Train the model in `base` on 256 examples and save it in `directory`, with its tokenizer."""
+def teach(base: Path, config: ModelConfig, directory: Path, rows: Dataset | None = None, passes: int = 20) -> Path:
+    """Train the model in `base` on rows (None: 256 examples) and save it in `directory`, with its tokenizer."""
     model, tokenizer = load_model(base, config), load_tokenizer(base, config)
-    rows = make_examples(256, seed=1)
-    prompts = encode_prompts(tokenizer, rows["prompt"], model.config.is_encoder_decoder)
+    rows = make_examples(256, seed=1) if rows is None else rows
+    prompts = encode_rows(tokenizer, rows, model.config.is_encoder_decoder)
     answers = encode_completions(tokenizer, rows["prompt"], rows["completion"])
     sequences = make_sequences(prompts, answers, tokenizer.pad_token_id)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     torch.manual_seed(0)
-    for _ in range(20):
-        for index in torch.randperm(len(sequences)).split(32):
+    for _ in range(passes):
+        for index in torch.randperm(len(sequences)).split(min(32, len(sequences) // 3)):
             completion_loss(model, sequences.rows(index)).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -207,6 +211,45 @@ def taught_t5_directory(examples, t5_config, tmp_path_factory) -> Path:
     directory, texts = tmp_path_factory.mktemp("models"), [*examples["prompt"], *examples["completion"]]
     base = build_from_scratch(t5_config.from_scratch, texts, 0, directory / "base")
     return teach(base, t5_config, directory / "taught")
+
+
+@pytest.fixture(scope="session")
+def whisper_config(scratch_config) -> ModelConfig:
+    """A `model:` section for a tiny model that hears."""
+    scratch = replace(scratch_config, architecture="whisper", num_mel_bins=16, max_seconds=1, vocab_size=300)
+    return ModelConfig(from_scratch=scratch, lora_r=4, lora_alpha=8)
+
+
+@pytest.fixture(scope="session")
+def whisper_directory(whisper_config, tmp_path_factory) -> Path:
+    """The tiny model that hears, with random weights, which is told English or German."""
+    directory = tmp_path_factory.mktemp("models") / "whisper"
+    return build_from_scratch(whisper_config.from_scratch, list(TONES), 0, directory, ["en", "de"])
+
+
+@pytest.fixture(scope="session")
+def spoken(whisper_directory, whisper_config, tmp_path_factory) -> Dataset:
+    """24 rows of tones that stand for words, with the clips that the tiny model hears."""
+    config = load_config(whisper_directory, whisper_config)
+    return spoken_examples(tmp_path_factory.mktemp("spoken"), config, 24)
+
+
+@pytest.fixture(scope="session")
+def taught_whisper_directory(whisper_directory, whisper_config, spoken, tmp_path_factory) -> Path:
+    """The tiny model after it has learnt to write down some words."""
+    return teach(whisper_directory, whisper_config, tmp_path_factory.mktemp("models") / "taught-whisper", spoken, 60)
+
+
+@pytest.fixture
+def taught_whisper(taught_whisper_directory, whisper_config) -> Callable[[], PreTrainedModel]:
+    """Each call loads the taught model that hears afresh."""
+    return lambda: load_model(taught_whisper_directory, whisper_config)
+
+
+@pytest.fixture
+def whisper_tokenizer(taught_whisper_directory, whisper_config) -> PreTrainedTokenizerBase:
+    """Its tokenizer, as every stage loads it."""
+    return load_tokenizer(taught_whisper_directory, whisper_config)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from speech_toys import write_data
 
 from pipeline import run
 from pipeline.metrics import load_metric
@@ -171,3 +172,23 @@ def test_a_quickstart_finds_its_sentences_from_any_folder(name, tmp_path, monkey
     pairs = load_recipe(path, ["reward={pairs: {path: a.jsonl, data_dir: '{recipe_dir}/x'}}"]).reward.pairs
     assert pairs.data_dir == str(path.parent / "x")
     assert (len(task.train), len(task.validation), len(task.test), task.language) == (3, 256, 2000, "de")
+
+
+def test_the_whisper_recipe_is_planned_with_a_model_that_hears(taught_whisper_directory, tmp_path, capsys):
+    data = write_data(tmp_path / "data")
+    for split in SPLITS:
+        rows = [json.loads(line) for line in (data / f"{split}.jsonl").read_text().splitlines()]
+        renamed = [{"path": r["audio"], "sentence": r["text"], "client_id": r["speaker"]} for r in rows]
+        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in renamed))
+    overrides = {"task.data_dir": data, "task.audio": "path"}
+    shown = plan("whisper_tiny", taught_whisper_directory, tmp_path, capsys, **overrides)
+    assert "sft" in shown and "response_length 8, by the length of the references" in shown
+
+
+def test_the_digits_recipe_is_planned_with_its_data(tmp_path, capsys):
+    data = write_data(tmp_path / "data")
+    path = next(path for path in RECIPES if path.stem == "digits_whisper")
+    code = run.main([str(path), f"task.data_dir={data}", f"output_dir={tmp_path / 'runs'}", "--dry-run"])
+    shown = capsys.readouterr()
+    assert code == 0, shown.err
+    assert "32 steps" in shown.out and "control" in shown.out

@@ -22,7 +22,7 @@ from pipeline.models import config as models
 from pipeline.recipe import refused
 from pipeline.rewards import config as rewards
 from pipeline.rewards.pairs import settings as pairs
-from pipeline.tasks import columns, parallel, preferences
+from pipeline.tasks import columns, parallel, preferences, speech
 from pipeline.trainers.huggingface import reward as reward_trainer
 from pipeline.trainers.huggingface import sft as sft_trainer
 from pipeline.trainers.ppo import config as ppo
@@ -33,6 +33,7 @@ CLASSES = {
     "from_scratch": models.FromScratchConfig,
     "parallel": parallel.Config,
     "columns": columns.Config,
+    "speech": speech.Config,
     "ppo": ppo.PPOConfig,
     "rewards": rewards.RewardConfig,
     "eval": evaluation.EvalConfig,

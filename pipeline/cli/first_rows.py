@@ -8,7 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.models.hub import check_model_path
 from pipeline.models.loading import is_encoder_decoder, load_tokenizer
-from pipeline.models.text import encode_completions, encode_prompts, plain_text, render_chat
+from pipeline.models.prompts import encode_rows
+from pipeline.models.text import encode_completions, plain_text, render_chat
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.rewards import build_rewards
 from pipeline.rewards.rows import compute_row_rewards
@@ -59,7 +60,7 @@ def describe_row(recipe: Recipe, task: Task, tokenizer: PreTrainedTokenizerBase 
     lines = ["the first prompt:", *_indented(_rendered(prompt, tokenizer)), "its reference:", *_indented(reference)]
     ids: list[int] = []
     if tokenizer is not None:
-        [prompt_ids] = encode_prompts(tokenizer, [prompt], is_encoder_decoder(recipe.model))
+        [prompt_ids] = encode_rows(tokenizer, task.train.select([0]), is_encoder_decoder(recipe.model))
         [ids] = encode_completions(tokenizer, [prompt], [reference])
         shown = [repr(tokenizer.decode([token])) for token in [*prompt_ids, *ids][:SHOWN_TOKENS]]
         more = ", ..." if len(prompt_ids) + len(ids) > SHOWN_TOKENS else ""

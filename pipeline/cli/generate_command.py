@@ -18,6 +18,7 @@ from pipeline.evaluation.pages.tables import Table
 from pipeline.models.generation import Watch, generate
 from pipeline.models.prompt_lengths import unfit_prompts
 from pipeline.models.sampling import Decoding
+from pipeline.models.speech import reads_sound
 from pipeline.models.text import decode, encode_prompts
 from pipeline.runtime.libraries import quiet_libraries
 from pipeline.tasks.chats import Message
@@ -50,8 +51,10 @@ class Writer:
         """Complete a prompt.
 
         Raises:
-            ValueError: the prompt is empty, or leaves no room for an answer.
+            ValueError: the prompt is empty or leaves no room for an answer, or the model hears sound.
         """
+        if reads_sound(self.model.config):
+            raise ValueError("this model hears sound, and generate has texts alone for prompts; see docs/speech.md")
         ids = encode_prompts(self.tokenizer, [prompt], self.model.config.is_encoder_decoder)
         for reason in unfit_prompts(ids, self.decoding.max_new_tokens, self.model.config, "--max-new-tokens").values():
             raise ValueError(reason)

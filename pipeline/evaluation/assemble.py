@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from accelerate import PartialState
@@ -15,6 +15,7 @@ from pipeline.evaluation.decodings import BestOfN, DecodingScores, expected_best
 from pipeline.evaluation.gains import Gains, find_gains
 from pipeline.evaluation.inspection import Inspection, inspect_systems
 from pipeline.evaluation.predictions import save_predictions
+from pipeline.evaluation.recognition import Recognition, recognition_errors, word_metric
 from pipeline.evaluation.report import (
     REWARD,
     EvaluationReport,
@@ -77,8 +78,24 @@ def build_report(
         num_samples=scoring.settings.num_samples,
         num_listed=scoring.settings.num_listed,
     )
+    report = replace(report, recognition=_recognition(systems, outputs, test, scoring, rows, settings))
     report.cost.append(evaluation_cost(began, outputs))
     return report, details
+
+
+def _recognition(
+    systems: Mapping[str, ScoredSystem],
+    outputs: Mapping[str, Outputs],
+    test: TestSet,
+    scoring: Scoring,
+    rows: Dataset,
+    settings: Mapping[str, object],
+) -> dict[str, Recognition]:
+    """Count the word errors of every system, where the report has a WER."""
+    texts = {name: output.texts for name, output in outputs.items()}
+    samples = {name: [sample.text.completion for sample in system.samples] for name, system in systems.items()}
+    metric, column, copies = word_metric(scoring.metrics), settings.get("cluster"), scoring.settings.samples_per_prompt
+    return recognition_errors(texts, samples, test.first_references, metric, rows, column, copies)
 
 
 def evaluation_cost(began: float, outputs: Mapping[str, Outputs]) -> StageCost:

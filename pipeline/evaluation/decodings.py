@@ -10,7 +10,8 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.models.generation import Decoding, generate
-from pipeline.models.text import decode, encode_prompts
+from pipeline.models.prompts import encode_rows
+from pipeline.models.text import decode
 from pipeline.runtime.distributed import NOTHING_ELSE, gather_rows
 from pipeline.runtime.memory import BatchSize
 from pipeline.runtime.seeds import derive_seed
@@ -102,7 +103,7 @@ def decode_rows(
 
     `seed` is that of samples; it leaves torch's generators as they are.
     """
-    prompts = encode_prompts(tokenizer, rows.select(indices)["prompt"], model.config.is_encoder_decoder)
+    prompts = encode_rows(tokenizer, rows.select(indices), model.config.is_encoder_decoder)
     ids = complete_prompts(model, tokenizer, prompts, decoding, batches, seed)
     return [DecodedText(*text) for text in zip(indices, decode(tokenizer, ids), ids, strict=True)]
 

@@ -18,8 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.evaluation.decodings import complete_prompts
 from pipeline.models.generation import Decoding
 from pipeline.models.likelihood import entropy_and_divergence
+from pipeline.models.prompts import encode_rows
 from pipeline.models.sequences import Sequences, length_sorted_blocks, make_sequences
-from pipeline.models.text import encode_prompts
+from pipeline.models.speech import forbidden_tokens
 from pipeline.runtime.devices import in_float64
 from pipeline.runtime.distributed import NOTHING_ELSE, gather_rows
 from pipeline.runtime.memory import BatchSize
@@ -69,7 +70,8 @@ def measure_samples(
     Every process takes its blocks of rows. Each block has a seed of its own, so the samples are the same for any
     number of processes. `during` is as in `gather_rows`.
     """
-    prompts = encode_prompts(tokenizer, rows["prompt"], model.config.is_encoder_decoder)
+    prompts = encode_rows(tokenizer, rows, model.config.is_encoder_decoder)
+    decoding = decoding.with_forbidden(forbidden_tokens(model))
 
     def measure(block: Sequence[int]) -> list[SampleMeasure]:
         asked = [prompts[row] for row in block]
@@ -91,7 +93,8 @@ def completion_sums(
     other = None if sft is model else sft
     for index in sequences.chunks(size):
         rows = sequences.rows(index)
-        values = entropy_and_divergence(model, rows, decoding.temperature, other, decoding.suppress_tokens)
+        never = (decoding.suppress_tokens, decoding.begin_suppress_tokens)
+        values = entropy_and_divergence(model, rows, decoding.temperature, other, *never)
         sums[:, index.cpu()] = in_float64(torch.stack(values)).sum(2).cpu()
     return sums
 

@@ -13,9 +13,11 @@ from pipeline.evaluation.report import Outputs
 from pipeline.evaluation.systems import Source
 from pipeline.models.decoder_start import decoder_prefix
 from pipeline.models.likelihood import completion_logprobs
+from pipeline.models.prompts import encode_rows
 from pipeline.models.sequences import make_sequences
 from pipeline.models.sharding import SHARE_OF_MEMORY, device_memory, shards_models
-from pipeline.models.text import encode_completions, encode_prompts, plain_text
+from pipeline.models.speech import SpokenPrompt
+from pipeline.models.text import encode_completions, plain_text
 from pipeline.runtime.messages import say
 
 MAX_TOKENS = 200  # of a completion that is shown token by token
@@ -64,7 +66,7 @@ class Inspection:
     attention: Attention | None = None
 
 
-def passage_logprobs(model: PreTrainedModel, prompt: list[int], completion: list[int], pad_id: int) -> list[float]:
+def passage_logprobs(model: PreTrainedModel, prompt: Sequence[int], completion: list[int], pad_id: int) -> list[float]:
     """Compute the log-probability, in nats, of each token of a completion."""
     sequences = make_sequences([prompt], [completion], pad_id, model.device)
     return completion_logprobs(model, sequences)[0].tolist()
@@ -72,7 +74,7 @@ def passage_logprobs(model: PreTrainedModel, prompt: list[int], completion: list
 
 def compare_passage(
     title: str,
-    prompt: list[int],
+    prompt: Sequence[int],
     completion: list[int],
     sft: PreTrainedModel,
     ppo: PreTrainedModel,
@@ -86,7 +88,7 @@ def compare_passage(
 
 @torch.no_grad()
 def attention_to_prompt(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: list[int], completion: list[int]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], completion: list[int]
 ) -> Attention | None:
     """Compute the attention to the prompt at the position that writes each token; None where the model gives none.
 
@@ -131,12 +133,12 @@ def inspect_examples(
     inspections = []
     for index, reason in chosen:
         row = rows[index]
-        prompt = encode_prompts(tokenizer, [row["prompt"]], sft.config.is_encoder_decoder)[0]
+        prompt = encode_rows(tokenizer, rows.select([index]), sft.config.is_encoder_decoder)[0]
         reference = encode_completions(tokenizer, [row["prompt"]], [row["references"][0]])[0]
         before, after = (ids[index][:MAX_TOKENS] for ids in completion_ids)
         shown = {"reference": reference[:MAX_TOKENS], "SFT's completion": before, "PPO's completion": after}
         passages = [compare_passage(title, prompt, ids, sft, ppo, tokenizer) for title, ids in shown.items()]
-        small = len(prompt) * len(after) <= MAX_CELLS
+        small = len(prompt) * len(after) <= MAX_CELLS and not isinstance(prompt, SpokenPrompt)  # sound has no tokens
         attention = attention_to_prompt(ppo, tokenizer, prompt, after) if small else None
         inspections.append(Inspection(index, reason, plain_text(row["prompt"]), passages, attention))
     return inspections

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.models.generation import Decoding, finished, generate
 from pipeline.models.likelihood import completion_logprobs
 from pipeline.models.prompt_lengths import truncate_prompts
+from pipeline.models.prompts import encode_rows
 from pipeline.models.sequences import Sequences, make_sequences
-from pipeline.models.text import decode, encode_completions, encode_prompts
+from pipeline.models.text import decode, encode_completions
 from pipeline.runtime.devices import in_float64
 from pipeline.runtime.memory import BatchSize
 
@@ -47,7 +48,7 @@ def predict(
     References are truncated to the model's context length.
     """
     chosen = rows.select(indices)
-    prompts = encode_prompts(tokenizer, chosen["prompt"], model.config.is_encoder_decoder)
+    prompts = encode_rows(tokenizer, chosen, model.config.is_encoder_decoder)
     completions = batches.run(lambda size: generate(model, tokenizer, prompts, decoding, size))
     targets = encode_completions(tokenizer, chosen["prompt"], [references[0] for references in chosen["references"]])
     targets, _ = truncate_prompts(prompts, targets, model.config)

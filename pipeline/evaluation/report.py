@@ -11,6 +11,7 @@ from pipeline.evaluation.divergence import SampleMeasure, entropy_estimate, kl_e
 from pipeline.evaluation.gains import Gains, Shares, paired_shares
 from pipeline.evaluation.power import equivalence_margin, smallest_difference
 from pipeline.evaluation.predictions import Prediction, cross_entropy
+from pipeline.evaluation.recognition import Recognition
 from pipeline.evaluation.significance import PairedTests, compare_texts, compare_values, holm
 from pipeline.evaluation.text_statistics import TextStatistics, text_statistics
 from pipeline.metrics import Metric, Score
@@ -186,6 +187,7 @@ class EvaluationReport:
     gains: Gains | None = None
     cost: list[StageCost] = field(default_factory=list)
     reward_agreement: dict[str, RewardAgreement] = field(default_factory=dict)
+    recognition: dict[str, Recognition] = field(default_factory=dict)
 
 
 def score_system(

@@ -21,11 +21,12 @@ from pipeline.models.config import ModelConfig
 from pipeline.models.generation import Decoding
 from pipeline.models.loading import load_model, load_policy, load_tokenizer
 from pipeline.models.prompt_lengths import check_prompt_lengths
+from pipeline.models.prompts import encode_rows
 from pipeline.models.sequences import length_sorted_blocks
 from pipeline.models.sharding import Sharding
 from pipeline.models.slices import slice_here
 from pipeline.models.states import check_causal
-from pipeline.models.text import encode_prompts, without_thoughts
+from pipeline.models.text import without_thoughts
 from pipeline.runtime.distributed import gather_rows
 from pipeline.runtime.memory import BatchSize, free_memory
 from pipeline.runtime.messages import say
@@ -146,7 +147,7 @@ def predict_system(
     computes in blocks of `gathered()`.
     """
     (model, tokenizer), settings, greedy = loaded, answering.settings, answering.greedy()
-    prompts = encode_prompts(tokenizer, rows["prompt"], model.config.is_encoder_decoder)
+    prompts = encode_rows(tokenizer, rows, model.config.is_encoder_decoder)
     check_prompt_lengths(prompts, settings.max_new_tokens, model.config, "eval.max_new_tokens", f"test, for {name},")
     blocks = length_sorted_blocks([len(ids) for ids in prompts], batches.initial)
     reported = replace(greedy, num_beams=settings.num_beams)

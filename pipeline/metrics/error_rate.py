@@ -9,6 +9,7 @@ import numpy as np
 from nltk.metrics.distance import edit_distance
 
 from pipeline.metrics.checks import check_examples, check_options
+from pipeline.metrics.normalizers import Normalise, load_normalizer
 from pipeline.metrics.resampling import resampled_sums, score_with_interval
 from pipeline.metrics.text import UNSPACED_LANGUAGES, language_code, split_unspaced
 from pipeline.metrics.types import Rows, Score
@@ -28,6 +29,7 @@ class ErrorRateMetric:
     name: str
     signature: str
     split: Split
+    normalise: Normalise = str.strip
     higher_is_better: bool = False
 
     def sample_scores(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
@@ -46,10 +48,13 @@ class ErrorRateMetric:
         """Count the edits and the units of the reference of each example, [N, 2]."""
         check_examples(predictions, references)
         counts = [
-            min((_edits_and_units(self.split, prediction, text) for text in texts), key=_rate)
+            min((self._edits_and_units(prediction, text) for text in texts), key=_rate)
             for prediction, texts in zip(predictions, references, strict=True)
         ]
         return np.array(counts, dtype=np.float64)
+
+    def _edits_and_units(self, prediction: str, reference: str) -> tuple[int, int]:
+        return _edits_and_units(self.split, self.normalise(prediction), self.normalise(reference))
 
     def corpus_score(
         self,
@@ -64,19 +69,21 @@ class ErrorRateMetric:
 
 
 def load(name: str, language: str | None = None, **options: Any) -> ErrorRateMetric:
-    """Make `wer` or `cer` on the texts as they are, with case and punctuation.
+    """Make `wer` or `cer` on the texts as they are, with case and punctuation, or as a `normalizer` makes them.
 
-    Words stand between white space; languages without spaces have characters for words. Characters count with the
-    spaces between them, without white space around the text.
+    `basic` and `english` are Whisper's normalizers, as transformers has them. Words stand between white space;
+    languages without spaces have characters for words. Characters count with the spaces between them, without white
+    space around the text.
 
     Raises:
-        ValueError: any option, for it has none.
+        ValueError: an option other than `normalizer`, or one that is not there.
     """
-    check_options(name, options, {})
+    check_options(name, options, {"normalizer": (str, type(None))})
+    normalise, rule = load_normalizer(name, options.get("normalizer"))
     unspaced = language_code(language) in UNSPACED_LANGUAGES
     if name == "cer":
-        return ErrorRateMetric(name, "units:characters|case:mixed", _characters)
-    return ErrorRateMetric(name, "units:words|case:mixed", split_unspaced if unspaced else str.split)
+        return ErrorRateMetric(name, f"units:characters|{rule}", _characters, normalise)
+    return ErrorRateMetric(name, f"units:words|{rule}", split_unspaced if unspaced else str.split, normalise)
 
 
 def _characters(text: str) -> list[str]:

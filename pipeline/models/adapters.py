@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.models.hub import unreadable
+from pipeline.models.speech import reads_sound
 from pipeline.models.weights import shown_weights
 
 DECODER_LINEAR, ALL_LINEAR = "decoder-linear", "all-linear"  # of lora_target_modules; peft has the second alone
@@ -43,7 +44,10 @@ def adapter_config(model: PreTrainedModel, lora: LoraConfig) -> LoraConfig:
         head = model.get_output_embeddings()
         linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
         targets = [name for name in linear if name.rpartition(".")[2] not in EXPERT_LAYERS]
-    return replace(lora, task_type="SEQ_2_SEQ_LM" if is_encoder_decoder else "CAUSAL_LM", target_modules=targets)
+    task_type = "SEQ_2_SEQ_LM" if is_encoder_decoder else "CAUSAL_LM"
+    if reads_sound(model.config):  # peft's own kinds pass on `input_ids`, which such a model does not have
+        task_type = None
+    return replace(lora, task_type=task_type, target_modules=targets)
 
 
 def fused_experts(model: PreTrainedModel) -> list[str]:

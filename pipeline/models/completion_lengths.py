@@ -7,7 +7,7 @@ from datasets import Dataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from pipeline.models.loading import position_limit
-from pipeline.models.prompt_lengths import DECODER_PREFIX
+from pipeline.models.prompt_lengths import decoder_room
 from pipeline.models.text import encode_completions
 
 SHARE = 0.99  # of the references that fit
@@ -33,7 +33,7 @@ def reference_length(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfi
     limit = position_limit(config)
     if limit is None:
         return length
-    return min(length, limit - DECODER_PREFIX if config.is_encoder_decoder else limit // 2)
+    return min(length, decoder_room(config) if config.is_encoder_decoder else limit // 2)
 
 
 def covering_length(lengths: Sequence[int]) -> int:

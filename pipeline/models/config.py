@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-FROM_SCRATCH_ARCHITECTURES = ("llama", "gpt_neox", "t5", "bart")
-ENCODER_DECODERS = ("t5", "bart")
+FROM_SCRATCH_ARCHITECTURES = ("llama", "gpt_neox", "t5", "bart", "whisper")
+ENCODER_DECODERS = ("t5", "bart", "whisper")
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 QUANT_TYPES = ("nf4", "fp4")
 # What a chat template gets anyway.
@@ -20,19 +20,22 @@ class FromScratchConfig:
     `llama` is the modern block (RMSNorm, SwiGLU) and has no dropout; `gpt_neox` has dropout after the embeddings, the
     attention and the feed-forward layer, which a model trained for many epochs on little data needs. `t5` (layer norm
     first, relative positions, ReLU) and `bart` (layer norm last, learned positions, GELU) are encoder-decoders with
-    dropout. Sizes are those of `transformers.LlamaConfig`, `GPTNeoXConfig`, `T5Config` and `BartConfig`.
+    dropout. `whisper` is one that hears speech, for the task `speech`. Sizes are those of `transformers.LlamaConfig`,
+    `GPTNeoXConfig`, `T5Config`, `BartConfig` and `WhisperConfig`.
     """
 
-    architecture: str = "llama"  # llama is the modern block; gpt_neox has dropout; t5 and bart are encoder-decoders
+    architecture: str = "llama"  # llama is modern; gpt_neox has dropout; t5, bart and whisper are encoder-decoders
     vocab_size: int = 6000  # of the BPE tokenizer that is trained on the training texts
     hidden_size: int = 256  # width
     intermediate_size: int | None = None  # llama: 8/3 of hidden_size, rounded up to 32; the others: 4 times
     num_hidden_layers: int = 4  # of an encoder-decoder: of its encoder
-    num_decoder_layers: int | None = None  # t5, bart: None is as many as num_hidden_layers, which the encoder has
+    num_decoder_layers: int | None = None  # of encoder-decoders: None is as many as num_hidden_layers
     num_attention_heads: int = 4  # hidden_size must be an even multiple of it
     max_position_embeddings: int = 512  # t5 has no such limit: longer texts are cut to it in SFT all the same
     tie_word_embeddings: bool = True  # one matrix for input and output
     dropout: float = 0.0  # not llama; PPO switches it off
+    num_mel_bins: int = 80  # whisper: of the features that are made of sound
+    max_seconds: int = 30  # whisper: its window; longer clips are left out, and shorter ones padded with silence
 
     def __post_init__(self) -> None:
         if self.architecture not in FROM_SCRATCH_ARCHITECTURES:
@@ -56,6 +59,15 @@ class FromScratchConfig:
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.from_scratch.{name}: must be at least 1, found {getattr(self, name)}")
+        for name in ("num_mel_bins", "max_seconds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.from_scratch.{name}: must be at least 1, found {getattr(self, name)}")
+            if self.architecture != "whisper" and getattr(self, name) != getattr(FromScratchConfig, name):
+                raise ValueError(
+                    f"model.from_scratch.{name}: it would do nothing: {self.architecture} hears no sound; use whisper"
+                )
+        if self.architecture == "whisper" and not self.tie_word_embeddings:
+            raise ValueError("model.from_scratch.tie_word_embeddings: a whisper always shares them, found false")
         if self.vocab_size < 260:
             raise ValueError(
                 f"model.from_scratch.vocab_size: a byte-level tokenizer needs at least 260 entries "

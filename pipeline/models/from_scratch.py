@@ -12,8 +12,6 @@ from accelerate import PartialState
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
     BartConfig,
     GPTNeoXConfig,
     LlamaConfig,
@@ -22,7 +20,10 @@ from transformers import (
     T5Config,
 )
 
+from pipeline.models.clips import feature_extractor
 from pipeline.models.config import FromScratchConfig
+from pipeline.models.loading import language_model_class
+from pipeline.models.speech_from_scratch import speech_config, speech_generation_config, train_speech_tokenizer
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 
@@ -43,50 +44,68 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS)
 
 
-def build_from_scratch(config: FromScratchConfig, texts: Sequence[str], seed: int, directory: Path) -> Path:
+def build_from_scratch(
+    config: FromScratchConfig, texts: Sequence[str], seed: int, directory: Path, languages: Sequence[str] = ()
+) -> Path:
     """Train the tokenizer, draw the weights from `seed` and save both as a `from_pretrained` directory, once.
 
-    A directory built from the same configuration, texts and seed is left as it is. One process builds, others wait.
+    `languages` are those that a `whisper` is told; none: a model of one language. A directory built from the same
+    arguments is left as it is. One process builds, others wait.
     """
     with PartialState().main_process_first():
-        digest = _digest(config, texts, seed)
+        digest = _digest(config, texts, seed, languages)
         marker = directory / "stage.json"
         if not marker.is_file() or json.loads(marker.read_text()).get("fingerprint") != digest:
             temporary = directory.with_name(directory.name + ".tmp")
             for stale in (temporary, directory):
                 shutil.rmtree(stale, ignore_errors=True)
-            _build(config, texts, seed, temporary)
+            _build(config, texts, seed, temporary, languages)
             (temporary / "stage.json").write_text(json.dumps({"stage": "base", "fingerprint": digest}, indent=2))
             temporary.rename(directory)
     return directory
 
 
-def _digest(config: FromScratchConfig, texts: Iterable[str], seed: int) -> str:
-    digest = hashlib.sha256(json.dumps([asdict(config), seed], sort_keys=True).encode())
+def _digest(config: FromScratchConfig, texts: Iterable[str], seed: int, languages: Sequence[str]) -> str:
+    settings = [asdict(config), seed, *([sorted(languages)] if languages else [])]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for text in texts:
         digest.update(text.encode() + b"\0")
     return digest.hexdigest()
 
 
-def _build(config: FromScratchConfig, texts: Iterable[str], seed: int, directory: Path) -> None:
-    tokenizer = train_tokenizer(texts, config.vocab_size)
-    tokenizer.model_max_length = config.max_position_embeddings
-    if config.is_encoder_decoder:  # as T5's: an encoder sees where its text ends
-        ends = TemplateProcessing(single=f"$A {EOS}", special_tokens=[(EOS, tokenizer.eos_token_id)])
-        tokenizer.backend_tokenizer.post_processor = ends
+def _build(
+    config: FromScratchConfig, texts: Iterable[str], seed: int, directory: Path, languages: Sequence[str]
+) -> None:
+    is_whisper = config.architecture == "whisper"
+    if is_whisper:
+        tokenizer = train_speech_tokenizer(texts, config.vocab_size, languages)
+        model_config = speech_config(config, tokenizer)
     else:
-        tokenizer.padding_side = "left"
-    model_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model_config = _architecture(config, tokenizer)
+        tokenizer = train_tokenizer(texts, config.vocab_size)
+        model_config = _architecture(config, tokenizer)
+        _end_prompts(tokenizer, config.is_encoder_decoder)
+    tokenizer.model_max_length = config.max_position_embeddings
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = model_class.from_config(model_config)
+        model = language_model_class(model_config).from_config(model_config)
         if config.architecture == "t5":
             # T5's own scale of 1 suits an optimizer that steps in proportion to a weight; Adam would hardly move them.
             torch.nn.init.normal_(model.get_input_embeddings().weight, std=config.hidden_size**-0.5)
     directory.mkdir(parents=True)
+    if is_whisper:
+        model.generation_config = speech_generation_config(model_config, tokenizer)
+        feature_extractor(model_config).save_pretrained(directory)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+
+
+def _end_prompts(tokenizer: PreTrainedTokenizerFast, is_encoder_decoder: bool) -> None:
+    """Let an encoder see where its text ends, as T5's does; a causal model's prompts are padded on the left."""
+    if is_encoder_decoder:
+        ends = TemplateProcessing(single=f"$A {EOS}", special_tokens=[(EOS, tokenizer.eos_token_id)])
+        tokenizer.backend_tokenizer.post_processor = ends
+    else:
+        tokenizer.padding_side = "left"
 
 
 def _architecture(config: FromScratchConfig, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:

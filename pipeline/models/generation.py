@@ -9,7 +9,13 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
 
 from pipeline.models.decoder_start import decoder_prefix
 from pipeline.models.kernels.decode_loop import Stop, decode_batch, supports_decode_loop
@@ -17,6 +23,7 @@ from pipeline.models.kernels.static_decode import decode_static, supports_static
 from pipeline.models.sampling import Decoding, TokenChooser
 from pipeline.models.sequences import length_sorted_chunks, pad_left, pad_right
 from pipeline.models.sharding import is_sharded
+from pipeline.models.speech import forbidden_tokens, make_sound, reads_sound
 from pipeline.runtime.seeds import derive_seed
 
 # Gets after every token what each unfinished row has written, as lists of token ids.
@@ -76,7 +83,7 @@ def generate(
     Raises:
         FloatingPointError: the model's probabilities are not finite.
     """
-    ends = eos_token_ids(model, tokenizer)
+    ends, decoding = eos_token_ids(model, tokenizer), decoding.with_forbidden(forbidden_tokens(model))
     if decoding.num_beams > 1:
         return _generate_by_transformers(model, tokenizer, prompts, decoding, ends, batch_size, watch)
     if not supports_decode_loop(model):
@@ -91,7 +98,8 @@ def generate(
     for chunk in length_sorted_chunks(torch.tensor([len(p) for p in prompts]), batch_size):
         rows = chunk.tolist()
         chosen = [prompts[row] for row in rows]
-        read = [decoder_prefix(model)] * len(rows) if model.config.is_encoder_decoder else chosen
+        has_prefix = model.config.is_encoder_decoder and not reads_sound(model.config)
+        read = [decoder_prefix(model)] * len(rows) if has_prefix else chosen
         choose = TokenChooser(decoding, ends, read, None if draws is None else draws[chunk].to(model.device))
         stop = _stopper(tokenizer, decoding, watch)
         written = decode(model, chosen, tokenizer.pad_token_id, decoding.max_new_tokens, ends, choose, stop)
@@ -168,7 +176,7 @@ def _generate_by_transformers(
     batch_size: int,
     watch: Watch | None,
 ) -> list[list[int]]:
-    prefix, sampled = decoder_prefix(model), decoding.temperature is not None
+    sampled = decoding.temperature is not None
     config = GenerationConfig(
         max_new_tokens=decoding.max_new_tokens,
         min_new_tokens=decoding.min_new_tokens or None,
@@ -179,11 +187,12 @@ def _generate_by_transformers(
         min_p=decoding.min_p if sampled and decoding.min_p else None,
         repetition_penalty=decoding.repetition_penalty if sampled else None,
         suppress_tokens=list(decoding.suppress_tokens) or None,
+        begin_suppress_tokens=list(decoding.begin_suppress_tokens) or None,
         num_beams=decoding.num_beams,
         eos_token_id=ends,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
-        decoder_start_token_id=next(iter(prefix), None),
+        decoder_start_token_id=next(iter(decoder_prefix(model)), None),
     )
     # transformers fills unset fields from the model's own generation config, so ours takes its place meanwhile.
     saved, model.generation_config = model.generation_config, config
@@ -191,15 +200,14 @@ def _generate_by_transformers(
     try:
         for chunk in length_sorted_chunks(torch.tensor([len(p) for p in prompts]), batch_size):
             rows = chunk.tolist()
-            pad = pad_right if prefix else pad_left
-            ids, mask = pad([prompts[row] for row in rows], config.pad_token_id, model.device)
-            given = {"decoder_input_ids": torch.tensor([prefix] * len(rows), device=model.device)} if prefix else {}
-            inputs = {"input_ids": ids, "attention_mask": mask.long(), **given}
-            start = len(prefix) or ids.shape[1]
+            inputs, start = _generation_inputs(model, [prompts[row] for row in rows], config.pad_token_id)
             criteria = None if watch is None else StoppingCriteriaList([_watcher(watch, start)])
             # Of a sharded model too every process writes as much as it has to: `Sharding.gathered`.
             given = {"generation_config": config, "stopping_criteria": criteria, "synced_gpus": False}
-            output = model.generate(**inputs, **given)
+            if reads_sound(model.config):  # Whisper's own cuts long sound into windows and rates what it has written
+                output = GenerationMixin.generate(model, **inputs, **given)
+            else:
+                output = model.generate(**inputs, **given)
             for row, tokens in zip(rows, output[:, start:].tolist(), strict=True):
                 lengths = range(1, len(tokens))
                 stop = (n for n in lengths if tokens[n - 1] in ends or _is_stopped(tokenizer, decoding, tokens[:n]))
@@ -207,6 +215,24 @@ def _generate_by_transformers(
     finally:
         model.generation_config = saved
     return completions
+
+
+def _generation_inputs(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_id: int
+) -> tuple[dict[str, Tensor], int]:
+    """Return the arguments of transformers' `generate`, and where a completion starts in what it returns."""
+    sound = make_sound(prompts, model.device)
+    if sound is not None:
+        features = sound.features.index_select(0, sound.index)
+        given = torch.tensor([list(prompt) for prompt in prompts], device=model.device)
+        return {"input_features": features, "decoder_input_ids": given}, given.shape[1]
+    prefix = decoder_prefix(model)
+    pad = pad_right if prefix else pad_left
+    ids, mask = pad(prompts, pad_id, model.device)
+    inputs = {"input_ids": ids, "attention_mask": mask.long()}
+    if prefix:
+        inputs["decoder_input_ids"] = torch.tensor([prefix] * len(prompts), device=model.device)
+    return inputs, len(prefix) or ids.shape[1]
 
 
 def _watcher(watch: Watch, start: int) -> Callable[..., Tensor]:

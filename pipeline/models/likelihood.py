@@ -6,7 +6,6 @@ logits in a way that is not known here, give the logits of a whole batch, which 
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from pipeline.models.kernels.lm_head import (
     target_logprobs,
     widened_logits,
 )
-from pipeline.models.sequences import Sequences, scatter_tokens
+from pipeline.models.sequences import Sequences, at_first_and_later, scatter_tokens
 from pipeline.models.states import completion_states, head_parts, logits_are_of_head
 
 
@@ -42,17 +41,25 @@ def entropy_and_divergence(
     temperature: float,
     other: PreTrainedModel | None = None,
     suppress_tokens: Iterable[int] = (),
+    begin_suppress_tokens: Iterable[int] = (),
 ) -> tuple[Tensor, Tensor]:
     """Compute the model's entropy and KL(model || other) over the vocabulary at each completion position, in nats.
 
-    `temperature` divides the logits of both, and `suppress_tokens` have probability 0 under both. Each is [B, C],
-    0 where masked; without another model the KL is 0.
+    `temperature` divides the logits of both, and `suppress_tokens` have probability 0 under both, as have
+    `begin_suppress_tokens` as the first token. Each is [B, C], 0 where masked; without another model the KL is 0.
     """
-    suppressed = suppression(_vocabulary(model), suppress_tokens)
+    vocabulary, always, first = _vocabulary(model), list(suppress_tokens), list(begin_suppress_tokens)
+    offsets = {later: suppression(vocabulary, [*always, *(() if later else first)]) for later in (True, False)}
+
     with _no_copies_kept(model):
-        own = _head_and_states(model, sequences, suppressed)
-        theirs = None if other is None else _head_and_states(other, sequences, suppressed)
-        results = entropies_and_divergences(own, theirs, _vocabulary(model), temperature)
+        own = _head_and_states(model, sequences)
+        theirs = None if other is None else _head_and_states(other, sequences)
+
+        def measure(tokens: Tensor | slice, is_first: bool) -> tuple[Tensor, Tensor]:
+            chosen = _at(own, tokens, offsets[not is_first]), theirs and _at(theirs, tokens, offsets[not is_first])
+            return entropies_and_divergences(*chosen, vocabulary, temperature)
+
+        results = at_first_and_later(sequences.completion_mask, measure) if first else measure(slice(None), False)
     entropies, divergences = (scatter_tokens(values, sequences.completion_mask) for values in results)
     return entropies, divergences
 
@@ -70,19 +77,21 @@ def _no_copies_kept(model: PreTrainedModel) -> Iterator[None]:
         yield
 
 
-def _head_and_states(
-    model: PreTrainedModel, sequences: Sequences, suppressed: Tensor | None = None
-) -> tuple[Head, Tensor]:
-    """The LM head, and what it reads for each completion token in row order, [M, H].
+def _at(parts: tuple[Head, Tensor], tokens: Tensor | slice, offset: Tensor | None) -> tuple[Head, Tensor]:
+    """Choose tokens of what the LM head reads; `offset [V]` is added to its logits."""
+    head, states = parts
+    if offset is None:
+        return head, states[tokens]
+    offset = offset.to(states.device)
+    return lambda hidden: head(hidden) + offset, states[tokens]
 
-    `suppressed [V]` is added to its logits last.
-    """
+
+def _head_and_states(model: PreTrainedModel, sequences: Sequences) -> tuple[Head, Tensor]:
+    """The LM head, and what it reads for each completion token in row order, [M, H]."""
     reads_trunk = _reads_trunk(model)
     read = completion_states if reads_trunk else _completion_logits
     states = read(model, sequences)[sequences.completion_mask]
     head, scale, transform = head_parts(model) if reads_trunk else (nn.Identity(), 1.0, UNCHANGED)
-    if suppressed is not None:
-        transform = replace(transform, suppressed=suppressed.to(states.device))
     return lambda hidden: widened_logits(head(hidden if scale == 1 else hidden * scale), transform), states
 
 
@@ -102,6 +111,10 @@ def _vocabulary(model: PreTrainedModel) -> int:
 def _completion_logits(model: PreTrainedModel, sequences: Sequences) -> Tensor:
     """[B, C, V]: the model's own logits at each completion position."""
     width = sequences.completion_ids.shape[1]
+    if sequences.sound is not None:
+        features = sequences.sound.features.index_select(0, sequences.sound.index)
+        read = torch.cat([sequences.prompt_ids, sequences.completion_ids[:, :-1]], dim=1)
+        return model(input_features=features, decoder_input_ids=read, use_cache=False).logits[:, -width:]
     if model.config.is_encoder_decoder:
         ids, mask = sequences.encoder_inputs()
         given = torch.tensor(decoder_prefix(model), device=ids.device).expand(len(ids), -1)

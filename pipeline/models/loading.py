@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
     BitsAndBytesConfig,
     GenerationConfig,
     PretrainedConfig,
@@ -26,6 +27,7 @@ from pipeline.models.config import ModelConfig
 from pipeline.models.decoder_start import check_decoder, check_languages, set_decoder_start
 from pipeline.models.hub import ADAPTER_FILE, adapter_base, pinned_revision, read_config, read_tokenizer, unreadable
 from pipeline.models.quantized import use_one_product
+from pipeline.models.speech import reads_sound
 from pipeline.models.text import set_chat_template
 from pipeline.models.weights import check_loaded_weights, empty_model, mapped_weights
 from pipeline.runtime.devices import gpu_has_bf16
@@ -49,6 +51,8 @@ def is_encoder_decoder(config: ModelConfig) -> bool:
 
 def position_limit(config: PretrainedConfig) -> int | None:
     """How many tokens a model can read; None where its configuration sets no limit (ALiBi, recurrent models)."""
+    if reads_sound(config):  # the positions of its decoder
+        return config.max_target_positions
     # Architectures write it under names of their own, which transformers maps to this one.
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
@@ -83,6 +87,8 @@ def load_tokenizer(path: str | Path, config: ModelConfig) -> PreTrainedTokenizer
 
 def language_model_class(config: PretrainedConfig) -> type:
     """Return the auto class of transformers that loads the language model of a configuration."""
+    if reads_sound(config):
+        return AutoModelForSpeechSeq2Seq
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
@@ -157,7 +163,7 @@ def load_model(path: str | Path, config: ModelConfig, frozen: bool = False) -> P
         model.config.get_text_config().output_router_logits = False  # for training alone: TRL asks for it by itself
     if frozen and config.load_in_4bit:
         use_one_product(model)
-    if model_config.is_encoder_decoder:
+    if model_config.is_encoder_decoder and not reads_sound(model_config):  # whose prompts hold what is given
         check_decoder(model)
         set_decoder_start(model, load_tokenizer(path, config))
     return model

@@ -5,8 +5,15 @@ from collections.abc import Callable, Sequence
 from transformers import PretrainedConfig
 
 from pipeline.models.loading import position_limit
+from pipeline.models.speech import MOST_GIVEN, reads_sound
 
 DECODER_PREFIX = 2  # at most: start token and language code
+
+
+def decoder_room(config: PretrainedConfig) -> int | None:
+    """Return how many tokens the decoder of an encoder-decoder can write; None where there is no limit."""
+    limit = position_limit(config)
+    return None if limit is None else limit - (MOST_GIVEN if reads_sound(config) else DECODER_PREFIX)
 
 
 def unfit_prompts(
@@ -83,6 +90,7 @@ def truncate_prompts(
     limit = position_limit(config)
     if limit is None:
         return list(targets), 0
-    given = [DECODER_PREFIX if config.is_encoder_decoder else len(prompt) for prompt in prompts]
+    own = config.is_encoder_decoder and not reads_sound(config)
+    given = [DECODER_PREFIX if own else len(prompt) for prompt in prompts]
     cut = [target[: max(1, limit - start)] for target, start in zip(targets, given, strict=True)]
     return cut, sum(len(new) < len(old) for new, old in zip(cut, targets, strict=True))

@@ -1,11 +1,12 @@
 """Choose the next tokens from their logits: greedy, or by one uniform number for each row and step."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from pipeline.models.speech import ForbiddenTokens
 from pipeline.runtime.devices import float64_device, in_float64, sum_in_float64
 
 BLOCK = 128  # tokens of the vocabulary whose probabilities are added up before a block of them is searched
@@ -16,8 +17,8 @@ class Decoding:
     """How to write a completion of at most `max_new_tokens` tokens. `temperature` None: greedy, or beam search.
 
     No end is written before `min_new_tokens`, a text that holds one of `stop_strings` ends there, and none of
-    `suppress_tokens` is written. `top_k`, `top_p`, `min_p` and `repetition_penalty` are for samples alone: what they
-    do is that of transformers' `GenerationConfig`.
+    `suppress_tokens` is written, nor one of `begin_suppress_tokens` as the first token. `top_k`, `top_p`, `min_p` and
+    `repetition_penalty` are for samples alone: what they do is that of transformers' `GenerationConfig`.
     """
 
     max_new_tokens: int
@@ -30,6 +31,15 @@ class Decoding:
     suppress_tokens: tuple[int, ...] = ()
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    begin_suppress_tokens: tuple[int, ...] = ()
+
+    def with_forbidden(self, forbidden: ForbiddenTokens) -> "Decoding":
+        """Return the same with the tokens that a model itself forbids."""
+        return replace(
+            self,
+            suppress_tokens=(*self.suppress_tokens, *forbidden.always),
+            begin_suppress_tokens=(*self.begin_suppress_tokens, *forbidden.first),
+        )
 
 
 class TokenChooser:
@@ -47,8 +57,8 @@ class TokenChooser:
     ) -> None:
         self.decoding, self.read, self.draws = decoding, read, draws
         self.penalised = draws is not None and decoding.repetition_penalty != 1
-        self.forbidden, self.early = list(decoding.suppress_tokens), [*ends, *decoding.suppress_tokens]
-        self._index: dict[bool, Tensor] = {}  # both as tensors, made once
+        self.ends = ends
+        self._index: dict[tuple[bool, bool], Tensor] = {}  # forbidden tokens, before an end is allowed, and first
         self._seen = self._broken = torch.zeros(0)
 
     def __call__(self, logits: Tensor, step: int, rows: Tensor) -> Tensor:
@@ -80,13 +90,13 @@ class TokenChooser:
             )
 
     def _without_forbidden(self, logits: Tensor, step: int) -> Tensor:
-        early = step < self.decoding.min_new_tokens
-        tokens = self.early if early else self.forbidden
-        if not tokens:
-            return logits
-        if early not in self._index:
-            self._index[early] = torch.tensor(tokens, device=logits.device)
-        return logits.index_fill_(1, self._index[early], -torch.inf)
+        decoding, early, first = self.decoding, step < self.decoding.min_new_tokens, step == 0
+        if (early, first) not in self._index:
+            tokens = [*decoding.suppress_tokens, *(self.ends if early else ())]
+            tokens += decoding.begin_suppress_tokens if first else ()
+            self._index[early, first] = torch.tensor(tokens, dtype=torch.long, device=logits.device)
+        tokens = self._index[early, first]
+        return logits.index_fill_(1, tokens, -torch.inf) if len(tokens) else logits
 
 
 def _tokens_read(read: Sequence[Sequence[int]], logits: Tensor) -> Tensor:

@@ -1,10 +1,12 @@
 """Prompts and completions as padded tensors. Masks come from lengths, never from token ids: pad may equal EOS."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from pipeline.models.speech import Sound, make_sound
 
 
 @dataclass(frozen=True)
@@ -12,7 +14,8 @@ class Sequences:
     """`prompt_ids, prompt_mask [B, P]` padded left and `completion_ids, completion_mask [B, C]` padded right.
 
     Masks are True on real tokens. Every completion has at least one token. `encoder_states [B, P, H]`, padded right,
-    is what an encoder made of the prompts, kept where nothing in the encoder trains.
+    is what an encoder made of the prompts, kept where nothing in the encoder trains. The prompts of a speech model are
+    the tokens that its decoder is given, as many in every row, and `sound` has the clips.
     """
 
     prompt_ids: Tensor
@@ -20,6 +23,7 @@ class Sequences:
     completion_ids: Tensor
     completion_mask: Tensor
     encoder_states: Tensor | None = None
+    sound: Sound | None = None
 
     @property
     def lengths(self) -> Tensor:
@@ -37,12 +41,14 @@ class Sequences:
             self.completion_ids[index, :completion],
             self.completion_mask[index, :completion],
             None if self.encoder_states is None else self.encoder_states[index, :prompt],
+            None if self.sound is None else self.sound.rows(index),
         )
 
     def prompt_numbers(self) -> Tensor:
         """[B] numbers that are equal where prompts are."""
         mask = self.prompt_mask
-        keyed = torch.cat([self.prompt_ids.masked_fill(~mask, 0), mask.sum(1, keepdim=True)], dim=1)
+        clips = [] if self.sound is None else [self.sound.index.unsqueeze(1)]
+        keyed = torch.cat([self.prompt_ids.masked_fill(~mask, 0), mask.sum(1, keepdim=True), *clips], dim=1)
         return torch.unique(keyed, dim=0, return_inverse=True)[1]
 
     def chunks(self, size: int) -> list[Tensor]:
@@ -85,7 +91,7 @@ def make_sequences(
     pad_id: int,
     device: torch.device | str = "cpu",
 ) -> Sequences:
-    """Pad token lists into one batch.
+    """Pad token lists, or spoken prompts and token lists, into one batch.
 
     Raises:
         ValueError: an empty prompt or an empty completion, which no position could predict or score.
@@ -94,12 +100,29 @@ def make_sequences(
         empty = [i for i, row in enumerate(rows) if len(row) == 0]
         if empty:
             raise ValueError(f"{kind} {empty[0]} has no tokens")
-    return Sequences(*pad_left(prompts, pad_id, device), *pad_right(completions, pad_id, device))
+    padded = (*pad_left(prompts, pad_id, device), *pad_right(completions, pad_id, device))
+    return Sequences(*padded, sound=make_sound(prompts, device))
 
 
 def scatter_tokens(values: Tensor, mask: Tensor) -> Tensor:
     """Put `values [M]` of the M real tokens into `[B, C]` by their `mask`, 0 elsewhere."""
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+
+
+def at_first_and_later(
+    mask: Tensor, compute: Callable[[Tensor, bool], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """Compute two numbers for the first token of each completion and for the later ones, each [M] in row order.
+
+    `mask [B, C]` has the M real tokens. `compute` gets which of them, and whether these are the first ones.
+    """
+    first = mask.nonzero()[:, 1] == 0
+    tokens = {True: first.nonzero().squeeze(1), False: (~first).nonzero().squeeze(1)}
+    results = [compute(index, is_first) for is_first, index in tokens.items() if len(index)]
+    order = torch.cat(list(tokens.values())).argsort()
+    # Not by indexing, whose gradient adds up in any order where there are several threads.
+    left, right = (torch.cat(values).index_select(0, order) for values in zip(*results, strict=True))
+    return left, right
 
 
 def length_sorted_chunks(lengths: Tensor, size: int) -> list[Tensor]:

@@ -26,9 +26,10 @@ from pipeline.models.roles import (
     using,
     without_adapters,
 )
-from pipeline.models.sequences import Sequences, probe_sequences, scatter_tokens
+from pipeline.models.sequences import Sequences, at_first_and_later, probe_sequences, scatter_tokens
 from pipeline.models.slices import like, whole_on_main
-from pipeline.models.states import ROUNDING, completion_states, encode, final_states, head_parts, lm_head
+from pipeline.models.speech import forbidden_tokens
+from pipeline.models.states import ROUNDING, completion_states, final_states, head_parts, lm_head, with_encoder_states
 
 # In bf16 on a CPU oneDNN compiles a kernel for each shape of a product: so many tokens more are less than that costs.
 ROUNDED_UP_TO = 32
@@ -76,7 +77,9 @@ class SharedModel(nn.Module):
         suppress_tokens: Iterable[int] = (),
     ) -> None:
         super().__init__()
-        self.temperature, self.entropy_gradient, self.suppressed = temperature, entropy_gradient, set(suppress_tokens)
+        self.temperature, self.entropy_gradient, forbidden = temperature, entropy_gradient, forbidden_tokens(model)
+        self.suppressed = {*suppress_tokens, *forbidden.always}
+        self.suppressed_first = {*self.suppressed, *forbidden.first}
         self.padding_free = padding_free and enable_packing(model)
         # Packed attention reads everything before a token: longer rows of a model with a window are padded instead.
         self._window: int | None = model.config.get_text_config().to_dict().get("sliding_window")
@@ -98,6 +101,7 @@ class SharedModel(nn.Module):
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         self.register_buffer("logit_offset", suppression(len(head), self.suppressed), persistent=False)
+        self.register_buffer("first_logit_offset", suppression(len(head), self.suppressed_first), persistent=False)
         self._initial = {} if lora is None else {n: p.detach().clone() for n, p in self._named_policy()}
         remove_dropout(self)
         if self.padding_free and not self._packing_agrees():
@@ -114,7 +118,7 @@ class SharedModel(nn.Module):
         """Compute log-prob, entropy (both in nats) and value of each completion token under the policy: [B, C]."""
         states = self._states(self.language_model, sequences)
         mask = sequences.completion_mask
-        logprobs, entropies = self._token_logprobs(self.language_model, states, sequences.completion_ids[mask])
+        logprobs, entropies = self._token_logprobs(self.language_model, states, sequences)
         if self.has_value_adapter:
             with using(self.network, VALUE):
                 states = self._states(self.language_model, sequences)
@@ -134,7 +138,7 @@ class SharedModel(nn.Module):
         """Add the encoder's states to the sequences where they never change; `size` prompts are read at a time."""
         if not self.encoder_is_frozen:
             return sequences
-        return replace(sequences, encoder_states=encode(self.language_model, sequences, size))
+        return with_encoder_states(self.language_model, sequences, size)
 
     @torch.no_grad()
     def reference_logprobs(self, *batches: Sequences) -> list[Tensor]:
@@ -147,9 +151,7 @@ class SharedModel(nn.Module):
             for sequences in batches:
                 mask = sequences.completion_mask
                 states = self._states(model, sequences)
-                results.append(
-                    scatter_tokens(self._token_logprobs(model, states, sequences.completion_ids[mask])[0], mask)
-                )
+                results.append(scatter_tokens(self._token_logprobs(model, states, sequences)[0], mask))
         return results
 
     @contextmanager
@@ -267,11 +269,21 @@ class SharedModel(nn.Module):
         # Broken weights give NaN either way, and are reported by the checks at the start of a run.
         return not bool((packed - padded).gather(1, targets).abs().max() > ROUNDING[model.dtype])
 
-    def _token_logprobs(self, model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _token_logprobs(self, model: PreTrainedModel, hidden: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies of completion tokens, [M] each from [M, H], without keeping [M, V]."""
         vocabulary = model.config.get_text_config().vocab_size
         head, scale, transform = head_parts(model)
         hidden = hidden if scale == 1 else hidden * scale
-        if self.logit_offset is not None:
-            transform = replace(transform, suppressed=self.logit_offset)
-        return token_logprobs(head, hidden, targets, vocabulary, self.temperature, self.entropy_gradient, transform)
+        targets = sequences.completion_ids[sequences.completion_mask]
+
+        def score(states: Tensor, ids: Tensor, offset: Tensor | None) -> tuple[Tensor, Tensor]:
+            changed = replace(transform, suppressed=offset)
+            return token_logprobs(head, states, ids, vocabulary, self.temperature, self.entropy_gradient, changed)
+
+        def score_tokens(tokens: Tensor, is_first: bool) -> tuple[Tensor, Tensor]:
+            offset = self.first_logit_offset if is_first else self.logit_offset
+            return score(hidden.index_select(0, tokens), targets.index_select(0, tokens), offset)
+
+        if self.suppressed_first == self.suppressed:
+            return score(hidden, targets, self.logit_offset)
+        return at_first_and_later(sequences.completion_mask, score_tokens)

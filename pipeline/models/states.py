@@ -5,6 +5,7 @@ head reads the state after the last token.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from pipeline.models.dropout import without_dropout
 from pipeline.models.kernels.lm_head import LogitTransform
 from pipeline.models.loading import position_limit
 from pipeline.models.sequences import Sequences, probe_sequences
+from pipeline.models.speech import probe_sound, reads_sound
 
 # The largest |log pi - log rho| of a token that rounding explains: DoRA and checkpointing compute in another order.
 ROUNDING = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
@@ -63,6 +65,8 @@ def final_states(model: PreTrainedModel, sequences: Sequences) -> Tensor:
 
 def _decoder_states(model: PreTrainedModel, sequences: Sequences, ids: Tensor) -> Tensor:
     """What the decoder has read of `ids [B, C]`, from the last token it is given on: [B, C + 1, H]."""
+    if sequences.sound is not None:
+        return _states_after_sound(model, sequences, ids)
     prefix = torch.tensor(decoder_prefix(model), device=ids.device)
     encoded = sequences.encoder_states
     output = model.get_decoder()(
@@ -72,6 +76,26 @@ def _decoder_states(model: PreTrainedModel, sequences: Sequences, ids: Tensor) -
         use_cache=False,
     )
     return output.last_hidden_state[:, len(prefix) - 1 :]
+
+
+def _states_after_sound(model: PreTrainedModel, sequences: Sequences, ids: Tensor) -> Tensor:
+    """What the decoder of a speech model has read, from the last given token on: [B, C + 1, H].
+
+    Every row is given as many tokens, and every clip fills the model's window, so there is nothing to mask.
+    """
+    output = model.get_decoder()(
+        input_ids=torch.cat([sequences.prompt_ids, ids], dim=1),
+        encoder_hidden_states=sequences.sound.encoder_states(model),
+        use_cache=False,
+    )
+    return output.last_hidden_state[:, sequences.prompt_ids.shape[1] - 1 :]
+
+
+def with_encoder_states(model: PreTrainedModel, sequences: Sequences, size: int) -> Sequences:
+    """Keep what the encoder makes of the prompts with them, `size` prompts at a time."""
+    if sequences.sound is not None:
+        return replace(sequences, sound=sequences.sound.encoded(model, size))
+    return replace(sequences, encoder_states=encode(model, sequences, size))
 
 
 def encode(model: PreTrainedModel, sequences: Sequences, size: int | None = None) -> Tensor:
@@ -123,7 +147,7 @@ def check_causal(model: PreTrainedModel) -> None:
     """
     ids, training = torch.arange(1, 7, device=model.device).unsqueeze(0), model.training
     model.eval()  # dropout would make any two passes differ
-    inputs = {"input_ids": ids} if model.config.is_encoder_decoder else {}
+    inputs = _encoder_arguments(model, ids) if model.config.is_encoder_decoder else {}
     name = "decoder_input_ids" if inputs else "input_ids"
     other = torch.cat([ids[:, :-1], ids[:, :1]], dim=1)  # another last token
     first, second = (model(**inputs, **{name: row}, use_cache=False).logits.float() for row in (ids, other))
@@ -137,6 +161,13 @@ def check_causal(model: PreTrainedModel) -> None:
         )
 
 
+def _encoder_arguments(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
+    """Return what an encoder may read: tokens, or a clip of noise for each of their rows."""
+    if reads_sound(model.config):
+        return {"input_features": probe_sound(model, len(ids)).features}
+    return {"input_ids": ids}
+
+
 @torch.no_grad()
 def check_repeatable(model: PreTrainedModel) -> None:
     """Refuse a model that computes something else each time it trains, though its dropout is off.
@@ -145,7 +176,7 @@ def check_repeatable(model: PreTrainedModel) -> None:
         ValueError: two passes over the same tokens differ, by the noise of a router, naming the model type.
     """
     vocabulary, training = model.get_input_embeddings().weight.shape[0], model.training
-    sequences = probe_sequences(vocabulary, position_limit(model.config), model.device)
+    sequences = with_probe_sound(model, probe_sequences(vocabulary, position_limit(model.config), model.device))
     random_state = torch.get_rng_state()
     model.train()
     with without_dropout(model):
@@ -167,15 +198,24 @@ def logits_are_of_head(model: PreTrainedModel) -> bool:
     ids, training = torch.arange(1, 5, device=model.device).unsqueeze(0), model.training
     model.eval()  # dropout would make any two passes differ
     row = Sequences(ids, torch.ones_like(ids, dtype=torch.bool), ids, torch.ones_like(ids, dtype=torch.bool))
+    row = with_probe_sound(model, row)
     if model.config.is_encoder_decoder:
-        start = torch.tensor([decoder_prefix(model)], device=model.device)
-        inputs = {"input_ids": ids, "decoder_input_ids": torch.cat([start, ids[:, :-1]], dim=1)}
+        start = torch.tensor([decoder_prefix(model)], device=model.device) if row.sound is None else row.prompt_ids
+        inputs = {**_encoder_arguments(model, ids), "decoder_input_ids": torch.cat([start, ids[:, :-1]], dim=1)}
     else:
         inputs = {"input_ids": torch.cat([ids, ids[:, :-1]], dim=1)}
     expected = model(**inputs, use_cache=False).logits[:, -ids.shape[1] :]
     computed = lm_head(model)(completion_states(model, row))
     model.train(training)
     return torch.allclose(computed.float(), expected.float(), rtol=1e-3, atol=1e-3)
+
+
+def with_probe_sound(model: PreTrainedModel, sequences: Sequences) -> Sequences:
+    """Give probes to a speech model a clip of noise each, and one given token; return those of others as they are."""
+    if not reads_sound(model.config):
+        return sequences
+    ids, mask = sequences.prompt_ids[:, -1:], sequences.prompt_mask[:, -1:]
+    return replace(sequences, prompt_ids=ids, prompt_mask=mask, sound=probe_sound(model, len(ids)))
 
 
 def check_trunk_and_head(model: PreTrainedModel) -> None:

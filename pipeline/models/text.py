@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, Value
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, WhisperTokenizer
 
 from pipeline.runtime.files import sha256
 
@@ -60,32 +60,13 @@ def encode_completions(
     """
     pairs = list(zip(prompts, completions, strict=True))
     texts = [completion for prompt, completion in pairs if isinstance(prompt, str)]
+    if isinstance(tokenizer, WhisperTokenizer):  # whose model learnt texts with a space in front
+        texts = [f" {text.lstrip()}" for text in texts]
     chats = [pair for pair in pairs if not isinstance(pair[0], str)]
     plain = iter(tokenizer(text_target=texts, add_special_tokens=False)["input_ids"] if texts else [])
     turns = iter(_tokenise(tokenizer, [_render_answer(tokenizer, *chat) for chat in chats]))
     eos = tokenizer.eos_token_id
     return [[*next(plain), eos] if isinstance(prompt, str) else _until_last(next(turns), eos) for prompt, _ in pairs]
-
-
-def encode_prompts_of(
-    tokenizer: PreTrainedTokenizerBase, examples: Dataset, encoder_decoder: bool = False
-) -> list[list[int]]:
-    """Tokenise the column `prompt` as `encode_prompts` does, and keep the ids where `datasets` keeps the examples.
-
-    A later stage or another process finds them there; examples that are only in memory are tokenised each time.
-    """
-
-    def encode(batch: dict[str, list], source: str) -> dict[str, list]:
-        return {"prompt_ids": encode_prompts(tokenizer, batch["prompt"], encoder_decoder)}
-
-    prompts = examples.select_columns("prompt")
-    options = {"remove_columns": "prompt", "fn_kwargs": {"source": SOURCE}, "desc": "Tokenizing prompts"}
-    try:
-        if prompts.cache_files:
-            return prompts.map(encode, batched=True, **options)["prompt_ids"][:]
-    except OSError:  # a folder that cannot be written, or a full disk
-        pass
-    return encode_prompts(tokenizer, prompts["prompt"], encoder_decoder)
 
 
 def decode(

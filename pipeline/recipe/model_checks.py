@@ -8,6 +8,7 @@ from pipeline.models.adapters import ALL_LINEAR, check_targets, fused_experts
 from pipeline.models.hub import check_model_path
 from pipeline.models.loading import check_weights, load_config, load_tokenizer, lora_config
 from pipeline.models.weights import shown_weights
+from pipeline.recipe.speech_checks import check_speech
 from pipeline.recipe.types import Recipe
 from pipeline.trainers.ppo.checks import check_special_tokens
 
@@ -16,8 +17,8 @@ def check_models(recipe: Recipe) -> None:
     """Check every language model from outside of the run that one of its stages loads; no weights are loaded.
 
     Raises:
-        ValueError: a model that is not there, lacks weights, or has a tokenizer with special tokens that it has no
-            embedding for, or layers that get no adapter; the message names the key.
+        ValueError: as `check_speech`; a model that is not there, lacks weights, or has a tokenizer with special tokens
+            that it has no embedding for, or layers that get no adapter; the message names the key.
     """
     models = dict(named_models(recipe))
     for path, key in models.items():
@@ -31,6 +32,7 @@ def check_models(recipe: Recipe) -> None:
             raise ValueError(f"{key}: {str(error).removeprefix('processing_class: ')}") from error
         if model is not None and key != "eval.systems" and trains_adapter(recipe):
             check_targets(model, lora_config(recipe.model))
+    check_speech(recipe)
 
 
 def named_models(recipe: Recipe) -> Iterator[tuple[str, str]]:

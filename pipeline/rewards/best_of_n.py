@@ -13,8 +13,9 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.models.generation import finished, generate
+from pipeline.models.prompts import encode_rows
 from pipeline.models.sampling import Decoding
-from pipeline.models.text import decode, encode_prompts, without_thoughts
+from pipeline.models.text import decode, without_thoughts
 from pipeline.rewards import Handling, Reward
 from pipeline.rewards.rows import compute_row_rewards
 from pipeline.runtime.distributed import gather_rows
@@ -74,7 +75,7 @@ def best_samples(
     def collect(block: Sequence[int]) -> list[BestSample | None]:
         chosen = rows.select(block)
         repeated = rows.select([row for row in block for _ in range(count)])
-        prompts = encode_prompts(tokenizer, chosen["prompt"], model.config.is_encoder_decoder)
+        prompts = encode_rows(tokenizer, chosen, model.config.is_encoder_decoder)
         prompts = [prompt for prompt in prompts for _ in range(count)]
         drawn_with = derive_seed(seed, "best of n", block[0])
 

@@ -15,7 +15,8 @@ from pipeline.evaluation.config import SFT_BY_METRIC, SFT_LONGER
 from pipeline.evaluation.curves import read_events
 from pipeline.models.generation import Completions, Decoding, finished, generate, seed_samples
 from pipeline.models.loading import load_config, load_policy, load_tokenizer
-from pipeline.models.text import decode, encode_prompts_of
+from pipeline.models.prompts import encode_prompts_of
+from pipeline.models.text import decode
 from pipeline.recipe import Recipe
 from pipeline.rewards import Reward, RewardOutputs
 from pipeline.rewards.rows import compute_row_rewards

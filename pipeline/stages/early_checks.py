@@ -5,8 +5,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipeline.metrics import load_metric
 from pipeline.metrics.sacrebleu_metric import short_references
 from pipeline.models.prompt_lengths import check_token_ids
+from pipeline.models.prompts import encode_prompts_of
 from pipeline.models.states import check_causal, check_repeatable, check_trunk_and_head
-from pipeline.models.text import encode_prompts_of
 from pipeline.recipe import Recipe
 from pipeline.rewards import RewardError, build_rewards, check_rewards
 from pipeline.rewards.constant import constant_reward

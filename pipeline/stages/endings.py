@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from pipeline.evaluation.systems import Answering
 from pipeline.models.generation import finished, generate
 from pipeline.models.prompt_lengths import unfit_prompts
-from pipeline.models.text import encode_prompts
+from pipeline.models.prompts import encode_rows
 from pipeline.recipe import Recipe
 from pipeline.runtime.distributed import gather_rows, launched_engine
 from pipeline.runtime.memory import BatchSize
@@ -32,7 +32,7 @@ def check_endings(
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
     model = model.get_base_model() if isinstance(model, PeftModel) else model  # which has the adapter in it
     decoding, rows = Answering(recipe.eval).greedy(), task.validation.select(range(min(PROMPTS, len(task.validation))))
-    prompts = encode_prompts(tokenizer, rows["prompt"], model.config.is_encoder_decoder)
+    prompts = encode_rows(tokenizer, rows, model.config.is_encoder_decoder)
     unfit = unfit_prompts(prompts, decoding.max_new_tokens, model.config, "eval.max_new_tokens")
     prompts = [prompt for row, prompt in enumerate(prompts) if row not in unfit]
     batches = BatchSize(min(BLOCK, recipe.eval.per_device_eval_batch_size))

@@ -12,13 +12,13 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from pipeline.models.from_scratch import build_from_scratch
 from pipeline.models.loading import load_config, load_tokenizer
 from pipeline.models.prompt_lengths import check_prompt_lengths, unfit_prompts
+from pipeline.models.prompts import encode_prompts_of
 from pipeline.models.text import (
     TEMPLATE_DATE,
     chat_problems,
     chat_problems_of,
     decode,
     encode_completions,
-    encode_prompts_of,
     plain_text,
     without_thoughts,
     writes_date,
@@ -28,7 +28,9 @@ from pipeline.rewards.pairs.settings import SampledPairs
 from pipeline.runtime.messages import one_line, say
 from pipeline.stages.directory import RunDirectory
 from pipeline.stages.lengths import with_lengths
-from pipeline.tasks import SPLITS, Task, TaskError, columns, load_task, parallel
+from pipeline.stages.rows import splits_of, without_rows
+from pipeline.stages.speech import spoken_languages, with_clips
+from pipeline.tasks import Task, TaskError, columns, load_task, parallel
 from pipeline.tasks.types import TaskConfig
 
 
@@ -96,7 +98,7 @@ def load_recipe_task(recipe: Recipe, run: RunDirectory) -> tuple[Recipe, Task]:
     task = load_task(recipe.task.name, task_config(recipe))
     path = _tokenizer_path(recipe, run, task)
     tokenizer, config = load_tokenizer(path, recipe.model), load_config(path, recipe.model)
-    task = _renderable(task, tokenizer)
+    task = _renderable(with_clips(task, tokenizer, config), tokenizer)
     recipe = with_lengths(recipe, task, tokenizer, config)
     task = fit_rows(recipe, task, tokenizer, config)
     say_left_out("task", task.left_out)
@@ -114,8 +116,9 @@ def task_config(recipe: Recipe) -> TaskConfig:
 def _tokenizer_path(recipe: Recipe, run: RunDirectory, task: Task) -> Path | str:
     """Return a model with the tokenizer that the stages read prompts by; a from-scratch one is built."""
     if recipe.model.from_scratch is not None and (not recipe.sft_is_external or "base" in recipe.eval.systems):
-        texts = [text for column in ("prompt", "completion") for text in map(plain_text, task.train[column])]
-        build_from_scratch(recipe.model.from_scratch, texts, recipe.seed, run.base)
+        columns_read = ("prompt", "completion") if task.sound is None else ("completion",)
+        texts = [text for column in columns_read for text in map(plain_text, task.train[column])]
+        build_from_scratch(recipe.model.from_scratch, texts, recipe.seed, run.base, spoken_languages(task))
     return recipe.ppo.sft_model_path if recipe.sft_is_external else base_model_path(recipe, run)
 
 
@@ -130,13 +133,9 @@ def _renderable(task: Task, tokenizer: PreTrainedTokenizerBase) -> Task:
     Raises:
         TaskError: there are some and `task.skip_broken_rows` is false, or no other rows.
     """
-    for name in _splits(task):
-        task = _without(task, name, chat_problems_of(tokenizer, getattr(task, name)))
+    for name in splits_of(task):
+        task = without_rows(task, name, chat_problems_of(tokenizer, getattr(task, name)))
     return task
-
-
-def _splits(task: Task) -> Sequence[str]:
-    return SPLITS if task.ppo_prompts is None else (*SPLITS, "ppo_prompts")
 
 
 def fit_rows(recipe: Recipe, task: Task, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> Task:
@@ -147,7 +146,7 @@ def fit_rows(recipe: Recipe, task: Task, tokenizer: PreTrainedTokenizerBase, con
         ValueError: as `check_prompt_lengths`, unless `task.skip_broken_rows` is true.
     """
     room = _tokens_to_generate(recipe, task)
-    for name in _splits(task):
+    for name in splits_of(task):
         if name in room:
             task = _with_room(task, name, *room[name], tokenizer, config)
         task = replace(task, **{name: _with_references(task, getattr(task, name), tokenizer)})
@@ -188,7 +187,7 @@ def _with_room(
     prompts = encode_prompts_of(tokenizer, rows.select(range(min(first, len(rows)))), config.is_encoder_decoder)
     if task.skip_broken_rows:
         reasons = unfit_prompts(prompts, length, config, key)
-        return _without(task, split, [reasons.get(row) for row in range(len(rows))])
+        return without_rows(task, split, [reasons.get(row) for row in range(len(rows))])
     check_prompt_lengths(prompts, length, config, key, split, partial(task.where, split))
     return task
 
@@ -209,26 +208,6 @@ def _tokens_to_generate(recipe: Recipe, task: Task) -> dict[str, tuple[str, int,
             room |= {"train": ("ppo.response_length", length, len(task.train))}
         room |= {"validation": ("ppo.response_length", length, recipe.ppo.eval_examples or sys.maxsize)}
     return room
-
-
-def _without(task: Task, split: str, problems: Sequence[str | None]) -> Task:
-    """Return the task without the rows of a split that have a problem, and with what says where they were.
-
-    Raises:
-        TaskError: there are some and `task.skip_broken_rows` is false, or there are no others.
-    """
-    broken = [row for row, problem in enumerate(problems) if problem is not None]
-    if not broken:
-        return task
-    kept = [row for row, problem in enumerate(problems) if problem is None]
-    if not task.skip_broken_rows or not kept:
-        alike = [row for row in broken if problems[row] == problems[broken[0]]]
-        more = "" if task.skip_broken_rows else "; task.skip_broken_rows: true leaves out such rows"
-        raise TaskError(f"task: {problems[broken[0]]}, in {task.where(split, alike)}{more}")
-    lines = [f"{task.where(split, [row])}: {problems[row]}" for row in broken]
-    places = {**task.places, split: lambda rows: task.where(split, [kept[row] for row in rows])}
-    left_out = tuple(dict.fromkeys([*task.left_out, *lines]))
-    return replace(task, **{split: getattr(task, split).select(kept)}, places=places, left_out=left_out)
 
 
 def _with_references(task: Task, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:

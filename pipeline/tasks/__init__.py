@@ -7,7 +7,7 @@ from types import ModuleType
 from pipeline.runtime.user_code import UserCodeError, is_user_code, load_user_module, load_user_object
 from pipeline.tasks.types import SPLITS, Task, TaskError
 
-TASK_NAMES = ("parallel", "columns")
+TASK_NAMES = ("parallel", "columns", "speech")
 
 __all__ = ["SPLITS", "TASK_NAMES", "Task", "TaskError", "load_task", "task_module"]
 

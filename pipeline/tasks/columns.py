@@ -101,7 +101,7 @@ def load(config: Config) -> Task:
         broken += table.broken
     cluster = None if config.cluster is None else renamed_column(config.cluster, tables["test"].dataset.column_names)
     if cluster is not None:
-        _check_clusters(config.cluster, splits["test"][cluster], places["test"])
+        check_clusters(config.cluster, splits["test"][cluster], places["test"])
     task = Task(
         **splits,
         language=config.language,
@@ -128,7 +128,7 @@ def thoughts_warning(config: Config, examples: Dataset) -> str | None:
     )
 
 
-def _check_clusters(column: str, labels: Sequence[object], where: Where) -> None:
+def check_clusters(column: str, labels: Sequence[object], where: Where) -> None:
     """Refuse rows that name no cluster.
 
     Raises:

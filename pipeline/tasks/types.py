@@ -40,6 +40,7 @@ class Task:
     template makes of that message. Every further column travels to the reward functions.
     `left_out` says where each row without an example is, and why it has none; `places` where the rows of a split are.
     `language` is that of the completions (an ISO 639-1 code), where known: metrics choose their tokenizer by it.
+    `sound` is the column that holds what a speech model hears of each row, as `pipeline.models.audio` reads it.
     `system` is what chats without a system message begin with. With `strip_thoughts` rewards and metrics do not see a
     `<think>...</think>` at the start of a completion; with `skip_broken_rows` rows that the model cannot take are left
     out instead of refused. Test rows with the same value in the column `cluster` belong together: the report resamples
@@ -57,6 +58,7 @@ class Task:
     strip_thoughts: bool = False
     skip_broken_rows: bool = False
     cluster: str | None = None
+    sound: str | None = None
 
     def __post_init__(self) -> None:
         if self.cluster is not None and self.cluster not in self.test.column_names:

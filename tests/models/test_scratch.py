@@ -147,7 +147,7 @@ def test_untied_embeddings_and_decoder_layers_where_there_are_none(build, scratc
     with pytest.raises(ValueError, match="tie_word_embeddings: a t5 always shares them, found false; use bart"):
         replace(scratch_config, architecture="t5", tie_word_embeddings=False)
     with pytest.raises(
-        ValueError, match=r"num_decoder_layers: .* for encoder-decoders \(t5, bart\) alone, found 2 with"
+        ValueError, match=r"num_decoder_layers: .* for encoder-decoders \(t5, bart, whisper\) alone, found 2 with"
     ):
         replace(scratch_config, num_decoder_layers=2)
 

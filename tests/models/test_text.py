@@ -9,7 +9,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.models.from_scratch import train_tokenizer
-from pipeline.models.text import decode, encode_completions, encode_prompts, encode_prompts_of
+from pipeline.models.prompts import encode_prompts_of
+from pipeline.models.text import decode, encode_completions, encode_prompts
 from pipeline.tasks import load_task
 from pipeline.tasks.columns import Config
 from pipeline.trainers.huggingface.sft import sft_dataset

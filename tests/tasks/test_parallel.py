@@ -123,7 +123,9 @@ def test_braces_in_the_data_are_text(folder):
 def test_kinds_of_task():
     assert task_module("parallel") is parallel
     assert task_module("pipeline.tasks.parallel") is parallel  # the dotted path of one's own
-    with pytest.raises(TaskError, match=r"^task\.name: 'paralel' is not one of parallel, columns, nor a module "):
+    with pytest.raises(
+        TaskError, match=r"^task\.name: 'paralel' is not one of parallel, columns, speech, nor a module "
+    ):
         task_module("paralel")
     with pytest.raises(TaskError, match=r"^task\.name: cannot import 'no_such\.task' \(No module named 'no_such'\)$"):
         task_module("no_such.task")

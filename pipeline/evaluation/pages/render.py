@@ -18,12 +18,14 @@ from pipeline.evaluation.pages.page import (
     write_json,
     write_page,
 )
+from pipeline.evaluation.pages.recognition_tables import recognition_tables
 from pipeline.evaluation.report import EvaluationReport, ReportExample
 
 SECTIONS = (
     ("scores", "Scores"),
     ("comparisons", "Comparisons"),
     ("decoding", "Decoding"),
+    ("errors", "Word errors"),
     ("gains", "Gains"),
     ("tokens", "Tokens"),
     ("training", "Training"),
@@ -66,6 +68,7 @@ def to_markdown(report: EvaluationReport, details: Details) -> str:
         tables.decoding_table(report),
         tables.best_of_table(report),
         tables.agreement_table(report),
+        *recognition_tables(report),
         *tables.bucket_tables(report),
         tables.cost_table(report),
         sample_table(report, evenly(details.examples, details.num_samples)),
@@ -97,6 +100,7 @@ def to_html(report: EvaluationReport, details: Details, drawn: Mapping[str, str]
                 "decoding": tables.decoding_table(report),
                 "best_of": tables.best_of_table(report),
                 "agreement": tables.agreement_table(report),
+                "errors": recognition_tables(report),
                 "buckets": tables.bucket_tables(report),
                 "cost": tables.cost_table(report),
                 "settings": tables.settings_table(report),
@@ -121,6 +125,7 @@ def _sections(report: EvaluationReport, details: Details) -> list[tuple[str, str
     there = {
         "comparisons": report.comparisons,
         "decoding": report.decodings or report.best_of,
+        "errors": report.recognition,
         "gains": report.gains,
         "tokens": details.inspections,
         "training": details.panels,

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from pipeline.models.decoder_start import decoder_prefix
 from pipeline.models.sequences import pad_left, pad_right
+from pipeline.models.speech import SpokenPrompt, make_sound, reads_sound
 
 BLOCK = 32  # tokens by which a full cache grows
 
@@ -30,6 +31,8 @@ def supports_decode_loop(model: PreTrainedModel) -> bool:
 
     Sliding windows, state-space layers and models that prepare their own inputs are left to transformers' generate.
     """
+    if reads_sound(model.config):  # what Whisper prepares is for sound that is longer than its window
+        return True
     prepares = type(model).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation
     if prepares or not type(model)._supports_default_dynamic_cache():
         return False
@@ -136,11 +139,27 @@ def make_reader(
     return (DecoderReader if model.config.is_encoder_decoder else CausalReader)(model, prompts, pad_id)
 
 
-def _distinct(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[list[tuple[int, ...]], Tensor]:
+def _distinct(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[list[Sequence[int]], Tensor]:
     """Each prompt once, and which of them every row has, [N]."""
-    numbers: dict[tuple[int, ...], int] = {}
-    index = [numbers.setdefault(tuple(prompt), len(numbers)) for prompt in prompts]
+    numbers: dict[Sequence[int], int] = {}
+    keys = (prompt if isinstance(prompt, SpokenPrompt) else tuple(prompt) for prompt in prompts)
+    index = [numbers.setdefault(key, len(numbers)) for key in keys]
     return list(numbers), torch.tensor(index, device=device)
+
+
+def _read_by_encoder(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_id: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Let an encoder read different prompts: its states [U, P, H], their mask [U, P] and what the decoder is given."""
+    sound = make_sound(prompts, model.device)
+    if sound is not None:
+        states = sound.encoder_states(model)
+        given = torch.tensor([list(prompt) for prompt in prompts], device=model.device)
+        return states, torch.ones(states.shape[:2], dtype=torch.long, device=model.device), given
+    ids, mask = pad_right(prompts, pad_id, model.device)
+    mask = mask.long()
+    states = model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
+    return states, mask, torch.tensor(decoder_prefix(model), device=model.device).expand(len(ids), -1)
 
 
 class CausalReader:
@@ -192,12 +211,9 @@ class DecoderReader:
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_id: int) -> None:
         distinct, index = _distinct(prompts, model.device)
-        ids, mask = pad_right(distinct, pad_id, model.device)
-        mask = mask.long()
-        states = model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
+        states, mask, prefix = _read_by_encoder(model, distinct, pad_id)
         # Not made from the config, which counts the encoder's layers.
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        prefix = torch.tensor(decoder_prefix(model), device=model.device).expand(len(ids), -1)
         self.model, self.cache = model, {cache_argument(model): cache}
         self.logits = self._forward(prefix, states, mask)[index]
         for side in (cache.self_attention_cache, cache.cross_attention_cache):
@@ -206,7 +222,7 @@ class DecoderReader:
         self.layers = [*self.growing, *self.fixed]
         # Only their shape is read from now on: what the decoder made of them is in the cache.
         self.states, self.mask = states[:1].expand(len(index), -1, -1), mask[index]
-        self.width, self.source_width = prefix.shape[1], ids.shape[1]
+        self.width, self.source_width = prefix.shape[1], states.shape[1]
         self.positions = torch.full((len(index),), self.width, device=model.device)
 
     def _forward(self, tokens: Tensor, states: Tensor, mask: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from pipeline.models.kernels.decode_loop import (
 from pipeline.models.kernels.narrow_adapters import narrow_adapters
 from pipeline.models.kernels.packing import IMPLEMENTATIONS, PREFIX
 from pipeline.models.kernels.static_step import StepMemory, can_capture, captured_state
+from pipeline.models.speech import reads_sound
 
 COLUMNS = 128  # a cache has a multiple of so many columns
 LOOK = 8  # tokens after which the ends are looked at: each look waits for the device
@@ -36,8 +37,11 @@ _MEMORIES: WeakKeyDictionary[PreTrainedModel, StepMemory] = WeakKeyDictionary()
 def supports_static_decode(model: PreTrainedModel) -> bool:
     """Whether the decode loop knows the model, transformers gives it static caches, and its attention takes a mask.
 
-    Models with sliding windows are unknown to the decode loop already, and are left to transformers' generate.
+    Models with sliding windows are unknown to the decode loop already, and are left to transformers' generate. Those
+    that hear sound take no mask for what the encoder has read.
     """
+    if reads_sound(model.config):
+        return False
     attention = model.config._attn_implementation.removeprefix(PREFIX)
     return attention in IMPLEMENTATIONS and model._can_compile_fullgraph and supports_decode_loop(model)
 

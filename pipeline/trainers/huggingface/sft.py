@@ -8,18 +8,24 @@ import torch
 from accelerate.utils import set_seed
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import TrainOutput
 from trl import SFTConfig
 
 from pipeline.models.adapters import adapter_config, check_adapter
 from pipeline.models.decoder_start import decoder_prefix
 from pipeline.models.loading import position_limit
-from pipeline.models.prompt_lengths import check_token_ids
+from pipeline.models.prompt_lengths import check_token_ids, decoder_room
+from pipeline.models.speech import reads_sound
 from pipeline.runtime.devices import has_accelerator
 from pipeline.trainers.huggingface.arguments import complete_arguments
 from pipeline.trainers.huggingface.completion_head import CompletionHeadSFTTrainer, ResumableSFTTrainer
-from pipeline.trainers.huggingface.encoder_decoder import EncoderDecoderCollator, EncoderDecoderSFTTrainer
+from pipeline.trainers.huggingface.encoder_decoder import (
+    EncoderDecoderCollator,
+    EncoderDecoderSFTTrainer,
+    SpeechCollator,
+    SpeechSFTTrainer,
+)
 from pipeline.trainers.huggingface.sft_data import RowPlaces, row_numbers, sft_dataset, truncate_examples
 from pipeline.trainers.logs import MetricsFileCallback
 
@@ -73,14 +79,11 @@ def build_sft_trainer(
         args.max_length = None  # the examples are cut, and TRL refuses to cut them without padding
     if peft_config is not None:
         set_seed(args.seed)  # TRL draws the adapter before transformers sets the seed
-    is_encoder_decoder = model.config.is_encoder_decoder
     trainer = trainer_class(model, args)(
         model=model,
         args=args,
         processing_class=tokenizer,
-        data_collator=(
-            EncoderDecoderCollator(decoder_prefix(model), tokenizer.pad_token_id) if is_encoder_decoder else None
-        ),
+        data_collator=_collator(model, tokenizer),
         train_dataset=train_examples,
         eval_dataset=validation_examples,
         peft_config=None if peft_config is None else adapter_config(model, peft_config),
@@ -91,8 +94,19 @@ def build_sft_trainer(
     return trainer
 
 
+def _collator(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> DataCollator | None:
+    """Choose what makes a batch of examples; None: TRL's own."""
+    if reads_sound(model.config):
+        return SpeechCollator(tokenizer.pad_token_id)
+    if model.config.is_encoder_decoder:
+        return EncoderDecoderCollator(decoder_prefix(model), tokenizer.pad_token_id)
+    return None
+
+
 def trainer_class(model: PreTrainedModel, args: SFTConfig) -> type[ResumableSFTTrainer]:
     """Choose the trainer that runs the LM head on scored tokens alone, for this model and this machine."""
+    if reads_sound(model.config):
+        return SpeechSFTTrainer
     if model.config.is_encoder_decoder:
         return EncoderDecoderSFTTrainer
     has_triton = torch.cuda.is_available() or torch.xpu.is_available()
@@ -105,8 +119,8 @@ def trainer_class(model: PreTrainedModel, args: SFTConfig) -> type[ResumableSFTT
 
 def _max_length(model: PreTrainedModel, args: SFTConfig) -> int | None:
     """Return `sft.max_length`, at most what the model can read: TRL's default ignores that."""
-    lengths = [length for length in (args.max_length, position_limit(model.config)) if length is not None]
-    return min(lengths, default=None)
+    limit = decoder_room(model.config) if reads_sound(model.config) else position_limit(model.config)
+    return min([length for length in (args.max_length, limit) if length is not None], default=None)
 
 
 def _prepare_splits(

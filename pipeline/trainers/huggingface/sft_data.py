@@ -7,6 +7,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from pipeline.models.speech import CLIP, spoken_prompts
 from pipeline.models.text import SOURCE, encode_completions, encode_prompts
 
 RowPlaces = Callable[[str, Sequence[int]], str]  # a split's name and row numbers -> where these rows are in the data
@@ -27,11 +28,14 @@ def sft_dataset(
     """Tokenise each example into `input_ids`, `labels` (-100 where no loss is taken) and `length`.
 
     Prompts are rendered as PPO renders them. For an encoder-decoder the `input_ids` are the prompt and the `labels`
-    the completion.
+    the completion; for a speech model the `input_ids` are what its decoder is given, and the column `clip` stays.
     """
 
     def encode(batch: dict[str, list], source: str) -> dict[str, list]:
-        prompts = encode_prompts(tokenizer, batch["prompt"], encoder_decoder)
+        if CLIP in batch:
+            prompts = [list(prompt) for prompt in spoken_prompts(tokenizer, batch[CLIP])]
+        else:
+            prompts = encode_prompts(tokenizer, batch["prompt"], encoder_decoder)
         completions = encode_completions(tokenizer, batch["prompt"], batch["completion"])
         pairs = list(zip(prompts, completions, strict=True))
         lengths = [len(prompt) + len(completion) for prompt, completion in pairs]
@@ -48,7 +52,7 @@ def sft_dataset(
             encode,
             batched=True,
             fn_kwargs={"source": SOURCE},
-            remove_columns=split.column_names,
+            remove_columns=[name for name in split.column_names if name != CLIP],
             num_proc=num_proc,
             desc="Tokenizing",
         )

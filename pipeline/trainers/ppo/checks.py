@@ -15,6 +15,7 @@ from pipeline.models.prompt_lengths import check_prompt_lengths
 from pipeline.models.reward_model import check_base
 from pipeline.models.sequences import Sequences, make_sequences
 from pipeline.models.shared import SharedModel
+from pipeline.models.speech import CLIP, reads_sound
 from pipeline.models.states import ROUNDING, check_causal, check_trunk_and_head
 from pipeline.rewards import Reward
 from pipeline.rewards.learned import adapter_rewards
@@ -37,6 +38,7 @@ def check_inputs(
     """
     if len(dataset) == 0:
         raise ValueError("train_dataset: it has no rows, so there is no prompt to answer")
+    check_sound(model, dataset)
     check_special_tokens(model, tokenizer)
     check_suppressed(suppress_tokens, model, tokenizer)
     for reward in adapter_rewards(rewards):
@@ -65,6 +67,22 @@ def check_start(
     check_first_step(model, prompts, tokenizer, accelerator)
     check_causal(model.language_model)
     check_trunk_and_head(model.language_model)  # last: noise and NaN would look like it
+
+
+def check_sound(model: PreTrainedModel, dataset: Dataset) -> None:
+    """Refuse prompts of text for a model that hears, and clips for one that reads.
+
+    Raises:
+        ValueError: naming the column.
+    """
+    has_clips, kind = CLIP in dataset.column_names, model.config.model_type
+    if reads_sound(model.config) and not has_clips:
+        raise ValueError(
+            f"train_dataset: a {kind!r} hears sound, and there is no column `{CLIP}`; make it with "
+            "pipeline.models.clips.hear"
+        )
+    if has_clips and not reads_sound(model.config):
+        raise ValueError(f"train_dataset: a {kind!r} reads text; remove the column `{CLIP}`")
 
 
 def check_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -124,7 +142,8 @@ def check_prompt_ids(
             f"{split}: {len(unknown)} of {len(prompts)} prompts have tokens beyond the model's {rows} embeddings, the "
             f"first in row {unknown[0]}; use the model's own tokenizer, or model.resize_token_embeddings"
         )
-    limit, prefix = position_limit(model.config), len(decoder_prefix(model))
+    spoken = reads_sound(model.config)
+    limit, prefix = position_limit(model.config), len(prompts[0] if spoken else decoder_prefix(model))
     if prefix and limit is not None and prefix + response_length - 1 > limit:
         raise ValueError(
             f"ppo.response_length: the decoder of the model has {limit} positions (max_position_embeddings), of which "
@@ -138,14 +157,13 @@ def check_first_step(
 ) -> None:
     """Compute on a few rows what PPO's first step rests on: a ratio of 1 and a KL of 0, exactly but for rounding.
 
-    The prompts serve as completions too: both must hold for any tokens, and nothing has to be generated.
+    The prompts serve as completions too: both must hold for any tokens, and nothing has to be generated. Sound is
+    answered by any tokens.
 
     Raises:
         ValueError: numbers that are not finite, a ratio that is not 1 or a KL that is not 0, with the likely cause.
     """
-    rows, never = [ids[-64:] for ids in prompts[:PROBE_ROWS]], model.suppressed
-    end = next(token for token in eos_token_ids(model.language_model, tokenizer) if token not in never)
-    answers = [[*(token for token in ids[:15] if token not in never), end] for ids in rows]
+    rows, answers = [ids[-64:] for ids in prompts[:PROBE_ROWS]], _probe_answers(model, prompts, tokenizer)
     sequences = make_sequences(rows, answers, tokenizer.pad_token_id, accelerator.device)
     with accelerator.autocast():
         with torch.no_grad():
@@ -179,6 +197,19 @@ def check_first_step(
             "not start at 0; likely an adapter that does not start at zero (init_lora_weights), or a model that "
             "already carries an adapter: merge it first"
         )
+
+
+def _probe_answers(
+    model: SharedModel, prompts: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase
+) -> list[list[int]]:
+    """Return completions that the model may write: tokens of the prompts, or any in answer to sound, and an end."""
+    never, vocabulary = model.suppressed, model.language_model.get_output_embeddings().weight.shape[0]
+    end = next(token for token in eos_token_ids(model.language_model, tokenizer) if token not in never)
+    rows = prompts[:PROBE_ROWS]
+    if reads_sound(model.language_model.config):
+        written = [token for token in range(vocabulary) if token not in model.suppressed_first][: 4 * PROBE_ROWS]
+        rows = [written[row :: len(rows)] for row in range(len(rows))]
+    return [[*(token for token in ids[:15] if token not in never), end] for ids in rows]
 
 
 def check_kl(kl: float, limit: float | None, step: int, best_step: int) -> None:

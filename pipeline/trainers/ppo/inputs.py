@@ -9,7 +9,7 @@ from accelerate import PartialState
 from datasets import Dataset, DatasetDict, Image, IterableDataset, IterableDatasetDict
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, WhisperProcessor
 
 from pipeline.models.config import ModelConfig
 from pipeline.models.loading import load_model, load_tokenizer
@@ -71,9 +71,11 @@ def _tokenizer(tokenizer: object, model: PreTrainedModel | PeftModel, args: PPOC
         if not source:
             raise ValueError("processing_class: missing, and the model was not loaded from a directory that has one")
         tokenizer = load_tokenizer(source, ModelConfig(model_name_or_path=source))
+    if isinstance(tokenizer, WhisperProcessor):
+        tokenizer = tokenizer.tokenizer
     if isinstance(tokenizer, ProcessorMixin):
         raise ValueError(
-            "processing_class: a processor of images or sound; PPO here reads text alone: give its tokenizer"
+            "processing_class: a processor of images or of other sound than Whisper's; give its tokenizer"
         )
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError(f"processing_class: expected a tokenizer of transformers, found a {type(tokenizer).__name__}")

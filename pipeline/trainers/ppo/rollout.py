@@ -11,9 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.models.generation import Completions, Decoding, finished, generate, seed_samples
+from pipeline.models.prompts import encode_prompts_of
 from pipeline.models.sequences import Sequences
 from pipeline.models.shared import SharedModel
-from pipeline.models.text import decode, encode_prompts_of
+from pipeline.models.text import decode
 from pipeline.rewards import RewardLog
 from pipeline.runtime.memory import in_smaller_batches
 from pipeline.runtime.seeds import derive_seed
