@@ -9,6 +9,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -19,7 +20,7 @@ from pipeline.models.kernels.decode_loop import decode_batch
 from pipeline.models.kernels.packing import enable_packing
 from pipeline.models.kernels.static_decode import decode_static
 from pipeline.models.kernels.static_step import StaticStep
-from pipeline.models.sampling import Decoding, TokenChooser
+from pipeline.models.sampling import Decoding, TokenChooser, sample_tokens
 
 VIEWS = {
     "alias",
@@ -119,6 +120,29 @@ def measure(decode: Callable, model: PreTrainedModel, args: argparse.Namespace) 
     }
 
 
+def sampling(rows: int, vocabulary: int, repetitions: int, device: str) -> dict[str, float]:
+    """Milliseconds to sample a token for each row, and by float64 sums over the whole vocabulary, as it was before."""
+    torch.manual_seed(0)
+    logits, draws = 3 * torch.randn(rows, vocabulary, device=device), torch.rand(rows, device=device)
+    clock = time.process_time if device == "cpu" else time.perf_counter
+
+    def summed() -> torch.Tensor:
+        cumulative = logits.softmax(-1).double().cumsum(-1)
+        return torch.searchsorted(cumulative, draws.double().unsqueeze(1) * cumulative[:, -1:], right=True).squeeze(1)
+
+    def milliseconds(sample: Callable[[], torch.Tensor]) -> float:
+        times = []
+        for _ in range(repetitions):
+            start = clock()
+            sample().tolist()
+            times.append(clock() - start)
+        return 1000 * min(times)
+
+    ours = partial(sample_tokens, logits, Decoding(1, 1.0), draws)
+    assert torch.equal(ours(), summed())
+    return {"sums of blocks": milliseconds(ours), "sums of all": milliseconds(summed)}
+
+
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     """Measure both ways to decode and print them."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -150,6 +174,8 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     beside = measure(decode_static, model, args)
     found["static shapes without the pass"] = {name: beside[name] for name in ("operations outside it", "ms a token")}
     StaticStep.run = compute
+    for size in (6000, 50_000):
+        found[f"sampling 64 of {size}"] = sampling(64, size, 5 * args.repetitions, args.device)
     for name, numbers in found.items():
         print(name, json.dumps({label: round(number, 2) for label, number in numbers.items()}))
     return found

@@ -130,10 +130,13 @@ class Recorder:
 
     def record(self, compute: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """Capture a pass, which is not computed meanwhile; return its graph, and the tensor of its results."""
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may go on: a capture cares for this one alone.
-        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-            return graph, compute()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            # Other threads may go on: a capture cares for this one alone.
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                return graph, compute()
+        finally:
+            torch.cuda.set_stream(current)  # a capture that fails stays on its own stream
 
 
 class StepMemory:
