@@ -1,14 +1,72 @@
 """Trainers for SFT on TRL's: one that resumes, and one that runs the LM head only on tokens that carry loss."""
 
+from collections import defaultdict
+from collections.abc import Callable
+
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor
 from trl import SFTTrainer
 
+from pipeline.runtime.memory import in_smaller_batches, is_out_of_memory
+from pipeline.runtime.messages import say
 from pipeline.trainers.huggingface.resumable import ResumableTrainer
 
 
 class ResumableSFTTrainer(ResumableTrainer, SFTTrainer):
-    """TRL's SFT trainer with exact resume."""
+    """TRL's SFT trainer with exact resume, which makes smaller passes where the memory of its accelerator runs out."""
+
+    rows_of_a_pass: int | None = None  # once memory has run out; None: a micro-batch is one pass
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Compute one micro-batch; where memory runs out, in more passes, whose gradients add up to the same.
+
+        Where not even one row fits, layers are computed again in the backward pass.
+        """
+        step = super().training_step
+        if not self._is_alone():
+            return step(model, inputs, num_items_in_batch)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        earlier = [p.grad for p in parameters]  # of the micro-batches before it
+        tokens, metrics = self._total_train_tokens, {name: [*seen] for name, seen in self._metrics["train"].items()}
+
+        def attempt(rows: int) -> Tensor:
+            for parameter in parameters:
+                parameter.grad = None
+            self._total_train_tokens = tokens
+            self._metrics["train"] = defaultdict(list, {name: [*seen] for name, seen in metrics.items()})
+            passes = zip(*(tensor.split(rows) for tensor in inputs.values()), strict=True)
+            losses = [step(model, dict(zip(inputs, tensors, strict=True)), num_items_in_batch) for tensors in passes]
+            return torch.stack(losses).sum()
+
+        # The loss is a sum over tokens but where a router's is added, which is a mean over each pass.
+        count, is_sum = len(inputs["input_ids"]), num_items_in_batch is not None and not self.aux_loss_enabled
+        compute = self._in_passes if is_sum else lambda attempt, count: attempt(count)
+        try:
+            loss = compute(attempt, count)
+        except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+            network = self.accelerator.unwrap_model(model)
+            if network.is_gradient_checkpointing or not is_out_of_memory(error):
+                raise
+            say("out of memory: from now on layers are computed again in the backward pass (gradient_checkpointing)")
+            network.gradient_checkpointing_enable({"use_reentrant": False})
+            loss = compute(attempt, count)
+        for parameter, gradient in zip(parameters, earlier, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        return loss
+
+    def _is_alone(self) -> bool:
+        """Tell whether one accelerator trains, and nothing else waits for this pass or holds its gradients."""
+        return self.accelerator.distributed_type == DistributedType.NO and self.args.n_gpu == 1
+
+    def _in_passes(self, attempt: Callable[[int], Tensor], count: int) -> Tensor:
+        before = min(self.rows_of_a_pass or count, count)
+        loss, rows = in_smaller_batches(attempt, before)
+        if rows < before:
+            self.rows_of_a_pass = rows
+            say(f"out of memory: from now on passes of {rows} rows instead of {before}, as many as before to a step")
+        return loss
 
 
 class CompletionHeadSFTTrainer(ResumableSFTTrainer):

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import set_seed
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
@@ -18,6 +19,7 @@ from pipeline.models.loading import position_limit
 from pipeline.models.prompt_lengths import check_token_ids, decoder_room
 from pipeline.models.speech import reads_sound
 from pipeline.runtime.devices import has_accelerator
+from pipeline.runtime.distributed import launched_engine
 from pipeline.trainers.huggingface.arguments import complete_arguments
 from pipeline.trainers.huggingface.completion_head import CompletionHeadSFTTrainer, ResumableSFTTrainer
 from pipeline.trainers.huggingface.encoder_decoder import (
@@ -48,12 +50,22 @@ def sft_arguments(arguments: Mapping[str, Any], output_dir: Path, seed: int) -> 
     Raises:
         ValueError: as `complete_arguments`.
     """
+    settings = complete_arguments("sft", DEFAULTS, arguments)
+    chosen = any(name.startswith(("gradient_checkpointing", "activation_checkpointing")) for name in arguments)
+    if trains_on_one_accelerator() and not chosen:
+        settings["gradient_checkpointing"] = False  # the trainer turns it on where memory runs out; TRL always does
     return SFTConfig(
-        **complete_arguments("sft", DEFAULTS, arguments),
+        **settings,
         output_dir=str(output_dir / "checkpoints"),
         seed=seed,
         use_cpu=not has_accelerator(),
     )
+
+
+def trains_on_one_accelerator() -> bool:
+    """Tell whether one process trains on the only accelerator of this machine."""
+    alone = PartialState().num_processes == 1 and launched_engine() is None
+    return has_accelerator() and torch.accelerator.device_count() == 1 and alone
 
 
 def build_sft_trainer(
