@@ -131,7 +131,7 @@ def _read_message(message: object, column: str, names: Mapping[str, str]) -> Mes
             "name its keys in task.messages_from, such as {role: from, content: value}"
         )
     role = require_text(message[keys["role"]], "the role of a message")
-    read: Message = {"role": names.get(role, role), "content": message.get(keys["content"])}
+    read: Message = {"role": names.get(role, role), "content": _joined_parts(message.get(keys["content"]))}
     if names and read["role"] not in ROLES:
         raise Unusable(
             f"a message in the column {column!r} has the role {role!r}; map it to one of {', '.join(ROLES)} in "
@@ -142,6 +142,20 @@ def _read_message(message: object, column: str, names: Mapping[str, str]) -> Mes
     if not calls or read["content"] is not None:
         require_text(read["content"], "the content of a message")
     return read | {key: message[key] for key in FURTHER_KEYS[1:] if message.get(key) is not None}
+
+
+def _joined_parts(content: object) -> object:
+    """Return the text of a content in parts, as OpenAI's interface has it; any other content as it is.
+
+    Raises:
+        Unusable: a part is no text, such as an image.
+    """
+    if not isinstance(content, list) or not all(isinstance(part, dict) and "type" in part for part in content):
+        return content
+    others = [str(part["type"]) for part in content if part["type"] != "text" or not isinstance(part.get("text"), str)]
+    if others:
+        raise Unusable(f"the content of a message has a part of the type {others[0]!r}; only texts can be read")
+    return "".join(part["text"] for part in content)
 
 
 def _hint(keys: Mapping[str, str], names: Mapping[str, str], role: str) -> str:

@@ -86,7 +86,10 @@ class Config:
     def _check_columns(self) -> None:
         if (self.prompt is None) == (self.messages is None):
             number = "neither" if self.prompt is None else "both"
-            raise TaskError(f"task: set exactly one of prompt and messages, found {number}")
+            raise TaskError(
+                f"task: set exactly one of prompt and messages, found {number}; a column of chats is read by "
+                "messages: COLUMN, other rows by prompt: and a column or a template, as '{instruction}\\n{input}'"
+            )
         if self.messages is None and self.completion is None and self.references is None:
             raise TaskError("task: set completion or references, or both, found neither")
         if self.messages is not None and self.completion is not None:

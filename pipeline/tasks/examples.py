@@ -6,6 +6,7 @@ from string import Formatter
 from typing import Any
 
 from pipeline.runtime.messages import did_you_mean
+from pipeline.tasks.known_shapes import task_keys
 from pipeline.tasks.tables import SourceTable
 from pipeline.tasks.text_rows import Row
 from pipeline.tasks.types import TaskError, check_widths
@@ -42,17 +43,25 @@ def column_of(field: str) -> str:
     return re.split(r"[.\[]", field, maxsplit=1)[0]
 
 
-def check_columns(table: SourceTable, key: str, expression: str) -> None:
-    """Refuse an expression with a column that the data does not have.
+def check_columns(
+    table: SourceTable,
+    key: str,
+    expression: str,
+    keys_of: Callable[[Sequence[str]], str | None] = task_keys,
+) -> None:
+    """Refuse an expression with a column that the data does not have; `keys_of` says which keys would read them.
 
     Raises:
-        TaskError: naming it, and those that there are.
+        TaskError: naming it, those that there are, and the keys for rows of a well-known shape.
     """
     columns = table.dataset.column_names
     for column in list(map(column_of, placeholders(expression, key))) or [expression]:
         if column not in columns:
             hint = did_you_mean(column, columns) or ";"
-            raise TaskError(f"task.{key}: no column {column!r} in {table.place}{hint} there are: {', '.join(columns)}")
+            known = keys_of(columns)
+            shape = f"; rows like these are read by {known}" if known else ""
+            there = f"there are: {', '.join(columns)}{shape}"
+            raise TaskError(f"task.{key}: no column {column!r} in {table.place}{hint} {there}")
 
 
 def read_row(readers: Sequence[Reader], row: Row) -> tuple[list[Any], str | None]:
@@ -97,6 +106,11 @@ def read_text(expression: str, row: Row) -> str:
         value = row.get(expression)
         if isinstance(value, int | float):
             raise Unusable(f"the column {expression!r} holds {_kind(value)}, not a text; write '{{{expression}}}'")
+        if isinstance(value, dict) and value:
+            key = "text" if "text" in value else next(iter(value))
+            raise Unusable(
+                f"the column {expression!r} holds a mapping of {', '.join(value)}; write '{{{expression}[{key}]}}'"
+            )
         return require_text(value, f"the column {expression!r}")
     for name in names:
         _text_or_number(_field(name, row), f"{{{name}}}")

@@ -19,6 +19,7 @@ from pipeline.tasks.examples import (
     read_row,
     read_text,
 )
+from pipeline.tasks.known_shapes import pair_keys, prompt_of_pairs
 from pipeline.tasks.parts import select_part
 from pipeline.tasks.text_rows import Row
 from pipeline.tasks.types import TaskError, Where, check_limits
@@ -162,7 +163,7 @@ def _load(config: Config, form: PromptForm | None) -> Preferences:
         read = replace(config, prompt=config.prompt if has_prompt else None)
         for key in ("prompt", "chosen", "rejected", "margin"):
             if getattr(read, key) is not None:
-                check_columns(table, key, getattr(read, key))
+                check_columns(table, key, getattr(read, key), pair_keys)
         readers: list[Reader] = [("chosen", config.chosen, partial(_read_pair, config=read, form=form))]
         readers += [] if config.margin is None else [("margin", config.margin, _margin)]
         rows = [read_row(readers, row) for row in table.dataset]
@@ -189,7 +190,11 @@ def _read_pair(name: str, row: Row, config: Config, form: PromptForm | None) -> 
     if starts:
         prompt = starts[0] if prompt is None else _same_prompt(prompt, starts[0])
     elif prompt is None:
-        prompt, answers = split_transcripts(answers, as_chat=form is not None and form.chat)
+        try:
+            prompt, answers = split_transcripts(answers, as_chat=form is not None and form.chat)
+        except Unusable as error:
+            column = prompt_of_pairs(row)
+            raise Unusable(f"{error}{f', such as prompt: {column}' if column else ''}") from error
     if form is not None and form.chat:
         prompt = with_system(as_user_turn(prompt) if isinstance(prompt, str) else prompt, form.system)
     elif form is not None and not isinstance(prompt, str):

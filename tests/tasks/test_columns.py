@@ -168,7 +168,8 @@ def test_a_system_message_is_put_in_front_where_there_is_none(tmp_path):
         (["Hallo"], "task.messages: a message in the column 'chat' holds a text"),
         ([{"who": "human", "says": "Hi"}], "task.messages: a message in the column 'chat' has who, says"),
         ([{**CHAT[0], "content": None}], "task.messages: the content of a message is null"),
-        ([{**CHAT[0], "content": [{"type": "text", "text": "Hi"}]}], "task.messages: the content of a message holds"),
+        ([{**CHAT[0], "content": [{"type": "image"}]}], "task.messages: the content of a message has a part of"),
+        ([{**CHAT[0], "content": ["Hi"]}], "task.messages: the content of a message holds"),
     ],
 )  # fmt: skip
 def test_chats_that_cannot_be_used(tmp_path, messages, message):
