@@ -309,7 +309,7 @@ def in_bfloat16(setting: Setting) -> None:
     assert {p.dtype for p in trainer.shared.parameters()} == {torch.float32}
     for line in training_steps(setting.root / "bf16"):
         assert line["val/ratio_first"] == pytest.approx(1.0, abs=1e-6)
-    assert training_steps(setting.root / "bf16")[0]["objective/kl"] == 0.0
+    assert training_steps(setting.root / "bf16")[0]["objective/kl"] == pytest.approx(0.0, abs=1e-4)
 
 
 def test_layers_are_gathered_in_bfloat16_and_their_slices_are_float32(setting):
