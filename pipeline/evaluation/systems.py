@@ -44,7 +44,7 @@ class Source:
     config: ModelConfig
     base: Path | str | None = None
 
-    def load(self, sharding: Sharding | None = None, bf16: bool = False) -> Loaded:
+    def load(self, sharding: Sharding | None = None) -> Loaded:
         """Load the model with plain weights, on this process's device, and its tokenizer.
 
         With `sharding`, which every process has to give, a slice of the model may be there: see `Sharding.place`.
@@ -57,7 +57,7 @@ class Source:
         check_causal(model)
         if sharding is None:
             return model.to(PartialState().device).eval(), tokenizer
-        sharding.place(model.eval(), bf16=bf16)
+        sharding.place(model.eval())
         return model, tokenizer
 
 
@@ -116,12 +116,12 @@ def predict_systems(
     Besides SFT one system at a time is in memory. Without SFT nothing is compared with it.
     """
     sharding, bf16 = Sharding(), answering.bf16
-    loaded_sft = None if sft is None else sft.load(sharding, bf16)
+    loaded_sft = None if sft is None else sft.load(sharding)
     batches = BatchSize(answering.settings.per_device_eval_batch_size)
     predictions = {}
     for source in sources:
         say(f"{source.name}: writing {len(rows)} completions")
-        loaded = loaded_sft if source.name == "sft" else source.load(sharding, bf16)
+        loaded = loaded_sft if source.name == "sft" else source.load(sharding)
         with torch.autocast(PartialState().device.type, torch.bfloat16, enabled=bf16):
             system = predict_system(source.name, loaded_sft, loaded, rows, answering, batches, sharding.gathered)
         if sharding.roots and loaded is not loaded_sft:

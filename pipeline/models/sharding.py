@@ -18,7 +18,7 @@ from accelerate import ParallelismConfig, PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from pipeline.runtime.distributed import launched_engine
 from pipeline.runtime.memory import is_out_of_memory
@@ -48,14 +48,12 @@ class Sharding:
         self._group: distributed.ProcessGroup | None = None
         self._is_serving = self._is_open = False
 
-    def place(
-        self, root: nn.Module, methods: Sequence[str] = (), bf16: bool = False, rare: nn.Module | None = None
-    ) -> None:
+    def place(self, root: nn.Module, methods: Sequence[str] = (), rare: nn.Module | None = None) -> None:
         """Move a model to this process's device: whole, or a slice of it where accelerate launch asks for FSDP2.
 
-        As a slice, it computes in calls of `forward`, of `methods`, and in `gathered`. With `bf16` its layers are
-        gathered, and computed, in bfloat16; slices stay as they are. Its weights are other objects afterwards, so an
-        optimizer is made later. `rare` is a module in it that few passes need, which is never gathered whole.
+        As a slice, it computes in calls of `forward`, of `methods`, and in `gathered`. Its weights are other objects
+        afterwards, so an optimizer is made later. `rare` is a module in it that few passes need, which is never
+        gathered whole.
         """
         if not shards_models():
             root.to(PartialState().device)
@@ -65,12 +63,10 @@ class Sharding:
             self._group = distributed.new_group(backend="gloo", timeout=patience)
             self.memory = self._lowest(device_memory())
         mesh, layers = device_mesh(), repeated_layers(root)
-        types = (torch.bfloat16, torch.float32) if bf16 else ()  # of weights, and of gradients that are added up
-        policy = MixedPrecisionPolicy(*types, cast_forward_inputs=False)
         self._rare |= set() if rare is None else set(rare.modules())
-        self.whole_bytes[root] = gathered_bytes(root, [layer for layer in layers if layer not in self._rare], bf16)
+        self.whole_bytes[root] = gathered_bytes(root, [layer for layer in layers if layer not in self._rare])
         for layer in layers:
-            fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
         fully_shard(root, mesh=mesh, reshard_after_forward=True)
         for method in methods:
             register_fsdp_forward_method(root, method)
@@ -266,12 +262,12 @@ def repeated_layers(model: nn.Module) -> list[nn.Module]:
     return layers
 
 
-def gathered_bytes(root: nn.Module, layers: Sequence[nn.Module], bf16: bool) -> int:
-    """Count the bytes of whole `layers` of a model as they are gathered, and of all that is in no layer, as it is."""
+def gathered_bytes(root: nn.Module, layers: Sequence[nn.Module]) -> int:
+    """Count the bytes of whole `layers` of a model, and of all that is in no layer."""
     inside = {weight for layer in repeated_layers(root) for weight in layer.parameters()}
     counted = {weight for layer in layers for weight in layer.parameters()}
-    size = sum(weight.numel() * (2 if bf16 else weight.element_size()) for weight in counted)
-    return size + sum(weight.numel() * weight.element_size() for weight in root.parameters() if weight not in inside)
+    counted |= {weight for weight in root.parameters() if weight not in inside}
+    return sum(weight.numel() * weight.element_size() for weight in counted)
 
 
 def device_memory() -> int:

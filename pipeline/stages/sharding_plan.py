@@ -5,7 +5,6 @@ import torch
 from pipeline.models.loading import language_model_class, load_config, weights_dtype
 from pipeline.models.sharding import SHARE_OF_MEMORY, device_memory, gathered_bytes, repeated_layers
 from pipeline.recipe import Recipe
-from pipeline.trainers.precision import native_bf16
 
 GB = 1e9
 
@@ -44,5 +43,4 @@ def _whole_bytes(recipe: Recipe) -> int | None:
     dtype = weights_dtype(recipe.model, frozen=recipe.ppo.use_peft, bf16_gpu=False)
     if dtype != "auto":
         model.to(dtype)
-    bf16 = recipe.ppo.bf16 or (recipe.ppo.bf16 is None and native_bf16())
-    return gathered_bytes(model, repeated_layers(model), bf16)
+    return gathered_bytes(model, repeated_layers(model))

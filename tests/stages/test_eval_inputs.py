@@ -53,7 +53,7 @@ def test_systems_answer_under_autocast(bf16, task, monkeypatch):
     class Loaded:
         name = "other"
 
-        def load(self, sharding: object, bf16: bool) -> None:
+        def load(self, sharding: object) -> None:
             return None
 
     monkeypatch.setattr(systems, "predict_system", predict)

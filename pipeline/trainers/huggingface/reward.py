@@ -107,7 +107,7 @@ class ResumableRewardTrainer(ResumableTrainer, RewardTrainer):
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         """Create it over slices of the network, where accelerate launch asks for FSDP2."""
         if self.is_distributed_loading_by_transformers and not self.sharding.roots:
-            self.sharding.place(self.model, ("scores",), self.args.bf16)
+            self.sharding.place(self.model, ("scores",))
             keep_whole_states(super().create_optimizer(*args, **kwargs))
         return super().create_optimizer(*args, **kwargs)
 

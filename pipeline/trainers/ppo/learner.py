@@ -54,7 +54,7 @@ class Learner:
         if self._first_size > args.per_device_train_batch_size:
             say(f"PPO: micro-batches of {self._first_size} episodes, half as many wherever memory runs out")
         self.sharding = Sharding()
-        self.sharding.place(shared, PASSES, accelerator.mixed_precision == "bf16", rare=shared.frozen_copy)
+        self.sharding.place(shared, PASSES, rare=shared.frozen_copy)
         optimizer = torch.optim.AdamW(
             [
                 {"params": shared.policy_parameters()},
