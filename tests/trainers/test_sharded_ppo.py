@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset
-from ppo_toys import SMALL, colours, training_steps, weights
+from ppo_toys import SMALL, colours, weights
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -293,16 +293,3 @@ def test_slices_inside_of_a_machine(setting):
 
     run_in_processes(4, run, setting.root)
     assert_same(setting.weights("one"), setting.weights("hybrid"))
-
-
-def in_bfloat16(setting: Setting) -> None:
-    """Train all weights for two steps with passes in bfloat16."""
-    shard()
-    trainer = setting.run("bf16", 2, bf16=True, use_peft=False, total_episodes=16)
-    assert {p.dtype for p in trainer.shared.parameters()} == {torch.float32}
-    for line in training_steps(setting.root / "bf16"):
-        assert line["val/ratio_first"] == pytest.approx(1.0, abs=1e-5)
-
-
-def test_passes_in_bfloat16_start_at_ratio_1(setting):
-    run_in_processes(2, partial(in_bfloat16, setting), setting.root)
