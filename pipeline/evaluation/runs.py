@@ -17,6 +17,8 @@ from pipeline.evaluation.seeds import (
 )
 from pipeline.evaluation.significance import SIGNIFICANT, compare_texts, holm
 
+BY_SEED = ("seed", "eval.control")  # settings that differ between the seeds of one experiment
+
 
 @dataclass(frozen=True)
 class PairwiseComparison:
@@ -86,7 +88,7 @@ def group_by_settings(runs: Sequence[Run]) -> list[list[Run]]:
     """Put runs together that are one experiment with different seeds, in the order of the first of each."""
     groups: list[tuple[dict, list[Run]]] = []
     for run in runs:
-        settings = {key: value for key, value in run.settings.items() if key != "seed"}
+        settings = {key: value for key, value in run.settings.items() if key not in BY_SEED}
         members = next((group for known, group in groups if known == settings), None)
         if members is None:
             groups.append((settings, [run]))

@@ -128,7 +128,7 @@ class RewardNetwork(nn.Module):
         return apply_head(self.head, self._states(sequences))
 
     def add_model_tags(self, tags: object) -> None:
-        """Nothing: tags are for uploads, which Relay never makes."""
+        """Nothing: tags are for uploads, which training never makes."""
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping | None = None, **more: Any) -> None:
         """Recompute layers in the backward pass, as the language model does it."""

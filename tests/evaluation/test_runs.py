@@ -56,6 +56,13 @@ def test_seeds_are_summed_up(evaluated):
     assert found.verdict.startswith("PPO is better than SFT: bleu +") and found.duels == []
 
 
+def test_seeds_may_each_name_their_control(evaluated):
+    texts = [GOOD, GOOD[:11] + BAD[11:]]
+    runs = [evaluated(f"run-{n}", texts[n], seed=n, **{"eval.control": f"runs/control_{n}"}) for n in range(2)]
+    found = compared(*runs)
+    assert found.seeds[0].seeds == [0, 1] and found.duels == []
+
+
 def test_it_is_told_whether_sft_was_reseeded(evaluated):
     texts = [GOOD, GOOD[:11] + BAD[11:]]
     found = compared(*(evaluated(f"a-{n}", ppo, seed=n) for n, ppo in enumerate(texts)))

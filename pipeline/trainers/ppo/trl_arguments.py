@@ -67,7 +67,7 @@ CONFIG_ARGUMENTS = {
     "log_completions": _SAMPLES,
     "num_completions_to_print": _SAMPLES,
     "log_unique_prompts": _SAMPLES,
-    "log_completions_hub_repo": "Relay never uploads anything; leave it out",
+    "log_completions_hub_repo": "training uploads nothing; leave it out",
     "log_multimodal": _TEXT,
     "use_adaptive_entropy": "use entropy_coef, which may be a list of [episodes, value]",
 }
@@ -78,8 +78,8 @@ PREFIXES = {
     "sapo_": _ONE_LOSS,
     "vespo_": _ONE_LOSS,
     "entropy_": "use entropy_coef, which may be a list of [episodes, value]",
-    "hub_": "Relay never uploads anything; leave it out",
-    "push_to_hub": "Relay never uploads anything; leave it out",
+    "hub_": "training uploads nothing; use `relay push` after it",
+    "push_to_hub": "training uploads nothing; use `relay push` after it",
 }
 
 
