@@ -20,6 +20,7 @@ from pipeline.rewards.metric import metric_reward
 from pipeline.trainers.huggingface.encoder_decoder import SpeechCollator, SpeechSFTTrainer
 from pipeline.trainers.huggingface.sft import build_sft_trainer, sft_arguments
 from pipeline.trainers.ppo.config import PPOConfig
+from pipeline.trainers.ppo.reference_texts import encode_references
 from pipeline.trainers.ppo.trainer import PPOTrainer
 
 SFT = {
@@ -260,3 +261,14 @@ def test_data_without_clips_are_refused_in_one_sentence(
             train_dataset=spoken.remove_columns("clip"),
             output_dir=tmp_path,
         )
+
+
+def test_mixed_in_references_hold_nothing_forbidden(make_ppo, whisper_tokenizer, spoken, taught_whisper):
+    trainer = make_ppo(ptx_coef=0.1, total_episodes=8)
+    experience, _ = trainer.compute_advantages(trainer.collect_rollout(trainer.prompt_rows(0)))
+    assert 0 < trainer.update(experience)["loss/ptx_avg"] < 20
+    model = taught_whisper()
+    model.generation_config.suppress_tokens = whisper_tokenizer("one", add_special_tokens=False)["input_ids"]
+    prompts = encode_rows(whisper_tokenizer, spoken)
+    with pytest.raises(ValueError, match=r"ppo.ptx_coef: \d+ of 24 references hold tokens that .*forbids"):
+        encode_references(PPOConfig(**SMALL, ptx_coef=0.1), spoken, prompts, whisper_tokenizer, model)

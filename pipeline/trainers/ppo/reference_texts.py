@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.models.loading import position_limit
 from pipeline.models.sequences import Sequences, make_sequences
+from pipeline.models.speech import forbidden_tokens
 from pipeline.models.text import encode_completions
 from pipeline.trainers.ppo.config import PPOConfig
 
@@ -37,7 +38,7 @@ def encode_references(
     """Tokenise the references, as SFT does; None where `args.ptx_coef` is 0.
 
     Raises:
-        ValueError: no column `completion`, or references that do not fit the model's positions.
+        ValueError: no column `completion`, or references that do not fit the model or that it never writes.
     """
     if not args.ptx_coef:
         return None
@@ -53,6 +54,13 @@ def encode_references(
             f"ppo.ptx_coef: {sum(length > limit for length in lengths)} of {len(ids)} references do not fit the "
             f"model's {limit} positions, the first in row {next(i for i, n in enumerate(lengths) if n > limit)}; "
             "leave such rows out, or set it to 0"
+        )
+    forbidden = forbidden_tokens(model)
+    never = [row for row, answer in enumerate(ids) if {*answer} & {*forbidden.always} or answer[0] in forbidden.first]
+    if never:
+        raise ValueError(
+            f"ppo.ptx_coef: {len(never)} of {len(ids)} references hold tokens that the model's generation config "
+            f"forbids (suppress_tokens), the first in row {never[0]}; change these texts, or set it to 0"
         )
     return ReferenceTexts(prompt_ids, ids, tokenizer.pad_token_id)
 
