@@ -24,6 +24,7 @@ from pipeline.models.sampling import Decoding, TokenChooser
 from pipeline.models.sequences import length_sorted_chunks, pad_left, pad_right
 from pipeline.models.sharding import is_sharded
 from pipeline.models.speech import forbidden_tokens, make_sound, reads_sound
+from pipeline.models.stop_strings import StopStrings
 from pipeline.runtime.seeds import derive_seed
 
 # Gets after every token what each unfinished row has written, as lists of token ids.
@@ -142,28 +143,23 @@ def finished(
 ) -> list[bool]:
     """Whether each completion ended by itself, with EOS or a stop string, rather than at the token limit."""
     ends = eos_token_ids(model, tokenizer)
-    return [ids[-1] in ends or _is_stopped(tokenizer, decoding, ids) for ids in completions]
+    stops = StopStrings(tokenizer, decoding)
+    return [ids[-1] in ends or stops.in_text(ids) for ids in completions]
 
 
 def _stopper(tokenizer: PreTrainedTokenizerBase, decoding: Decoding, watch: Watch | None) -> Stop | None:
     """Which texts hold one of the stop strings, after at least `min_new_tokens`; None if there are none to `watch`."""
     if not decoding.stop_strings and watch is None:
         return None
+    stops = StopStrings(tokenizer, decoding)
 
     def stop(rows: Tensor, written: Tensor) -> Tensor:
         texts = written.tolist()
         if watch is not None:
             watch(texts)
-        return torch.tensor([_is_stopped(tokenizer, decoding, ids) for ids in texts], device=written.device)
+        return torch.tensor([stops.in_new_text(ids) for ids in texts], device=written.device)
 
     return stop
-
-
-def _is_stopped(tokenizer: PreTrainedTokenizerBase, decoding: Decoding, ids: list[int]) -> bool:
-    if not decoding.stop_strings or len(ids) < decoding.min_new_tokens:
-        return False
-    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return any(end in text for end in decoding.stop_strings)
 
 
 @torch.no_grad()
@@ -176,7 +172,7 @@ def _generate_by_transformers(
     batch_size: int,
     watch: Watch | None,
 ) -> list[list[int]]:
-    sampled = decoding.temperature is not None
+    sampled, stops = decoding.temperature is not None, StopStrings(tokenizer, decoding)
     config = GenerationConfig(
         max_new_tokens=decoding.max_new_tokens,
         min_new_tokens=decoding.min_new_tokens or None,
@@ -210,7 +206,7 @@ def _generate_by_transformers(
                 output = model.generate(**inputs, **given)
             for row, tokens in zip(rows, output[:, start:].tolist(), strict=True):
                 lengths = range(1, len(tokens))
-                stop = (n for n in lengths if tokens[n - 1] in ends or _is_stopped(tokenizer, decoding, tokens[:n]))
+                stop = (n for n in lengths if tokens[n - 1] in ends or stops.in_new_text(tokens[:n]))
                 completions[row] = tokens[: next(stop, len(tokens))]
     finally:
         model.generation_config = saved
