@@ -1,9 +1,9 @@
 """Which numbers a machine computes with: what it does by itself, and what it cannot."""
 
+import os
 import sys
 
 import torch
-from accelerate import PartialState
 
 from pipeline.runtime.devices import has_accelerator
 
@@ -42,7 +42,8 @@ def check_precision(section: str, fp16: bool | None = None, bf16: bool | None = 
         raise ValueError(
             f"{section}.bf16: {torch.cuda.get_device_name()} has no bfloat16; set {section}.bf16: false for float32"
         )
-    if bf16 and device.type == "cpu" and not native_bf16() and PartialState().is_main_process:
+    # By the launcher's variable: a PartialState made here would keep the device and the processes that it sees now.
+    if bf16 and device.type == "cpu" and not native_bf16() and os.environ.get("RANK", "0") == "0":
         print(
             f"{section}.bf16: this CPU has no instructions for bfloat16, so it takes many times as long as float32; "
             "without the key bfloat16 is used where it is fast",

@@ -35,6 +35,7 @@ METHODS: dict[str, str] = {
     "_save_checkpoint": "model trial",
     "_save_optimizer_and_scheduler": "output_dir",
     "_save_scaler": "output_dir",
+    "_set_signature_columns_if_needed": "",
     "_track_num_input_tokens": "inputs",
 }
 # Attributes, and the methods that set them to their start.
@@ -47,6 +48,7 @@ ATTRIBUTES = {
     "_initial_global_step": IN_THE_LOOP,
     "_tr_loss": IN_THE_LOOP,
     "_total_loss_scalar": IN_THE_LOOP,
+    "_signature_columns": ((Trainer, "__init__"), (Trainer, "_set_signature_columns_if_needed")),
     "_metrics": AT_THE_START,
     "_total_train_tokens": AT_THE_START,
 }

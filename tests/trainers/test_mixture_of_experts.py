@@ -144,6 +144,7 @@ def test_layers_of_experts_that_get_no_adapter_are_refused_before_a_run(mixture,
     config = ModelConfig(path, lora_r=2, lora_dropout=dropout, lora_target_modules=targets)
     recipe = SimpleNamespace(
         model=config,
+        task=SimpleNamespace(config=None),
         sft=SimpleNamespace(use_peft=True),
         reward=None,
         ppo=None,

@@ -17,6 +17,7 @@ Methods of `transformers.Trainer` that are overridden:
 - `_run_epoch`: restores the random state from which an epoch draws the order of its examples.
 - `_save_checkpoint`: writes a checkpoint completely or not at all.
 - `_save_optimizer_and_scheduler`: of a sharded reward model every process gives its slice of the optimizer's state.
+- `_set_signature_columns_if_needed`: adds the column `clip` of spoken prompts to the `_signature_columns` that stay.
 - `_track_num_input_tokens`: counts the tokens of an encoder-decoder's completions too.
 
 Methods that are called: `_save_optimizer_and_scheduler` and `_save_scaler`, which know DeepSpeed and FSDP.
