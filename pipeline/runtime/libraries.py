@@ -13,8 +13,8 @@ def quiet_libraries() -> None:
     datasets_logging.set_verbosity(datasets_logging.CRITICAL)  # Relay names the line of a file that it cannot read
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    # trl still uses names that transformers has renamed.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    # trl and peft still use names that transformers has renamed, and torch names that it has renamed itself.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|torch\.distributed")
 
 
 def limit_kernel_cache() -> None:
