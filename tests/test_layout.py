@@ -9,6 +9,8 @@ from pathlib import Path
 
 from transformers import Trainer
 
+from tools.figures import CONTRACT
+
 ROOT = Path(__file__).resolve().parent.parent
 PIPELINE = ROOT / "pipeline"
 SCRIPTS = {"sft", "reward", "ppo", "eval", "run"}
@@ -145,6 +147,16 @@ def test_files_have_one_duty_and_say_it():
         assert len(text.splitlines()) <= limit, f"{name_of(path)} is longer than {limit} lines"
         duty = ast.get_docstring(ast.parse(text))
         assert duty and duty.splitlines()[0].endswith("."), f"{name_of(path)} does not say what it is for"
+
+
+def test_no_two_public_names_are_the_same():
+    """A word has one meaning, but for the names that a contract prescribes."""
+    homes: dict[str, str] = {}
+    for path in FILES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name[0] != "_" and node.name not in CONTRACT:
+                home = homes.setdefault(node.name, name_of(path))
+                assert home == name_of(path), f"{home} and {name_of(path)} both define {node.name}"
 
 
 def test_scripts_hold_no_classes():

@@ -21,7 +21,7 @@ from transformers.integrations.integration_utils import get_available_reporting_
 
 from pipeline.cli.main import installed_version
 from pipeline.cli.parsers import make_parser
-from pipeline.cli.push_command import size_text
+from pipeline.cli.push_command import bytes_text
 from pipeline.cli.recipe_files import recipe_files
 from pipeline.evaluation.pages.page import print_table
 from pipeline.evaluation.pages.tables import Table
@@ -75,7 +75,7 @@ def library_table() -> Table:
     rows = [["python", platform.python_version(), "", metadata_of("Requires-Python")]]
     for name in PACKAGES:
         if name != PACKAGE:
-            rows.append([name, installed(name), tested.get(name, ""), allowed.get(name, "")])
+            rows.append([name, package_version(name), tested.get(name, ""), allowed.get(name, "")])
     where = "a clone" if IN_CLONE else "a wheel"
     return Table(f"Relay {installed_version()}, {where}", ["library", "installed", "tested", "allowed"], rows)
 
@@ -84,7 +84,7 @@ def extra_table() -> Table:
     """List the optional packages, and which of them are there."""
     rows = []
     for extra in metadata_of("Provides-Extra").split():
-        missing = [name for name in packages_of(PACKAGE, extra) if not installed(name)]
+        missing = [name for name in packages_of(PACKAGE, extra) if not package_version(name)]
         rows.append([extra, "there" if not missing else f"missing: {', '.join(missing)}"])
     trackers = ", ".join(map(str, get_available_reporting_integrations())) or "none"
     return Table("Extras", ["extra", ""], [*rows, ["trackers for report_to", trackers]])
@@ -97,10 +97,10 @@ def machine_table() -> Table:
     rows = [
         ["system", platform.platform()],
         ["cores", f"{os.cpu_count()}; torch uses {count(threads, 'thread', 'threads')} (OMP_NUM_THREADS sets it)"],
-        ["memory", f"{size_text(memory.available)} free of {size_text(memory.total)}"],
+        ["memory", f"{bytes_text(memory.available)} free of {bytes_text(memory.total)}"],
         *[["accelerator", line] for line in accelerators() or ["none that Relay uses"]],
         ["bf16", "yes, and used by default" if native_bf16() else "no instructions for it; float32 is used"],
-        ["disk", f"{size_text(shutil.disk_usage('.').free)} free in {Path.cwd()}"],
+        ["disk", f"{bytes_text(shutil.disk_usage('.').free)} free in {Path.cwd()}"],
         ["models of the Hub", cache_text(cache)],
         ["Hub", "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "online when a recipe needs it"],
         ["token of the Hub", "there" if get_token() else "none; relay push and private models need one"],
@@ -128,7 +128,7 @@ def accelerators() -> list[str]:
     lines = []
     for number in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(number)
-        lines.append(f"{torch.cuda.get_device_name(number)}, {size_text(free)} free of {size_text(total)}")
+        lines.append(f"{torch.cuda.get_device_name(number)}, {bytes_text(free)} free of {bytes_text(total)}")
     return lines
 
 
@@ -138,8 +138,8 @@ def cache_text(cache: Path) -> str:
         content = scan_cache_dir(cache)
     except CacheNotFound:
         return f"{cache}: empty"
-    free = size_text(shutil.disk_usage(cache).free)
-    return f"{cache}: {len(content.repos)} repositories, {size_text(content.size_on_disk)}; {free} free"
+    free = bytes_text(shutil.disk_usage(cache).free)
+    return f"{cache}: {len(content.repos)} repositories, {bytes_text(content.size_on_disk)}; {free} free"
 
 
 def run_short_tests() -> int:
@@ -171,7 +171,7 @@ def packages_of(package: str, extra: str) -> list[str]:
     for requirement in map(Requirement, requires(package) or []):
         if requirement.marker is not None and f'"{extra}"' in str(requirement.marker):
             names.append(requirement.name)
-            if installed(requirement.name):
+            if package_version(requirement.name):
                 names += [name for inner in requirement.extras for name in packages_of(requirement.name, inner)]
     return names
 
@@ -184,7 +184,7 @@ def metadata_of(field: str) -> str:
         return ""
 
 
-def installed(name: str) -> str:
+def package_version(name: str) -> str:
     """Return the version of a package; an empty text without it."""
     try:
         return version(name)

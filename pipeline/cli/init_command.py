@@ -30,7 +30,7 @@ examples:
 
 
 @dataclass(frozen=True)
-class Answers:
+class RecipeAnswers:
     """What a user wants: a model, files, keys of the task over those that were guessed, and rewards."""
 
     model: str
@@ -58,7 +58,7 @@ def init_command(argv: Sequence[str]) -> int:
     return 0
 
 
-def ask(arguments: argparse.Namespace) -> Answers:
+def ask(arguments: argparse.Namespace) -> RecipeAnswers:
     """Return the answers: of the command line, else of the questions that are left.
 
     Raises:
@@ -75,13 +75,13 @@ def ask(arguments: argparse.Namespace) -> Answers:
         shown = " ".join(f"{key}={shlex.quote(value)}" for key, value in data.guess.items()).replace("\n", "\\n")
         print(visible(data.problem or ""), end="\n" if data.problem else "")
         given = shlex.split(question("Task: what an example is, as keys of the task section", shown))
-    task = task_keys(data, given or [])
+    task = named_task_keys(data, given or [])
     rewards = arguments.reward
     if rewards is None and asks:
         rewards = shlex.split(question(f"Reward: {', '.join(METRIC_NAMES)}, or file.py:function", usual_reward(data)))
     if LEARNED in (rewards or []):
         raise ValueError("--reward learned: it needs a reward section in the recipe; begin with a metric")
-    return Answers(model, data, task, tuple(rewards or [usual_reward(data)]))
+    return RecipeAnswers(model, data, task, tuple(rewards or [usual_reward(data)]))
 
 
 def question(text: str, default: str = "") -> str:
@@ -97,7 +97,7 @@ def usual_reward(data: DataFiles) -> str:
     return "bleu" if data.task == "parallel" else "rougeL"
 
 
-def task_keys(data: DataFiles, words: Sequence[str]) -> dict[str, str]:
+def named_task_keys(data: DataFiles, words: Sequence[str]) -> dict[str, str]:
     """Return the keys of an example: those of KEY=VALUE words over the guess.
 
     Raises:
@@ -116,7 +116,7 @@ def task_keys(data: DataFiles, words: Sequence[str]) -> dict[str, str]:
     return {key: value for key, value in data.guess.items() if key not in replaced} | given
 
 
-def write_and_check(recipe: Path, answers: Answers) -> list[str]:
+def write_and_check(recipe: Path, answers: RecipeAnswers) -> list[str]:
     """Write the recipe, and the splits of parallel files; return what the first rows show.
 
     Raises:

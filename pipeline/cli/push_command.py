@@ -109,15 +109,15 @@ def describe_upload(folder: Path, repository: str, hidden: Sequence[str]) -> lis
     }
     width = max(map(len, files))
     lines = [f"repository: {repository} (model)"]
-    lines += [f"  {name:<{width}}  {size_text(size):>9}" for name, size in files.items()]
-    lines += [f"  {'total':<{width}}  {size_text(sum(files.values())):>9}", f"{CARD} begins with:"]
+    lines += [f"  {name:<{width}}  {bytes_text(size):>9}" for name, size in files.items()]
+    lines += [f"  {'total':<{width}}  {bytes_text(sum(files.values())):>9}", f"{CARD} begins with:"]
     lines += [f"  {line}" for line in (folder / CARD).read_text(encoding="utf-8").splitlines()[:CARD_LINES]]
     if hidden:
         lines.append(f"paths of this machine that the card does not show: {', '.join(hidden)}")
     return lines
 
 
-def size_text(size: float) -> str:
+def bytes_text(size: float) -> str:
     """Write a number of bytes with a unit that fits it."""
     for unit in ("B", "kB", "MB"):
         if size < 1000:

@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline.metrics import Metric, Score
 from pipeline.metrics.distinct import DistinctMetric
-from pipeline.metrics.resampling import bootstrap_indices, centred, percentile_interval
+from pipeline.metrics.resampling import bootstrap_indices, centre_resamples, percentile_interval
 from pipeline.metrics.types import Rows
 
 
@@ -83,7 +83,7 @@ def clustered_score(
     score = metric.corpus_score(predictions, references, n_bootstrap=0)
     rows = clusters.rows(bootstrap_indices(clusters.count, n_bootstrap, seed))
     scores = metric.resampled_scores(predictions, references, rows)
-    scores = centred(scores, score.value) if isinstance(metric, DistinctMetric) else scores
+    scores = centre_resamples(scores, score.value) if isinstance(metric, DistinctMetric) else scores
     low, high = percentile_interval(scores, confidence)
     resampling = f"bs:{n_bootstrap}|seed:{seed}|clusters:{clusters.count}"
     return replace(score, low=low, high=high, signature=f"{resampling}|{score.signature}")

@@ -30,7 +30,7 @@ from pipeline.metrics import Metric
 from pipeline.metrics.checks import check_examples
 from pipeline.metrics.distinct import DistinctMetric
 from pipeline.metrics.mean_metric import MeanMetric
-from pipeline.metrics.resampling import bootstrap_indices, centred, percentile_interval, resampled_means
+from pipeline.metrics.resampling import bootstrap_indices, centre_resamples, percentile_interval, resampled_means
 from pipeline.metrics.types import Rows
 from pipeline.runtime.seeds import derive_seed
 
@@ -281,7 +281,7 @@ def _compare(
         error = _jackknife_error(clusters, resample)
         return Comparison(delta, *student_interval(delta, error, clusters.count - 1, CONFIDENCE), p_value, error)
     error = float(resampled.std(ddof=1)) if len(resampled) > 1 else 0.0
-    interval = percentile_interval(centred(resampled, delta) if centre else resampled, CONFIDENCE)
+    interval = percentile_interval(centre_resamples(resampled, delta) if centre else resampled, CONFIDENCE)
     return Comparison(delta, *interval, p_value, error)
 
 

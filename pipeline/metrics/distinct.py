@@ -18,7 +18,7 @@ class DistinctMetric:
 
     It falls with the number of texts, so only sets of one size compare. A resample holds some texts twice, which adds
     n-grams and none that are different: its scores are too low, and intervals are moved to the score of all texts (see
-    `centred`). A sample score is that of one text alone, which falls where the text repeats itself.
+    `centre_resamples`). A sample score is that of one text alone, which falls where the text repeats itself.
     """
 
     name: str

@@ -57,7 +57,7 @@ def percentile_interval(scores: np.ndarray, confidence: float) -> tuple[float, f
     return float(low), float(high)
 
 
-def centred(scores: np.ndarray, value: float) -> np.ndarray:
+def centre_resamples(scores: np.ndarray, value: float) -> np.ndarray:
     """Move resampled scores [R] so that `value` is their mean; for scores that resampling shifts: `DistinctMetric`."""
     return scores - scores.mean() + value
 
@@ -71,7 +71,7 @@ def score_with_interval(
     seed: int,
     centre: bool = False,
 ) -> Score:
-    """Score all examples by `metric`, with a percentile interval from `n_bootstrap` resamples; see `centred`.
+    """Score all examples by `metric`, with a percentile interval from `n_bootstrap` resamples; see `centre_resamples`.
 
     Raises:
         ValueError: examples the metric refuses, a negative `n_bootstrap`, a `confidence` outside (0, 1).
@@ -80,7 +80,7 @@ def score_with_interval(
     indices = with_full_set(bootstrap_indices(len(predictions), n_bootstrap, seed))
     scores = metric.resampled_scores(predictions, references, indices)
     resampled = scores[1:] if n_bootstrap else scores
-    low, high = percentile_interval(centred(resampled, scores[0]) if centre else resampled, confidence)
+    low, high = percentile_interval(centre_resamples(resampled, scores[0]) if centre else resampled, confidence)
     counts = {len(texts) for texts in references}
     n_references = counts.pop() if len(counts) == 1 else "var"
     bootstrap = f"bs:{n_bootstrap}|seed:{seed}|" if n_bootstrap else ""

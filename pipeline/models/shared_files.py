@@ -16,7 +16,7 @@ from pipeline.models.slices import whole_on_main
 def save_shared(shared: SharedModel, directory: Path, weights: Mapping[str, Tensor] | None = None) -> None:
     """Save the policy as peft or transformers do, and the value head in the same directory.
 
-    `weights`: the whole ones of `whole_weights`, where this process holds slices of them.
+    `weights`: the whole ones of `gather_shared_weights`, where this process holds slices of them.
     """
     network, head = (_below(weights, module) for module in ("network", "value_head"))
     if isinstance(shared.network, PeftModel):
@@ -28,7 +28,7 @@ def save_shared(shared: SharedModel, directory: Path, weights: Mapping[str, Tens
     save_file(head, directory / "value_head.safetensors")
 
 
-def whole_weights(shared: SharedModel) -> dict[str, Tensor]:
+def gather_shared_weights(shared: SharedModel) -> dict[str, Tensor]:
     """Gather on the CPU of the main process what `save_shared` saves; every process calls it, and gives its slice."""
     embeddings = (shared.language_model.get_input_embeddings(), shared.language_model.get_output_embeddings())
     needed = {id(p) for module in (*embeddings, shared.value_head) for p in module.parameters()}

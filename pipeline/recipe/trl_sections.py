@@ -25,14 +25,14 @@ from pipeline.recipe.refused import (
     UPLOADS,
 )
 from pipeline.recipe.types import PairSource, RewardSection, SFTSection
-from pipeline.rewards.best_of_n import BEST_OF_N, REFERENCES, BestOfN
+from pipeline.rewards.best_of_n import BEST_OF_N, REFERENCES, BestOfNSettings
 from pipeline.rewards.pairs.settings import SampledPairs
 from pipeline.tasks import preferences
 from pipeline.trainers.huggingface import reward, sft
 from pipeline.trainers.ppo.config import PPOConfig
 
 Lengths = TypeVar("Lengths", SampledPairs, EvalConfig)
-SAMPLE_KEYS = tuple(f.name for f in fields(BestOfN))  # of `sft.from: best_of_n`
+SAMPLE_KEYS = tuple(f.name for f in fields(BestOfNSettings))  # of `sft.from: best_of_n`
 OWN_SFT_KEYS = ("use_peft", "from", *SAMPLE_KEYS)
 OWN_REWARD_KEYS = ("pairs", "model", "min_accuracy", "margin_weight")
 
@@ -54,12 +54,12 @@ def build_sft_section(values: object, model: ModelConfig, document: Document) ->
     return SFTSection(use_peft, arguments, best_of_n=best_of_n)
 
 
-def _build_best_of_n(values: dict[str, Any], document: Document) -> BestOfN | None:
+def _build_best_of_n(values: dict[str, Any], document: Document) -> BestOfNSettings | None:
     """Take the keys of `sft.from` out of the section; None where SFT learns the completions of the data."""
     source = convert(values.pop("from", REFERENCES), Literal[REFERENCES, BEST_OF_N], ("sft", "from"), document)
     keys = {key: values.pop(key) for key in SAMPLE_KEYS if key in values}
     if source == BEST_OF_N:
-        return build_section(BestOfN, keys, ("sft",), document)
+        return build_section(BestOfNSettings, keys, ("sft",), document)
     if keys:
         rule = f"it would do nothing without from: {BEST_OF_N}; set sft.from, or remove it"
         raise document.error(("sft", next(iter(keys))), rule)

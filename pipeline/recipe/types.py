@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.evaluation.config import AUTO, SFT_BY_METRIC, EvalConfig
 from pipeline.models.config import ModelConfig
 from pipeline.recipe.document import Document
-from pipeline.rewards.best_of_n import BestOfN
+from pipeline.rewards.best_of_n import BestOfNSettings
 from pipeline.rewards.pairs.settings import SampledPairs
 from pipeline.tasks import columns, parallel, preferences
 from pipeline.tasks.augment import AugmentConfig
@@ -41,7 +41,7 @@ class SFTSection:
     use_peft: bool
     arguments: Mapping[str, Any]
     needed: bool = True
-    best_of_n: BestOfN | None = None
+    best_of_n: BestOfNSettings | None = None
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ BLOCK = 32  # prompts whose samples are drawn under one seed
 
 
 @dataclass(frozen=True)
-class BestOfN:
+class BestOfNSettings:
     """The keys of `sft` with `from: best_of_n`: how many samples of each prompt, and how they are drawn."""
 
     samples: int = 4  # completions of each prompt, of which SFT learns the best
@@ -57,7 +57,7 @@ def best_samples(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,
-    config: BestOfN,
+    config: BestOfNSettings,
     decoding: Decoding,
     rewards: Sequence[Reward],
     handling: Handling,

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from transformers import TrainerState
 
 from pipeline.rewards.arguments import CallLog, RewardLog, matching_arguments
-from pipeline.rewards.event_loop import Outcome, await_together, is_async
+from pipeline.rewards.event_loop import CallOutcome, await_together, is_async
 from pipeline.rewards.results import Handling, RewardError, as_list, excerpt
 from pipeline.runtime.time_limit import TimedOut, call_within
 
@@ -53,7 +53,7 @@ class RewardCall:
         """
         return self._prepare(range(len(self.completions)), log)
 
-    def run(self, first: Outcome | None = None, log: CallLog | None = None) -> None:
+    def run(self, first: CallOutcome | None = None, log: CallLog | None = None) -> None:
         """Get a value for every completion; `first` is what came of `first_call` where it has been made already.
 
         A function that fails on a batch is called again on halves of it, down to the single completions it fails on;
@@ -89,12 +89,12 @@ class RewardCall:
         if is_async(self.function):
             return self._accept(rows, await_together([call], seconds)[0], log)
         try:
-            outcome = Outcome(call_within(self.name, seconds, call))
+            outcome = CallOutcome(call_within(self.name, seconds, call))
         except (Exception, TimedOut) as error:
-            outcome = Outcome(error=error)
+            outcome = CallOutcome(error=error)
         return self._accept(rows, outcome, log)
 
-    def _accept(self, rows: Sequence[int], outcome: Outcome, log: CallLog) -> Exception | TimedOut | None:
+    def _accept(self, rows: Sequence[int], outcome: CallOutcome, log: CallLog) -> Exception | TimedOut | None:
         """Keep what a call returned and logged; return the error if it failed."""
         if inspect.isawaitable(outcome.result):  # of a function that is not `async` itself
             awaitable: Awaitable = outcome.result

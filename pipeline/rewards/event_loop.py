@@ -15,7 +15,7 @@ from pipeline.runtime.time_limit import GRACE_SECONDS, TOO_LATE, TimedOut
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CallOutcome:
     """What came of a call: its `result`, or the `error` that it ended with."""
 
     result: object = None
@@ -29,27 +29,29 @@ def is_async(function: Callable) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
-def await_together(calls: Sequence[Callable[[], Awaitable]], seconds: float | None) -> list[Outcome]:
+def await_together(calls: Sequence[Callable[[], Awaitable]], seconds: float | None) -> list[CallOutcome]:
     """Await all calls at once, each for at most `seconds`; None sets no limit.
 
     A call that does not end when it is cancelled, or lets no other run, is left behind in its thread after twice the
     time and `GRACE_SECONDS`; a new loop takes over.
     """
     late = None if seconds is None else TimedOut(TOO_LATE.format(seconds))
-    outcomes = [Outcome(error=late)] * len(calls)
+    outcomes = [CallOutcome(error=late)] * len(calls)
 
     async def await_one(number: int, call: Callable[[], Awaitable]) -> None:
         limit = asyncio.timeout(seconds)
         try:
             async with limit:
-                outcomes[number] = Outcome(await call())
+                outcomes[number] = CallOutcome(await call())
         except asyncio.CancelledError as error:
             if asyncio.current_task().cancelling():  # by the caller, not by the function itself
                 raise
-            outcomes[number] = Outcome(error=RuntimeError(f"cancelled itself {error}".rstrip()))
+            outcomes[number] = CallOutcome(error=RuntimeError(f"cancelled itself {error}".rstrip()))
         except (Exception, SystemExit) as error:
             if not limit.expired():
-                outcomes[number] = Outcome(error=error if isinstance(error, Exception) else RuntimeError(repr(error)))
+                outcomes[number] = CallOutcome(
+                    error=error if isinstance(error, Exception) else RuntimeError(repr(error))
+                )
 
     async def await_all() -> None:
         await asyncio.gather(*(await_one(number, call) for number, call in enumerate(calls)))

@@ -21,7 +21,7 @@ from pipeline.rewards.pairs import (
     TRAIN,
     Pair,
     check_pairs,
-    read_lines,
+    read_records,
     scaled_margins,
     split_held_out,
     write_lines,
@@ -50,7 +50,7 @@ def collect_pairs(
         else:
             config = _trained_config(recipe, base)
             on_main(lambda: _save(recipe, run, base, tokenizer, *_from_data(recipe, task, tokenizer, config)))
-    return read_lines(Pair, run.reward / "pairs.jsonl"), read_lines(RankedSample, run.reward / "samples.jsonl")
+    return read_records(Pair, run.reward / "pairs.jsonl"), read_records(RankedSample, run.reward / "samples.jsonl")
 
 
 def _sampled(

@@ -66,7 +66,7 @@ class Decision:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StageEnd:
     """How a stage ends that was not done: its exit code and message.
 
     A process that `failed` leaves its message for the launcher too; it is a `consequence` where the cause is another
@@ -221,23 +221,23 @@ def finish_stage(run: RunDirectory, recipe: Recipe, stage: str, **summary: Any) 
     return file
 
 
-def outcome_of(stage: str, error: BaseException) -> Outcome | None:
+def outcome_of(stage: str, error: BaseException) -> StageEnd | None:
     """Return how an error ends a stage, or None for an error that is not the user's to mend."""
     match error:
         case CannotStartError():
-            return Outcome(2, f"error: {stage}: {error}")
+            return StageEnd(2, f"error: {stage}: {error}")
         case Stopped():
-            return Outcome(error.exit_code, f"{stage}: {error}")
+            return StageEnd(error.exit_code, f"{stage}: {error}")
         case KeyboardInterrupt():
-            return Outcome(
+            return StageEnd(
                 128 + signal.SIGINT, f"{stage}: ended by Ctrl-C; the same command continues from the last checkpoint"
             )
         case ValueError() | OSError() | FloatingPointError():
-            return Outcome(1, str(error), failed=True)
+            return StageEnd(1, str(error), failed=True)
     if isinstance(error, LastPassError) or is_out_of_memory(error):
-        return Outcome(1, OUT_OF_MEMORY.format(section=script_of(stage), error=error), failed=True)
+        return StageEnd(1, OUT_OF_MEMORY.format(section=script_of(stage), error=error), failed=True)
     if is_lost_connection(error):
-        return Outcome(1, f"another process is gone or does not answer: {error}", failed=True, consequence=True)
+        return StageEnd(1, f"another process is gone or does not answer: {error}", failed=True, consequence=True)
     return None
 
 
@@ -249,7 +249,7 @@ def is_lost_connection(error: BaseException) -> bool:
     return gloo or isinstance(error, DistError)
 
 
-def end_with(stage: str, outcome: Outcome) -> int:
+def end_with(stage: str, outcome: StageEnd) -> int:
     """Print the message of an outcome, on each process that failed, else once; return its exit code."""
     if not outcome.failed:
         say(outcome.message)

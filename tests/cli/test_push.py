@@ -7,7 +7,7 @@ from huggingface_hub import HfApi, ModelCard
 from transformers import AutoModelForCausalLM
 
 from pipeline.cli.main import main
-from pipeline.cli.push_command import hide_local_paths, local_paths, size_text
+from pipeline.cli.push_command import bytes_text, hide_local_paths, local_paths
 
 RUN = Path("runs/demo")
 
@@ -81,7 +81,7 @@ def test_paths_are_told_from_other_slashes(tmp_path):
 
 
 def test_sizes_have_a_unit_that_fits():
-    assert [size_text(n) for n in (7, 1500, 3_220_496, 2.5e9)] == ["7 B", "1.5 kB", "3.2 MB", "2.5 GB"]
+    assert [bytes_text(n) for n in (7, 1500, 3_220_496, 2.5e9)] == ["7 B", "1.5 kB", "3.2 MB", "2.5 GB"]
 
 
 @pytest.mark.parametrize(

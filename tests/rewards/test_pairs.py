@@ -19,7 +19,7 @@ from pipeline.rewards.pairs import (
     RankedText,
     check_pairs,
     prompt_pairs,
-    read_lines,
+    read_records,
     scaled_margins,
     split_held_out,
     write_lines,
@@ -128,7 +128,7 @@ def test_margins_average_the_weight_over_training_pairs():
 def test_pairs_are_read_back_as_written(tmp_path):
     pairs = [pair("ü\u2028", margin=None), pair([{"role": "user", "content": "x"}])]
     write_lines(pairs, tmp_path / "pairs.jsonl")
-    assert read_lines(Pair, tmp_path / "pairs.jsonl") == pairs
+    assert read_records(Pair, tmp_path / "pairs.jsonl") == pairs
 
 
 @pytest.mark.parametrize(

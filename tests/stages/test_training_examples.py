@@ -9,7 +9,7 @@ from pipeline.models.sampling import Decoding
 from pipeline.recipe import RecipeError, load_recipe
 from pipeline.recipe.load import recipe_values
 from pipeline.rewards import Handling, RewardConfig, build_rewards
-from pipeline.rewards.best_of_n import BestOfN, best_samples
+from pipeline.rewards.best_of_n import BestOfNSettings, best_samples
 from pipeline.stages import training_examples
 from pipeline.stages.code_inputs import code_files
 from pipeline.stages.directory import RunDirectory
@@ -82,7 +82,7 @@ def test_the_best_of_the_samples_that_end_is_learnt(taught, tokenizer, examples)
     [built] = build_rewards([RewardConfig(f"{__name__}:red")])
     rewards = [type(built)("red", reward)]
     arguments = (Decoding(8), rewards, Handling("skip"), 3)
-    found = best_samples(taught().eval(), tokenizer, rows, BestOfN(samples=4), *arguments)
+    found = best_samples(taught().eval(), tokenizer, rows, BestOfNSettings(samples=4), *arguments)
     [texts] = seen
     assert len(texts) == 32 and 4 <= len(found) <= 8
     for sample in found:
@@ -91,10 +91,10 @@ def test_the_best_of_the_samples_that_end_is_learnt(taught, tokenizer, examples)
         assert sample.text in own and "two" not in sample.text and sample.reward == red([sample.text])[0]
         assert sample.mean == pytest.approx(sum(values) / len(values)) and sample.reward <= max(values)
     assert sum(sample.reward for sample in found) > sum(sample.mean for sample in found)
-    again = best_samples(taught().eval(), tokenizer, rows, BestOfN(samples=4, sample_batch_size=3), *arguments)
+    again = best_samples(taught().eval(), tokenizer, rows, BestOfNSettings(samples=4, sample_batch_size=3), *arguments)
     assert again == found
     never = Decoding(8, suppress_tokens=(tokenizer.eos_token_id,))
-    assert best_samples(taught().eval(), tokenizer, rows, BestOfN(), never, *arguments[1:]) == []
+    assert best_samples(taught().eval(), tokenizer, rows, BestOfNSettings(), never, *arguments[1:]) == []
 
 
 def test_sft_learns_the_samples_and_an_interrupted_stage_reads_them(

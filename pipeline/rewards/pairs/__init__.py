@@ -166,7 +166,7 @@ def write_lines(items: Iterable[object], file: Path) -> None:
     file.write_text("".join(json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in items), encoding="utf-8")
 
 
-def read_lines(kind: type[T], file: Path) -> list[T]:
+def read_records(kind: type[T], file: Path) -> list[T]:
     """Read the dataclasses of a file that `write_lines` wrote."""
     return [kind(**json.loads(line)) for line in file.read_text(encoding="utf-8").split("\n") if line]
 

@@ -107,7 +107,7 @@ def expand_algorithm(name: str, written: Mapping[str, object]) -> dict[str, obje
     """
     algorithm = ALGORITHMS[name]
     for key, value in algorithm.defines.items():
-        rule = f"ppo.algorithm {name} defines it as {shown(value)}; remove one of both keys"
+        rule = f"ppo.algorithm {name} defines it as {value_text(value)}; remove one of both keys"
         require(written.get(key) in (None, value), key, rule, written.get(key))
     suggested = {key: value for key, value in algorithm.suggests.items() if key not in written}
     return {**algorithm.defines, **suggested}
@@ -117,9 +117,9 @@ def describe_algorithm(args: object) -> str:
     """Write an algorithm with every key that it sets, as they are in the settings `args`."""
     algorithm = ALGORITHMS[args.algorithm]
     keys = [*algorithm.defines, *algorithm.suggests]
-    return f"{args.algorithm}: " + ", ".join(f"{key} {shown(getattr(args, key))}" for key in keys)
+    return f"{args.algorithm}: " + ", ".join(f"{key} {value_text(getattr(args, key))}" for key in keys)
 
 
-def shown(value: object) -> str:
+def value_text(value: object) -> str:
     """Write a value as a recipe has it."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

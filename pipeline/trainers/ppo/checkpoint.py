@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.models.shared import SharedModel
-from pipeline.models.shared_files import save_shared, whole_weights
+from pipeline.models.shared_files import gather_shared_weights, save_shared
 from pipeline.runtime.seeds import derive_seed, random_state, restore_random_state
 from pipeline.trainers.checkpoints import (
     check_space,
@@ -142,7 +142,7 @@ def save_training(directory: Path, state: TrainerState, learner: Learner) -> Non
 
 def save_policy(directory: Path, shared: SharedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Save the policy, the value head and the tokenizer; every process calls it, the main one writes."""
-    weights = whole_weights(shared) if isinstance(shared, FSDPModule) else None
+    weights = gather_shared_weights(shared) if isinstance(shared, FSDPModule) else None
     if PartialState().is_main_process:
         directory.mkdir(parents=True, exist_ok=True)
         save_shared(shared, directory, weights)
