@@ -16,7 +16,7 @@ class StopStrings:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, decoding: Decoding) -> None:
         self._tokenizer, self._ends = tokenizer, decoding.stop_strings
         self._first = max(decoding.min_new_tokens, 1)
-        self._special = set(tokenizer.all_special_ids)
+        self._special = set(tokenizer.all_special_ids) if self._ends else set()
         # A token that writes anything writes at least one byte.
         self._reach = MARGIN + max((len(end.encode()) for end in self._ends), default=0)
 
