@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from unittest.mock import patch
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
@@ -117,8 +118,8 @@ def generation(spec: dict) -> dict:
 
     def relay(devices: set[str]) -> Callable[[], object]:
         def write() -> None:
-            generation.STATIC_DEVICES = devices
-            generate(model, tokenizer, prompts, Decoding(length, 1.0, min_new_tokens=length), len(prompts))
+            with patch.object(generation, "STATIC_DEVICES", devices):
+                generate(model, tokenizer, prompts, Decoding(length, 1.0, min_new_tokens=length), len(prompts))
 
         return write
 
