@@ -106,8 +106,13 @@ def test_sft_in_shards(device, demo):
     assert (demo / "sft" / "model.safetensors").is_file()
 
 
-def test_ppo_in_shards():
-    pytest.skip("PPO refuses FSDP")
+def test_ppo_and_the_evaluation_in_shards(device, demo):
+    run(command("run", "recipe.yaml", "--only", "sft"), device)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
+    launch += ["--config_file", str(ROOT / "accelerate_configs" / "fsdp2.yaml")]
+    for stage in ("ppo", "eval"):
+        run([*launch, str(ROOT / "pipeline" / f"{stage}.py"), "recipe.yaml"], device)
+    assert (demo / "ppo" / "adapter_model.safetensors").is_file() and (demo / "eval" / "report.json").is_file()
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen2", "t5", "bart"])

@@ -43,13 +43,13 @@ def relay_parser() -> argparse.ArgumentParser:
 
 def actions_with_paths(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     """Return the arguments of all commands that take a file or folder."""
-    found = []
+    actions = []
     for action in parser._actions:  # argparse has no public name for them
         if isinstance(action.choices, dict):
-            found += [each for command in action.choices.values() for each in actions_with_paths(command)]
+            actions += [each for command in action.choices.values() for each in actions_with_paths(command)]
         elif action.type is Path or action.dest in ("words", "data"):
-            found.append(action)
-    return found
+            actions.append(action)
+    return actions
 
 
 def completion_parser() -> argparse.ArgumentParser:

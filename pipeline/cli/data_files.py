@@ -71,10 +71,10 @@ def _parallel(names: Sequence[str], recipe: Path) -> DataFiles:
     if endings[0] == endings[1]:
         endings = [".source", ".target"]
     guess = {"prompt": PARALLEL_PROMPT, **_language(endings[1])}
-    found = [_with_split(name) for name in names]
-    if found[0] is not None and found[1] is not None and found[0][1] == found[1][1]:
-        places = {"source": _from_folder(found[0][0], recipe), "target": _from_folder(found[1][0], recipe)}
-        return DataFiles("parallel", places | found[0][1], guess)
+    split_files = [_with_split(name) for name in names]
+    if split_files[0] is not None and split_files[1] is not None and split_files[0][1] == split_files[1][1]:
+        places = {"source": _from_folder(split_files[0][0], recipe), "target": _from_folder(split_files[1][0], recipe)}
+        return DataFiles("parallel", places | split_files[0][1], guess)
     lines = [read_lines(Path(name).expanduser()) for name in names]
     if len(lines[0]) != len(lines[1]):
         raise TaskError(

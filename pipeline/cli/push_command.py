@@ -70,12 +70,12 @@ def upload(folder: Path, repository: str, message: str) -> int:
 def hide_local_paths(card: Path) -> list[str]:
     """Cut paths of this machine in a card to their last part, remove secrets, and return the paths that were cut."""
     text = card.read_text(encoding="utf-8")
-    found = local_paths(text)
-    for path in sorted(found, key=len, reverse=True):
+    paths = local_paths(text)
+    for path in sorted(paths, key=len, reverse=True):
         is_home = Path(path).expanduser() in (Path.home(), *Path.home().parents)
         text = text.replace(path, "~" if is_home else f".../{Path(path).name}")
     card.write_text(redact(text), encoding="utf-8")
-    return found
+    return paths
 
 
 def local_paths(text: str) -> list[str]:

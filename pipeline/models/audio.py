@@ -30,9 +30,9 @@ def read_samples(sound: str | Mapping[str, object], rate: int) -> Samples:
             not finite, no samples, or silence.
     """
     is_array = isinstance(sound, Mapping) and sound.get("array") is not None
-    samples, found = _read_array(sound) if is_array else _read(sound)
-    if isinstance(found, bool) or not isinstance(found, int) or found not in RATES:
-        raise UnusableSound(f"has the sampling rate {found!r}, expected {RATES.start} to {RATES.stop - 1} Hz")
+    samples, file_rate = _read_array(sound) if is_array else _read(sound)
+    if isinstance(file_rate, bool) or not isinstance(file_rate, int) or file_rate not in RATES:
+        raise UnusableSound(f"has the sampling rate {file_rate!r}, expected {RATES.start} to {RATES.stop - 1} Hz")
     if samples.ndim > 2 or not samples.size:
         raise UnusableSound("has no samples" if not samples.size else f"has {samples.ndim} dimensions, expected 1")
     mono = samples if samples.ndim == 1 else samples.mean(axis=1, dtype=np.float32)
@@ -40,10 +40,10 @@ def read_samples(sound: str | Mapping[str, object], rate: int) -> Samples:
         raise UnusableSound("has samples that are not finite (NaN or infinity)")
     if np.ptp(mono) <= SILENCE:
         raise UnusableSound("is silent: all its samples are equal")
-    if found == rate:
+    if file_rate == rate:
         return mono
-    divisor = gcd(found, rate)
-    return resample_poly(mono, rate // divisor, found // divisor).astype(np.float32)
+    divisor = gcd(file_rate, rate)
+    return resample_poly(mono, rate // divisor, file_rate // divisor).astype(np.float32)
 
 
 def _read_array(sound: Mapping[str, object]) -> tuple[Samples, object]:

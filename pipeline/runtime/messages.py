@@ -47,13 +47,13 @@ def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     return f"; did you mean {lower_case[close[0]]!r}?" if close else ""
 
 
-def yaml_text(value: object) -> str:
-    """Write a value as a recipe would: null, true, a list in brackets, a text in quotes."""
+def yaml_text(value: object, quotes: bool = True) -> str:
+    """Write a value as a recipe would: null, true, a list in brackets, a text in quotes if they are wanted."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(yaml_text, value))}]"
-    return repr(value)
+    return value if isinstance(value, str) and not quotes else repr(value)
 
 
 def say(*lines: str) -> None:

@@ -35,12 +35,12 @@ def narrow_adapters(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _narrowable(model: PreTrainedModel, dtype: torch.dtype) -> list[nn.Linear]:
-    found = []
+    adapter_layers = []
     for module in model.modules():
         if isinstance(module, LoraLayer) and not module.disable_adapters and not module.lora_variant:
             names = [name for name in module.active_adapters if name in module.lora_A]
-            found += [layers[name] for name in names for layers in (module.lora_A, module.lora_B)]
-    layers = [layer for layer in found if type(layer) is nn.Linear and layer.weight.dtype == torch.float32]
+            adapter_layers += [layers[name] for name in names for layers in (module.lora_A, module.lora_B)]
+    layers = [layer for layer in adapter_layers if type(layer) is nn.Linear and layer.weight.dtype == torch.float32]
     for layer in layers:
         kept = _NARROW.get(layer)
         if kept is None or kept.dtype != dtype or kept.device != layer.weight.device:

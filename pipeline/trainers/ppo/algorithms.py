@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from pipeline.runtime.messages import yaml_text
 from pipeline.trainers.ppo.ranges import require
 
 
@@ -107,7 +108,7 @@ def expand_algorithm(name: str, written: Mapping[str, object]) -> dict[str, obje
     """
     algorithm = ALGORITHMS[name]
     for key, value in algorithm.defines.items():
-        rule = f"ppo.algorithm {name} defines it as {value_text(value)}; remove one of both keys"
+        rule = f"ppo.algorithm {name} defines it as {yaml_text(value, quotes=False)}; remove one of both keys"
         require(written.get(key) in (None, value), key, rule, written.get(key))
     suggested = {key: value for key, value in algorithm.suggests.items() if key not in written}
     return {**algorithm.defines, **suggested}
@@ -117,9 +118,4 @@ def describe_algorithm(args: object) -> str:
     """Write an algorithm with every key that it sets, as they are in the settings `args`."""
     algorithm = ALGORITHMS[args.algorithm]
     keys = [*algorithm.defines, *algorithm.suggests]
-    return f"{args.algorithm}: " + ", ".join(f"{key} {value_text(getattr(args, key))}" for key in keys)
-
-
-def value_text(value: object) -> str:
-    """Write a value as a recipe has it."""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return f"{args.algorithm}: " + ", ".join(f"{key} {yaml_text(getattr(args, key), quotes=False)}" for key in keys)

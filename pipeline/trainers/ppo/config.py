@@ -198,7 +198,7 @@ class PPOConfig:
             value = getattr(self, name)
             texts = [choice for choice in choices if isinstance(choice, str)]
             hint = did_you_mean(value, texts) if isinstance(value, str) else ""
-            names = ", ".join(c if isinstance(c, str) else yaml_text(c) for c in choices if c is not None)
+            names = ", ".join(yaml_text(choice, quotes=False) for choice in choices if choice is not None)
             if value not in choices:
                 raise ValueError(f"ppo.{name}: must be one of {names}, found {yaml_text(value)}{hint}")
         check_sizes(self)
