@@ -93,6 +93,7 @@ SLOW = (
     "trainers/test_sharded_ppo.py",
     "trainers/test_sharded_sft.py",
     "trainers/test_sft_encoder_decoder.py",
+    "trainers/test_speech_folders.py",
     "trainers/test_speech_training.py",
     "trainers/test_trl_algorithms.py",
     "trainers/test_value_from_reward.py",

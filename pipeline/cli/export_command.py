@@ -12,7 +12,8 @@ from pipeline.cli.finished_models import TRAINED, FinishedModel, find_model, rep
 from pipeline.cli.parsers import make_parser
 from pipeline.evaluation.pages.model_card import model_card
 from pipeline.models.hub import ADAPTER_FILE
-from pipeline.models.loading import load_tokenizer
+from pipeline.models.loading import load_config, load_tokenizer
+from pipeline.models.processors import save_processor
 from pipeline.runtime.libraries import quiet_libraries
 from pipeline.stages.model_cards import card_facts
 
@@ -64,7 +65,7 @@ def export_model(finished: FinishedModel, target: Path, adapter: bool, name: str
     else:
         model, tokenizer = finished.source.load()
         model.save_pretrained(target)
-        tokenizer.save_pretrained(target)
+        save_processor(tokenizer, model.config, target)
     facts = card_facts(finished.recipe, finished.run, finished.source.name)
     facts = replace(facts, is_adapter=adapter, path=name)
     (target / "README.md").write_text(model_card(facts, report_of(finished.run)), encoding="utf-8")
@@ -86,7 +87,8 @@ def copy_adapter(finished: FinishedModel, target: Path) -> None:
     base = source.base or settings["base_model_name_or_path"]
     settings["base_model_name_or_path"] = str(Path(base).resolve()) if Path(base).is_dir() else str(base)
     (target / ADAPTER_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    load_tokenizer(source.path, source.config).save_pretrained(target)
+    tokenizer = load_tokenizer(source.path, source.config)
+    save_processor(tokenizer, load_config(source.path, source.config), target)
 
 
 def export_parser() -> argparse.ArgumentParser:

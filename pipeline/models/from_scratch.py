@@ -20,9 +20,9 @@ from transformers import (
     T5Config,
 )
 
-from pipeline.models.clips import feature_extractor
 from pipeline.models.config import FromScratchConfig
 from pipeline.models.loading import language_model_class
+from pipeline.models.processors import save_processor
 from pipeline.models.speech_from_scratch import speech_config, speech_generation_config, train_speech_tokenizer
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
@@ -93,10 +93,9 @@ def _build(
             torch.nn.init.normal_(model.get_input_embeddings().weight, std=config.hidden_size**-0.5)
     directory.mkdir(parents=True)
     if is_whisper:
-        model.generation_config = speech_generation_config(model_config, tokenizer)
-        feature_extractor(model_config).save_pretrained(directory)
+        model.generation_config = speech_generation_config(model_config, tokenizer, languages)
     model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    save_processor(tokenizer, model_config, directory)
 
 
 def _end_prompts(tokenizer: PreTrainedTokenizerFast, is_encoder_decoder: bool) -> None:

@@ -26,6 +26,7 @@ from pipeline.models.adapters import attach_adapter
 from pipeline.models.config import ModelConfig
 from pipeline.models.decoder_start import check_decoder, check_languages, set_decoder_start
 from pipeline.models.hub import ADAPTER_FILE, adapter_base, pinned_revision, read_config, read_tokenizer, unreadable
+from pipeline.models.processors import save_processor
 from pipeline.models.quantized import use_one_product
 from pipeline.models.speech import reads_sound
 from pipeline.models.text import set_chat_template
@@ -239,7 +240,7 @@ def plain_model_directory(path: str | Path, config: ModelConfig, target: Path) -
             temporary = target.with_name(target.name + ".tmp")
             shutil.rmtree(temporary, ignore_errors=True)
             load_model(path, config).save_pretrained(temporary)
-            load_tokenizer(path, config).save_pretrained(temporary)
+            save_processor(load_tokenizer(path, config), load_config(path, config), temporary)
             temporary.rename(target)
     return target
 

@@ -76,9 +76,17 @@ def speech_config(config: FromScratchConfig, tokenizer: PreTrainedTokenizerBase)
     )
 
 
-def speech_generation_config(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+def speech_generation_config(
+    config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, languages: Sequence[str]
+) -> GenerationConfig:
     """Forbid what Whisper's do: special tokens other than the end, and an end or a space alone at the beginning."""
     special = [number for number in tokenizer.all_special_ids if number != tokenizer.eos_token_id]
+    told = {}
+    if languages:  # what `generate(language=...)` of transformers reads
+        told["lang_to_id"] = {
+            token: tokenizer.convert_tokens_to_ids(token) for token in map(language_token, languages)
+        }
+        told["task_to_id"] = {"transcribe": tokenizer.convert_tokens_to_ids(TRANSCRIBE)}
     return GenerationConfig(
         decoder_start_token_id=config.decoder_start_token_id,
         bos_token_id=config.bos_token_id,
@@ -87,5 +95,6 @@ def speech_generation_config(config: PretrainedConfig, tokenizer: PreTrainedToke
         suppress_tokens=sorted(special),
         begin_suppress_tokens=[tokenizer.convert_tokens_to_ids(SPACE), tokenizer.eos_token_id],
         no_timestamps_token_id=tokenizer.convert_tokens_to_ids(NO_TIMESTAMPS),
-        is_multilingual=TRANSCRIBE in tokenizer.get_vocab(),
+        is_multilingual=bool(languages),
+        **told,
     )

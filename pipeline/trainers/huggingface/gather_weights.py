@@ -10,6 +10,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from pipeline.models.config import ModelConfig
 from pipeline.models.loading import load_config, merged
+from pipeline.models.processors import save_processor
 
 ROUTER_KEYS = ("output_router_logits", "router_aux_loss_coef")
 
@@ -60,7 +61,7 @@ def restore_router(saved: PretrainedConfig, base: PretrainedConfig) -> None:
 
 
 def save_plain_model(trainer: Trainer, base: Path | str, config: ModelConfig, directory: Path) -> None:
-    """Save plain weights, an adapter merged into `base`, and the tokenizer.
+    """Save plain weights, an adapter merged into `base`, and what makes the model's inputs.
 
     Call it on every rank: with FSDP or ZeRO-3 each rank holds a shard.
     """
@@ -70,5 +71,5 @@ def save_plain_model(trainer: Trainer, base: Path | str, config: ModelConfig, di
             model, weights = merged(model, base, config, weights), None
         restore_router(model.config, load_config(base, config))
         model.save_pretrained(directory, state_dict=weights)
-        trainer.processing_class.save_pretrained(directory)
+        save_processor(trainer.processing_class, model.config, directory)
     trainer.accelerator.wait_for_everyone()

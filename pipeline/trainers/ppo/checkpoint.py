@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerBase
 
+from pipeline.models.processors import save_processor
 from pipeline.models.shared import SharedModel
 from pipeline.models.shared_files import gather_shared_weights, save_shared
 from pipeline.runtime.seeds import derive_seed, random_state, restore_random_state
@@ -141,12 +142,12 @@ def save_training(directory: Path, state: TrainerState, learner: Learner) -> Non
 
 
 def save_policy(directory: Path, shared: SharedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Save the policy, the value head and the tokenizer; every process calls it, the main one writes."""
+    """Save the policy, the value head and what makes the inputs; every process calls it, the main one writes."""
     weights = gather_shared_weights(shared) if isinstance(shared, FSDPModule) else None
     if PartialState().is_main_process:
         directory.mkdir(parents=True, exist_ok=True)
         save_shared(shared, directory, weights)
-        tokenizer.save_pretrained(directory)
+        save_processor(tokenizer, shared.language_model.config, directory)
     PartialState().wait_for_everyone()
 
 

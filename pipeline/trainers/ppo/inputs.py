@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from pipeline.models.config import ModelConfig
 from pipeline.models.loading import load_model, load_tokenizer
+from pipeline.models.processors import save_processor
 from pipeline.models.text import set_chat_template
 from pipeline.trainers.ppo.config import PPOConfig
 
@@ -115,7 +116,7 @@ def merge_policy(model: PeftModel, tokenizer: PreTrainedTokenizerBase, directory
         with PartialState().main_process_first():
             if PartialState().is_main_process:
                 merged.save_pretrained(directory)
-                tokenizer.save_pretrained(directory)
+                save_processor(tokenizer, merged.config, directory)
         # peft writes it into the policy's adapter as the base to load.
         merged.name_or_path = merged.config.name_or_path = str(directory.absolute())
     return merged

@@ -258,7 +258,7 @@ class PPOTrainer:
         save_training(self.checkpoints, self.state, self.learner)
 
     def save_model(self, directory: str | Path | None = None) -> None:
-        """Save the policy (a peft adapter, or a whole model), the value head and the tokenizer."""
+        """Save the policy (a peft adapter, or a whole model), the value head and what makes the inputs."""
         save_policy(Path(directory) if directory else self.output_dir, self.shared, self.tokenizer)
 
     def _start(self, resume: bool | None) -> None:
