@@ -93,7 +93,8 @@ def _digest(sounds: Iterable[str | Mapping[str, object]], config: PretrainedConf
 def _file_state(path: str) -> bytes:
     try:
         state = os.stat(os.path.expanduser(path))
-        return f"{path} {state.st_size} {state.st_mtime_ns}\n".encode()
+        # The last one changes also where a copy keeps the time of its original.
+        return f"{path} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns}\n".encode()
     except OSError:
         return f"{path} missing\n".encode()
 

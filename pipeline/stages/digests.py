@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from pipeline.models.hub import cached_commit
@@ -49,6 +49,18 @@ def model_state(path: str, revision: str) -> str | None:
     """
     directory = Path(path).expanduser()
     return directory_state(directory) if directory.is_dir() else cached_commit(path, revision)
+
+
+def files_state(files: Sequence[Path]) -> str:
+    """Return the state of files that are too many to be read: their paths, sizes and times of change."""
+    return hashlib.sha256(json.dumps([_stamp_if_there(path) for path in files]).encode()).hexdigest()
+
+
+def _stamp_if_there(path: Path) -> Stamp | str:
+    try:
+        return file_stamp(path)
+    except OSError:
+        return str(path)
 
 
 def directory_state(directory: Path) -> str:

@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,12 +13,21 @@ from pipeline.evaluation.config import CONTROL, SFT_BY_METRIC, SFT_LONGER
 from pipeline.recipe import Recipe, recipe_values
 from pipeline.stages.code_inputs import code_files
 from pipeline.stages.control import control_run, ppo_arguments
-from pipeline.stages.digests import file_digest, file_stamp, model_state, record_digest, remember_digests
+from pipeline.stages.digests import (
+    Stamp,
+    file_digest,
+    file_stamp,
+    files_state,
+    model_state,
+    record_digest,
+    remember_digests,
+)
 from pipeline.stages.directory import FINISHED, STAGES, RunDirectory, last_section, read_record
-from pipeline.tasks import preferences, task_module
+from pipeline.tasks import preferences, speech, task_module
 
 ABSENT = "absent"
 STATE = ("fingerprint", "settings", "inputs", "stamps")  # what a stage records of what it depends on
+SOUND = "the sound of task.audio"  # what the state of all sound files is called
 HUB_REVISION = "main"  # of a classifier, which `model.model_revision` is not about
 
 Status = Literal["complete", "partial", "changed", "absent"]
@@ -108,9 +118,25 @@ def stage_inputs(recipe: Recipe, stage: str, recorded: Mapping[str, str] | None 
     files = {str(path): path for path in data_files(recipe, stage)} | code_files(recipe, stage)
     return (
         {name: file_digest(path) for name, path in files.items()}
+        | _sound_state(recipe, recorded)
         | _model_states(recipe, stage, recorded or {})
         | _earlier_results(recipe, stage)
     )
+
+
+def _sound_state(recipe: Recipe, recorded: Mapping[str, str] | None) -> dict[str, str]:
+    """Return the state of the sound files that the rows name; left out where a record is older than this state."""
+    config = recipe.task.config
+    if not isinstance(config, speech.Config) or (recorded is not None and SOUND not in recorded):
+        return {}
+    files = _sound_files(config, tuple(map(file_stamp, speech.files(config))))
+    return {SOUND: files_state(files)} if files else {}
+
+
+@cache
+def _sound_files(config: speech.Config, stamps: tuple[Stamp, ...]) -> list[Path]:
+    """Return the sound files of a task; the rows are read again where the `stamps` of their files are others."""
+    return speech.sound_files(config)
 
 
 def _model_states(recipe: Recipe, stage: str, recorded: Mapping[str, str]) -> dict[str, str]:
@@ -135,7 +161,7 @@ def stage_fingerprint(recipe: Recipe, stage: str, recorded: Mapping[str, str] | 
     """Return a SHA-256 over the settings and inputs of a stage; it differs if a setting, a model or a file changed.
 
     Two changes are not seen: a data set on the Hub counts by its name and `task.revision`, not by its rows; and a file
-    of the same size and time of change counts as the same file.
+    of the same size and time of change counts as the same file. Of sound files nothing else counts.
     """
     content = [stage, stage_settings(recipe, stage), stage_inputs(recipe, stage, recorded)]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

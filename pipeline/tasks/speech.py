@@ -78,12 +78,36 @@ class Config:
 
 
 def files(config: Config) -> list[Path]:
-    """Return the local files with the rows; sound files are not among them. None for the Hub.
+    """Return the local files with the rows; `sound_files` are not among them. None for the Hub.
 
     Raises:
         TaskError: as `columns.files`.
     """
     return columns.files(config.as_columns())
+
+
+def sound_files(config: Config) -> list[Path]:
+    """Return the sound files that the rows of local data name, whether they are there or not. None for the Hub.
+
+    Raises:
+        TaskError: as `files`; rows that cannot be read.
+    """
+    if not files(config):
+        return []
+    paths: dict[Path, None] = {}
+    tables = columns.read_tables(config.as_columns())
+    for split in SPLITS:
+        part = select_part(tables[split], split, getattr(config, split), getattr(config, f"max_{split}_examples"))
+        data = part.dataset
+        if config.audio not in data.column_names:
+            continue
+        sounds = _undecoded(data.select_columns(config.audio), config.audio)
+        name, start = config.audio, Path(config.data_dir).expanduser()
+        if not isinstance(sounds.features[name], Value):  # its bytes or samples, if it has them, are in the data
+            sounds, name, start = sounds.flatten(), f"{name}.path", Path()
+        if name in sounds.column_names:
+            paths |= {start / Path(path).expanduser(): None for path in sounds[name][:] if isinstance(path, str)}
+    return list(paths)
 
 
 def check_reachable(config: Config) -> None:

@@ -57,6 +57,16 @@ def test_they_are_made_once_and_again_for_other_files_or_models(files, tmp_path,
     assert len(set(made_for)) == 2
 
 
+def test_a_changed_file_of_the_same_size_and_time_has_its_own_features(files, tmp_path):
+    before = make_clips(sounds(files[0]), "sound", CONFIG, tmp_path / "features").clips[0]
+    kept, features = os.stat(files[0]), Clip(**before).features()
+    write_wav(files[0], tone(["five"]))
+    os.utime(files[0], ns=(kept.st_atime_ns, kept.st_mtime_ns))
+    assert os.stat(files[0]).st_size == kept.st_size
+    after = make_clips(sounds(files[0]), "sound", CONFIG, tmp_path / "features").clips[0]
+    assert not torch.equal(Clip(**after).features(), features)
+
+
 write = clips._write_features
 
 

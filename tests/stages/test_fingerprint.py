@@ -10,11 +10,13 @@ import datasets
 import pytest
 from demo_run import DATA_FILES, OWN, complete, recipe_with
 from huggingface_hub import constants
+from speech_toys import tone, write_data, write_wav
 
 from pipeline.models import hub
-from pipeline.stages import digests
+from pipeline.stages import digests, fingerprint
 from pipeline.stages.directory import RunDirectory
 from pipeline.stages.fingerprint import (
+    SOUND,
     setting_differences,
     stage_fingerprint,
     stage_settings,
@@ -80,6 +82,33 @@ def test_data_edited_while_a_stage_runs_does_not_pass_for_what_it_read():
     finish_stage(RunDirectory.of(recipe), recipe, "sft")
     assert stage_status(RunDirectory.of(recipe), recipe, "sft") == "changed"
     assert setting_differences(RunDirectory.of(recipe), recipe, "sft") == ["train.en: its contents changed"]
+
+
+def test_a_changed_sound_file_makes_every_stage_out_of_date(tmp_path):
+    folder = write_data(tmp_path / "clips")
+    recipe = recipe_with(f"task={{name: speech, path: '{{split}}.jsonl', data_dir: {folder}}}")
+    run, path = RunDirectory.of(recipe), folder / "test/1.wav"
+    complete(recipe, *OWN)
+    assert [stage_status(run, recipe, stage) for stage in OWN] == ["complete"] * 3
+    write_wav(path, tone(["one"] * 4))
+    assert [stage_status(run, recipe, stage) for stage in OWN] == ["changed"] * 3
+    assert setting_differences(run, recipe, "sft") == [f"{SOUND}: its contents changed"]
+    complete(recipe, *OWN)
+    os.utime(path, (0, 0))
+    assert stage_status(run, recipe, "sft") == "changed"
+    complete(recipe, *OWN)
+    path.unlink()
+    assert stage_status(run, recipe, "sft") == "changed"
+
+
+def test_a_run_from_before_sound_files_counted_is_still_complete(tmp_path, monkeypatch):
+    folder = write_data(tmp_path / "clips")
+    recipe = recipe_with(f"task={{name: speech, path: '{{split}}.jsonl', data_dir: {folder}}}")
+    with monkeypatch.context() as patch:
+        patch.setattr(fingerprint, "_sound_state", lambda *_: {})
+        complete(recipe, "sft")
+    assert stage_status(RunDirectory.of(recipe), recipe, "sft") == "complete"
+    assert setting_differences(RunDirectory.of(recipe), recipe, "sft") == []
 
 
 def test_differences_name_each_setting_with_both_values():

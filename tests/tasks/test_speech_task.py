@@ -1,6 +1,7 @@
 """The task `speech`: rows of sound and text, as paths, arrays and `datasets.Audio`; broken ones have one sentence."""
 
 import json
+from pathlib import Path
 
 import pytest
 from datasets import Audio, Dataset, DatasetDict
@@ -41,6 +42,20 @@ def test_a_language_may_stand_in_each_row(folder):
     assert load_task("speech", config(folder, language_column="locale")).train["spoken_language"][:] == ["en", "de"]
     with pytest.raises(TaskError, match=r"language or language_column, found both"):
         config(folder, language_column="locale", language="en")
+
+
+def test_the_sound_files_are_those_that_the_rows_name(folder, tmp_path):
+    named = [folder / split / f"{row}.wav" for split in ("train", "validation", "test") for row in range(4)]
+    assert speech.sound_files(config(folder)) == named
+    assert speech.sound_files(config(folder, max_test_examples=1)) == named[:9]
+    (folder / "train/3.wav").unlink()
+    assert speech.sound_files(config(folder)) == named
+    sounds = {"paths": {"path": "a.wav", "text": "x"}, "arrays": {"array": [0.5, 0.1], "sampling_rate": 8000}}
+    for name, sound in sounds.items():
+        data = Dataset.from_list([{"audio": sound, "text": "one"}] * 2)
+        DatasetDict(train=data, validation=data, test=data).save_to_disk(tmp_path / name)
+        files = [Path("a.wav")] if name == "paths" else []
+        assert speech.sound_files(speech.Config(path=str(tmp_path / name))) == files
 
 
 def test_arrays_and_audio_columns_are_kept_as_they_are(folder, tmp_path):
