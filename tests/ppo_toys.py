@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.rewards import RewardConfig
@@ -47,6 +48,12 @@ def read_metrics(directory: Path) -> list[dict[str, float]]:
 def training_steps(directory: Path) -> list[dict[str, float]]:
     """The lines of PPO steps, without those of evaluations."""
     return [line for line in read_metrics(directory) if "objective/kl" in line]
+
+
+def saved_tensors(checkpoint: Path) -> dict[str, Tensor]:
+    """The weights and moments in a checkpoint of one process."""
+    (shard,) = checkpoint.glob("shard-*.safetensors")
+    return load_file(shard)
 
 
 def weights(trainer: PPOTrainer) -> dict[str, Tensor]:

@@ -226,9 +226,13 @@ class SharedModel(nn.Module):
         for name, parameter in self._named_policy():
             parameter.copy_(like(initial[name], parameter))
 
+    def trained_weights(self) -> dict[str, Tensor]:
+        """Return everything that is trained, by name, as this process holds it."""
+        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
+
     def trainable_state(self) -> dict[str, Tensor]:
         """Copy everything that is trained to the CPU, by name; the main process alone gets what is sharded."""
-        return {name: whole_on_main(p) for name, p in self.named_parameters() if p.requires_grad}
+        return {name: whole_on_main(weight) for name, weight in self.trained_weights().items()}
 
     def load_trainable_state(self, state: dict[str, Tensor]) -> None:
         """Put back what `trainable_state` gave.
@@ -236,12 +240,11 @@ class SharedModel(nn.Module):
         Raises:
             ValueError: names that are missing or unknown.
         """
-        trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        trained = self.trained_weights()
         if trained.keys() != state.keys():
             raise ValueError(f"the saved weights differ from the model in {sorted(trained.keys() ^ state.keys())[:3]}")
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(like(state[name], parameter))
+        for name, weight in trained.items():
+            weight.copy_(like(state[name], weight))
 
     def _states(self, model: PreTrainedModel, sequences: Sequences) -> Tensor:
         """[M, H] for the M completion tokens in row order: the state of token t has read the prompt and t tokens."""

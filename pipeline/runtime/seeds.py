@@ -19,26 +19,27 @@ def derive_seed(seed: int, purpose: str, *numbers: int) -> int:
 
 
 def random_state() -> dict[str, object]:
-    """States of python's, numpy's and torch's generators, those of the accelerators included."""
+    """States of python's, numpy's and torch's generators, those of accelerators included, as values for JSON."""
     kind, keys, *rest = np.random.get_state()
     state = {
         "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),
-        "torch": torch.get_rng_state(),
+        "numpy": (kind, keys.tolist(), *rest),
+        "torch": torch.get_rng_state().tolist(),
     }
     if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
+        state["cuda"] = [device.tolist() for device in torch.cuda.get_rng_state_all()]
     return state
 
 
 def restore_random_state(state: dict[str, object]) -> None:
-    """Put back what `random_state` gave."""
-    random.setstate(state["python"])
+    """Put back what `random_state` gave, also after a way through JSON, which turns tuples into lists."""
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
     kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
+    np.random.set_state((kind, np.array(keys, np.uint32), *rest))
+    torch.set_rng_state(torch.as_tensor(state["torch"], dtype=torch.uint8))
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        torch.cuda.set_rng_state_all([torch.as_tensor(device, dtype=torch.uint8) for device in state["cuda"]])
 
 
 def of_this_process(states: Sequence, source: object):

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import Tensor
 
+from pipeline.models.slices import slice_here
 from pipeline.runtime.distributed import launched_engine, on_main
 from pipeline.runtime.files import flush_to_disk, sha256
 
@@ -197,16 +199,16 @@ def check_space(directory: Path, size: int, count: int) -> None:
 
 
 def require_finite(tensors: Mapping[str, Tensor], step: int) -> None:
-    """Refuse to save weights that are NaN or infinite.
+    """Refuse to save weights that are NaN or infinite; every process calls it and looks at its slices.
 
     Raises:
-        FloatingPointError: naming the step and the first such weight.
+        FloatingPointError: naming the step and the first such weight, on every process.
     """
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise FloatingPointError(
-                f"step {step}: {name} is not finite, nothing is saved; start again with a lower learning_rate"
-            )
+    here = (name for name, tensor in tensors.items() if not torch.isfinite(slice_here(tensor)).all())
+    if broken := [name for name in gather_object([next(here, None)]) if name]:
+        raise FloatingPointError(
+            f"step {step}: {broken[0]} is not finite, nothing is saved; start again with a lower learning_rate"
+        )
 
 
 def load_tensors(file: Path):

@@ -22,8 +22,11 @@ from pipeline.trainers.checkpoints import (
     newest_checkpoint,
 )
 from pipeline.trainers.ppo.checkpoint import Checkpoint, TrainerState, load_checkpoint, save_checkpoint
+from pipeline.trainers.shards import OPTIMIZER, optimizer_tensors, read_optimizer, read_slices
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
 
 
 def write(directory: Path, step: int, text: str = "weights") -> None:
@@ -40,13 +43,10 @@ def save(directory: Path, step: int, keep: int = 2, **state) -> Path:
     parameter.sum().backward()
     optimizer.step()
     checkpoint = Checkpoint(
-        TrainerState(step, **state),
-        {"weight": parameter.detach()},
-        optimizer.state_dict(),
-        {"last_epoch": step},
-        [random_state()],
+        TrainerState(step, **state), optimizer.state_dict()["param_groups"], {"last_epoch": step}, [random_state()]
     )
-    return save_checkpoint(directory, checkpoint, keep)
+    tensors = {"weight": parameter.detach()}, optimizer_tensors(optimizer)
+    return save_checkpoint(directory, checkpoint, *tensors, keep)
 
 
 def names(directory: Path) -> list[str]:
@@ -126,10 +126,10 @@ def test_without_an_intact_checkpoint_nothing_starts_unnoticed(tmp_path):
 def test_missing_files_are_listed(tmp_path):
     save(tmp_path, 1)
     path = save(tmp_path, 2)
-    (path / "optimizer.pt").unlink()
-    (path / "random_state.pt").unlink()
+    (path / "optimizer.json").unlink()
+    (path / SHARD).unlink()
     for look in (lambda: newest_checkpoint(tmp_path), lambda: load_checkpoint(path)):
-        with pytest.raises(ValueError, match=r"checkpoint-2' lacks optimizer\.pt, random_state\.pt"):
+        with pytest.raises(ValueError, match=r"checkpoint-2' lacks optimizer\.json, shard-00001-"):
             look()
     (path / "manifest.json").unlink()
     with pytest.raises(ValueError, match=r"lacks manifest\.json"):
@@ -137,11 +137,17 @@ def test_missing_files_are_listed(tmp_path):
 
 
 def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path):
-    loaded = load_checkpoint(save(tmp_path, 2, best_step=1, best_metric=0.1 + 0.2))
+    path = save(tmp_path, 2, best_step=1, best_metric=0.1 + 0.2)
+    loaded = load_checkpoint(path)
     assert loaded.state == TrainerState(2, best_step=1, best_metric=0.1 + 0.2)
-    assert loaded.weights["weight"].tolist() == [2.0, 2.0, 2.0]
     assert loaded.scheduler == {"last_epoch": 2}
-    assert loaded.optimizer["state"][0]["exp_avg"].tolist() == pytest.approx([0.1, 0.1, 0.1])
+    weight = torch.nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.AdamW([weight], lr=1.0)
+    read_slices({"weight": weight.detach()}, path, others=(OPTIMIZER,))
+    read_optimizer(optimizer, loaded.groups, path)
+    assert weight.tolist() == [2.0, 2.0, 2.0] and optimizer.param_groups[0]["lr"] == 0.0
+    state = optimizer.state[weight]
+    assert state["exp_avg"].tolist() == pytest.approx([0.1, 0.1, 0.1]) and state["step"].item() == 1
 
 
 def rewrite(path: Path, name: str, content: bytes) -> None:
@@ -171,8 +177,7 @@ class Malice:
         return os.mkdir, (str(self.path),)
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("name", ["optimizer.pt", "random_state.pt"])
+@pytest.mark.parametrize("name", ["optimizer.json", "random_state.json", SHARD])
 @pytest.mark.parametrize("how", ["torch", "pickle"])
 def test_a_malicious_pickle_is_never_run(tmp_path, name, how):
     path, mark = save(tmp_path, 2), tmp_path / "mark"
@@ -182,22 +187,46 @@ def test_a_malicious_pickle_is_never_run(tmp_path, name, how):
     else:
         content = pickle.dumps(Malice(mark))
     rewrite(path, name, content)
-    with pytest.raises(ValueError, match=rf"{name} holds more than tensors and plain values, which could run code"):
+    with pytest.raises(ValueError, match=r"checkpoint-2\b.* cannot be read: .*; remove the checkpoint"):
         load_checkpoint(path)
+        read_slices({"weight": torch.zeros(3)}, path, others=(OPTIMIZER,))
     assert not mark.exists()
+
+
+def test_a_checkpoint_of_another_version_is_named(tmp_path):
+    path = save(tmp_path, 2)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "optimizer.json").unlink()
+    del manifest["optimizer.json"]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"optimizer\.json is missing, .* another version made it"):
+        load_checkpoint(path)
+
+
+def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path):
+    names = {path.name for path in save(tmp_path, 2).iterdir()}
+    assert names == {"manifest.json", "optimizer.json", "random_state.json", SHARD, "trainer_state.json"}
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    path = save(tmp_path, 2)
+    with pytest.raises(ValueError, match="differ from those of the model in another, weight"):
+        read_slices({"another": torch.zeros(3)}, path, others=(OPTIMIZER,))
+    with pytest.raises(ValueError, match=r"Size mismatch .* for weight"):
+        read_slices({"weight": torch.zeros(4)}, path, others=(OPTIMIZER,))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, bad):
-    checkpoint = Checkpoint(TrainerState(4), {"w": torch.tensor([1.0, bad])}, {}, {}, [])
+    checkpoint = Checkpoint(TrainerState(4), [], {}, [])
     with pytest.raises(FloatingPointError, match="step 4: w is not finite, nothing is saved"):
-        save_checkpoint(tmp_path, checkpoint, 2)
+        save_checkpoint(tmp_path, checkpoint, {"w": torch.tensor([1.0, bad])}, {}, 2)
     assert names(tmp_path) == []
 
 
 def test_random_states_come_back(tmp_path):
     np.random.standard_normal()  # leaves a second number in store
-    torch.save([random_state()], tmp_path / "state.pt")
+    (tmp_path / "state.json").write_text(json.dumps([random_state()]))
 
     def draw():
         return (
@@ -209,7 +238,7 @@ def test_random_states_come_back(tmp_path):
         )
 
     expected = draw()
-    states = torch.load(tmp_path / "state.pt", weights_only=True)
+    states = json.loads((tmp_path / "state.json").read_text())
     restore_random_state(of_this_process(states, "here"))
     assert draw() == expected
     with pytest.raises(ValueError, match="here was made by 2 processes and this run has 1"):
@@ -227,13 +256,16 @@ def test_too_little_room_is_said_before_the_first_step(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("numbers", [300_000, 900_000], ids=["the optimizer", "the weights"])
 def test_a_full_disk_costs_the_new_checkpoint_alone(small_disk, numbers):
-    def checkpoint(step: int, numbers: int) -> Checkpoint:
+    def save_numbers(step: int, numbers: int) -> None:
         weights = {"w": torch.full((numbers,), float(step))}
-        return Checkpoint(TrainerState(step), weights, {"moments": torch.zeros(2 * numbers)}, {}, [])
+        moments = {f"{OPTIMIZER}0.exp_avg": torch.zeros(2 * numbers)}
+        save_checkpoint(small_disk, Checkpoint(TrainerState(step), [], {}, []), weights, moments, 2)
 
-    save_checkpoint(small_disk, checkpoint(1, 100_000), 2)  # 1.2 MB
+    save_numbers(1, 100_000)  # 1.2 MB
     with pytest.raises(OSError, match=r"cannot write .*checkpoint-2: .* [\d,]+ are free"):
-        save_checkpoint(small_disk, checkpoint(2, numbers), 2)
+        save_numbers(2, numbers)
     assert names(small_disk) == ["checkpoint-1"]
     found, notes = newest_checkpoint(small_disk)
-    assert notes == [] and load_checkpoint(found).weights["w"].tolist() == [1.0] * 100_000
+    weights = {"w": torch.zeros(100_000)}
+    read_slices(weights, found, others=(OPTIMIZER,))
+    assert notes == [] and weights["w"].tolist() == [1.0] * 100_000

@@ -208,11 +208,12 @@ def test_a_damaged_checkpoint_costs_one_interval(sft, ppo, tmp_path, capfd, kind
     train("whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "broken")
     before, last = list_checkpoints(tmp_path / "broken" / "checkpoints")[-2:]
-    os.truncate(last / "optimizer.pt", 100)
+    name = {"sft": "optimizer.pt", "ppo": "shard-00001-model-00001-of-00001.safetensors"}[kind]
+    os.truncate(last / name, 100)
     capfd.readouterr()
     train("broken")
     said = capfd.readouterr().err
-    assert f"{last} is damaged and not used: optimizer.pt has 100 bytes instead of" in said
+    assert f"{last} is damaged and not used: {name} has 100 bytes instead of" in said
     assert f"continuing from {before}" in said
     assert same_weights(tmp_path / "broken.pt", tmp_path / "whole.pt")
     assert log_of(tmp_path / "broken") == log_of(tmp_path / "whole")
@@ -222,9 +223,10 @@ def test_a_damaged_checkpoint_costs_one_interval(sft, ppo, tmp_path, capfd, kind
 def test_what_a_checkpoint_lacks_is_listed(sft, ppo, tmp_path, kind):
     train = {"sft": sft, "ppo": ppo}[kind]
     train("run")
-    names = {"sft": ["loop_state.pt", "optimizer.pt", "scheduler.pt"], "ppo": ["optimizer.pt", "random_state.pt"]}[
-        kind
-    ]
+    names = {
+        "sft": ["loop_state.pt", "optimizer.pt", "scheduler.pt"],
+        "ppo": ["optimizer.json", "random_state.json", "shard-00001-model-00001-of-00001.safetensors"],
+    }[kind]
     for name in names:
         (list_checkpoints(tmp_path / "run" / "checkpoints")[-1] / name).unlink()
     with pytest.raises(ValueError, match=rf"lacks {', '.join(names)}: put back what is missing"):

@@ -1,7 +1,9 @@
 """PPO whose model is sharded over gloo processes (FSDP2) ends with the weights of one process."""
 
 import os
+import pickle
 import shutil
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -9,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import gather_object
 from datasets import Dataset
 from ppo_toys import SMALL, colours, weights
 from safetensors.torch import load_file
@@ -23,6 +27,8 @@ from pipeline.models.config import ModelConfig
 from pipeline.models.from_scratch import build_from_scratch
 from pipeline.models.loading import load_model, load_policy, load_tokenizer, lora_config
 from pipeline.models.slices import slice_here
+from pipeline.trainers import shards
+from pipeline.trainers.ppo.checkpoint import save_training
 from pipeline.trainers.ppo.config import PPOConfig
 from pipeline.trainers.ppo.trainer import PPOTrainer
 
@@ -277,6 +283,57 @@ def test_a_run_goes_on_with_other_numbers_of_processes(setting):
     goes_on(3, "resumed", 4, gradient_accumulation_steps=1)
     moved = [(setting.weights("one")[n] - p).abs().max() for n, p in setting.weights("resumed").items()]
     assert 0 < max(moved) < 0.1
+
+
+def save_counted(setting: Setting) -> None:
+    """Save after a step of two processes, and check what this one holds and gathers meanwhile."""
+    shard()
+    trainer = setting.trainer("saved", 2, use_peft=False)
+    trainer.train()
+    sizes, gathers = [], []
+    state = trainer.optimizer.state_dict()["state"].values()
+    tensors = [*trainer.shared.trained_weights().values(), *(tensor for values in state for tensor in values.values())]
+    slices = [slice_here(t).nbytes for t in tensors if t.dim() or trainer.accelerator.is_main_process]
+    largest = max(gather_object([max(slices)]))
+
+    def noted(tensors: dict[str, torch.Tensor], metadata: dict) -> bytes:
+        sizes.append(sum(t.nbytes for t in tensors.values()))
+        assert not any(isinstance(t, DTensor) for t in tensors.values())
+        return save(tensors, metadata)
+
+    save, safetensors.torch.save = safetensors.torch.save, noted
+    DTensor.full_tensor = lambda *given, **named: gathers.append(given)
+    shards.FILE_BYTES = largest
+    save_training(setting.root / "counted", replace(trainer.state, step=9), trainer.learner)
+    assert not gathers and len(sizes) > 3 and sum(sizes) == sum(slices) and max(sizes) <= largest
+
+
+def test_a_process_saves_its_slices_and_gathers_nothing(setting):
+    """Into files of which none takes more than one slice may; none of them is a pickle."""
+    run_in_processes(2, partial(save_counted, setting), setting.root)
+    files = list((setting.root / "counted" / "checkpoint-9").iterdir())
+    assert {path.name.split("-")[1] for path in files if path.suffix != ".json"} == {"00001", "00002"}
+    for path in files:
+        assert path.suffix in (".json", ".safetensors") and not zipfile.is_zipfile(path)
+        with pytest.raises((pickle.UnpicklingError, EOFError)), path.open("rb") as file:
+            pickle.load(file)
+
+
+def test_a_missing_or_broken_slice_is_named_before_anything_is_trained(setting):
+    run_in_processes(2, lambda: (shard(), setting.run("broken", 2)), setting.root)
+    forget()
+    last = setting.root / "broken" / "checkpoints" / f"checkpoint-{STEPS}"
+    name = "shard-00002-model-00001-of-00001.safetensors"
+    (last / name).rename(setting.root / name)
+    with pytest.raises(ValueError, match=f"checkpoint-{STEPS}' lacks {name}: put back"):
+        setting.run("broken", 1)
+    content = bytearray((setting.root / name).read_bytes())
+    content[-1] ^= 1  # one bit
+    (last / name).write_bytes(content)
+    trainer = setting.trainer("broken", 1)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer._origin.step == STEPS - 1
+    assert last.with_name(f"damaged-{last.name}").is_dir()
 
 
 def test_a_process_that_is_killed_ends_the_other(setting):

@@ -1,4 +1,4 @@
-"""What a PPO checkpoint holds, and how it is written and read; nothing in one is executed."""
+"""What a PPO checkpoint holds, and how it is written and read: safetensors and JSON, so nothing in one is executed."""
 
 import json
 import math
@@ -6,11 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import gather_object, set_seed
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerBase
@@ -23,7 +21,6 @@ from pipeline.trainers.checkpoints import (
     check_space,
     clear_checkpoints,
     keep_newest,
-    load_tensors,
     new_checkpoint,
     newest_checkpoint,
     require_finite,
@@ -32,11 +29,11 @@ from pipeline.trainers.checkpoints import (
 from pipeline.trainers.ppo.config import PPOConfig
 from pipeline.trainers.ppo.experiment import Experiment, check_experiment, record_experiment
 from pipeline.trainers.ppo.learner import Learner
-from pipeline.trainers.ppo.moving_reference import without_reference
+from pipeline.trainers.ppo.moving_reference import REFERENCE
 from pipeline.trainers.ppo.scores import RunningMoments
+from pipeline.trainers.shards import OPTIMIZER, optimizer_tensors, read_slices, write_slices
 
-STATE_FILE, WEIGHTS_FILE, OPTIMIZER_FILE = "trainer_state.json", "trainable.safetensors", "optimizer.pt"
-RANDOM_FILE = "random_state.pt"
+STATE_FILE, OPTIMIZER_FILE, RANDOM_FILE = "trainer_state.json", "optimizer.json", "random_state.json"
 
 
 @dataclass(frozen=True)
@@ -111,20 +108,20 @@ class TrainerState:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything a run needs to go on: trained weights, optimizer and scheduler, and how far it is.
+    """What a run needs to go on beside its tensors: how far it is, and the settings of optimizer and scheduler.
 
-    `random` holds the generators' states of each process: a reward function may draw from them.
+    `groups` are the optimizer's groups of weights. `random` holds the generators' states of each process: a reward
+    function may draw from them.
     """
 
     state: TrainerState
-    weights: dict[str, Tensor]
-    optimizer: dict
-    scheduler: dict
+    groups: Sequence[dict[str, object]]
+    scheduler: dict[str, object]
     random: Sequence[dict[str, object]]
 
 
 def save_training(directory: Path, state: TrainerState, learner: Learner) -> None:
-    """Write a checkpoint of all that a run needs to go on; every process calls it, the main one writes.
+    """Write a checkpoint of all that a run needs to go on; every process calls it.
 
     Raises:
         FloatingPointError, OSError: as `save_checkpoint`.
@@ -132,13 +129,13 @@ def save_training(directory: Path, state: TrainerState, learner: Learner) -> Non
     args = learner.args
     checkpoint = Checkpoint(
         replace(state, micro_batch_size=learner.reduced_micro_batch_size),
-        learner.trained_state(),
-        learner.optimizer.state_dict(),
+        learner.optimizer.state_dict()["param_groups"],
         learner.scheduler.state_dict(),
         gather_object([random_state()]),
     )
     protect = state.best_step if args.load_best_model_at_end else None
-    save_checkpoint(directory, checkpoint, args.save_total_limit, protect)
+    tensors = (learner.trained_weights(), optimizer_tensors(learner.optimizer))
+    save_checkpoint(directory, checkpoint, *tensors, args.save_total_limit, protect)
 
 
 def save_policy(directory: Path, shared: SharedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -151,48 +148,50 @@ def save_policy(directory: Path, shared: SharedModel, tokenizer: PreTrainedToken
     PartialState().wait_for_everyone()
 
 
-def save_checkpoint(directory: Path, checkpoint: Checkpoint, keep: int, protect: int | None = None) -> Path:
+def save_checkpoint(
+    directory: Path,
+    checkpoint: Checkpoint,
+    weights: Mapping[str, Tensor],
+    moments: Mapping[str, Tensor],
+    keep: int,
+    protect: int | None = None,
+) -> Path:
     """Write `directory/checkpoint-<step>` and remove all but the newest `keep` and the one of step `protect`.
 
-    Every process calls it, the main one writes.
+    Every process calls it and writes its slices of `weights` and `moments`; the main one writes the rest.
 
     Raises:
         FloatingPointError: a weight is not finite.
         OSError: the disk is full.
     """
     step = checkpoint.state.step
-    require_finite(checkpoint.weights, step)
-    with new_checkpoint(directory, step, state_size(checkpoint.weights)) as folder:
+    require_finite(weights, step)
+    with new_checkpoint(directory, step, state_size(weights)) as folder:
+        write_slices({**weights, **moments}, folder)
         if PartialState().is_main_process:
-            save_file(checkpoint.weights, folder / WEIGHTS_FILE)
-            optimization = {"optimizer": checkpoint.optimizer, "scheduler": checkpoint.scheduler}
-            torch.save(optimization, folder / OPTIMIZER_FILE)
-            torch.save(list(checkpoint.random), folder / RANDOM_FILE)
+            optimization = {"groups": checkpoint.groups, "scheduler": checkpoint.scheduler}
+            (folder / OPTIMIZER_FILE).write_text(json.dumps(optimization))
+            (folder / RANDOM_FILE).write_text(json.dumps(checkpoint.random))
             (folder / STATE_FILE).write_text(json.dumps(asdict(checkpoint.state), indent=2))
     keep_newest(directory, keep, protect)
     return directory / f"checkpoint-{step}"
 
 
-def state_size(weights: dict[str, Tensor]) -> int:
+def state_size(weights: Mapping[str, Tensor]) -> int:
     """About how many bytes a checkpoint takes: the trained weights and AdamW's two moments of each."""
     return 3 * sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint; nothing in it is executed.
+    """Check all of a checkpoint, and read what it holds beside its tensors.
 
     Raises:
         ValueError: a file is missing, or not what was saved; a field of the state is missing or unknown.
     """
     require_intact(path)
-    optimization = load_tensors(path / OPTIMIZER_FILE)
-    return Checkpoint(
-        _load_state(path / STATE_FILE),
-        load_file(path / WEIGHTS_FILE),
-        optimization["optimizer"],
-        optimization["scheduler"],
-        load_tensors(path / RANDOM_FILE),
-    )
+    optimization = _read_json(path / OPTIMIZER_FILE)
+    random = _read_json(path / RANDOM_FILE)
+    return Checkpoint(_load_state(path / STATE_FILE), optimization["groups"], optimization["scheduler"], random)
 
 
 def restore_training(
@@ -223,22 +222,22 @@ def restore_training(
                 f"{directory} holds this experiment at its end, step {state.step}, so nothing would be trained: give "
                 "another output_dir, or train(resume_from_checkpoint=False), which removes them and starts anew"
             )
-        notes.append(f"continuing from {path}{_restore(checkpoint, learner, seed)}")
+        notes.append(f"continuing from {path}{_restore(path, checkpoint, learner, seed)}")
     record_experiment(directory, experiment)
     count = args.save_total_limit + 1 + args.load_best_model_at_end  # the one being written, the best
-    check_space(directory, state_size(learner.trained_state()), count)
+    check_space(directory, state_size(learner.trained_weights()), count)
     return state, notes
 
 
-def _restore(checkpoint: Checkpoint, learner: Learner, seed: int) -> str:
+def _restore(path: Path, checkpoint: Checkpoint, learner: Learner, seed: int) -> str:
     """Put a checkpoint back; return what is not as it would have been without the interruption."""
     args, accelerator, state = learner.args, learner.accelerator, checkpoint.state
     before, processes = len(checkpoint.random), accelerator.num_processes
     same = before == processes
     steps = state.total_steps(args, processes)
-    learner.load_trained_state(checkpoint.weights)
     learner.restore(
-        checkpoint.optimizer,
+        path,
+        checkpoint.groups,
         checkpoint.scheduler,
         state.micro_batch_size,
         None if same else steps * args.num_ppo_epochs * args.num_mini_batches,
@@ -257,16 +256,30 @@ def restore_best(directory: Path, state: TrainerState, shared: SharedModel, metr
     """Make the policy that of the best step, or of the start where no step was better; return a sentence on it."""
     best = f"best {metric} {state.best_metric:.4f} at step {state.best_step}"
     if state.best_step:
-        shared.load_trainable_state(
-            without_reference(load_checkpoint(directory / f"checkpoint-{state.best_step}").weights)
-        )
+        path = directory / f"checkpoint-{state.best_step}"
+        require_intact(path)
+        read_slices(shared.trained_weights(), path, others=(OPTIMIZER, REFERENCE))
         return best
     shared.restart_policy()
     return f"{best}: no later one was better, so the policy is the model it started from"
 
 
+def _read_json(file: Path):
+    if not file.is_file():
+        raise ValueError(
+            f"{file} is missing, and the checkpoint was complete without it: another version made it; go on with that "
+            "version, or remove the stage's directory"
+        )
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"{file} cannot be read: {error}; remove the checkpoint to start from the one before"
+        ) from error
+
+
 def _load_state(file: Path) -> TrainerState:
-    values, names = json.loads(file.read_text()), {entry.name for entry in fields(TrainerState)}
+    values, names = _read_json(file), {entry.name for entry in fields(TrainerState)}
     if values.keys() != names:
         missing, unknown = sorted(names - values.keys()), sorted(values.keys() - names)
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -13,16 +14,17 @@ from transformers import get_scheduler
 from pipeline.models.sequences import Sequences, make_sequences
 from pipeline.models.sharding import Sharding
 from pipeline.models.shared import PASSES, SharedModel
-from pipeline.models.slices import keep_whole_states, whole
+from pipeline.models.slices import whole
 from pipeline.runtime.memory import in_smaller_batches, is_out_of_memory
 from pipeline.runtime.messages import say
 from pipeline.runtime.schedules import value_at
 from pipeline.trainers.ppo.config import PPOConfig
-from pipeline.trainers.ppo.moving_reference import MovingReference, without_reference
+from pipeline.trainers.ppo.moving_reference import REFERENCE, MovingReference
 from pipeline.trainers.ppo.objective import Clipping, LossTerms, ppo_loss
 from pipeline.trainers.ppo.reference_texts import deal_out
 from pipeline.trainers.ppo.rollout import Experience, TokenOutputs, Warn, compute_token_outputs
 from pipeline.trainers.ppo.update_log import TERMS, OptimizerStep, Update, UpdateLog
+from pipeline.trainers.shards import OPTIMIZER, read_optimizer, read_slices
 
 EARLY_STOP_FACTOR = 1.5  # as stable-baselines3 and TRL 0.11 read target_kl
 Result = TypeVar("Result")
@@ -66,7 +68,6 @@ class Learner:
             weight_decay=args.weight_decay,
         )
         if self.sharding.roots:  # what accelerate would do for a model has been done
-            keep_whole_states(optimizer)
             self.model, self.optimizer = shared, accelerator.prepare_optimizer(optimizer)
         else:
             self.model, self.optimizer = accelerator.prepare(shared, optimizer)
@@ -101,24 +102,25 @@ class Learner:
         """The size of micro-batches where memory has run out; None: still the first."""
         return self.micro_batch_size if self.micro_batch_size < self._first_size else None
 
-    def restore(self, optimizer: dict, scheduler: dict, micro_batch_size: int | None, steps: int | None) -> None:
-        """Go on from saved states; `steps`: the optimizer steps of the whole run, where these changed."""
+    def restore(
+        self, folder: Path, groups: Sequence[dict], scheduler: dict, micro_batch_size: int | None, steps: int | None
+    ) -> None:
+        """Go on from what was saved in a folder; `steps`: the optimizer steps of the whole run, where these changed.
+
+        Raises:
+            ValueError: as `read_slices`.
+        """
         if steps is not None:
             self.scheduler = self._schedule(steps)
-        self.optimizer.load_state_dict(optimizer)
+        read_slices(self.trained_weights(), folder, others=(OPTIMIZER, REFERENCE))
+        read_optimizer(self.optimizer, groups, folder)
         self.scheduler.load_state_dict(scheduler)
         self.micro_batch_size = min(micro_batch_size or self._first_size, self._first_size)
 
-    def trained_state(self) -> dict[str, Tensor]:
-        """Copy everything that training changes to the CPU, by name."""
-        reference = {} if self.moving_reference is None else self.moving_reference.state()
-        return self.shared.trainable_state() | reference
-
-    def load_trained_state(self, state: dict[str, Tensor]) -> None:
-        """Put back what `trained_state` gave."""
-        self.shared.load_trainable_state(without_reference(state))
-        if self.moving_reference is not None:
-            self.moving_reference.load(state)
+    def trained_weights(self) -> dict[str, Tensor]:
+        """Return everything that training changes, by name, as this process holds it."""
+        reference = {} if self.moving_reference is None else self.moving_reference.named_weights()
+        return self.shared.trained_weights() | reference
 
     def after_step(self, step: int) -> None:
         """Move the reference towards the policy where `sync_ref_model` asks for it after this PPO step."""

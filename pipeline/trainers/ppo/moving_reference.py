@@ -1,14 +1,12 @@
 """A reference policy that follows the policy from time to time (Gorbatovski et al. 2024, TR-DPO, arXiv:2404.09656)."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.slices import like, whole_on_main
-
-PREFIX = "moving_reference."  # of its weights in a checkpoint
+REFERENCE = "moving_reference."  # begins the names of its weights in a checkpoint
 
 
 class MovingReference:
@@ -34,21 +32,11 @@ class MovingReference:
         for weight, parameter in zip(self.weights, self.parameters, strict=True):
             weight.mul_(1.0 - alpha).add_(parameter, alpha=alpha)
 
-    def state(self) -> dict[str, Tensor]:
-        """Copy the weights to the CPU, by name."""
-        return {f"{PREFIX}{i}": whole_on_main(weight) for i, weight in enumerate(self.weights)}
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Put back what `state` gave."""
-        for i, weight in enumerate(self.weights):
-            weight.copy_(like(state[f"{PREFIX}{i}"], weight))
+    def named_weights(self) -> dict[str, Tensor]:
+        """Return the weights by name, as this process holds them."""
+        return {f"{REFERENCE}{i}": weight for i, weight in enumerate(self.weights)}
 
     @torch.no_grad()
     def _put(self, weights: Sequence[Tensor]) -> None:
         for parameter, weight in zip(self.parameters, weights, strict=True):
             parameter.copy_(weight)
-
-
-def without_reference(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights of a checkpoint without those of a moving reference."""
-    return {name: tensor for name, tensor in weights.items() if not name.startswith(PREFIX)}
