@@ -4,8 +4,9 @@ import errno
 import json
 import pickle
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from pipeline.models.slices import slice_here
-from pipeline.runtime.distributed import launched_engine, on_main
+from pipeline.runtime.distributed import gather_rows, launched_engine, on_main
 from pipeline.runtime.files import flush_to_disk, sha256
 
 PREFIX, TEMPORARY, DAMAGED = "checkpoint-", "tmp-", "damaged-"
@@ -42,8 +43,7 @@ def new_checkpoint(directory: Path, step: int, size: int) -> Iterator[Path]:
         processes.wait_for_everyone()
         yield temporary
         processes.wait_for_everyone()
-        if processes.is_main_process:
-            _commit(temporary, final)
+        _commit(temporary, final)
     except (OSError, RuntimeError, SafetensorError) as error:
         free = _free(directory)
         shutil.rmtree(temporary, ignore_errors=True)
@@ -65,11 +65,12 @@ def _free(directory: Path) -> int:
 
 
 def _commit(temporary: Path, final: Path) -> None:
-    files = sorted(path for path in temporary.rglob("*") if path.is_file())
-    manifest = {
-        str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files
-    }
+    names = on_main(lambda: sorted(str(f.relative_to(temporary)) for f in temporary.rglob("*") if f.is_file()))
+    manifest = dict(zip(names, _describe(temporary, names), strict=True))
+    if not PartialState().is_main_process:
+        return
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2))
+    files = [temporary / name for name in names]
     folders = sorted({path.parent for path in files} | {temporary})
     for path in [*files, temporary / MANIFEST, *folders]:
         flush_to_disk(path)
@@ -77,6 +78,15 @@ def _commit(temporary: Path, final: Path) -> None:
         discard(final)
     temporary.rename(final)
     flush_to_disk(final.parent)
+
+
+def _describe(folder: Path, names: Sequence[str]) -> list[dict[str, object]]:
+    """Return size and checksum of each file; every process reads its share of them."""
+    files = [folder / name for name in names]
+    return gather_rows(
+        [[row] for row in range(len(files))],
+        lambda rows: [{"bytes": files[row].stat().st_size, "sha256": sha256(files[row])} for row in rows],
+    )
 
 
 def discard(checkpoint: Path) -> None:
@@ -109,33 +119,42 @@ def clear_checkpoints(directory: Path) -> None:
     PartialState().wait_for_everyone()
 
 
-def read_manifest(path: Path) -> dict[str, dict]:
-    """Read size and checksum of each file as they were saved; a missing manifest lists the manifest alone."""
-    return json.loads((path / MANIFEST).read_text()) if (path / MANIFEST).is_file() else {MANIFEST: {}}
-
-
 def check_checkpoint(path: Path) -> str | None:
     """Return what is wrong with the contents of a checkpoint by its manifest, or None.
+
+    Every process calls it, and reads its share of the files.
 
     Raises:
         ValueError: files are missing. Someone removed them: a kill or a full disk leaves no such checkpoint.
     """
-    if missing := [name for name in read_manifest(path) if not (path / name).is_file()]:
-        raise ValueError(
-            f"checkpoint {str(path)!r} lacks {', '.join(missing)}: put back what is missing, or remove the checkpoint "
-            "to start from the one before; to start from weights alone, begin a new run with ppo.sft_model_path"
-        )
-    for name, expected in read_manifest(path).items():
-        size = (path / name).stat().st_size
-        if size != expected["bytes"]:
-            return f"{name} has {size:,} bytes instead of {expected['bytes']:,}"
-        if sha256(path / name) != expected["sha256"]:
+    manifest = on_main(lambda: _read_manifest(path))
+    if manifest is None:
+        return f"{MANIFEST} cannot be read"
+    for name, actual in zip(manifest, _describe(path, list(manifest)), strict=True):
+        size, expected = actual["bytes"], manifest[name]["bytes"]
+        if size != expected:
+            return f"{name} has {size:,} bytes instead of {expected:,}"
+        if actual["sha256"] != manifest[name]["sha256"]:
             return f"{name} does not have the checksum it was saved with"
     return None
 
 
+def _read_manifest(path: Path) -> dict[str, dict] | None:
+    """Read size and checksum of each file as they were saved; None where the manifest is broken."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text()) if (path / MANIFEST).is_file() else {MANIFEST: {}}
+    except json.JSONDecodeError:
+        return None
+    if missing := [name for name in manifest if not (path / name).is_file()]:
+        raise ValueError(
+            f"checkpoint {str(path)!r} lacks {', '.join(missing)}: put back what is missing, or remove the checkpoint "
+            "to start from the one before; to start from weights alone, begin a new run with ppo.sft_model_path"
+        )
+    return manifest
+
+
 def require_intact(path: Path) -> None:
-    """Refuse a checkpoint that is not what was saved.
+    """Refuse a checkpoint that is not what was saved; every process calls it.
 
     Raises:
         ValueError: naming the file and what is wrong with it.
@@ -156,31 +175,29 @@ def newest_checkpoint(directory: Path) -> tuple[Path | None, list[str]]:
     Raises:
         ValueError: files are missing from a checkpoint, or there are checkpoints and all are damaged.
     """
-    return on_main(lambda: _newest_checkpoint(directory))
-
-
-def _newest_checkpoint(directory: Path) -> tuple[Path | None, list[str]]:
-    for unfinished in directory.glob(f"{TEMPORARY}*"):
-        shutil.rmtree(unfinished)
     notes: list[str] = []
-    for path in reversed(list_checkpoints(directory)):
-        problem = _read_problem(path)
+    for path in on_main(lambda: _finished_checkpoints(directory))[::-1]:
+        problem = check_checkpoint(path)
         if problem is None:
             return path, notes
-        aside = path.with_name(f"{DAMAGED}{path.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
-        notes.append(f"{path} is damaged and not used: {problem}; it is now {aside.name}")
+        notes.append(on_main(partial(_set_aside, path, problem)))
     if notes:
         raise ValueError(f"no intact checkpoint in {directory}: {'; '.join(notes)}; run again to start anew")
     return None, notes
 
 
-def _read_problem(path: Path) -> str | None:
-    try:
-        return check_checkpoint(path)
-    except json.JSONDecodeError:
-        return f"{MANIFEST} cannot be read"
+def _finished_checkpoints(directory: Path) -> list[Path]:
+    """Remove what a kill left of unfinished saves; return the checkpoints, oldest first."""
+    for unfinished in directory.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(unfinished)
+    return list_checkpoints(directory)
+
+
+def _set_aside(path: Path, problem: str) -> str:
+    aside = path.with_name(f"{DAMAGED}{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+    return f"{path} is damaged and not used: {problem}; it is now {aside.name}"
 
 
 def check_space(directory: Path, size: int, count: int) -> None:

@@ -12,7 +12,7 @@ from pipeline.trainers.ppo.moving_reference import MovingReference
 MOVING = {"sync_ref_model": True, "ref_model_mixup_alpha": 1.0, "ref_model_sync_steps": 2, "kl_coef": 0.5}
 
 
-def test_it_is_mixed_by_hand_and_put_back():
+def test_it_is_mixed_by_hand():
     policy = nn.Parameter(torch.tensor([1.0, 2.0]))
     reference = MovingReference([policy])
     with torch.no_grad():
@@ -21,11 +21,9 @@ def test_it_is_mixed_by_hand_and_put_back():
     with reference.in_place():
         assert policy.tolist() == [3.5, 4.5]
     assert policy.tolist() == [11.0, 12.0]
-    state = reference.state()
+    assert {name: w.tolist() for name, w in reference.named_weights().items()} == {"moving_reference.0": [3.5, 4.5]}
     reference.mix(1.0)
     assert reference.weights[0].tolist() == [11.0, 12.0]
-    reference.load(state)
-    assert reference.weights[0].tolist() == [3.5, 4.5]
 
 
 @pytest.mark.parametrize("use_peft", [True, False])

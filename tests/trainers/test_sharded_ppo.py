@@ -27,7 +27,7 @@ from pipeline.models.config import ModelConfig
 from pipeline.models.from_scratch import build_from_scratch
 from pipeline.models.loading import load_model, load_policy, load_tokenizer, lora_config
 from pipeline.models.slices import slice_here
-from pipeline.trainers import shards
+from pipeline.trainers import checkpoints, shards
 from pipeline.trainers.ppo.checkpoint import save_training
 from pipeline.trainers.ppo.config import PPOConfig
 from pipeline.trainers.ppo.trainer import PPOTrainer
@@ -304,8 +304,14 @@ def save_counted(setting: Setting) -> None:
     save, safetensors.torch.save = safetensors.torch.save, noted
     DTensor.full_tensor = lambda *given, **named: gathers.append(given)
     shards.FILE_BYTES = largest
+    sha256, read = checkpoints.sha256, []
+    checkpoints.sha256 = lambda path: read.append(path.name) or sha256(path)
     save_training(setting.root / "counted", replace(trainer.state, step=9), trainer.learner)
     assert not gathers and len(sizes) > 3 and sum(sizes) == sum(slices) and max(sizes) <= largest
+    names = gather_object(read)
+    assert (
+        len(names) == len(set(names)) > 2 * len(read) - 2 > 0
+    )  # each file is read by one of the two, as many by each
 
 
 def test_a_process_saves_its_slices_and_gathers_nothing(setting):
