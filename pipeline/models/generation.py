@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 from accelerate import PartialState
@@ -19,7 +19,7 @@ from transformers import (
 
 from pipeline.models.decoder_start import decoder_prefix
 from pipeline.models.kernels.decode_loop import Stop, decode_batch, supports_decode_loop
-from pipeline.models.kernels.static_decode import decode_static, supports_static_decode
+from pipeline.models.kernels.static_decode import decode_static, supports_refill, supports_static_decode
 from pipeline.models.sampling import Decoding, TokenChooser
 from pipeline.models.sequences import length_sorted_chunks, pad_left, pad_right
 from pipeline.models.sharding import is_sharded
@@ -31,6 +31,8 @@ from pipeline.runtime.seeds import derive_seed
 Watch = Callable[[list[list[int]]], None]
 # Where decoding with static shapes is faster: it saves launches, and computes finished rows and unread columns.
 STATIC_DEVICES = {"cuda"}
+# Batches of prompts that wait together where finished rows are refilled: tables of all their tokens are on the device.
+WAITING_BATCHES = 32
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def generate(
         tokenizer: Gives EOS and padding, and the texts in which stop strings are looked for.
         prompts: Token ids, as lists of any length.
         decoding: Sampling, greedy or beam search, and where a completion ends.
-        batch_size: Prompts that are read at once.
+        batch_size: Texts that are written at once.
         watch: Gets what is written while it is written.
 
     Returns:
@@ -91,12 +93,11 @@ def generate(
         warn_of_slow_generation(model.config.model_type)
         return _generate_by_transformers(model, tokenizer, prompts, decoding, ends, batch_size, watch)
     draws = torch.rand(len(prompts), decoding.max_new_tokens) if decoding.temperature is not None else None
-    # A watcher is to see each token at once, and no row that has ended.
-    static = watch is None and model.device.type in STATIC_DEVICES and supports_static_decode(model)
-    static = static and not is_sharded(model)  # its weights move in memory
-    decode = decode_static if static else decode_batch
+    static = watch is None and _is_static(model)  # a watcher is to see each token at once, and no row that has ended
+    decode = partial(decode_static, at_once=batch_size) if static else decode_batch
+    chunk_size = batch_size * WAITING_BATCHES if static and refills_rows(model) else batch_size
     completions: list[list[int]] = [[] for _ in prompts]
-    for chunk in length_sorted_chunks(torch.tensor([len(p) for p in prompts]), batch_size):
+    for chunk in length_sorted_chunks(torch.tensor([len(p) for p in prompts]), chunk_size):
         rows = chunk.tolist()
         chosen = [prompts[row] for row in rows]
         has_prefix = model.config.is_encoder_decoder and not reads_sound(model.config)
@@ -108,6 +109,16 @@ def generate(
         for row, tokens in zip(rows, written, strict=True):
             completions[row] = tokens
     return completions
+
+
+def refills_rows(model: PreTrainedModel) -> bool:
+    """Whether `generate` lets waiting prompts take the rows of finished texts: then it is best given many at once."""
+    return _is_static(model) and supports_refill(model)
+
+
+def _is_static(model: PreTrainedModel) -> bool:
+    # The weights of a sharded model move in memory.
+    return model.device.type in STATIC_DEVICES and supports_static_decode(model) and not is_sharded(model)
 
 
 @cache  # once for each type of model

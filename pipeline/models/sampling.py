@@ -57,22 +57,27 @@ class TokenChooser:
     ) -> None:
         self.decoding, self.read, self.draws = decoding, read, draws
         self.penalised = draws is not None and decoding.repetition_penalty != 1
-        self.ends = ends
-        self._index: dict[tuple[bool, bool], Tensor] = {}  # forbidden tokens, before an end is allowed, and first
+        forbidden = ((decoding.suppress_tokens, decoding.max_new_tokens), (ends, decoding.min_new_tokens))
+        forbidden += ((decoding.begin_suppress_tokens, 1),)
+        self._forbidden = [(list(tokens), steps) for tokens, steps in forbidden if tokens and steps]
+        self._index: list[tuple[Tensor, int]] = []  # the same on the device of the logits
         self._seen = self._broken = torch.zeros(0)
 
-    def __call__(self, logits: Tensor, step: int, rows: Tensor) -> Tensor:
-        """Return tokens [N] from `logits [N, V]`, which may be changed, after `step` tokens of the `rows [N]`."""
+    def __call__(self, logits: Tensor, steps: int | Tensor, rows: Tensor) -> Tensor:
+        """Return tokens [N] from `logits [N, V]`, which may be changed.
+
+        `steps` is how many tokens the `rows [N]` have: all as many, or each its own number [N].
+        """
         if self.penalised:
-            if step == 0:
+            if not len(self._seen):
                 self._seen = _tokens_read(self.read, logits)
             logits = penalise_repetition(logits, self._seen[rows], self.decoding.repetition_penalty)
-        logits = self._without_forbidden(logits, step)
+        logits = self._without_forbidden(logits, steps)
         if self.draws is None:
             return logits.argmax(-1)
-        tokens = sample_tokens(logits, self.decoding, self.draws[rows, step])
-        broken = (tokens < 0).any()
-        self._broken = broken if step == 0 else self._broken | broken
+        tokens = sample_tokens(logits, self.decoding, self.draws[rows, steps])
+        broken = (tokens < 0).any().unsqueeze(0)
+        self._broken = (self._broken | broken) if len(self._broken) else broken
         tokens = tokens.clamp(min=0)
         if self.penalised:
             self._seen[rows, tokens] = True
@@ -89,14 +94,15 @@ class TokenChooser:
                 "generation: the probabilities of the next token are not finite (NaN in the model)"
             )
 
-    def _without_forbidden(self, logits: Tensor, step: int) -> Tensor:
-        decoding, early, first = self.decoding, step < self.decoding.min_new_tokens, step == 0
-        if (early, first) not in self._index:
-            tokens = [*decoding.suppress_tokens, *(self.ends if early else ())]
-            tokens += decoding.begin_suppress_tokens if first else ()
-            self._index[early, first] = torch.tensor(tokens, dtype=torch.long, device=logits.device)
-        tokens = self._index[early, first]
-        return logits.index_fill_(1, tokens, -torch.inf) if len(tokens) else logits
+    def _without_forbidden(self, logits: Tensor, steps: int | Tensor) -> Tensor:
+        if len(self._index) < len(self._forbidden):
+            self._index = [(torch.tensor(tokens, device=logits.device), until) for tokens, until in self._forbidden]
+        for tokens, until in self._index:
+            if isinstance(steps, Tensor):
+                logits[:, tokens] = logits[:, tokens].masked_fill((steps < until).unsqueeze(1), -torch.inf)
+            elif steps < until:
+                logits.index_fill_(1, tokens, -torch.inf)
+        return logits
 
 
 def _tokens_read(read: Sequence[Sequence[int]], logits: Tensor) -> Tensor:

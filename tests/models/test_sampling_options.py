@@ -10,7 +10,7 @@ from pipeline.models.decoder_start import decoder_prefix
 from pipeline.models.generation import Decoding, generate, seed_samples
 from pipeline.models.kernels.lm_head import LogitTransform, suppression, token_logprobs
 from pipeline.models.loading import lora_config
-from pipeline.models.sampling import penalise_repetition, sample_tokens
+from pipeline.models.sampling import TokenChooser, penalise_repetition, sample_tokens
 from pipeline.models.sequences import make_sequences
 from pipeline.models.shared import SharedModel
 
@@ -138,3 +138,21 @@ def test_policy_and_reference_suppress_alike(taught, model_config, use_peft):
     free = SharedModel(taught(), lora_config(model_config) if use_peft else None)(sequences).logprobs
     assert (logprobs[mask] >= free[mask]).all() and (logprobs[mask] > free[mask]).any()
     assert not [name for name in shared.state_dict() if "logit_offset" in name]  # nothing of it is saved
+
+
+@pytest.mark.parametrize("temperature", [None, 1.0])
+def test_rows_of_different_lengths_choose_as_each_would_alone(temperature):
+    """Three rows with no, one and four tokens: ends, first tokens and penalties are those of their own lengths."""
+    torch.manual_seed(0)
+    logits, draws, read = torch.randn(3, 12), torch.rand(3, 6) if temperature else None, [[3], [4, 5], [6]]
+    decoding = Decoding(6, temperature, 0, 1.0, 1, 3, (), (7,), 0.0, 2.0, (8, 9))
+    logits[:, 7], logits[:2, 2], logits[0, 8], logits[2, 2], logits[1, 8] = 90.0, 80.0, 60.0, 70.0, 60.0
+    lengths, rows = torch.tensor([0, 1, 4]), torch.arange(3)
+    together = TokenChooser(decoding, [2], read, draws)(logits.clone(), lengths, rows)
+    alone = [
+        TokenChooser(decoding, [2], read, draws)(logits[row : row + 1].clone(), int(lengths[row]), rows[row : row + 1])
+        for row in range(3)
+    ]
+    assert together.tolist() == torch.cat(alone).tolist()
+    # The first row writes neither an end nor 8; the second writes 8 rather than an end; the third may end.
+    assert together[0] not in (2, 7, 8, 9) and together[1:].tolist() == [8, 2]

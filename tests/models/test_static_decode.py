@@ -10,7 +10,7 @@ import gc
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from test_decoding import MODELS, PROMPTS, WINDOWS, build, greedy
+from test_decoding import ENCODER_DECODERS, MODELS, PROMPTS, WINDOWS, build, greedy
 from test_sampling_options import SAMPLED, Tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -22,7 +22,13 @@ from pipeline.models.kernels import static_step
 from pipeline.models.kernels.decode_loop import decode_batch
 from pipeline.models.kernels.narrow_adapters import narrow_adapters
 from pipeline.models.kernels.packing import enable_packing
-from pipeline.models.kernels.static_decode import bucket, decode_static, open_first, supports_static_decode
+from pipeline.models.kernels.static_decode import (
+    bucket,
+    decode_static,
+    open_first,
+    supports_refill,
+    supports_static_decode,
+)
 from pipeline.models.kernels.static_step import StaticStep
 from pipeline.models.text import encode_prompts
 
@@ -39,6 +45,7 @@ EXPERTS = {
 MIXTURES = {"mixtral": {**EXPERTS, "num_local_experts": 4}, "qwen3_moe": {**EXPERTS, "num_experts": 4}}
 # Its positions are compared with the length of a table, by a number that only the device knows.
 WAITING = {"m2m_100"}
+REFILLED = [name for name in (*MODELS, *MIXTURES) if name not in ENCODER_DECODERS]
 # Operations for which a host waits, or which read the host's memory: none of them can be in a CUDA graph.
 HOST = {"aten::_local_scalar_dense", "aten::nonzero", "aten::lift_fresh", "aten::masked_select", "aten::_unique2"}
 
@@ -148,11 +155,16 @@ def test_texts_end_where_they_should_between_two_looks(taught, tokenizer, monkey
     model, prompts = taught().eval(), encode_prompts(tokenizer, ["say north", "say east south", "say west"])
     free = generate(model, tokenizer, prompts, Decoding(8), 8)
     word = tokenizer.decode(free[0], skip_special_tokens=True).split()[1][:3]
-    for decoding in (Decoding(8, stop_strings=(word, "w")), Decoding(8, min_new_tokens=7), Decoding(1), Decoding(3)):
-        with monkeypatch.context() as patch:
-            patch.setattr(generation, "STATIC_DEVICES", set())
-            expected = generate(model, tokenizer, prompts, decoding, 8)
-        assert generate(model, tokenizer, prompts, decoding, 8) == expected
+    stops = Decoding(8, stop_strings=(word, "w"))
+    late = Decoding(8, 1.0, min_new_tokens=3, suppress_tokens=tuple(free[0][1:2]), begin_suppress_tokens=(free[0][0],))
+    for decoding in (stops, Decoding(8, min_new_tokens=7), Decoding(1), Decoding(3), late):
+        for asked, size in ((prompts, 8), (prompts * 3, 2), (prompts * 3, 4)):
+            rows = []
+            for devices in (set(), {"cpu"}):
+                monkeypatch.setattr(generation, "STATIC_DEVICES", devices)
+                torch.manual_seed(3)
+                rows.append(generate(model, tokenizer, asked, decoding, size))
+            assert rows[0] == rows[1]
     assert len(static._MEMORIES) == 1
 
 
@@ -238,6 +250,74 @@ def test_rows_leave_by_buckets(captures):
         row[:length]
         for row, length in zip(decode_batch(model, prompts, 0, 12, [], greedy), lengths.tolist(), strict=True)
     ]
+
+
+def lengths_of(lengths: list[int]):
+    """Make what ends each text after so many tokens."""
+    limits = torch.tensor(lengths)
+    return lambda rows, ids: ids.shape[1] >= limits[rows]
+
+
+def count_rows(model) -> list[int]:
+    """Rows of every pass from now on."""
+    widths = []
+    model.register_forward_pre_hook(lambda _, args, kw: widths.append(len(kw["input_ids"])), with_kwargs=True)
+    return widths
+
+
+@pytest.mark.parametrize("replayed", [False, True])
+@pytest.mark.parametrize("architecture", REFILLED)
+def test_waiting_prompts_take_the_rows_of_finished_texts(architecture, replayed, request):
+    """Later prompts need a longer cache than the first ones, and a row writes more tokens than there are positions."""
+    model = build(architecture, attn_implementation="sdpa", **MIXTURES.get(architecture, {}))
+    tapes = request.getfixturevalue("captures") if replayed else None
+    prompts, limits = sorted(PROMPTS * 2, key=len) + [[30 + row] * row for row in range(1, 8)], [20, 1, 3, 16, 2, 7]
+    limits = lengths_of([*limits, 26, 6, 4, 11, 9, 26, 5, 1, 13, 8, 26, 10, 2])
+    plain, expected = (decode_batch(model, prompts, 0, 26, [], greedy, stop) for stop in (None, limits))
+    ends = [plain[0][3], plain[4][9]]
+    by_ends, widths = decode_batch(model, prompts, 0, 26, ends, greedy), count_rows(model)
+    for at_once in (4,) if replayed else (1, 5):
+        widths.clear()
+        assert decode_static(model, prompts, 0, 26, [], greedy, limits, at_once) == expected
+        assert decode_static(model, prompts, 0, 26, ends, greedy, None, at_once) == by_ends
+        assert max(widths) == bucket(at_once)
+    assert not replayed or 2 <= len(tapes) <= 8  # of 1 to 4 rows, in 32 and in 48 columns
+    assert decode_static(model, prompts, 0, 1, [], greedy, None, 4) == [row[:1] for row in plain]
+
+
+def test_passes_of_a_refill_by_hand():
+    model = build("llama")
+    prompts, limits = [[token, token + 1] for token in range(5, 13)], [2, 12, 3, 12, 2, 3, 5, 4]
+    widths = count_rows(model)
+    first, rest = (
+        decode_static(model, prompts[chosen], 0, 12, [], greedy, lengths_of(limits[chosen]))
+        for chosen in (slice(4), slice(4, 8))
+    )
+    # Four are read. After three tokens two are open, to the end. Of the others two are open after three tokens.
+    assert widths == [4, 4, 4, *[2] * 9, 4, 4, 4, *[2] * 3]
+    widths.clear()
+    assert decode_static(model, prompts, 0, 12, [], greedy, lengths_of(limits), 4) == first + rest
+    # After three and after six tokens two rows are free, and two prompts are read after the pass of the others.
+    assert widths == [4, 4, 4, 4, 2, 4, 4, 4, 2, *[4] * 5]
+
+
+def test_an_encoder_decoder_is_not_refilled(monkeypatch):
+    monkeypatch.setattr(generation, "STATIC_DEVICES", {"cpu"})
+    sizes = []
+
+    def decode(model, prompts, *args, at_once):
+        sizes.append((len(prompts), at_once))
+        return decode_static(model, prompts, *args, at_once=at_once)
+
+    monkeypatch.setattr(generation, "decode_static", decode)
+    for architecture, expected in (("llama", [(6, 2)]), ("t5", [(2, 2)] * 3), ("bart", [(2, 2)] * 3)):
+        model = build(architecture)
+        generate(model, Tokenizer, PROMPTS, Decoding(4), 2)
+        assert sizes == expected and supports_refill(model) == (architecture == "llama")
+        sizes.clear()
+    monkeypatch.setattr(generation, "WAITING_BATCHES", 2)  # what waits is bounded
+    generate(build("llama"), Tokenizer, PROMPTS, Decoding(4), 2)
+    assert sizes == [(4, 2), (2, 2)]
 
 
 def test_a_replay_that_differs_is_not_used(captures, monkeypatch, capsys):

@@ -20,8 +20,8 @@ from pipeline.models.speech import SpokenPrompt, make_sound, reads_sound
 
 BLOCK = 32  # tokens by which a full cache grows
 
-# (logits [N, V] in float32, tokens written so far, rows of the batch they belong to) -> chosen tokens [N]
-Choose = Callable[[Tensor, int, Tensor], Tensor]
+# (logits [N, V] in float32, tokens written so far by all or by each [N], rows of the batch) -> chosen tokens [N]
+Choose = Callable[[Tensor, int | Tensor, Tensor], Tensor]
 # (rows, tokens written so far [N, t]) -> which rows end here [N]
 Stop = Callable[[Tensor, Tensor], Tensor]
 

@@ -43,7 +43,7 @@ class StaticStep:
 
     def __init__(self, memory: "StepMemory", rows: int, length: int, source: int) -> None:
         self.tokens, self.positions = memory.tokens[:rows].unsqueeze(1), memory.positions[:rows]
-        self.columns = memory.columns[:length]
+        self.columns, self.last = memory.columns[:length], memory.last
         growing = [
             StaticCacheLayer(keys[:rows, :, :length], values[:rows, :, :length], self.positions)
             for keys, values in memory.growing
@@ -79,7 +79,7 @@ class StaticStep:
             inputs |= {"decoder_input_ids": self.tokens, "decoder_attention_mask": mask}
             inputs |= {"encoder_outputs": BaseModelOutput(self.source_states), "attention_mask": self.source_mask}
         logits = model(**inputs).logits[:, -1]
-        self.positions.add_(1)
+        self.positions.add_(1).clamp_(max=self.last)  # a finished row goes on writing to the last column
         return logits
 
     def capture(self, model: PreTrainedModel, recorder: "Recorder") -> None:
@@ -142,14 +142,14 @@ class Recorder:
 class StepMemory:
     """The fixed memory of a model's decoding, and the steps on it by rows and columns.
 
-    A step reads `tokens [R]` and `positions [R]`, writes to the caches `growing` and adds 1 to the positions. `fixed`
-    are the caches of what the decoder of an encoder-decoder reads of its source.
+    A step reads `tokens [R]` and `positions [R]`, writes to the caches `growing` and adds 1 to the positions, up to
+    the `last` that a row can need. `fixed` are the caches of what an encoder-decoder's decoder reads of its source.
     """
 
     def __init__(self, reader: CausalReader | DecoderReader, rows: int, length: int, source: int) -> None:
         self.rows, self.length, self.source, device = rows, length, source, reader.logits.device
         self.tokens, self.positions = (torch.zeros(rows, dtype=torch.long, device=device) for _ in range(2))
-        self.columns = torch.arange(length, device=device)
+        self.columns, self.last = torch.arange(length, device=device), torch.zeros((), dtype=torch.long, device=device)
         self.growing = [_room(layer, rows, length) for layer in reader.growing]
         self.fixed = [_room(layer, rows, source) for layer in reader.fixed]
         self.source_mask = self.source_states = None
@@ -174,26 +174,25 @@ class StepMemory:
         same = self.growing[0][1].dtype == reader.growing[0].values.dtype
         return same and rows <= self.rows and length <= self.length and source <= self.source
 
-    def load(self, reader: CausalReader | DecoderReader) -> None:
-        """Take over what the reader has read, aligned to the left."""
-        rows, width = len(reader.positions), reader.growing[0].keys.shape[2]
-        self.positions.zero_()
-        self.positions[:rows] = reader.positions
+    def load(self, reader: CausalReader | DecoderReader, rows: Tensor) -> None:
+        """Take over into `rows [N]` what the reader has read, aligned to the left. A source fills the first N rows."""
+        count, width = len(rows), reader.growing[0].keys.shape[2]
+        self.positions[rows] = reader.positions
         columns = self.columns[:width] + width - reader.positions.unsqueeze(1)
-        columns = columns.clamp(max=width - 1).view(rows, 1, width, 1)
+        columns = columns.clamp(max=width - 1).view(count, 1, width, 1)
         for room, layer in zip(self.growing, reader.growing, strict=True):
             for target, states in zip(room, (layer.keys, layer.values), strict=True):
-                target.zero_()  # unread columns count 0 times what is there, which must be a number
-                target[:rows, :, :width] = states.gather(2, columns.expand(states.shape))
+                target[rows] = 0  # unread columns count 0 times what is there, which must be a number
+                target[rows, :, :width] = states.gather(2, columns.expand(states.shape)).to(target.dtype)
         if self.source:
             width, mask = reader.mask.shape[1], self.source_mask
             mask.zero_()
-            mask[:rows] = lowest(mask.dtype)
-            mask[:rows, 0, 0, :width] *= ~reader.mask.bool()
+            mask[:count] = lowest(mask.dtype)
+            mask[:count, 0, 0, :width] *= ~reader.mask.bool()
             for room, layer in zip(self.fixed, reader.fixed, strict=True):
                 for target, states in zip(room, (layer.keys, layer.values), strict=True):
                     target.zero_()
-                    target[:rows, :, :width] = states
+                    target[:count, :, :width] = states
 
     def move_rows(self, order: Sequence[int]) -> None:
         """Put the row at `order[i]` where row i was."""
