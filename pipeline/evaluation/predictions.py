@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,15 +46,18 @@ def predict(
 ) -> list[Prediction]:
     """Complete the prompts of `rows[indices]`, and compute how likely the model finds the references.
 
-    References are truncated to the model's context length.
+    References are truncated to the model's context length. They are read in blocks of the initial batch size.
     """
     chosen = rows.select(indices)
     prompts = encode_rows(tokenizer, chosen, model.config.is_encoder_decoder)
     completions = batches.run(lambda size: generate(model, tokenizer, prompts, decoding, size))
     targets = encode_completions(tokenizer, chosen["prompt"], [references[0] for references in chosen["references"]])
     targets, _ = truncate_prompts(prompts, targets, model.config)
-    sequences = make_sequences(prompts, targets, tokenizer.pad_token_id, model.device)
-    nats = batches.run(lambda size: reference_nats(model, sequences, size))
+    nats: list[float] = []
+    for start in range(0, len(prompts), batches.initial):
+        block = slice(start, start + batches.initial)
+        sequences = make_sequences(prompts[block], targets[block], tokenizer.pad_token_id, model.device)
+        nats += batches.run(partial(reference_nats, model, sequences))
     ended, texts = finished(model, tokenizer, completions, decoding), decode(tokenizer, completions)
     return [
         Prediction(

@@ -18,7 +18,7 @@ from pipeline.evaluation.decodings import DecodedText, decode_rows, draw_samples
 from pipeline.evaluation.divergence import SampleMeasure, measure_samples, measured_rows
 from pipeline.evaluation.predictions import Prediction, predict
 from pipeline.models.config import ModelConfig
-from pipeline.models.generation import Decoding
+from pipeline.models.generation import Decoding, refills_rows
 from pipeline.models.loading import load_model, load_policy, load_tokenizer
 from pipeline.models.prompt_lengths import check_prompt_lengths
 from pipeline.models.prompts import encode_rows
@@ -150,6 +150,7 @@ def predict_system(
     prompts = encode_rows(tokenizer, rows, model.config.is_encoder_decoder)
     check_prompt_lengths(prompts, settings.max_new_tokens, model.config, "eval.max_new_tokens", f"test, for {name},")
     blocks = length_sorted_blocks([len(ids) for ids in prompts], batches.initial)
+    blocks = _joined(blocks) if refills_rows(model) else blocks
     reported = replace(greedy, num_beams=settings.num_beams)
     predictions = gather_rows(
         blocks, lambda block: predict(model, tokenizer, rows, block, reported, batches), gathered()
@@ -174,6 +175,12 @@ def predict_system(
         samples = draw_samples(model, tokenizer, first, copies, drawn, batches, answering.seed, gathered())
     beams = {number: with_beams(number) for number in settings.beam_sizes}
     return SystemPredictions(predictions, beams, samples, measures, same)
+
+
+def _joined(blocks: Sequence[list[int]]) -> list[list[int]]:
+    """Join the blocks that each process computes in `gather_rows`."""
+    count = min(PartialState().num_processes, len(blocks))
+    return [[row for block in blocks[process::count] for row in block] for process in range(count)]
 
 
 def _same_tokens(loaded: Loaded, sft: Loaded) -> bool:

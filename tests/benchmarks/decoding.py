@@ -2,7 +2,8 @@
 
 The model is so small that next to nothing is computed: what is left is what a GPU would wait for. Operations are those
 of ATen that compute something, each at least one kernel; views are not counted. On a CPU the time is CPU time.
-Without the pass is what a host has to do beside the launch of a graph.
+Without the pass is what a host has to do beside the launch of a graph. Passes are counted for `--texts` texts of
+unequal lengths, a quarter of them at once: in batches, and with finished rows that are refilled.
 """
 
 import argparse
@@ -10,12 +11,14 @@ import json
 import time
 from collections.abc import Callable
 from functools import partial
+from unittest.mock import patch
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from pipeline.models.kernels import static_decode
 from pipeline.models.kernels.decode_loop import decode_batch
 from pipeline.models.kernels.packing import enable_packing
 from pipeline.models.kernels.static_decode import decode_static
@@ -143,6 +146,29 @@ def sampling(rows: int, vocabulary: int, repetitions: int, device: str) -> dict[
     return {"sums of blocks": milliseconds(ours), "sums of all": milliseconds(summed)}
 
 
+def passes(model: PreTrainedModel, texts: int, tokens: int) -> dict[str, dict[str, int]]:
+    """Count how often prompts are read, passes for tokens, and the rows of these; texts have 1 to `tokens` tokens."""
+    lengths, results = torch.randint(1, tokens + 1, (texts,), generator=torch.Generator().manual_seed(0)), {}
+    lengths, at_once, make_reader = lengths.to(model.device), texts // 4, static_decode.make_reader
+    for name, size in (("in batches", at_once), ("with refill", texts)):
+        reads, rows = [], []
+
+        def read(*given, reads=reads) -> object:
+            reads.append(len(given[1]))
+            return make_reader(*given)
+
+        def run(step: StaticStep, model: PreTrainedModel, rows=rows) -> torch.Tensor:
+            rows.append(len(step.tokens))
+            return torch.zeros(len(step.tokens), model.config.vocab_size, device=model.device)
+
+        with patch.object(static_decode, "make_reader", read), patch.object(StaticStep, "run", run):
+            for chunk in lengths.split(size):
+                prompts, limits = [[5, 6, 7]] * len(chunk), lambda rows, ids, chunk=chunk: ids.shape[1] >= chunk[rows]
+                decode_static(model, prompts, 0, tokens, [1], lambda logits, *_: logits.argmax(-1), limits, at_once)
+        results[name] = {"reads": len(reads), "passes for tokens": len(rows), "rows of these": sum(rows)}
+    return results
+
+
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     """Measure both ways to decode and print them."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -154,6 +180,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--prompt", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=66)
+    parser.add_argument("--texts", type=int, default=256, help="whose passes are counted")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--bf16", action="store_true", help="autocast")
     parser.add_argument("--dtype", default="float32", help="of the base; adapters are in float32")
@@ -174,6 +201,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     beside = measure(decode_static, model, args)
     found["static shapes without the pass"] = {name: beside[name] for name in ("operations outside it", "ms a token")}
     StaticStep.run = compute
+    found |= {f"{args.texts} texts {name}": counts for name, counts in passes(model, args.texts, 128).items()}
     for size in (6000, 50_000):
         found[f"sampling 64 of {size}"] = sampling(64, size, 5 * args.repetitions, args.device)
     for name, numbers in found.items():

@@ -131,9 +131,11 @@ def test_lines_of_the_gpu_table_by_hand():
 
 
 def test_what_a_token_costs_the_host(capsys):
-    sizes = ["--rows", "2", "--prompt", "4", "--tokens", "10", "--repetitions", "1", "--rank", "4"]
+    sizes = ["--rows", "2", "--prompt", "4", "--tokens", "10", "--repetitions", "1", "--rank", "4", "--texts", "32"]
     found, more = (decoding.main([*sizes, "--layers", layers]) for layers in ("2", "3"))
     for name in ("decode loop", "static shapes"):
         # A layer has seven linear ones, each of which is a product and two of the adapter, its scale and the sum.
         assert more[name]["operations of the pass"] - found[name]["operations of the pass"] > 7 * 5
         assert more[name]["operations outside it"] == pytest.approx(found[name]["operations outside it"], abs=4)
+    batches, refill = found["32 texts in batches"], found["32 texts with refill"]
+    assert batches["reads"] == 4 < refill["reads"] and refill["passes for tokens"] < batches["passes for tokens"]

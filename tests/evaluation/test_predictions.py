@@ -4,13 +4,16 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from evaluation_toys import prediction
 
-from pipeline.evaluation import predictions
+from pipeline.evaluation import predictions, systems
+from pipeline.evaluation.config import EvalConfig
 from pipeline.evaluation.predictions import cross_entropy, predict, save_predictions
+from pipeline.evaluation.systems import Answering, predict_system
 from pipeline.models import generation
 from pipeline.models.generation import Decoding
 from pipeline.models.loading import load_model
@@ -106,6 +109,33 @@ def test_batches_are_halved_where_memory_runs_out(examples, changed, tokenizer, 
         "from now on 4 rows at once instead of 8",
         "from now on 2 rows at once instead of 4",
     ]
+
+
+def test_prompts_of_all_blocks_wait_together_where_rows_are_refilled(examples, changed, tokenizer, monkeypatch):
+    """Greedy texts and the likelihoods of references stay the same to the bit; samples keep the seeds of blocks."""
+    settings = EvalConfig(max_new_tokens=6, per_device_eval_batch_size=4, samples_per_prompt=0)
+    found, asked, decode_static = [], [], generation.decode_static
+
+    def decode(model, prompts, *arguments, at_once):
+        asked.append((len(prompts), at_once))
+        return decode_static(model, prompts, *arguments, at_once=at_once)
+
+    monkeypatch.setattr(generation, "decode_static", decode)
+    for devices in (set(), {"cpu"}):
+        monkeypatch.setattr(generation, "STATIC_DEVICES", devices)
+        given = (changed, tokenizer), examples.select(range(11)), Answering(settings), BatchSize(4)
+        found.append(predict_system("sft", None, *given))
+    assert asked == [(11, 4), (4, 4), (4, 4), (3, 4)]
+    assert found[0] == found[1]
+
+
+def test_blocks_of_each_process_are_joined(monkeypatch):
+    blocks = [[4, 1], [0, 3], [2, 5], [6]]
+    joined = {1: [[4, 1, 0, 3, 2, 5, 6]], 3: [[4, 1, 6], [0, 3], [2, 5]], 8: blocks}
+    for processes, expected in joined.items():
+        state = SimpleNamespace(num_processes=processes)
+        monkeypatch.setattr(systems, "PartialState", lambda state=state: state)
+        assert systems._joined(blocks) == expected
 
 
 def test_finished_means_that_eos_was_written(answer, base_directory, model_config, sft, tokenizer):
