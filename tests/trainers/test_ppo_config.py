@@ -389,20 +389,23 @@ def test_gradient_checkpointing_computes_twice_and_changes_nothing(make_trainer)
 
 
 def test_the_rollout_batch_size_bounds_memory_and_changes_nothing(make_trainer, monkeypatch):
-    sizes, states, original = [], [], generation.decode_batch
+    """Not where rows are refilled either, as on a GPU."""
+    sizes, states, originals = [], [], (generation.decode_batch, generation.decode_static)
 
-    def counted(model, prompts, *args):
+    def counted(model, prompts, *args, **given):
         sizes[-1].append(len(prompts))
-        return original(model, prompts, *args)
+        return originals[bool(given)](model, prompts, *args, **given)
 
-    monkeypatch.setattr(generation, "decode_batch", counted)
-    for size in (128, 3):
+    for name in ("decode_batch", "decode_static"):
+        monkeypatch.setattr(generation, name, counted)
+    for size, devices in ((128, set()), (3, set()), (2, {"cpu"})):
+        monkeypatch.setattr(generation, "STATIC_DEVICES", devices)
         sizes.append([])
         trainer = make_trainer(str(size), total_episodes=8, local_rollout_forward_batch_size=size)
         trainer.train()
         states.append({name: tensor.tolist() for name, tensor in trainer.shared.trainable_state().items()})
-    assert sizes == [[8], [3, 3, 2]]
-    assert states[0] == states[1]
+    assert sizes == [[8], [3, 3, 2], [8]]
+    assert states[0] == states[1] == states[2]
 
 
 def test_samples_are_shown(make_trainer, capsys):
