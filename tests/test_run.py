@@ -102,6 +102,12 @@ def test_the_chain_runs_in_order_and_then_has_nothing_to_do(behaviour, capsys):
     assert launched() == []
 
 
+def test_the_report_of_a_run_that_is_not_kept_is_not_named(behaviour, capsys):
+    assert chain.run_chain(Path("recipe.yaml"), [], chain.Selection(), [], is_kept=False) == 0
+    output = capsys.readouterr().out
+    assert plan(output) == dict.fromkeys(OWN, ("run", "not started yet")) and "report.html" not in output
+
+
 def test_seeds_run_one_after_the_other_and_are_summed_up(behaviour, capsys, monkeypatch):
     compared = []
     monkeypatch.setattr(chain, "write_comparison", lambda paths, output: compared.append((paths, output)))

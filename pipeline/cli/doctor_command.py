@@ -146,7 +146,7 @@ def run_short_tests() -> int:
     """Run every stage of the quickstart on a few rows, in a folder that goes away; return the exit code."""
     with tempfile.TemporaryDirectory() as folder:
         overrides = [*SHORT, f"output_dir={folder}"]
-        code = run_chain(recipe_files()["quickstart"], overrides, Selection(), [])
+        code = run_chain(recipe_files()["quickstart"], overrides, Selection(), [], is_kept=False)
     print("tests: every stage runs here" if code == 0 else f"tests: the run ended with exit code {code}")
     return code
 

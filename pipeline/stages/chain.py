@@ -34,8 +34,13 @@ class Selection:
     dry_run: bool = False
 
 
-def run_chain(path: Path, overrides: Sequence[str], selection: Selection, options: Sequence[str]) -> int:
-    """Run the stages of one recipe, each with these options of accelerate launch; return the exit code."""
+def run_chain(
+    path: Path, overrides: Sequence[str], selection: Selection, options: Sequence[str], is_kept: bool = True
+) -> int:
+    """Run the stages of one recipe, each with these options of accelerate launch; return the exit code.
+
+    The report of a run whose directory is not kept is not named.
+    """
     console = Console(highlight=False)
     try:
         options = options or default_launch_options()
@@ -57,7 +62,7 @@ def run_chain(path: Path, overrides: Sequence[str], selection: Selection, option
         return fail(str(error), 2)
     except StageError as error:
         return fail(str(error), error.exit_code)
-    if plan[-1].action != "not selected":
+    if is_kept and plan[-1].action != "not selected":
         print_line(console, f"report: {RunDirectory.of(recipe).eval / 'report.html'}")
     return 0
 

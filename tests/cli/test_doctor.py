@@ -41,10 +41,11 @@ def test_the_tested_versions_are_those_of_the_repository():
 @pytest.mark.parametrize("code", [0, 1])
 def test_the_short_run_is_the_quickstart_in_a_folder_that_goes_away(code, monkeypatch, capsys):
     calls = []
-    monkeypatch.setattr(doctor_command, "run_chain", lambda *given: calls.append(given) or code)
+    monkeypatch.setattr(doctor_command, "run_chain", lambda *given, is_kept: calls.append((*given, is_kept)) or code)
     assert main(["doctor", "--tests"]) == code
-    ((path, overrides, selection, options),) = calls
+    ((path, overrides, selection, options, is_kept),) = calls
     recipe = load_recipe(path, overrides)
     assert path == recipe_files()["quickstart"] and recipe.task.config.max_train_examples == 64 and not options
+    assert not is_kept  # so the chain does not name its report
     assert not Path(recipe.output_dir).exists() and selection == doctor_command.Selection()
     assert ("every stage runs here" in capsys.readouterr().out) == (code == 0)

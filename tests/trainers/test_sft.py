@@ -7,13 +7,23 @@ import pytest
 import torch
 from datasets import load_dataset
 from peft import PeftModel
+from transformers import (
+    Gemma3Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MixtralConfig,
+    Qwen3MoeConfig,
+    T5Config,
+    WhisperConfig,
+)
 from trl import SFTTrainer
+from two_processes import run_in_two
 
 from pipeline.models.loading import load_model, load_tokenizer, lora_config
 from pipeline.models.text import encode_completions, encode_prompts
 from pipeline.trainers.huggingface.completion_head import CompletionHeadSFTTrainer
 from pipeline.trainers.huggingface.gather_weights import check_sharding
-from pipeline.trainers.huggingface.sft import build_sft_trainer, sft_arguments, sft_dataset
+from pipeline.trainers.huggingface.sft import build_sft_trainer, sft_arguments, sft_dataset, uses_all_weights
 
 SETTINGS = {
     "per_device_train_batch_size": 8,
@@ -43,6 +53,24 @@ def make_trainer(taught, tokenizer, examples, model_config, tmp_path, fresh_acce
         )
 
     return make
+
+
+@pytest.mark.parametrize("peft", [True, False], ids=["lora", "full"])
+def test_two_processes_do_not_search_for_unused_weights(make_trainer, tmp_path, capfd, peft):
+    def train() -> None:
+        trainer = make_trainer(peft=peft, gradient_checkpointing=False, max_steps=1)
+        trainer.train()
+        assert trainer.accelerator.num_processes == 2
+
+    run_in_two(train, tmp_path)
+    assert "find_unused_parameters" not in capfd.readouterr().err  # torch warns of a search that finds none
+
+
+def test_weights_that_not_every_pass_reads_are_known_by_the_configuration():
+    assert all(uses_all_weights(config) for config in (LlamaConfig(), T5Config(), WhisperConfig(), GPTNeoXConfig()))
+    may_leave_out = (MixtralConfig(), Qwen3MoeConfig(), WhisperConfig(encoder_layerdrop=0.1), Gemma3Config())
+    assert not any(uses_all_weights(config) for config in may_leave_out)
+    assert not uses_all_weights(LlamaConfig(auto_map={"AutoModelForCausalLM": "code.Model"}))
 
 
 def read_metrics(trainer: SFTTrainer) -> list[dict]:
