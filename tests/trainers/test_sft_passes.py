@@ -125,6 +125,29 @@ def test_what_does_not_fit_even_so_is_an_error(make, one_accelerator):
     assert not other.model.is_gradient_checkpointing and trainer.model.is_gradient_checkpointing
 
 
+def test_one_accelerator_begins_with_all_examples_of_a_step(make, one_accelerator, monkeypatch, capfd):
+    """The same examples to a step in any order of lengths, and the same loss; then less, where memory runs out."""
+    settings = {"train_sampling_strategy": "group_by_length"}
+    apart = make("apart", **settings)
+    expected = trained(apart)
+    monkeypatch.setattr(sft, "trains_on_one_accelerator", lambda: True)
+    for name, fits, rows in (("joined", 16, [16, 16]), ("less", 8, [16, 8, 8, 8, 8])):
+        trainer = make(name, **settings)
+        seen = limit_rows(trainer, lambda count, fits=fits: count <= fits)
+        torch.testing.assert_close(trained(trainer), expected, rtol=1e-3, atol=1e-4)
+        assert seen == rows and "passes of 16 examples" in capfd.readouterr().err
+        losses = [[line["loss"] for line in t.state.log_history if "loss" in line] for t in (trainer, apart)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{"padding_free": True}, {"neftune_noise_alpha": 1}, {"packing": True}], ids=str)
+def test_micro_batches_stay_where_passes_cannot_be_joined(make, monkeypatch, settings):
+    monkeypatch.setattr(sft, "trains_on_one_accelerator", lambda: True)
+    assert make("apart", **settings).args.gradient_accumulation_steps == 2
+    monkeypatch.setattr(sft, "_has_router", lambda model: True)
+    assert make("router").args.gradient_accumulation_steps == 2
+
+
 @pytest.mark.parametrize(
     ("alone", "arguments", "on"),
     [(False, {}, True), (True, {}, False), (True, {"gradient_checkpointing": True}, True)],

@@ -20,6 +20,7 @@ from pipeline.models.prompt_lengths import check_token_ids, decoder_room
 from pipeline.models.speech import reads_sound
 from pipeline.runtime.devices import has_accelerator
 from pipeline.runtime.distributed import launched_engine
+from pipeline.runtime.messages import say
 from pipeline.trainers.huggingface.arguments import complete_arguments
 from pipeline.trainers.huggingface.completion_head import CompletionHeadSFTTrainer, ResumableSFTTrainer
 from pipeline.trainers.huggingface.encoder_decoder import (
@@ -86,6 +87,7 @@ def build_sft_trainer(
         ValueError: `sft.max_length` leaves no example, or the adapter does not fit the model.
     """
     args.max_length = _max_length(model, args)
+    _join_micro_batches(model, args)
     train_examples, validation_examples = _prepare_splits(model, args, tokenizer, train, validation, where)
     if args.padding_free and not args.packing:
         args.max_length = None  # the examples are cut, and TRL refuses to cut them without padding
@@ -135,11 +137,28 @@ def trainer_class(model: PreTrainedModel, args: SFTConfig) -> type[ResumableSFTT
     if model.config.is_encoder_decoder:
         return EncoderDecoderSFTTrainer
     has_triton = torch.cuda.is_available() or torch.xpu.is_available()
-    has_router = "output_router_logits" in model.config.get_text_config().to_dict()
     # With Triton TRL's own LM head skips the tokens without loss; only TRL computes these losses.
-    if has_triton or has_router or args.loss_type != "nll":
+    if has_triton or _has_router(model) or args.loss_type != "nll":
         return ResumableSFTTrainer
     return CompletionHeadSFTTrainer
+
+
+def _has_router(model: PreTrainedModel) -> bool:
+    return "output_router_logits" in model.config.get_text_config().to_dict()
+
+
+def _join_micro_batches(model: PreTrainedModel, args: SFTConfig) -> None:
+    """On one accelerator, begin with the examples of a whole optimizer step in a pass; memory may make it smaller.
+
+    Not where a pass has one row, which cannot be halved, and not where the gradient would change: the loss of a router
+    is a mean over a pass, and noise on embeddings depends on its longest row.
+    """
+    changes = args.padding_free or args.packing or args.neftune_noise_alpha or _has_router(model)
+    if args.gradient_accumulation_steps == 1 or changes or not trains_on_one_accelerator():
+        return
+    args.per_device_train_batch_size *= args.gradient_accumulation_steps
+    args.gradient_accumulation_steps = 1
+    say(f"sft: passes of {args.per_device_train_batch_size} examples, half as many wherever memory runs out")
 
 
 def _max_length(model: PreTrainedModel, args: SFTConfig) -> int | None:
