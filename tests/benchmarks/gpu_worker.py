@@ -172,7 +172,7 @@ def _sft_settings(spec: dict) -> dict:
 
 
 def sft(spec: dict) -> dict:
-    """Relay's SFT, as its stage builds it, in micro-batches of half the batch."""
+    """Relay's SFT, as its stage builds it; two micro-batches are asked for, which one accelerator computes as one."""
     from pipeline.trainers.huggingface.sft import build_sft_trainer, sft_arguments
 
     clock, rows = Clock(), _sft_rows(spec)
