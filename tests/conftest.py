@@ -92,6 +92,7 @@ SLOW = (
     "trainers/test_sft_config.py",
     "trainers/test_sharded_ppo.py",
     "trainers/test_sharded_sft.py",
+    "trainers/test_sharded_speech.py",
     "trainers/test_sft_encoder_decoder.py",
     "trainers/test_speech_folders.py",
     "trainers/test_speech_training.py",

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint import (
 
 from pipeline.models.slices import slice_here
 
-FILE_BYTES = 2**29  # of a file, unless one slice is larger: a process holds two copies of what it writes to one
+FILE_BYTES = 2**28  # of a file, unless one slice is larger: a process holds two copies of what it writes to one
 OPTIMIZER = "optimizer."  # begins the names of an optimizer's tensors, before the number of the weight and a key
 
 

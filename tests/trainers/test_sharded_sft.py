@@ -4,6 +4,7 @@ Accelerate knows FSDP on accelerators alone: here it is told that the processes 
 """
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,12 @@ class Runs:
             self.run(kind, 2)
             assert PartialState().distributed_type == DistributedType.FSDP
 
+    def again(self) -> None:
+        """What each of two processes does in a directory with checkpoints."""
+        allow_fsdp()
+        for kind in KINDS:
+            self.run(kind, 2)
+
     def weights(self, kind: str, world: int, stage: str = "sft") -> dict[str, torch.Tensor]:
         """Of the saved directory, as any user of transformers loads it."""
         path = self.root / "runs" / f"{kind.replace(' ', '-')}-{world}" / stage
@@ -109,3 +116,18 @@ def test_two_processes_give_the_weights_of_one(runs, kind):
     for name, weight in one.items():
         torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-5)
     assert max((one[name] - base[name]).abs().max() for name in one) > 1e-3
+
+
+def test_a_run_goes_on_where_it_was_ended(runs):
+    """To the bit, from the checkpoint of the first of two epochs."""
+    ended = {kind: runs.weights(kind, 2) for kind in KINDS}
+    for kind in KINDS:
+        folder = runs.root / "runs" / f"{kind.replace(' ', '-')}-2" / "sft"
+        first, last = sorted((folder / "checkpoints").iterdir(), key=lambda path: int(path.name.split("-")[1]))
+        assert first.is_dir() and not list(folder.rglob(".metadata"))
+        shutil.rmtree(last)
+        for path in (*folder.glob("*.safetensors"), folder / "stage.json"):
+            path.unlink()
+    run_in_two(runs.again, runs.root)
+    for kind in KINDS:
+        assert all(torch.equal(weight, ended[kind][name]) for name, weight in runs.weights(kind, 2).items())
