@@ -1,10 +1,11 @@
 """Relay on one GPU against TRL: `python tests/benchmarks/gpu.py [--json FILE] [--trl12 PYTHON_OR_FOLDER]`.
 
 PPO against TRL 1.12's `PPOTrainer`, completions without a value function against TRL 1.16's `RLOOTrainer`, ways to
-write completions, and SFT against TRL's `SFTTrainer`. Every side runs once, in a process of its own, on the same model
-of random weights, prompts, LoRA rank and length; each first step warms up and is not counted. All together takes a few
-minutes. TRL 1.12 runs in an environment of its own: `--trl12` names its Python, or a folder that holds the package
-alone, for a machine without a network. `--device cpu --tiny` shows that the script works.
+write completions, SFT against TRL's `SFTTrainer`, and an evaluation against its own decodes. Every side runs once, in
+a process of its own, on a model of random weights. Sides that are compared have the same prompts, LoRA rank and
+length. Each first step warms up and is not counted; the evaluation counts its start. All together takes a few minutes.
+TRL 1.12 runs in an environment of its own: `--trl12` names its Python, or a folder that holds the package alone, for
+a machine without a network. `--device cpu --tiny` shows that the script works.
 """
 
 import argparse
@@ -54,6 +55,7 @@ SIDES = {
     "Generation": ("gpu_worker.py generation", "qwen", {}),
     "Relay, SFT": ("gpu_worker.py sft", "smollm", {}),
     "TRL SFTTrainer": ("gpu_worker.py trl_sft", "smollm", {}),
+    "Relay, evaluation of three models": ("gpu_worker.py evaluation", "smollm", {}),
 }
 
 
@@ -100,6 +102,8 @@ def specification(args: argparse.Namespace, model: Path, vocabulary: int) -> dic
         "sft_tokens": 2 * length,
         "sft_batch": 4 if tiny else 16,
         "sft_steps": 1 if tiny else 10,
+        "eval_texts": 8 if tiny else 618,
+        "eval_tokens": 6 if tiny else 64,
     }
 
 

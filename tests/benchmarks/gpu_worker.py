@@ -212,7 +212,53 @@ def trl_sft(spec: dict) -> dict:
     return clock.report(spec)
 
 
-SIDES = {"trl_rloo": trl_rloo, "generation": generation, "sft": sft, "trl_sft": trl_sft}
+def evaluation(spec: dict) -> dict:
+    """The evaluation of three models: tokens a second of the texts that it scores, by its greedy decodes alone and by
+    the whole stage, which also loads, samples for entropy, scores and writes the report."""
+    from ruamel.yaml import YAML
+
+    from pipeline import eval as stage
+    from pipeline.evaluation import predictions
+
+    tokenizer, length, seconds = AutoTokenizer.from_pretrained(spec["model"]), spec["eval_tokens"], []
+    texts = tokenizer.batch_decode([spec["prompts"][i % len(spec["prompts"])] for i in range(spec["eval_texts"])])
+    generate, systems = predictions.generate, [{"name": name, "path": spec["model"]} for name in ("a", "b", "c")]
+
+    def timed(*args, **kwargs):
+        wait()
+        start = time.perf_counter()
+        completions = generate(*args, **kwargs)
+        wait()
+        seconds.append(time.perf_counter() - start)
+        return completions
+
+    with tempfile.TemporaryDirectory() as directory:
+        folder = Path(directory)
+        for split in ("train", "validation", "test"):
+            lines = [json.dumps({"prompt": text, "completion": text}) for text in texts]
+            (folder / f"{split}.jsonl").write_text("\n".join(lines))
+        columns = {"path": str(folder / "{split}.jsonl"), "prompt": "prompt", "references": "completion"}
+        recipe = {
+            "name": "speed",
+            "output_dir": str(folder / "runs"),
+            "model": {"model_name_or_path": spec["model"], "dtype": spec["dtype"]},
+            "task": {"name": "columns", "language": "en", **columns},
+            "eval": {"systems": systems, "metrics": ["chrf"], "max_new_tokens": length, "min_new_tokens": length},
+        }
+        with (folder / "recipe.yaml").open("w") as file:
+            YAML(typ="safe").dump(recipe, file)
+        start = time.perf_counter()
+        with patch.object(predictions, "generate", timed):
+            code = stage.main([str(folder / "recipe.yaml")])
+        whole = time.perf_counter() - start
+    if code:
+        raise RuntimeError(f"the evaluation ended with {code}")
+    written = len(systems) * len(texts) * length
+    speeds = {"its greedy decodes": written / sum(seconds), "the whole stage": written / whole}
+    return {"tokens_a_second": speeds, "memory": used(), "versions": VERSIONS}
+
+
+SIDES = {"trl_rloo": trl_rloo, "generation": generation, "sft": sft, "trl_sft": trl_sft, "evaluation": evaluation}
 
 if __name__ == "__main__":
     print(json.dumps(SIDES[sys.argv[1]](json.loads(Path(sys.argv[2]).read_text()))))

@@ -118,6 +118,8 @@ def test_the_comparison_on_a_gpu_runs_on_a_cpu_too(tmp_path, capsys, fresh_accel
     assert [side for side in sides if "error" in reports[side]] == ["TRL 1.12 PPOTrainer"]
     assert reports["Relay, PPO"]["length"] == 6.0 and reports["Relay, SFT"]["tokens_a_second"] > 0
     assert len(reports["Generation"]["tokens_a_second"]) == 4
+    decodes, whole = reports["Relay, evaluation of three models"]["tokens_a_second"].values()
+    assert decodes > whole > 0
     assert "Generation: static shapes |" in capsys.readouterr().out
 
 
