@@ -52,8 +52,7 @@ def read_slices(tensors: Mapping[str, Tensor], folder: Path, others: Sequence[st
     unknown = {name for name in saved - tensors.keys() if not name.startswith(tuple(others))}
     if differing := sorted(unknown | (tensors.keys() - saved)):
         raise ValueError(f"the weights saved in {folder} differ from those of the model in {', '.join(differing[:3])}")
-    with _as_one_process():
-        load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)))
+    _read(tensors, folder)
 
 
 def saved_sizes(folder: Path) -> dict[str, Size]:
@@ -91,8 +90,13 @@ def read_optimizer(optimizer: torch.optim.Optimizer, groups: Sequence[dict], fol
             number, key = name.removeprefix(OPTIMIZER).split(".")
             tensors[name] = torch.zeros_like(weights[int(number)]) if size else torch.zeros(())
             states.setdefault(int(number), {})[key] = tensors[name]
-    read_slices(tensors, folder, others=("",))
+    _read(tensors, folder)
     optimizer.load_state_dict({"state": states, "param_groups": list(groups)})
+
+
+def _read(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    with _as_one_process():
+        load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)))
 
 
 def _file_numbers(tensors: Mapping[str, Tensor]) -> dict[str, int]:

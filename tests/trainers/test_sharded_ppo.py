@@ -260,8 +260,11 @@ def test_memory_that_runs_out_on_one_process_ends_with_the_same_micro_batch_on_b
     assert_same(setting.weights("one"), setting.weights(f"short-{where}"))
 
 
-def test_a_run_goes_on_with_other_numbers_of_processes(setting):
+@pytest.mark.parametrize("more", [{}, {"use_peft": False, "sync_ref_model": True, "ref_model_sync_steps": 2}])
+def test_a_run_goes_on_with_other_numbers_of_processes(setting, more):
     """Two, then one, then three: the last makes batches of another size, so only what it goes on from is compared."""
+    forget()
+    kept = setting.run("moving", 1, **more).output_dir.name if more else "one"
 
     def goes_on(world: int, name: str, step: int, **settings) -> None:
         folder = setting.root / name / "checkpoints"
@@ -272,16 +275,17 @@ def test_a_run_goes_on_with_other_numbers_of_processes(setting):
         def train() -> None:
             if world > 1:
                 shard()
-            trainer = setting.run(name, world, **settings)
+            trainer = setting.run(name, world, **{**settings, **more})
             assert trainer.state.step >= STEPS and trainer._origin.step == step
 
         train() if world == 1 else run_in_processes(world, train, setting.root)
 
-    run_in_processes(2, lambda: (shard(), setting.run("resumed", 2)), setting.root)
-    goes_on(1, "resumed", 2)
-    assert_same(setting.weights("one"), setting.weights("resumed"))
-    goes_on(3, "resumed", 4, gradient_accumulation_steps=1)
-    moved = [(setting.weights("one")[n] - p).abs().max() for n, p in setting.weights("resumed").items()]
+    name = f"resumed-{kept}"
+    run_in_processes(2, lambda: (shard(), setting.run(name, 2, **more)), setting.root)
+    goes_on(1, name, 2)
+    assert_same(setting.weights(kept), setting.weights(name))
+    goes_on(3, name, 4, gradient_accumulation_steps=1)
+    moved = [(setting.weights(kept)[n] - p).abs().max() for n, p in setting.weights(name).items()]
     assert 0 < max(moved) < 0.1
 
 
@@ -369,4 +373,6 @@ def test_slices_inside_of_a_machine(setting):
         assert slice_here(weight).numel() == weight.numel() // 2
 
     run_in_processes(4, run, setting.root)
+    written = (setting.root / "hybrid" / "checkpoints" / f"checkpoint-{STEPS}").glob("shard-*")
+    assert {path.name.split("-")[1] for path in written} == {"00001", "00002"}  # the first machine's processes
     assert_same(setting.weights("one"), setting.weights("hybrid"))
