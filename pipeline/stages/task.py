@@ -68,8 +68,10 @@ def choose_prompts(recipe: Recipe) -> PromptChoice | None:
         )
     if chat:
         because = "" if config.chat is True else "the model has a chat template, and "
+        may_be_chats = isinstance(config, columns.Config) and not config.prompt_columns  # a column, no template
+        texts = "chats stay as they are, and plain texts" if may_be_chats else "plain texts"
         return PromptChoice(
-            True, f"plain texts become the turn of a user in a chat ({because}task.chat is {str(config.chat).lower()})"
+            True, f"{texts} become the turn of a user in a chat ({because}task.chat is {str(config.chat).lower()})"
         )
     because = "is built from scratch" if from_scratch else "has no chat template"
     return PromptChoice(False, f"plain texts stay as they are (the model {because})")

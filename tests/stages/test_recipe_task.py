@@ -59,6 +59,11 @@ SCRATCH = "from_scratch: {hidden_size: 32, num_attention_heads: 2, vocab_size: 4
 def test_plain_columns_become_turns_where_the_model_has_a_chat_template(recipe):
     auto = recipe(system="Be brief.")
     assert choose_prompts(auto).chat and "turn of a user" in choose_prompts(auto).reason
+    assert choose_prompts(auto).reason.startswith("chats stay as they are, and plain texts become the turn")
+    assert choose_prompts(recipe(prompt="say {q}")).reason.startswith("plain texts become the turn")
+    chats = load(recipe(rows=[{"q": [{"role": "user", "content": row["q"]}], "a": row["a"]} for row in ROWS]))
+    assert chats.train[0]["prompt"] == [{"role": "user", "content": "say north"}]
+    auto = recipe(system="Be brief.")
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "say north"}]
     assert load(auto).train[0]["prompt"] == turns
     plain = recipe(chat=False)
