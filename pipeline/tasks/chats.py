@@ -65,6 +65,11 @@ def read_messages(column: str, row: Row, names: Mapping[str, str] | None = None)
         Unusable: no list of messages with a role and a content.
     """
     messages = row.get(column)
+    if isinstance(messages, str) and messages.lstrip().startswith("["):
+        raise Unusable(
+            f"the column {column!r} holds a list of messages written as text, expected the list itself; write the "
+            "rows into a .jsonl file (a CSV value is always a text) with json.loads of this column"
+        )
     if not isinstance(messages, list):
         raise Unusable(f"the column {column!r} {describe_value(messages)}, expected a list of messages")
     if names is None and is_sharegpt(messages):

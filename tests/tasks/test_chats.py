@@ -1,5 +1,6 @@
 """Chats in the shapes that data sets have: tool calls, ShareGPT, names of their own, TRL's rows, plain columns."""
 
+import csv
 import json
 
 import pytest
@@ -39,6 +40,20 @@ def test_tool_calls_and_tools_are_kept(tmp_path):
 @pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)])
 def test_tools_may_be_json(tmp_path, tools):
     assert first(tmp_path, {"m": [USER, ANSWER], "tools": tools}, messages="m")["prompt"] == [{**USER, "tools": TOOLS}]
+
+
+def test_messages_written_as_text_are_refused_with_what_to_do(tmp_path):
+    with (tmp_path / "data.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([["m"], *[[json.dumps([USER, ANSWER])]] * 3])
+    keys = {"prompt": None, "completion": None, "messages": "m"}
+    for path in (tmp_path / "data.csv", write_lines(tmp_path / "data.jsonl", [{"m": json.dumps([USER, ANSWER])}] * 3)):
+        message = refusal(single(path, **keys))
+        assert message.startswith("task.messages: the column 'm' holds a list of messages written as text")
+        assert ".jsonl" in message and "json.loads" in message and "line" in message
+    assert "expected a list of messages" in refusal(
+        single(write_lines(tmp_path / "b.jsonl", [{"m": "x"}] * 3), **keys)
+    )
 
 
 def test_sharegpt_is_recognised_with_its_system_column(tmp_path):

@@ -311,6 +311,27 @@ def test_a_restart_may_be_declined(make_trainer):
     assert same(weights(second), weights(first))
 
 
+@pytest.mark.parametrize("scaling", ["none", "reference"])
+def test_the_first_evaluation_is_before_the_first_rollout_unless_that_scales_rewards(make_trainer, examples, scaling):
+    order, options = [], {"validation": examples.select(range(5)), "num_generations_eval": 2, "eval_steps": 9}
+    options |= {"reward": Reward("colours", colours, score_scaling=scaling), "load_best_model_at_end": False}
+    trainer = make_trainer(**options)
+    for name in ("collect_rollout", "evaluate"):
+        method = getattr(trainer, name)
+        setattr(trainer, name, lambda *given, name=name, method=method: order.append(name) or method(*given))
+    trainer.train()
+    expected = ["evaluate", "collect_rollout"] if scaling == "none" else ["collect_rollout", "evaluate"]
+    assert order[:2] == expected and order.count("evaluate") == 2
+    # It changes no weight, and an evaluation after the rollout has the same figures.
+    alone = make_trainer("alone", **{**options, "validation": None})
+    alone.train()
+    assert same(weights(alone), weights(trainer))
+    late = make_trainer("late", **options)
+    late.collect_rollout(late.prompt_rows(0))
+    figures, first = late.evaluate(), next(line for line in read_metrics(trainer.output_dir) if "eval_reward" in line)
+    assert first == {**first, **figures}
+
+
 def scripted(values: list[float]):
     """A held-out metric that takes the given values, one for each evaluation."""
     numbers = iter(values)

@@ -91,9 +91,8 @@ class PPOTrainer:
         check_inputs(start.model, self.tokenizer, self.train_dataset, self.rewards, args.suppress_tokens)
         self.experiment = describe_experiment(start.model, args, self.rewards, self.train_dataset, adapter, seed)
         shared = build_shared_model(start.model, args, adapter, self.rewards)
-        self.learner = Learner(shared, args, self.accelerator, self._warn)
-        self.shared, self.optimizer = self.learner.shared, self.learner.optimizer
-        self.gathered = self.learner.sharding.gathered
+        self.learner = learner = Learner(shared, args, self.accelerator, self._warn)
+        self.shared, self.optimizer, self.gathered = learner.shared, learner.optimizer, learner.sharding.gathered
         given = (self.shared, self.tokenizer, self.accelerator, args.local_rollout_forward_batch_size, self._warn)
         self.writer = CompletionWriter(*given, strip_thoughts, self.gathered)
         self._prompt_ids = self.writer.encode(self.train_dataset)
@@ -133,10 +132,13 @@ class PPOTrainer:
         checkpoints; True goes on with other settings too; False removes the checkpoints.
         """
         self._start(resume_from_checkpoint)
+        are_scaled = any(reward.score_scaling == "reference" for reward in self.rewards)  # by the first rollout
         with watched(self.checkpoints):
             while self.state.step < self.num_steps:
+                if self.state.step == 0 and self.held_out and not are_scaled:
+                    self._evaluate_and_compare()
                 rollout = self.collect_rollout(self.prompt_rows(self.state.step))
-                if self.state.step == 0 and self.held_out:  # after the rollout by which rewards are scaled
+                if self.state.step == 0 and self.held_out and are_scaled:
                     self._evaluate_and_compare()
                 experience, stats = self.compute_advantages(rollout)
                 stats |= self.update(experience)
@@ -225,12 +227,11 @@ class PPOTrainer:
         enter(f"the update of PPO step {self.state.step + 1}")
         step, state = self.state.step, self.state
         seed = derive_seed(self.seed, "mini-batches", step, self.accelerator.process_index)
+        is_warm_up = step < self.args.value_warmup_steps
         rows = self.prompt_rows(step)[:: self.args.num_generations]
         references = self._references and self._references.sequences(rows, self.accelerator.device)
         try:
-            update = self.learner.update(
-                experience, seed, step < self.args.value_warmup_steps, state.skipped_in_row, references
-            )
+            update = self.learner.update(experience, seed, is_warm_up, state.skipped_in_row, references)
         except FloatingPointError as error:
             raise FloatingPointError(f"PPO step {step + 1}, {error}") from error
         for note in update.notes if self.accelerator.is_main_process else ():
