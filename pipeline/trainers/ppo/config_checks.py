@@ -4,6 +4,8 @@ from typing import Any
 
 from pipeline.trainers.ppo.ranges import require
 
+Rule = tuple[Any, str, str, Any]  # whether it is broken, the option, the sentence about it, the value that is wrong
+
 
 def check_sizes(args: Any) -> None:
     """Refuse batches that do not divide, and a shortest completion that is not shorter than the longest."""
@@ -36,20 +38,36 @@ def check_sizes(args: Any) -> None:
 
 def check_combinations(args: Any) -> None:
     """Refuse options that need another one, exclude it, or would do nothing."""
-    constant, moved = args.lr_scheduler_type == "constant", args.kl_horizon != type(args).kl_horizon
+    for rules in (_run_rules, _group_rules, _reference_rules, _kl_rules, _value_rules, _score_rules):
+        for is_broken, name, rule, value in rules(args):
+            require(not is_broken, name, rule, value)
+
+
+def _run_rules(args: Any) -> list[Rule]:
+    """Return the rules of the length of a run, its learning rate, and the clip of its loss."""
+    counts_twice = args.max_steps is not None and args.total_episodes != type(args).total_episodes
+    is_constant = args.lr_scheduler_type == "constant"
     largest_ratio = 1 + (args.cliprange_high or args.cliprange)
-    own_penalty = args.missing_eos_penalty not in (None, type(args).missing_eos_penalty)
-    needless_path = args.reward_model_path is not None and args.learned_reward is None
-    value_adapter = args.value_model != "head"
-    counted = args.max_steps is not None and args.total_episodes != type(args).total_episodes
-    for wrong, name, rule, found in (
-        (counted, "max_steps", "does nothing beside total_episodes; keep one", args.max_steps),
+    return [
+        (counts_twice, "max_steps", "does nothing beside total_episodes; keep one", args.max_steps),
         (
-            args.warmup_steps and constant,
+            args.warmup_steps and is_constant,
             "warmup_steps",
             "does nothing with lr_scheduler_type constant; use constant_with_warmup",
             args.warmup_steps,
         ),
+        (
+            args.dual_clip is not None and args.dual_clip <= largest_ratio,
+            "dual_clip",
+            "must be above 1 + cliprange_high, or the clip below it never acts",
+            args.dual_clip,
+        ),
+    ]
+
+
+def _group_rules(args: Any) -> list[Rule]:
+    """Return the rules of several completions of one prompt."""
+    return [
         (
             args.group_baseline and args.num_generations < 2,
             "group_baseline",
@@ -62,6 +80,18 @@ def check_combinations(args: Any) -> None:
             "group needs group_baseline, and num_generations of at least 2",
             args.scale_rewards,
         ),
+        (
+            args.dynamic_sampling_rounds and args.num_generations < 2,
+            "dynamic_sampling_rounds",
+            "needs num_generations of at least 2: completions of one prompt are compared",
+            args.dynamic_sampling_rounds,
+        ),
+    ]
+
+
+def _reference_rules(args: Any) -> list[Rule]:
+    """Return the rules of a reference that follows the policy."""
+    return [
         (
             args.sync_ref_model and not args.kl_coef,
             "sync_ref_model",
@@ -80,18 +110,13 @@ def check_combinations(args: Any) -> None:
             "does nothing without sync_ref_model",
             args.ref_model_sync_steps,
         ),
-        (
-            args.dynamic_sampling_rounds and args.num_generations < 2,
-            "dynamic_sampling_rounds",
-            "needs num_generations of at least 2: completions of one prompt are compared",
-            args.dynamic_sampling_rounds,
-        ),
-        (
-            args.algorithm == "ppo" and args.vf_coef == 0,
-            "vf_coef",
-            "algorithm ppo learns a value function; use rloo, grpo or reinforce++ without one",
-            args.vf_coef,
-        ),
+    ]
+
+
+def _kl_rules(args: Any) -> list[Rule]:
+    """Return the rules of the KL: where it counts, how it is estimated, and what moves its coefficient."""
+    has_horizon = args.kl_horizon != type(args).kl_horizon
+    return [
         (
             args.kl_placement == "loss" and args.kl_estimator == "k1",
             "kl_placement",
@@ -111,15 +136,23 @@ def check_combinations(args: Any) -> None:
             "needs a kl_coef above 0 to start from",
             args.kl_coef,
         ),
-        (args.kl_target is None and moved, "kl_horizon", "does nothing without kl_target", args.kl_horizon),
+        (args.kl_target is None and has_horizon, "kl_horizon", "does nothing without kl_target", args.kl_horizon),
+    ]
+
+
+def _value_rules(args: Any) -> list[Rule]:
+    """Return the rules of the value function."""
+    is_adapter, is_trained = args.value_model != "head", bool(args.value_loss_weight)
+    idle = "does nothing without a value function; set vf_coef"
+    return [
         (
-            args.dual_clip is not None and args.dual_clip <= largest_ratio,
-            "dual_clip",
-            "must be above 1 + cliprange_high, or the clip below it never acts",
-            args.dual_clip,
+            args.algorithm == "ppo" and args.vf_coef == 0,
+            "vf_coef",
+            "algorithm ppo learns a value function; use rloo, grpo or reinforce++ without one",
+            args.vf_coef,
         ),
         (
-            value_adapter and not args.use_peft,
+            is_adapter and not args.use_peft,
             "value_model",
             "adapter and reward_model need ppo.use_peft: true",
             args.value_model,
@@ -130,6 +163,16 @@ def check_combinations(args: Any) -> None:
             "reward_model needs the reward learned in ppo.rewards; use adapter",
             args.value_model,
         ),
+        (args.value_warmup_steps and not is_trained, "value_warmup_steps", idle, args.value_warmup_steps),
+        (args.value_lam is not None and not is_trained, "value_lam", idle, args.value_lam),
+        (is_adapter and not is_trained, "value_model", idle, args.value_model),
+    ]
+
+
+def _score_rules(args: Any) -> list[Rule]:
+    """Return the rules of rewards, and of what makes scores of them."""
+    own_penalty = args.missing_eos_penalty not in (None, type(args).missing_eos_penalty)
+    return [
         (
             own_penalty and args.missing_eos_score is not None,
             "missing_eos_score",
@@ -149,29 +192,10 @@ def check_combinations(args: Any) -> None:
             args.shuffle_scores,
         ),
         (
-            needless_path,
+            args.reward_model_path is not None and args.learned_reward is None,
             "reward_model_path",
             "does nothing without the reward learned in ppo.rewards",
             args.reward_model_path,
         ),
         ("" in args.stop_strings, "stop_strings", "must not hold an empty text", args.stop_strings),
-        (
-            args.value_warmup_steps and not args.value_loss_weight,
-            "value_warmup_steps",
-            "does nothing without a value function; set vf_coef",
-            args.value_warmup_steps,
-        ),
-        (
-            args.value_lam is not None and not args.value_loss_weight,
-            "value_lam",
-            "does nothing without a value function; set vf_coef",
-            args.value_lam,
-        ),
-        (
-            value_adapter and not args.value_loss_weight,
-            "value_model",
-            "does nothing without a value function; set vf_coef",
-            args.value_model,
-        ),
-    ):
-        require(not wrong, name, rule, found)
+    ]
