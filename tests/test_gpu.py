@@ -5,6 +5,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from demo_run import write_demo
 from pipeline.models import generation
 from pipeline.models.generation import Decoding, generate
 from pipeline.models.kernels import static_decode
+from pipeline.trainers.checkpoints import list_checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.gpu
@@ -110,8 +112,12 @@ def test_ppo_and_the_evaluation_in_shards(device, demo):
     run(command("run", "recipe.yaml", "--only", "sft"), device)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
     launch += ["--config_file", str(ROOT / "accelerate_configs" / "fsdp2.yaml")]
-    for stage in ("ppo", "eval"):
-        run([*launch, str(ROOT / "pipeline" / f"{stage}.py"), "recipe.yaml"], device)
+    ppo, evaluation = ([*launch, str(ROOT / "pipeline" / f"{stage}.py"), "recipe.yaml"] for stage in ("ppo", "eval"))
+    run(ppo, device)
+    shutil.rmtree(list_checkpoints(demo / "ppo" / "checkpoints")[-1])
+    (demo / "ppo" / "stage.json").unlink()
+    assert "continuing from" in run(ppo, device)  # its slices
+    run(evaluation, device)
     assert (demo / "ppo" / "adapter_model.safetensors").is_file() and (demo / "eval" / "report.json").is_file()
 
 
