@@ -191,4 +191,4 @@ def test_the_digits_recipe_is_planned_with_its_data(tmp_path, capsys):
     code = run.main([str(path), f"task.data_dir={data}", f"output_dir={tmp_path / 'runs'}", "--dry-run"])
     shown = capsys.readouterr()
     assert code == 0, shown.err
-    assert "32 steps" in shown.out and "control" in shown.out
+    assert "96 steps" in shown.out and "control" in shown.out

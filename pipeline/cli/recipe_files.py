@@ -25,7 +25,8 @@ def first_sentence(file: Path) -> str:
 
 
 def files_beside(file: Path) -> list[Path]:
-    """Return what a recipe reads of its folder: data in `{recipe_dir}/name`, and code by `name.py:thing`."""
-    names = re.findall(r"\{recipe_dir\}/([\w-]+)|\b([\w-]+\.py):\w", file.read_text(encoding="utf-8"))
-    paths = (file.parent / (folder or code) for folder, code in dict.fromkeys(names))
+    """Return what a recipe needs of its folder: data, `{recipe_dir}/name`, code, `name.py:thing`, and scripts."""
+    pattern = r"\{recipe_dir\}/([\w-]+)|\b([\w-]+\.py):\w|python recipes/([\w-]+\.py)"
+    names = re.findall(pattern, file.read_text(encoding="utf-8"))
+    paths = (file.parent / (data or code or script) for data, code, script in dict.fromkeys(names))
     return [path for path in paths if path.exists()]

@@ -77,6 +77,8 @@ def test_a_copied_recipe_reads_the_data_that_is_copied_with_it(capsys):
     assert main(["recipes", "copy", "xquad", "--to", "deep/er"]) == 0 and Path("deep/er/xquad.yaml").is_file()
     assert main(["recipes", "copy", "gsm8k", "--to", "math"]) == 0  # its reward comes with it
     assert sorted(path.name for path in Path("math").iterdir()) == ["gsm8k.yaml", "last_number.py"]
+    assert main(["recipes", "copy", "digits_whisper", "--to", "sound"]) == 0  # and what makes its data
+    assert sorted(path.name for path in Path("sound").iterdir()) == ["digit_strings.py", "digits_whisper.yaml"]
 
 
 def test_an_unknown_recipe_is_named_with_the_one_that_may_be_meant(capsys):
