@@ -32,6 +32,7 @@ from pipeline.evaluation.systems import Source
 from pipeline.evaluation.text_statistics import text_statistics
 from pipeline.evaluation.verdict import find_warnings, findings, verdict
 from pipeline.metrics.sacrebleu_metric import short_references
+from pipeline.models.speech import CLIP
 from pipeline.models.text import plain_text
 from pipeline.rewards import LEARNED
 from pipeline.runtime.memory import peak_memory_mib
@@ -65,7 +66,8 @@ def build_report(
     `systems` have their rewards; `began` is when the stage began, by `time.monotonic`. Only the main process calls
     this.
     """
-    test = TestSet([plain_text(prompt) for prompt in rows["prompt"]], list(rows["references"]), scoring.clusters)
+    prompts, are_sounds = [plain_text(prompt) for prompt in rows["prompt"]], CLIP in rows.column_names
+    test = TestSet(prompts, list(rows["references"]), scoring.clusters, are_sounds)
     systems = compute_system_metrics(systems, test.references, scoring.metrics)
     outputs = save_outputs(systems, rows, run / "eval", () if test.clusters is None else test.clusters.numbers)
     further = [name for name in (CONTROL, *BASELINES) if any(source.path == run / name for source in sources)]
@@ -160,7 +162,8 @@ def assemble_report(
         for name in systems
     }
     comparisons = compare_systems(outputs, test, metrics, resampling)
-    references = text_statistics(test.first_references, test.first_references, test.prompts)
+    prompts = None if test.are_sounds else test.prompts
+    references = text_statistics(test.first_references, test.first_references, prompts)
     predictions = {name: output.predictions for name, output in outputs.items()}
     best_of = best_of_samples(systems, outputs, scoring)
     agreement = reward_agreement(systems, LEARNED, first)

@@ -99,13 +99,16 @@ def find_gains(
         best=[g for g in reversed(moved) if g.gain > 0][:NUM_EXAMPLES],
         worst=[g for g in moved if g.gain < 0][:NUM_EXAMPLES],
         typical=sorted(moved, key=lambda g: (abs(g.gain - middle), g.index))[:NUM_EXAMPLES],
-        by_length=buckets(lengths, gains, "{:.0f} to {:.0f} words"),
-        by_quality=buckets(scores_a, gains, "{:.2f} to {:.2f}"),
+        by_length=buckets(lengths, gains, ".0f", " words"),
+        by_quality=buckets(scores_a, gains, ".2f"),
     )
 
 
-def buckets(keys: Sequence[float], gains: Sequence[Gain], label: str) -> list[Bucket]:
-    """Group the gains by `keys` into up to four groups of about equal size; equal keys stay together."""
+def buckets(keys: Sequence[float], gains: Sequence[Gain], form: str, unit: str = "") -> list[Bucket]:
+    """Group the gains by `keys` into up to four groups of about equal size; equal keys stay together.
+
+    The label of a group is its range of keys in this form, or the one key that all have, and the unit.
+    """
     edges = np.unique(np.quantile(np.asarray(keys), np.linspace(0, 1, NUM_BUCKETS + 1)[1:-1]))
     groups = np.searchsorted(edges, keys, side="left")
     rows = []
@@ -113,5 +116,7 @@ def buckets(keys: Sequence[float], gains: Sequence[Gain], label: str) -> list[Bu
         members = [i for i, group in enumerate(groups) if group == number]
         inside = [keys[i] for i in members]
         means = [fmean(getattr(gains[i], name) for i in members) for name in ("score_a", "score_b", "gain")]
-        rows.append(Bucket(label.format(min(inside), max(inside)), len(members), *means))
+        ends = dict.fromkeys(format(end(inside), form) for end in (min, max))
+        label = " to ".join(ends) + (unit.removesuffix("s") if list(ends) == ["1"] else unit)
+        rows.append(Bucket(label, len(members), *means))
     return rows

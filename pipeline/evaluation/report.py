@@ -21,13 +21,14 @@ REWARD = "reward"
 
 @dataclass(frozen=True)
 class TestSet:
-    """What the systems are scored on: N prompts as text, N lists of references, and their clusters, if any."""
+    """What the systems are scored on: N prompts as text, or names of sounds; N lists of references; any clusters."""
 
     __test__ = False  # pytest takes classes called Test... for tests
 
     prompts: list[str]
     references: list[list[str]]
     clusters: Clusters | None = None
+    are_sounds: bool = False
 
     @property
     def num_clusters(self) -> int:
@@ -219,7 +220,7 @@ def score_system(
         sampled_length=_mean([sample.tokens for sample in outputs.measures]),
         length=tokens / len(predictions),
         finished=_mean([float(prediction.finished) for prediction in predictions]),
-        texts=text_statistics(texts, test.first_references, test.prompts),
+        texts=text_statistics(texts, test.first_references, None if test.are_sounds else test.prompts),
         same_weights_as_sft=same_weights_as_sft,
         predictions=file,
     )
@@ -284,9 +285,7 @@ def _comparison(
 def compared_pairs(systems: Sequence[str]) -> list[tuple[str, str]]:
     """List which systems are compared: base and SFT, SFT and PPO, SFT and each further one, others and PPO.
 
-    The others are the control and the baselines.
-
-    Without SFT the first system is compared with each other one.
+    The others are the control and the baselines. Without SFT the first system is compared with each other one.
     """
     if "sft" not in systems:
         return [(systems[0], name) for name in systems[1:]]

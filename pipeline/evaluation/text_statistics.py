@@ -18,41 +18,49 @@ class TextStatistics:
     already had. `distinct_1`, `distinct_2`: different words and bigrams of all texts per word and bigram (Li et al.
     2016); they fall with the number of texts, so compare sets of one size only. `copy_rate`: share of all words that
     the example's prompt has too. `novel_2`: share of all bigrams that the prompt does not have, the novelty of
-    summaries. `empty`: share of texts without a word. `most_common`: share of the most frequent
-    text among all.
+    summaries; both are None where prompts are sounds. `empty`: share of texts without a word. `most_common`: share of
+    the most frequent text among all.
     """
 
     length_ratio: float
     repetition: float
     distinct_1: float
     distinct_2: float
-    copy_rate: float
-    novel_2: float
+    copy_rate: float | None
+    novel_2: float | None
     empty: float
     most_common: float
 
 
-def text_statistics(texts: Sequence[str], references: Sequence[str], prompts: Sequence[str]) -> TextStatistics:
-    """Compute the figures of `texts`, one for each of the (first) `references` and `prompts`."""
+def text_statistics(texts: Sequence[str], references: Sequence[str], prompts: Sequence[str] | None) -> TextStatistics:
+    """Compute the figures of `texts`, one for each of the (first) `references` and `prompts`; None: no texts."""
     tokens = [words(text) for text in texts]
     total = sum(map(len, tokens))
     reference_total = sum(len(words(reference)) for reference in references)
     unigrams = {word for text in tokens for word in text}
     bigrams = [pair for text in tokens for pair in pairwise(text)]
-    prompt_tokens = [words(prompt) for prompt in prompts]
-    vocabularies, prompt_bigrams = map(set, prompt_tokens), map(set, map(pairwise, prompt_tokens))
-    copied = sum(word in known for text, known in zip(tokens, vocabularies, strict=True) for word in text)
-    novel = sum(b not in known for text, known in zip(tokens, prompt_bigrams, strict=True) for b in pairwise(text))
+    copied, novel = (None, None) if prompts is None else _copied_and_novel(tokens, prompts)
     return TextStatistics(
         length_ratio=_ratio(total, reference_total),
         repetition=sum(map(repetition, tokens)) / len(tokens),
         distinct_1=_ratio(len(unigrams), total),
         distinct_2=_ratio(len(set(bigrams)), len(bigrams)),
-        copy_rate=_ratio(copied, total),
-        novel_2=_ratio(novel, len(bigrams)),
+        copy_rate=None if copied is None else _ratio(copied, total),
+        novel_2=None if novel is None else _ratio(novel, len(bigrams)),
         empty=sum(not text for text in tokens) / len(tokens),
         most_common=Counter(texts).most_common(1)[0][1] / len(texts),
     )
+
+
+def _copied_and_novel(tokens: Sequence[Sequence[str]], prompts: Sequence[str]) -> tuple[int, int]:
+    """Count the words that the prompt of their text has too, and the bigrams that it does not have."""
+    prompt_tokens = [words(prompt) for prompt in prompts]
+    vocabularies, prompt_bigrams = map(set, prompt_tokens), map(set, map(pairwise, prompt_tokens))
+    copied = sum(word in prompt for text, prompt in zip(tokens, vocabularies, strict=True) for word in text)
+    novel = sum(
+        pair not in prompt for text, prompt in zip(tokens, prompt_bigrams, strict=True) for pair in pairwise(text)
+    )
+    return copied, novel
 
 
 def repetition(tokens: Sequence[str]) -> float:

@@ -115,8 +115,9 @@ def _agreement(comparison: SystemComparison) -> str:
 
 def _shares(comparison: SystemComparison) -> str:
     same = 1 - comparison.wins - comparison.losses
+    better, worse = ("scores higher", "lower") if comparison.higher_is_better else ("is better", "worse")
     return (
-        f"Example by example PPO scores higher on {comparison.wins:.0%}, lower on {comparison.losses:.0%} and the "
+        f"Example by example PPO {better} on {comparison.wins:.0%}, {worse} on {comparison.losses:.0%} and the "
         f"same on {same:.0%}: P(better) = {comparison.p_better:.0%}, ties counted half."
     )
 
@@ -207,7 +208,8 @@ def _identical(
         if CONTROL in (a, b):  # a constant reward may well leave everything as it is; the findings say so
             continue
         if a == "sft" and systems[b].same_weights_as_sft:
-            warnings.append(f"sft and {b} have identical weights: training changed nothing, and nothing is compared")
+            reason = "training changed nothing, or no step was better than its start"
+            warnings.append(f"sft and {b} have identical weights: {reason}, and nothing is compared")
         elif all(x.completion_ids == y.completion_ids for x, y in zip(predictions[a], predictions[b], strict=True)):
             warnings.append(f"{a} and {b} wrote the same text for every prompt: are they the same model?")
     return warnings

@@ -25,7 +25,7 @@ def test_best_worst_and_typical_examples():
 
 def test_groups_by_length_keep_equal_lengths_together():
     found = gains().by_length
-    assert [(b.label, b.count) for b in found] == [("1 to 1 words", 4), ("3 to 3 words", 2), ("4 to 4 words", 2)]
+    assert [(b.label, b.count) for b in found] == [("1 word", 4), ("3 words", 2), ("4 words", 2)]
     assert [b.gain for b in found] == pytest.approx([0.05, 0.05, -0.2])
     assert found[2].score_a == pytest.approx(0.5) and found[2].score_b == pytest.approx(0.3)
 
@@ -34,7 +34,7 @@ def test_groups_by_first_pass_quality_are_quarters():
     found = gains().by_quality
     assert sum(b.count for b in found) == 8 and len(found) == 4
     assert found[0].label == "0.10 to 0.20" and found[0].gain == pytest.approx(0.15)
-    assert [b.label for b in buckets([1.0] * 8, gains().best * 3, "{:.0f} to {:.0f}")] == ["1 to 1"]
+    assert [b.label for b in buckets([1.0] * 8, gains().best * 3, ".2f")] == ["1.00"]
 
 
 def test_nothing_moved():

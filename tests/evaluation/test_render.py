@@ -9,7 +9,7 @@ from rich.console import Console
 from pipeline.evaluation.assemble import Details, all_examples
 from pipeline.evaluation.curves import Curve, Panel
 from pipeline.evaluation.inspection import Attention, Inspection, Passage, Token
-from pipeline.evaluation.pages.render import print_report, to_markdown, write_report
+from pipeline.evaluation.pages.render import draw_plots, print_report, to_html, to_markdown, write_report
 
 AWKWARD = 'a | b\nc <script>alert("x")</script> \\ d\r\n\n| --- | </style></svg> $x_1$'
 
@@ -41,8 +41,28 @@ def test_markdown_escapes_what_models_write():
     assert "| name | a\\|b &lt;script> |" in found
 
 
+def test_scores_of_texts_have_another_name_where_the_measure_counts_errors():
+    drawn = {name: MIXED * 2 for name in ("sft", "ppo")}
+    for metric, name in ((TER, "1 - ter"), (BLEU, "bleu")):
+        report, outputs = make_report({"sft": MIXED, "ppo": GOOD}, metrics=(metric,), samples=drawn)
+        details = Details(all_examples(TEST, outputs, metric.name))
+        found = to_markdown(report, details)
+        assert f"| group | examples | sft {name} | ppo {name} | gain |" in found and f"| sft | {name} | " in found
+        drawings = draw_plots(report, details)
+        assert f"best {name} of n samples" in drawings["best-of-n"] and f"{name}, ppo - sft" in drawings["gains"]
+        assert f"Scores of one example are its {name} as a sentence score" in to_html(report, details, drawings)
+        assert ("ter: lower is better. [a, b]: 95%" in found) == (metric is TER)
+        (shares,) = [line for line in report.findings if line.startswith("Example by example")]
+        assert ("PPO is better on" in shares and "worse on" in shares) == (metric is TER)
+
+
 def test_markdown_shows_every_figure():
-    report, outputs = make_report({"base": BAD, "sft": MIXED, "ppo": GOOD}, metrics=(BLEU, TER), seed=3)
+    settings = {
+        "nothing": None,
+        "named": [{"name": "bleu", "options": {}}, {"name": "ter", "options": {"case": True}}],
+    }
+    texts = {"base": BAD, "sft": MIXED, "ppo": GOOD}
+    report, outputs = make_report(texts, metrics=(BLEU, TER), seed=3, **settings)
     found = to_markdown(report, make_details(outputs))
     assert found.startswith(f"# Evaluation\n\n{report.verdict}\n")
     rows: dict[str, str] = {}
@@ -55,6 +75,7 @@ def test_markdown_shows_every_figure():
     assert rows["cumulative reward"] == "| cumulative reward | 6.00 | 6.00 | 6.00 |"
     assert rows["KL to SFT, nats/completion"].count("0.500") == 3
     assert rows["copied from the prompt"].endswith("| 0.0% | 0.0% | 0.0% | 0.0% |")
+    assert "| nothing | - |" in found and "| named | bleu, ter (case True) |" in found
     assert "ppo - sft" in rows and "| seed | 3 |" in found and score.signature.replace("|", "\\|") in found
     assert "| group | examples | sft bleu | ppo bleu | gain |" in found
 

@@ -1,5 +1,7 @@
 """What texts look like, by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from pipeline.evaluation.text_statistics import repetition, text_statistics
@@ -21,6 +23,13 @@ def test_figures_by_hand():
     assert found.copy_rate == pytest.approx(5 / 9)  # all of the first, none of the third, and red
     assert found.novel_2 == pytest.approx(4 / 6)  # of "the cat the cat", "see the cat" has "the cat" twice
     assert (found.empty, found.most_common, found.repetition) == (0.25, 0.5, 0)
+
+
+def test_nothing_is_copied_from_a_prompt_that_is_a_sound():
+    with_prompts = text_statistics(["red red"], ["red"], ["red"])
+    alone = text_statistics(["red red"], ["red"], None)
+    assert (with_prompts.copy_rate, with_prompts.novel_2) == (1, 1)
+    assert alone == replace(with_prompts, copy_rate=None, novel_2=None)
 
 
 def test_nothing_written_at_all():

@@ -142,7 +142,9 @@ def test_the_chain_runs_in_two_processes_and_reports(recipe, folder):
     assert {"wer", "cer"} <= set(report["systems"]["ppo"]["metrics"]) and report["settings"]["cluster"] == "speaker"
     errors = report["recognition"]["ppo"]
     assert set(errors["groups"]) == {"speaker0", "speaker1"} and len(errors["oracle"]) == 2
-    assert "Word errors by kind" in (folder / "spoken/eval/report.md").read_text()
+    text = (folder / "spoken/eval/report.md").read_text()
+    assert "Word errors by kind" in text and "| sft | 1 - wer |" in text and "| ppo | wer |" not in text
+    assert "| copied from the prompt | - |" in text and report["systems"]["ppo"]["texts"]["novel_2"] is None
     assert 'id="errors"' in (folder / "spoken/eval/report.html").read_text()
     lines = map(json.loads, (folder / "spoken/ppo/metrics.jsonl").read_text().splitlines())
     assert next(line["objective/kl"] for line in lines if "objective/kl" in line) == 0

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from pipeline.evaluation.curves import Panel
+from pipeline.evaluation.pages.tables import sentence_score_name
 from pipeline.evaluation.report import EvaluationReport
 from pipeline.evaluation.reward_quality import Reliability, ScoredPair
 
@@ -84,7 +85,7 @@ def best_of_plot(report: EvaluationReport) -> str:
                 values = best_of.curves[name]
                 axis.plot(range(1, len(values) + 1), values, marker="o", color=colour, label=system)
                 axis.axhline(best_of.decoded[name], linestyle="--", linewidth=1, color=colour)
-            axis.set_title(f"best {name} of n samples")
+            axis.set_title(f"best {sentence_score_name(report, name)} of n samples")
             axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
             axis.legend(fontsize=7)
         return _svg(figure, "best-of-n")

@@ -43,4 +43,5 @@ def _worst_table(report: EvaluationReport) -> Table:
     rows = [
         [str(text.index), str(text.edits), text.reference, text.hypothesis] for text in report.recognition[name].worst
     ]
-    return Table(f"Texts of {name} with the most errors", ["row", "errors", "reference", "hypothesis"], rows)
+    header, note = ["row", "errors", "reference", "hypothesis"], "The first row of the test data is 0."
+    return Table(f"Texts of {name} with the most errors", header, rows, note)

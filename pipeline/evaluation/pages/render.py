@@ -55,7 +55,8 @@ def draw_plots(report: EvaluationReport, details: Details) -> dict[str, str]:
         drawn["best-of-n"] = plots.best_of_plot(report)
     if report.gains is not None and report.gains.typical:
         gains = [sample.gain for sample in details.examples]
-        drawn["gains"] = plots.gain_plot(report.gains.a, report.gains.b, report.gains.metric, gains)
+        name = tables.sentence_score_name(report, report.gains.metric)
+        drawn["gains"] = plots.gain_plot(report.gains.a, report.gains.b, name, gains)
     return drawn
 
 
@@ -111,6 +112,7 @@ def to_html(report: EvaluationReport, details: Details, drawn: Mapping[str, str]
                 "gains": svg.get("gains"),
                 "curves": {n.removeprefix("curves-"): plot for n, plot in svg.items() if n.startswith("curves-")},
             },
+            score_name=report.gains and tables.sentence_score_name(report, report.gains.metric),
             inspections=details.inspections,
             samples=details.examples,
             listed=evenly(details.examples, details.num_listed),

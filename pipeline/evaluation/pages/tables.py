@@ -65,8 +65,10 @@ def score_table(report: EvaluationReport) -> Table:
     confidence = report.settings.get("confidence", 0.95)
     clusters = report.settings.get("clusters")
     drawn = f"over {clusters} clusters of test examples" if clusters else "over the test examples"
+    errors = lower_is_better(report)
+    direction = f"{', '.join(errors)}: lower is better. " if errors else ""
     note = (
-        f"[a, b]: {confidence:.0%} bootstrap interval {drawn}. KL and entropy are those of "
+        f"{direction}[a, b]: {confidence:.0%} bootstrap interval {drawn}. KL and entropy are those of "
         f"{systems[0].samples:,} samples of each system at PPO's temperature, ± their standard errors; all else is of "
         "the completions."
     )
@@ -124,6 +126,16 @@ def decoding_table(report: EvaluationReport) -> Table:
     return Table("Decoding", ["system", "decoding", *metrics, "mean reward", "length, tokens"], rows)
 
 
+def sentence_score_name(report: EvaluationReport, name: str) -> str:
+    """Return what the scores of single texts by a measure are called; of each of them more is better."""
+    return f"1 - {name}" if name in lower_is_better(report) else name
+
+
+def lower_is_better(report: EvaluationReport) -> list[str]:
+    """Return the measures of the comparisons that count errors."""
+    return list(dict.fromkeys(c.metric for c in report.comparisons if not c.higher_is_better))
+
+
 def best_of_table(report: EvaluationReport) -> Table:
     """Make the table of the expected best of 1, 2, ... n samples of every system."""
     if not report.best_of:
@@ -131,7 +143,7 @@ def best_of_table(report: EvaluationReport) -> Table:
     first = next(iter(report.best_of.values()))
     numbers = [str(n + 1) for n in range(len(next(iter(first.curves.values()))))]
     rows = [
-        [system, name, f"{best_of.decoded[name]:.3f}", *_formatted(curve, ".3f")]
+        [system, sentence_score_name(report, name), f"{best_of.decoded[name]:.3f}", *_formatted(curve, ".3f")]
         for system, best_of in report.best_of.items()
         for name, curve in best_of.curves.items()
     ]
@@ -174,7 +186,8 @@ def bucket_tables(report: EvaluationReport) -> list[Table]:
     gains = report.gains
     if gains is None:
         return []
-    names = [f"{gains.a} {gains.metric}", f"{gains.b} {gains.metric}", "gain"]
+    metric = sentence_score_name(report, gains.metric)
+    names = [f"{gains.a} {metric}", f"{gains.b} {metric}", "gain"]
     note = (
         "A score that is low by chance is higher the next time, so low groups gain and high ones lose by noise alone."
     )
@@ -236,6 +249,10 @@ def _with_error(value: float | None, error: float | None) -> str:
 
 
 def _plain(value: object) -> str:
+    if value is None:
+        return MISSING
+    if isinstance(value, dict) and value.keys() == {"name", "options"}:  # a metric
+        return f"{value['name']} ({_plain(value['options'])})" if value["options"] else str(value["name"])
     if isinstance(value, dict):
-        return ", ".join(f"{key} {item}" for key, item in value.items())
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
+    return ", ".join(map(_plain, value)) if isinstance(value, list | tuple) else str(value)
