@@ -106,9 +106,9 @@ def private_names(trees: dict[Path, ast.Module]) -> Iterator[str]:
     for path, tree in trees.items():
         for node in ast.walk(tree):
             if isinstance(node, ast.ClassDef) and any("Trainer" in ast.unparse(base) for base in node.bases):
-                inner = [n.name for n in ast.walk(node) if isinstance(n, ast.FunctionDef)]
-                inner += [n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)]
-                for name in set(inner) & trainer_names:
+                attributes = [n.name for n in ast.walk(node) if isinstance(n, ast.FunctionDef)]
+                attributes += [n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)]
+                for name in set(attributes) & trainer_names:
                     homes[name].add(path)
     files = sorted({str(path) for paths in homes.values() for path in paths})
     yield f"private names of transformers.Trainer in use: {len(homes)}, in {len(files)} files"
@@ -137,18 +137,18 @@ def readme(root: Path) -> Iterator[str]:
 
 def long_literals(root: Path) -> Iterator[str]:
     """Whole sentences in assert statements of the tests."""
-    places = []
+    files = []
     for path in sorted((root / "tests").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Assert):
-                for part in ast.walk(node):
+                for literal in ast.walk(node):
                     if (
-                        isinstance(part, ast.Constant)
-                        and isinstance(part.value, str)
-                        and len(part.value) > LONG_LITERAL
+                        isinstance(literal, ast.Constant)
+                        and isinstance(literal.value, str)
+                        and len(literal.value) > LONG_LITERAL
                     ):
-                        places.append(path.name)
-    yield f"text literals above {LONG_LITERAL} characters in asserts: {len(places)} {dict(Counter(places))}"
+                        files.append(path.name)
+    yield f"text literals above {LONG_LITERAL} characters in asserts: {len(files)} {dict(Counter(files))}"
 
 
 def one_ppo_step(root: Path) -> Iterator[str]:
@@ -164,10 +164,10 @@ def one_ppo_step(root: Path) -> Iterator[str]:
     from pipeline.trainers.ppo import PPOTrainer
 
     words = ["<pad>", "<eos>", "<unk>", "red", "blue", "green", "say"]
-    raw = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
     )
     torch.manual_seed(0)
     size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -176,11 +176,11 @@ def one_ppo_step(root: Path) -> Iterator[str]:
     )
     config = inspect.signature(PPOTrainer.__init__).parameters["args"].annotation
     dataset = Dataset.from_list([{"prompt": f"say {word}"} for word in ("red", "blue", "green", "red")])
-    seen: Counter[str] = Counter()
+    called: Counter[str] = Counter()
 
     def note(frame, event, _argument) -> None:
         if event == "call":
-            seen[frame.f_code.co_filename] += 1
+            called[frame.f_code.co_filename] += 1
 
     def length(prompts: list, completions: list, **_columns: list) -> list[float]:
         return [float(len(completion)) for completion in completions]
@@ -204,14 +204,14 @@ def one_ppo_step(root: Path) -> Iterator[str]:
         trainer.update(experience)
         sys.setprofile(None)
     package = root / "pipeline"
-    files = sorted({Path(name) for name in seen if package in Path(name).parents})
+    files = sorted({Path(name) for name in called if package in Path(name).parents})
     groups: dict[str, list[Path]] = defaultdict(list)
     for file in files:
-        room = file.relative_to(package).parts[0]
-        groups["models/kernels" if "kernels" in file.parts else room].append(file)
-    for room, members in groups.items():
+        package_name = file.relative_to(package).parts[0]
+        groups["models/kernels" if "kernels" in file.parts else package_name].append(file)
+    for package_name, members in groups.items():
         names = ", ".join(f"{file.relative_to(package)} {lines_of(file)}" for file in members)
-        yield f"one PPO step, {room}: {len(members)} files, {sum(map(lines_of, members))} lines: {names}"
+        yield f"one PPO step, {package_name}: {len(members)} files, {sum(map(lines_of, members))} lines: {names}"
     yield f"one PPO step, all: {len(files)} files, {sum(map(lines_of, files))} lines"
     core = [package / "trainers" / "ppo" / f"{name}.py" for name in PPO_STEP]
     yield f"one PPO step, to be read: {len(core)} files, {sum(map(lines_of, core))} lines: {', '.join(PPO_STEP)}"

@@ -56,15 +56,15 @@ def field_comments(cls: type) -> dict[str, str]:
     comments = {token.start: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
     lines = {row: (column, text) for (row, column), text in comments.items()}
     fields = [node for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)]
-    found = {}
+    by_field = {}
     for field in fields:
         above, row = [], field.lineno - 1
         while row in lines and lines[row][0] == field.col_offset:  # a line that is nothing but a comment
             above.insert(0, lines[row][1])
             row -= 1
         on_it = [lines[field.end_lineno][1]] if field.end_lineno in lines else []
-        found[field.target.id] = " ".join(above + on_it)
-    return found
+        by_field[field.target.id] = " ".join(above + on_it)
+    return by_field
 
 
 def type_words(hint: object, choices: tuple[str, ...]) -> str:
@@ -151,11 +151,11 @@ def filled(page: str) -> str:
     Raises:
         KeyError: the page asks for a part that does not exist.
     """
-    parts = blocks()
+    contents = blocks()
 
     def fill(match: re.Match) -> str:
         name = match[1]
-        return f"<!-- begin {name} -->\n\n" + "\n".join(parts[name]) + f"\n\n<!-- end {name} -->"
+        return f"<!-- begin {name} -->\n\n" + "\n".join(contents[name]) + f"\n\n<!-- end {name} -->"
 
     return re.sub(r"<!-- begin (.*?) -->.*?<!-- end \1 -->", fill, page, flags=re.S)
 

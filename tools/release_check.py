@@ -30,9 +30,9 @@ def version_problems(root: Path) -> list[str]:
     expected, problems = version(root), []
     for name, pattern in PLACES.items():
         match = re.search(pattern, (root / name).read_text(encoding="utf-8"), re.M)
-        found = match[1] if match else "no version"
-        if found != expected:
-            problems.append(f"{name}: {found}, and pyproject.toml has {expected}")
+        named = match[1] if match else "no version"
+        if named != expected:
+            problems.append(f"{name}: {named}, and pyproject.toml has {expected}")
     return problems
 
 

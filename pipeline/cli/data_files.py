@@ -109,8 +109,8 @@ def _with_split(name: str) -> tuple[str, dict[str, str]] | None:
     if "train" not in file:
         return None
     names = {
-        split: next((n for n in known if (Path(folder) / file.replace("train", n, 1)).expanduser().is_file()), None)
-        for split, known in NAMES.items()
+        split: next((n for n in words if (Path(folder) / file.replace("train", n, 1)).expanduser().is_file()), None)
+        for split, words in NAMES.items()
     }
     if None in names.values():
         return None

@@ -114,9 +114,9 @@ def launch_table() -> Table:
     processes, engine = process_count(options), sharding_engine(options)
     there = Path(default_config_file).is_file()
     used = "used" if there and has_accelerator() else "not used without an accelerator" if there else "not there"
-    place = f"{count(processes, 'process', 'processes')} on {device_name(options)}"
+    hardware = f"{count(processes, 'process', 'processes')} on {device_name(options)}"
     rows = [["accelerate's configuration", f"{used}: {default_config_file}"]]
-    rows += [[stage, engine_problem(stage, engine) or place] for stage in STAGES]
+    rows += [[stage, engine_problem(stage, engine) or hardware] for stage in STAGES]
     rows.append(["options of accelerate launch", " ".join(options) or "none"])
     return Table("What runs where", ["", ""], rows)
 

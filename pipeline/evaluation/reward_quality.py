@@ -252,11 +252,11 @@ def _on_prompts(ppo: Share | None, fresh: Share | None, trained: int) -> list[st
     """Say how the model does on prompts that PPO answers, many of which it was trained on, and on fresh ones."""
     if ppo is None:
         return ["None of the pairs has a prompt that PPO answers, so its accuracy there is not known."]
-    known = f"{ppo.value:.1%} of {ppo.count} pairs, of which it was trained on {trained}"
-    other = "there are no held-out pairs of fresh prompts"
+    on_trained = f"{ppo.value:.1%} of {ppo.count} pairs, of which it was trained on {trained}"
+    on_fresh = "there are no held-out pairs of fresh prompts"
     if fresh is not None:
-        other = f"on fresh prompts in {fresh.value:.1%} of {fresh.count} [{fresh.low:.1%}, {fresh.high:.1%}]"
-    return [f"On prompts that PPO answers it is right in {known}; {other}."]
+        on_fresh = f"on fresh prompts in {fresh.value:.1%} of {fresh.count} [{fresh.low:.1%}, {fresh.high:.1%}]"
+    return [f"On prompts that PPO answers it is right in {on_trained}; {on_fresh}."]
 
 
 def _warnings(right: Share, rules: Sequence[Share], error: float, related: Sequence[Correlation]) -> list[str]:

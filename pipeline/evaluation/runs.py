@@ -89,7 +89,7 @@ def group_by_settings(runs: Sequence[Run]) -> list[list[Run]]:
     groups: list[tuple[dict, list[Run]]] = []
     for run in runs:
         settings = {key: value for key, value in run.settings.items() if key not in BY_SEED}
-        members = next((group for known, group in groups if known == settings), None)
+        members = next((group for common, group in groups if common == settings), None)
         if members is None:
             groups.append((settings, [run]))
         else:

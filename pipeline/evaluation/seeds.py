@@ -75,8 +75,8 @@ def summarise_pair(runs: Sequence[Run], a: str, b: str, only: str | None = None)
     for metric in dict.fromkeys(gain.metric for gain in gains if only in (None, gain.metric)):
         group = [gain for gain in gains if gain.metric == metric]
         if len(group) == len(runs):
-            known = metric == REWARD or metric in metrics
-            over_both = over_seeds_and_examples(metrics.get(metric), rows) if known else None
+            has_scores = metric == REWARD or metric in metrics
+            over_both = over_seeds_and_examples(metrics.get(metric), rows) if has_scores else None
             summaries.append(_summary(metric, group, sft_models, over_both))
     return summaries
 

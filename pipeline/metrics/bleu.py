@@ -36,8 +36,8 @@ def load(name: str, language: str | None = None, **options: Any) -> SacrebleuMet
         raise ValueError(f"metric {name}: unknown tokenizer {tokenizer!r}; there are: {', '.join(BLEU.TOKENIZERS)}")
     smoothing = options.get("smooth_method", "exp")
     if smoothing not in BLEU.SMOOTH_DEFAULTS:
-        known = ", ".join(BLEU.SMOOTH_DEFAULTS)
-        raise ValueError(f"metric {name}: unknown smooth_method {smoothing!r}; there are: {known}")
+        methods = ", ".join(BLEU.SMOOTH_DEFAULTS)
+        raise ValueError(f"metric {name}: unknown smooth_method {smoothing!r}; there are: {methods}")
     options = {**options, "tokenize": tokenizer}
     try:
         corpus = BLEU(**options)

@@ -30,7 +30,7 @@ class DistinctMetric:
         """Return one number in [0, 1] for each example; 0 for a text that is too short for an n-gram."""
         check_examples(predictions, references)
         ngrams = map(self._ngrams, predictions)
-        return [len(set(found)) / len(found) if found else 0.0 for found in ngrams]
+        return [len(set(of_text)) / len(of_text) if of_text else 0.0 for of_text in ngrams]
 
     def resampled_scores(
         self, predictions: Sequence[str], references: Sequence[Sequence[str]], indices: Rows
@@ -38,9 +38,9 @@ class DistinctMetric:
         """Return the score [R] of each row of `indices` [R, N]; see `Metric`."""
         check_examples(predictions, references)
         ngrams = [self._ngrams(text) for text in predictions]
-        totals = np.array([len(found) for found in ngrams])
+        totals = np.array([len(of_text) for of_text in ngrams])
         numbers: dict[tuple[str, ...], int] = {}
-        by_text = [np.array([numbers.setdefault(ngram, len(numbers)) for ngram in found], int) for found in ngrams]
+        by_text = [np.array([numbers.setdefault(ngram, len(numbers)) for ngram in of_text], int) for of_text in ngrams]
 
         def score(row: np.ndarray) -> float:
             seen = np.zeros(len(numbers), dtype=bool)

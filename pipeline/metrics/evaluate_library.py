@@ -75,12 +75,12 @@ class EvaluateMetric:
 
 def load(name: str, **options: Any) -> EvaluateMetric:
     """Load the metric `evaluate:NAME_OR_PATH`, or raise a ValueError; other options than OPTIONS go to `compute`."""
-    known = {option: value for option, value in options.items() if option in OPTIONS}
-    check_options(name, known, OPTIONS)
+    ours = {option: value for option, value in options.items() if option in OPTIONS}
+    check_options(name, ours, OPTIONS)
     path = os.path.expanduser(name.removeprefix("evaluate:"))
     local = "give the path of a local copy: evaluate:path/to/metric"
     if not (path.startswith((".", "/")) or path.endswith(".py") or Path(path, f"{Path(path).name}.py").is_file()):
-        if not known.get("trust_remote_code"):
+        if not ours.get("trust_remote_code"):
             problem = f"metric {name!r} is a script of the Hugging Face Hub, which runs with your rights; read it, and"
             raise ValueError(f"{problem} if you trust it write {{name: {name}, trust_remote_code: true}}; or {local}")
         hub = ask_hub(path if "/" in path else f"evaluate-metric/{path}", "space")
@@ -88,7 +88,7 @@ def load(name: str, **options: Any) -> EvaluateMetric:
             problem = f"metric {name!r} cannot be loaded: the Hugging Face Hub does not answer ({hub.problem})"
             raise ValueError(f"{problem}; {local}, or set HF_EVALUATE_OFFLINE=1 to use a cached one")
     try:
-        module = evaluate.load(path, known.get("config_name"), keep_in_memory=True)
+        module = evaluate.load(path, ours.get("config_name"), keep_in_memory=True)
     except Exception as error:  # as above
         raise ValueError(f"metric {name!r} cannot be loaded ({one_line(error)}); {local}") from error
     inputs = set(module.features[0] if isinstance(module.features, list) else module.features)
@@ -96,5 +96,5 @@ def load(name: str, **options: Any) -> EvaluateMetric:
         raise ValueError(f"metric {name!r} needs {', '.join(sorted(inputs))}; there are predictions and references")
     settings = [f"{option}:{value}" for option, value in options.items() if option != "trust_remote_code"]
     signature = "|".join([*settings, f"version:evaluate-{evaluate.__version__}"])
-    higher, rest = known.get("higher_is_better", True), {key: options[key] for key in options if key not in OPTIONS}
-    return EvaluateMetric(name, signature, higher, module, known.get("key"), rest)
+    higher, rest = ours.get("higher_is_better", True), {key: options[key] for key in options if key not in OPTIONS}
+    return EvaluateMetric(name, signature, higher, module, ours.get("key"), rest)

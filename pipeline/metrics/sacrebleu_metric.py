@@ -51,8 +51,8 @@ class SacrebleuMetric:
     def statistics(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
         """Count matches, n-grams, words or edits of each example, [N, K]: what the corpus score is a function of."""
         check_examples(predictions, references)
-        found = self.corpus._extract_corpus_statistics(list(predictions), _streams(references))
-        return np.array(found, dtype=np.float64)
+        counts = self.corpus._extract_corpus_statistics(list(predictions), _streams(references))
+        return np.array(counts, dtype=np.float64)
 
     def resample_statistics(self, statistics: np.ndarray, indices: Rows) -> np.ndarray:
         """Compute the corpus score [R] of each row of `indices` [R, N] from the `statistics` [N, K]."""

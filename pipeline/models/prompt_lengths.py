@@ -90,7 +90,7 @@ def truncate_prompts(
     limit = position_limit(config)
     if limit is None:
         return list(targets), 0
-    own = config.is_encoder_decoder and not reads_sound(config)
-    given = [DECODER_PREFIX if own else len(prompt) for prompt in prompts]
+    has_own_positions = config.is_encoder_decoder and not reads_sound(config)
+    given = [DECODER_PREFIX if has_own_positions else len(prompt) for prompt in prompts]
     cut = [target[: max(1, limit - start)] for target, start in zip(targets, given, strict=True)]
     return cut, sum(len(new) < len(old) for new, old in zip(cut, targets, strict=True))

@@ -203,11 +203,11 @@ def check_base(record: RewardRecord, model: PreTrainedModel, tokenizer: PreTrain
     Raises:
         ValueError: naming both.
     """
-    for what, known, here in (
+    for what, recorded, here in (
         ("model", record.base_digest, weights_digest(model)),
         ("tokenizer", record.tokenizer_digest, tokenizer_digest(tokenizer)),
     ):
-        if known != here:
+        if recorded != here:
             raise ValueError(
                 f"ppo.reward_model_path: the reward adapter was trained over the {what} of {record.path!r}, and PPO "
                 f"starts from {str(base)!r}, whose {what} is another; train the reward on that one, or start PPO from "

@@ -152,9 +152,9 @@ def check_causal(model: PreTrainedModel) -> None:
     other = torch.cat([ids[:, :-1], ids[:, :1]], dim=1)  # another last token
     first, second = (model(**inputs, **{name: row}, use_cache=False).logits.float() for row in (ids, other))
     model.train(training)
-    *before, own = (first - second).abs().amax(-1)[0]
+    *before, after_itself = (first - second).abs().amax(-1)[0]
     share = 1e-4 if model.dtype in (torch.float32, torch.float64) else 0.03  # of what the token changes after itself
-    if torch.stack(before).max() > share * own:
+    if torch.stack(before).max() > share * after_itself:
         raise ValueError(
             f"model: {model.config.model_type!r} reads the whole text in both directions, so that it cannot write one "
             "token after the other; give a causal or an encoder-decoder language model"

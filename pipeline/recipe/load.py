@@ -197,14 +197,14 @@ def _named(item: object, cls: type, path: KeyPath, document: Document) -> dict[s
         return {"name": document.with_code(item)}
     if not isinstance(item, dict):
         raise document.error(path, f"expected a name or a mapping with a name, found {shown(item)}")
-    known = [f.name for f in dataclasses.fields(cls)]
-    options = {key: value for key, value in item.items() if key not in known}
+    field_names = [f.name for f in dataclasses.fields(cls)]
+    options = {key: value for key, value in item.items() if key not in field_names}
     for key in options:
-        if hint := did_you_mean(key, [name for name in known if name != "options" and name not in item]):
+        if hint := did_you_mean(key, [name for name in field_names if name != "options" and name not in item]):
             rule = f"unknown key{hint} (an option of that name goes into options: {{{key}: ...}})"
             raise document.error((*path, key), rule)
     options |= as_mapping(item.get("options"), (*path, "options"), document)
-    values = {key: value for key, value in item.items() if key in known}
+    values = {key: value for key, value in item.items() if key in field_names}
     if isinstance(item.get("name"), str):
         values["name"] = document.with_code(item["name"])
     return {**values, "options": options}

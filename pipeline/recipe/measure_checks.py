@@ -38,10 +38,10 @@ def _check_trackers(recipe: Recipe, document: Document) -> None:
     report_to = {"sft": recipe.sft.arguments.get("report_to"), "ppo": recipe.ppo.report_to if recipe.ppo else None}
     report_to["reward"] = recipe.reward.arguments.get("report_to") if recipe.reward else None
     for section, names in report_to.items():
-        known = trackers.OF_PPO if section == "ppo" else ("all", "none", *trackers.OF_TRAINERS)
+        allowed = trackers.OF_PPO if section == "ppo" else ("all", "none", *trackers.OF_TRAINERS)
         for name in [names] if isinstance(names, str) else names or ():
-            if name not in known:
-                rule = f"must be of {', '.join(known)}, found {name!r}{did_you_mean(str(name), known)}"
+            if name not in allowed:
+                rule = f"must be of {', '.join(allowed)}, found {name!r}{did_you_mean(str(name), allowed)}"
                 raise document.error((section, "report_to"), rule)
 
 

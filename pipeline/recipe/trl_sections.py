@@ -79,19 +79,19 @@ def build_reward_section(values: object, ppo: PPOConfig | None, document: Docume
         RecipeError: a key RewardConfig lacks, one that Relay sets itself or that would do nothing, or a wrong type.
     """
     values = dict(as_mapping(values, ("reward",), document))
-    own = {key: values.pop(key) for key in OWN_REWARD_KEYS if key in values}
-    pairs = _build_pairs(own.pop("pairs", None), ppo, document)
-    if own.get("model") is not None:
-        idle = next((key for key in (*values, "margin_weight") if key in values or key in own), None)
+    relay_values = {key: values.pop(key) for key in OWN_REWARD_KEYS if key in values}
+    pairs = _build_pairs(relay_values.pop("pairs", None), ppo, document)
+    if relay_values.get("model") is not None:
+        idle = next((key for key in (*values, "margin_weight") if key in values or key in relay_values), None)
         if idle is not None and idle != "per_device_eval_batch_size":
             rule = "it would do nothing: reward.model is used as it is, not trained"
             raise document.error(("reward", idle), rule)
     arguments = _convert_arguments("reward", values, RewardConfig, REFUSED_REWARD_KEYS, OWN_REWARD_KEYS, document)
     _refuse_conflicts("reward", arguments, RewardConfig, reward.DEFAULTS, document)
     hints = get_type_hints(RewardSection)
-    own = {key: convert(value, hints[key], ("reward", key), document) for key, value in own.items()}
+    relay_values = {key: convert(value, hints[key], ("reward", key), document) for key, value in relay_values.items()}
     try:
-        return RewardSection(pairs=pairs, **own, arguments=arguments)
+        return RewardSection(pairs=pairs, **relay_values, arguments=arguments)
     except ValueError as error:
         raise document.restate(error) from error
 
@@ -134,10 +134,10 @@ def reward_values(section: RewardSection) -> dict[str, Any]:
     pairs = {key: list(value) if isinstance(value, tuple) else value for key, value in pairs.items()}
     if isinstance(section.pairs, SampledPairs):
         pairs = {"from": pairs.pop("origins"), **pairs}
-    own = {"model": section.model, "min_accuracy": section.min_accuracy}
+    values = {"model": section.model, "min_accuracy": section.min_accuracy}
     if section.model is None:
-        own["margin_weight"] = section.margin_weight
-    return {"pairs": pairs, **own, **section.arguments}
+        values["margin_weight"] = section.margin_weight
+    return {"pairs": pairs, **values, **section.arguments}
 
 
 def _convert_arguments(
@@ -145,12 +145,12 @@ def _convert_arguments(
     values: Mapping[str, Any],
     config_class: type,
     refused: Mapping[str, str],
-    own: Iterable[str],
+    relay_keys: Iterable[str],
     document: Document,
 ) -> dict[str, Any]:
     """Check a section against the fields of a config class of TRL, without building one, which would touch devices.
 
-    `own` are the section's keys of Relay.
+    `relay_keys` are the section's keys of Relay.
 
     Raises:
         RecipeError: a key the class lacks, a refused one, a wrong type, or a value that is none of its choices.
@@ -161,11 +161,11 @@ def _convert_arguments(
             raise document.unknown(
                 (section, key), f"this key of {config_class.__name__} is not for a recipe: {reason}"
             )
-    known, hints = {f.name: f for f in fields(config_class)}, get_type_hints(config_class)
-    check_keys(values, [*own, *(name for name in known if name not in refused)], (section,), document)
+    config_fields, hints = {f.name: f for f in fields(config_class)}, get_type_hints(config_class)
+    check_keys(values, [*relay_keys, *(name for name in config_fields if name not in refused)], (section,), document)
     arguments = {}
     for key, value in values.items():
-        converted = convert(value, _allowed(known[key], hints[key]), (section, key), document)
+        converted = convert(value, _allowed(config_fields[key], hints[key]), (section, key), document)
         arguments[key] = converted if isinstance(converted, float) else value  # as written: no enums of transformers
     return arguments
 

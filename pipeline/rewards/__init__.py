@@ -136,10 +136,10 @@ def _function(config: RewardConfig, language: str | None) -> RewardFunction:
             "ppo.shuffle_scores: true shuffles them"
         )
     if not is_user_code(config.name):
-        known = ("constant", LEARNED, *METRIC_NAMES)
+        names = ("constant", LEARNED, *METRIC_NAMES)
         raise ValueError(
-            f"ppo.rewards: {config.name!r} is not one of {', '.join(known)}, nor a function of your own ({FORMS})"
-            f"{did_you_mean(config.name, known)}"
+            f"ppo.rewards: {config.name!r} is not one of {', '.join(names)}, nor a function of your own ({FORMS})"
+            f"{did_you_mean(config.name, names)}"
         )
     try:
         function = load_user_object(config.name)

@@ -69,10 +69,10 @@ class AdapterReward:
 
     def _tokens(self, prompts: list, completions: list, completion_ids: list[list[int]]) -> list[list[int]]:
         texts, size = [text_of(completion) for completion in completions], len(self.tokenizer)
-        known = [bool(ids) and max(ids) < size for ids in completion_ids]
-        spelled = decode(self.tokenizer, [ids if ok else [] for ids, ok in zip(completion_ids, known, strict=True)])
+        readable = [bool(ids) and max(ids) < size for ids in completion_ids]
+        spelled = decode(self.tokenizer, [ids if ok else [] for ids, ok in zip(completion_ids, readable, strict=True)])
         fresh = encode_completions(self.tokenizer, prompts, texts)
-        rows = zip(completion_ids, known, spelled, texts, fresh, strict=True)
+        rows = zip(completion_ids, readable, spelled, texts, fresh, strict=True)
         return [ids if ok and spelt == text.strip() else new for ids, ok, spelt, text, new in rows]
 
 

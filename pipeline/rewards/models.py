@@ -90,8 +90,8 @@ def load_rewards(
         )
     return as_rewards(
         [
-            _as_reward(function, own, tokenizer, device, chat_template_kwargs)
-            for function, own in zip(functions, tokenizers, strict=True)
+            _as_reward(function, own_tokenizer, tokenizer, device, chat_template_kwargs)
+            for function, own_tokenizer in zip(functions, tokenizers, strict=True)
         ]
     )
 

@@ -92,7 +92,7 @@ def _write_mark(directory: Path) -> str:
 def launched_engine() -> str | None:
     """Return what shards this process's model, by the environment that accelerate launch has made."""
     variables = {"FSDP": "FSDP", "DeepSpeed": "DEEPSPEED", "Megatron-LM": "MEGATRON_LM"}
-    engine = next((name for name, part in variables.items() if parse_flag_from_env(f"ACCELERATE_USE_{part}")), None)
+    engine = next((name for name, word in variables.items() if parse_flag_from_env(f"ACCELERATE_USE_{word}")), None)
     return "FSDP1" if engine == "FSDP" and os.environ.get("FSDP_VERSION", "1") == "1" else engine
 
 

@@ -165,11 +165,11 @@ def _collect(modules: Iterable[tuple[Path, Path]], roots: list[Path], files: dic
 
 def _module_files(module: str, roots: Iterable[Path]) -> list[tuple[Path, Path]]:
     """Return the files that importing `package.module` or `package.module.thing` runs, each with its root."""
-    parts = module.split(".")
+    names = module.split(".")
     for root in roots:
         files = []
-        for depth in range(1, len(parts) + 1):
-            folder = root.joinpath(*parts[:depth])
+        for depth in range(1, len(names) + 1):
+            folder = root.joinpath(*names[:depth])
             file = folder.with_name(f"{folder.name}.py")
             files += [(root, path) for path in (folder / "__init__.py", file) if path.is_file()][:1]
             if not folder.is_dir():

@@ -25,8 +25,8 @@ def code_files(recipe: Recipe, stage: str) -> dict[str, Path]:
         names += rewards
     if stage == "eval" or (last_section(stage) == "ppo" and recipe.ppo.metric_for_best_model != MEAN_REWARD):
         names += [metric.name for metric in recipe.eval.metrics]
-    own = [_script(name) if name.startswith(LIBRARY) else name for name in names if is_user_code(name)]
-    return user_code_files(name for name in own if name is not None)
+    code_names = [_script(name) if name.startswith(LIBRARY) else name for name in names if is_user_code(name)]
+    return user_code_files(name for name in code_names if name is not None)
 
 
 def _script(name: str) -> str | None:

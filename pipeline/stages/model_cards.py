@@ -40,7 +40,7 @@ def card_facts(recipe: Recipe, run: RunDirectory, stage: str) -> CardFacts:
     base = sft if by_ppo and recipe.sft_is_external else config.model_name_or_path
     on_hub = base is not None and not Path(base).expanduser().exists()
     described = {key: str(task[key]) for key in DATA_KEYS if task.get(key)}
-    folders = [part for part in Path(described.get("path") or described.get("data_dir", "")).parts if "{" not in part]
+    folders = [name for name in Path(described.get("path") or described.get("data_dir", "")).parts if "{" not in name]
     return CardFacts(
         name=recipe.name,
         stage=stage,

@@ -89,8 +89,8 @@ def _from_data(
     form = preferences.PromptForm(not isinstance(task.prompts[0]["prompt"], str), task.system)
     data = preferences.load(recipe.reward.pairs, form)
     left_out, long, pairs = list(data.left_out), [], []
-    for split, part, rows in ((TRAIN, "train", data.train), (HELD_OUT, "validation", data.validation)):
-        problems, where = _template_problems(tokenizer, rows), data.places[part]
+    for split, name, rows in ((TRAIN, "train", data.train), (HELD_OUT, "validation", data.validation)):
+        problems, where = _template_problems(tokenizer, rows), data.places[name]
         broken = [row for row, problem in enumerate(problems) if problem is not None]
         if broken and not recipe.reward.pairs.skip_broken_rows:
             raise TaskError(f"reward.pairs: {problems[broken[0]]}, in {where(broken)}")
@@ -102,7 +102,7 @@ def _from_data(
         pairs += kept_pairs
     _check_system(task, pairs)
     say_left_out("reward.pairs", left_out)
-    say_left_out("reward.pairs", [f"{place}: {LONG}" for place in long])
+    say_left_out("reward.pairs", [f"{line}: {LONG}" for line in long])
     return pairs, [], len(left_out)
 
 

@@ -76,7 +76,7 @@ def _language_problems(languages: Sequence[str | None], tokenizer: PreTrainedTok
                 "task.language_column"
             )
         elif language_token(language) not in vocabulary:
-            known = [token[2:-2] for token in vocabulary if token.startswith("<|") and len(token) in (6, 7)]
-            hint = did_you_mean(language, known) or ";"
+            codes = [token[2:-2] for token in vocabulary if token.startswith("<|") and len(token) in (6, 7)]
+            hint = did_you_mean(language, codes) or ";"
             problems[row] = f"task.language: {language!r} is no language of this model{hint} use a code such as en"
     return problems

@@ -41,8 +41,8 @@ class AugmentConfig:
     def __post_init__(self) -> None:
         if self.name not in CHANGES and not is_user_code(self.name):
             hint = did_you_mean(self.name, CHANGES) or ";"
-            known = f"there are {', '.join(CHANGES)} and functions of your own ({FORMS})"
-            raise TaskError(f"task.augment: unknown name {self.name!r}{hint} {known}")
+            names = f"there are {', '.join(CHANGES)} and functions of your own ({FORMS})"
+            raise TaskError(f"task.augment: unknown name {self.name!r}{hint} {names}")
         if is_user_code(self.name) and (self.rate, self.copies) != (AugmentConfig.rate, AugmentConfig.copies):
             raise TaskError(f"task.augment: rate and copies would do nothing: {self.name!r} decides what it returns")
         if not 0 < self.rate < 1:
@@ -167,6 +167,6 @@ def _changed(example: Example, fields: Sequence[str], change: Callable[..., str]
 
 def _changed_text(text: str, texts: Sequence[str], change: Callable[..., str], rng: random.Random) -> str:
     """Change those of `texts` that a prompt holds, or all of it; white space around it stays."""
-    for part in [part for part in texts if part and part in text] or [text.strip()]:
-        text = text.replace(part, change(part, rng=rng), 1)
+    for field in [field for field in texts if field and field in text] or [text.strip()]:
+        text = text.replace(field, change(field, rng=rng), 1)
     return text

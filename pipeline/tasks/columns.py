@@ -31,17 +31,17 @@ def files(config: Config) -> list[Path]:
     for key in ("subset", "revision"):
         if getattr(config, key) is not None:
             raise TaskError(f"task.{key}: it would do nothing: {config.path!r} is local, and only Hub data has it")
-    found: dict[Path, None] = {}
+    paths: dict[Path, None] = {}
     for split in SPLITS:
         path = config.local_path(split_name(getattr(config, split)))
         if path.is_dir():
             _check_saved(path)
             inside = (p for p in sorted(path.rglob("*")) if p.is_file() and not p.name.startswith("cache-"))
-            found |= dict.fromkeys(inside)
+            paths |= dict.fromkeys(inside)
         else:
             _check_file(config, split, path)
-            found[path] = None
-    return list(found)
+            paths[path] = None
+    return list(paths)
 
 
 def check_reachable(config: Config) -> None:

@@ -58,8 +58,8 @@ def check_columns(
     for column in list(map(column_of, placeholders(expression, key))) or [expression]:
         if column not in columns:
             hint = did_you_mean(column, columns) or ";"
-            known = keys_of(columns)
-            shape = f"; rows like these are read by {known}" if known else ""
+            keys = keys_of(columns)
+            shape = f"; rows like these are read by {keys}" if keys else ""
             there = f"there are: {', '.join(columns)}{shape}"
             raise TaskError(f"task.{key}: no column {column!r} in {table.place}{hint} {there}")
 

@@ -56,7 +56,7 @@ class Config:
     skip_broken_rows: bool = False  # as in the task columns
 
     def __post_init__(self) -> None:
-        limits = {f"max_{part}_pairs": getattr(self, f"max_{part}_pairs") for part in PARTS}
+        limits = {f"max_{split}_pairs": getattr(self, f"max_{split}_pairs") for split in PARTS}
         with_named_keys(lambda: check_limits(**limits))
         if not self.min_margin >= 0:
             raise TaskError(f"reward.pairs.min_margin: must not be negative, found {self.min_margin}")

@@ -134,22 +134,22 @@ def subtract_group_baseline(scores: Tensor, scored: Tensor, size: int, of_all: b
     Only those `scored [B]` count; one that is alone has nothing to compare with and gets 0, as do those without one.
     With `of_all` the mean is that of all the prompt's scores (GRPO), so differences shrink by (n - 1) / n.
     """
-    known = scored.view(-1, size, *[1] * (scores.ndim - 1)).to(scores.dtype)
-    groups = scores.view(-1, size, *scores.shape[1:]) * known
-    count = known.sum(1, keepdim=True) - known
+    counted = scored.view(-1, size, *[1] * (scores.ndim - 1)).to(scores.dtype)
+    groups = scores.view(-1, size, *scores.shape[1:]) * counted
+    count = counted.sum(1, keepdim=True) - counted
     others = (groups.sum(1, keepdim=True) - groups) / count.clamp(min=1)
     if of_all:
-        others = groups.sum(1, keepdim=True) / known.sum(1, keepdim=True).clamp(min=1)
-    return ((groups - others) * known * (count > 0)).reshape(scores.shape)
+        others = groups.sum(1, keepdim=True) / counted.sum(1, keepdim=True).clamp(min=1)
+    return ((groups - others) * counted * (count > 0)).reshape(scores.shape)
 
 
 def group_deviation(scores: Tensor, scored: Tensor, size: int) -> Tensor:
     """Return for each of `scores [B]` the sample deviation of its prompt's scores; 0 where fewer than two count."""
-    known = scored.view(-1, size).to(scores.dtype)
-    count = known.sum(1, keepdim=True)
-    groups = scores.view(-1, size) * known
+    counted = scored.view(-1, size).to(scores.dtype)
+    count = counted.sum(1, keepdim=True)
+    groups = scores.view(-1, size) * counted
     mean = groups.sum(1, keepdim=True) / count.clamp(min=1)
-    squares = ((groups - mean) * known).square().sum(1, keepdim=True)
+    squares = ((groups - mean) * counted).square().sum(1, keepdim=True)
     return (squares / (count - 1).clamp(min=1)).sqrt().expand_as(groups).reshape(scores.shape)
 
 

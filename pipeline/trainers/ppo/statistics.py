@@ -128,8 +128,8 @@ def prompts_with_equal_scores(scores: Tensor, scored: Tensor, size: int) -> tupl
 
     Such a prompt teaches nothing (Razin et al. 2024, arXiv:2310.20703). `scores [B]` count where `scored [B]`.
     """
-    groups, known = scores.view(-1, size), scored.view(-1, size)
-    highest = groups.masked_fill(~known, -torch.inf).amax(1)
-    lowest = groups.masked_fill(~known, torch.inf).amin(1)
-    any_scored = known.any(1)
+    groups, counted = scores.view(-1, size), scored.view(-1, size)
+    highest = groups.masked_fill(~counted, -torch.inf).amax(1)
+    lowest = groups.masked_fill(~counted, torch.inf).amin(1)
+    any_scored = counted.any(1)
     return (any_scored & (highest - lowest <= 1e-8)).sum(), any_scored.sum()

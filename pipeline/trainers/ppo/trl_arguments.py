@@ -92,10 +92,10 @@ def refuse_trainer_arguments(args: object, unknown: Mapping[str, object]) -> Non
     if args is not None and type(args).__name__ != "PPOConfig":
         raise ValueError(f"args: expected a PPOConfig, found a {type(args).__name__}; its keys are in docs/recipe.md")
     for name in unknown:
-        known = ("model", "args", "processing_class", "reward_funcs", "train_dataset", "eval_dataset", "peft_config")
+        names = ("model", "args", "processing_class", "reward_funcs", "train_dataset", "eval_dataset", "peft_config")
         reason = TRAINER_ARGUMENTS.get(name) or CONFIG_ARGUMENTS.get(name)
         raise ValueError(
-            f"PPOTrainer: no argument {name}: {reason}" if reason else _unknown("PPOTrainer", name, known)
+            f"PPOTrainer: no argument {name}: {reason}" if reason else _unknown("PPOTrainer", name, names)
         )
 
 
