@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,12 +47,13 @@ def feature_extractor(config: PretrainedConfig) -> WhisperFeatureExtractor:
 def make_clips(sounds: Dataset, column: str, config: PretrainedConfig, directory: Path | None = None) -> ClipFeatures:
     """Make the features of the sound in a column for a model of this configuration, or find those made before.
 
-    Every process calls it; one makes the features. They are kept in `directory`, or where `datasets` keeps its own.
+    Every process calls it; one of each machine makes the features. They are kept in `directory`, or where `datasets`
+    keeps its own.
     """
     root = Path(datasets.config.HF_DATASETS_CACHE) / "relay-clips" if directory is None else directory
     rows = sounds.select_columns(column)
     folder = root / _digest((row[column] for row in rows), config)
-    with PartialState().main_process_first():
+    with PartialState().local_main_process_first():  # machines may have caches of their own
         if not (folder / INDEX_FILE).is_file():
             _write_features(rows, column, config, folder)
     return _read_index(folder, config)
@@ -100,12 +102,28 @@ def _file_state(path: str) -> bytes:
 
 
 def _write_features(rows: Dataset, column: str, config: PretrainedConfig, folder: Path) -> None:
-    """Write the features of all rows into one file, and where each row's are into another."""
-    temporary = folder.with_name(f"{folder.name}.tmp")
+    """Write the features of all rows into one file, and where each row's are into another.
+
+    Another run or machine may write the same at the same time; the first that ends is kept.
+    """
+    temporary = folder.with_name(f"{folder.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    try:
+        _write_into(temporary, rows, column, config)
+        if not (folder / INDEX_FILE).is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
+    except OSError:
+        if not (folder / INDEX_FILE).is_file():
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_into(directory: Path, rows: Dataset, column: str, config: PretrainedConfig) -> None:
     extractor, position, entries = feature_extractor(config), 0, []
-    with (temporary / FEATURES_FILE).open("wb") as file:
+    with (directory / FEATURES_FILE).open("wb") as file:
         for row in tqdm(
             rows, desc="Reading sound", disable=len(rows) < SAID_FROM or not PartialState().is_main_process
         ):
@@ -117,9 +135,7 @@ def _write_features(rows: Dataset, column: str, config: PretrainedConfig, folder
             entries.append({"start": position, "frames": len(frames)})
             file.write(frames.tobytes())
             position += len(frames)
-    (temporary / INDEX_FILE).write_text(json.dumps(entries))
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    (directory / INDEX_FILE).write_text(json.dumps(entries))
 
 
 def _extract(sound: str | Mapping[str, object], extractor: WhisperFeatureExtractor) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Features of clips are those of the model's own extractor, made once, and read from a file one clip at a time."""
 
+import itertools
 import json
 import os
 
@@ -78,6 +79,22 @@ def test_an_interrupted_file_is_made_again(files, tmp_path):
     (folder / "features.f32").write_bytes(b"half")
     assert make_clips(sounds(*files), "sound", CONFIG, tmp_path / "features") == made
     assert (folder / "features.f32").read_bytes() == before
+
+
+def test_two_runs_may_make_the_same_features_at_once(files, tmp_path, monkeypatch):
+    rows, extract, numbers, others = sounds(*files), clips._extract, itertools.count(), []
+
+    def while_another_run_does(*arguments):
+        if not others:  # in the middle of the first run
+            others.append(None)
+            others[0] = make_clips(rows, "sound", CONFIG, tmp_path / "features")
+        return extract(*arguments)
+
+    monkeypatch.setattr(clips.os, "getpid", lambda: next(numbers))
+    monkeypatch.setattr(clips, "_extract", while_another_run_does)
+    made = make_clips(rows, "sound", CONFIG, tmp_path / "features")
+    assert made == others[0] and np.isfinite(Clip(**made.clips[2]).features()).all()
+    assert len(list((tmp_path / "features").iterdir())) == 1  # nothing is left of the second
 
 
 def test_problems_are_kept_by_row(files, tmp_path):
