@@ -3,6 +3,9 @@
 import json
 import os
 import time
+from pathlib import Path
+
+from pipeline.runtime.files import write_atomically
 
 EXIT_CODE = 1
 
@@ -17,8 +20,8 @@ def record_failure(message: str, consequence: bool = False) -> None:
     if file:
         now = time.time()
         extra = {"py_callstack": message, "timestamp": str(int(now)), "seconds": now, "consequence": consequence}
-        with open(file, "w", encoding="utf-8") as record:
-            json.dump({"message": {"message": message, "extraInfo": extra}}, record)
+        # The launcher may end this process while it writes, and half a record would end the launcher.
+        write_atomically(Path(file), json.dumps({"message": {"message": message, "extraInfo": extra}}))
 
 
 def abort(message: str) -> None:

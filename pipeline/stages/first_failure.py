@@ -10,6 +10,8 @@ from pathlib import Path
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+from pipeline.runtime.files import write_atomically
+
 CAUSE_FILE = "RELAY_CAUSE_FILE"  # names the file in which run.py looks for the cause
 ENDED = (-signal.SIGTERM, 128 + signal.SIGTERM)  # of processes that the agent terminates once another has failed
 
@@ -69,7 +71,7 @@ def tell(sentence: str) -> None:
     """Write the cause for run.py, or print it where run.py does not wait for it."""
     file = os.environ.get(CAUSE_FILE)
     if file:
-        Path(file).write_text(sentence, encoding="utf-8")
+        write_atomically(Path(file), sentence)
     else:
         print(f"error: {sentence}", file=sys.stderr, flush=True)
 
