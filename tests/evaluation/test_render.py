@@ -32,13 +32,13 @@ def test_markdown_escapes_what_models_write():
     report, plain_outputs = make_report({"sft": BAD, "ppo": GOOD}, name="a|b\n<script>")
     _, outputs = make_report({"sft": [AWKWARD] * 12, "ppo": GOOD})
     plain = to_markdown(report, make_details(plain_outputs, num_samples=1))
-    found = to_markdown(report, make_details(outputs, num_samples=1))
-    assert len(found.splitlines()) == len(plain.splitlines())  # one line for each row, whatever is in it
-    assert "<script" not in found
-    row = next(line for line in found.splitlines() if "alert" in line)
+    page = to_markdown(report, make_details(outputs, num_samples=1))
+    assert len(page.splitlines()) == len(plain.splitlines())  # one line for each row, whatever is in it
+    assert "<script" not in page
+    row = next(line for line in page.splitlines() if "alert" in line)
     assert "| a \\| b c &lt;script>" in row and "\\\\ d" in row
     assert row.replace("\\\\", "").replace("\\|", "").count("|") == 5  # the edges of four cells
-    assert "| name | a\\|b &lt;script> |" in found
+    assert "| name | a\\|b &lt;script> |" in page
 
 
 def test_scores_of_texts_have_another_name_where_the_measure_counts_errors():
@@ -46,12 +46,12 @@ def test_scores_of_texts_have_another_name_where_the_measure_counts_errors():
     for metric, name in ((TER, "1 - ter"), (BLEU, "bleu")):
         report, outputs = make_report({"sft": MIXED, "ppo": GOOD}, metrics=(metric,), samples=drawn)
         details = Details(all_examples(TEST, outputs, metric.name))
-        found = to_markdown(report, details)
-        assert f"| group | examples | sft {name} | ppo {name} | gain |" in found and f"| sft | {name} | " in found
+        page = to_markdown(report, details)
+        assert f"| group | examples | sft {name} | ppo {name} | gain |" in page and f"| sft | {name} | " in page
         drawings = draw_plots(report, details)
         assert f"best {name} of n samples" in drawings["best-of-n"] and f"{name}, ppo - sft" in drawings["gains"]
         assert f"Scores of one example are its {name} as a sentence score" in to_html(report, details, drawings)
-        assert ("ter: lower is better. [a, b]: 95%" in found) == (metric is TER)
+        assert ("ter: lower is better. [a, b]: 95%" in page) == (metric is TER)
         (shares,) = [line for line in report.findings if line.startswith("Example by example")]
         assert ("PPO is better on" in shares and "worse on" in shares) == (metric is TER)
 
@@ -63,10 +63,10 @@ def test_markdown_shows_every_figure():
     }
     texts = {"base": BAD, "sft": MIXED, "ppo": GOOD}
     report, outputs = make_report(texts, metrics=(BLEU, TER), seed=3, **settings)
-    found = to_markdown(report, make_details(outputs))
-    assert found.startswith(f"# Evaluation\n\n{report.verdict}\n")
+    page = to_markdown(report, make_details(outputs))
+    assert page.startswith(f"# Evaluation\n\n{report.verdict}\n")
     rows: dict[str, str] = {}
-    for line in found.splitlines():
+    for line in page.splitlines():
         if line.startswith("|"):
             rows.setdefault(line.split("|")[1].strip(), line)
     score = report.systems["ppo"].metrics["bleu"]
@@ -75,9 +75,9 @@ def test_markdown_shows_every_figure():
     assert rows["cumulative reward"] == "| cumulative reward | 6.00 | 6.00 | 6.00 |"
     assert rows["KL to SFT, nats/completion"].count("0.500") == 3
     assert rows["copied from the prompt"].endswith("| 0.0% | 0.0% | 0.0% | 0.0% |")
-    assert "| nothing | - |" in found and "| named | bleu, ter (case True) |" in found
-    assert "ppo - sft" in rows and "| seed | 3 |" in found and score.signature.replace("|", "\\|") in found
-    assert "| group | examples | sft bleu | ppo bleu | gain |" in found
+    assert "| nothing | - |" in page and "| named | bleu, ter (case True) |" in page
+    assert "ppo - sft" in rows and "| seed | 3 |" in page and score.signature.replace("|", "\\|") in page
+    assert "| group | examples | sft bleu | ppo bleu | gain |" in page
 
 
 def test_without_rewards_nothing_is_said_of_them():
@@ -98,11 +98,11 @@ def test_the_terminal_shows_the_same():
 def test_html_escapes_what_models_write_and_asks_for_nothing(tmp_path):
     report, outputs = make_report({"sft": [AWKWARD] * 12, "ppo": GOOD}, name="<script>alert(1)</script>")
     write_report(report, make_details(outputs), tmp_path)
-    found = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert found.count("<script") == 1 and found.count("</script>") == 1  # its own
-    assert found.count("<style>") == 1 and "&lt;script&gt;alert(&#34;x&#34;)" in found
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count("<script") == 1 and page.count("</script>") == 1  # its own
+    assert page.count("<style>") == 1 and "&lt;script&gt;alert(&#34;x&#34;)" in page
     for word in ("src=", "@import", "url(http", 'href="http', "<link", "<iframe"):
-        assert word not in found.replace('xmlns:xlink="http', "")
+        assert word not in page.replace('xmlns:xlink="http', "")
     assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == [
         "curves-ppo.svg",
         "gains.svg",
@@ -121,6 +121,6 @@ def test_the_same_report_is_the_same_page(tmp_path):
 def test_how_many_samples_are_listed(tmp_path, listed, rows):
     report, outputs = make_report({"sft": BAD, "ppo": GOOD})
     write_report(report, make_details(outputs, num_listed=listed), tmp_path)
-    found = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert found.count('<td data-label="example">') == rows
-    assert ('href="#samples"' in found) == ('id="samples"' in found) == (rows > 0)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count('<td data-label="example">') == rows
+    assert ('href="#samples"' in page) == ('id="samples"' in page) == (rows > 0)

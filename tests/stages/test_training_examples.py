@@ -82,17 +82,17 @@ def test_the_best_of_the_samples_that_end_is_learnt(taught, tokenizer, examples)
     [built] = build_rewards([RewardConfig(f"{__name__}:red")])
     rewards = [type(built)("red", reward)]
     arguments = (Decoding(8), rewards, Handling("skip"), 3)
-    found = best_samples(taught().eval(), tokenizer, rows, BestOfNSettings(samples=4), *arguments)
+    samples = best_samples(taught().eval(), tokenizer, rows, BestOfNSettings(samples=4), *arguments)
     [texts] = seen
-    assert len(texts) == 32 and 4 <= len(found) <= 8
-    for sample in found:
+    assert len(texts) == 32 and 4 <= len(samples) <= 8
+    for sample in samples:
         own = texts[4 * sample.row : 4 * sample.row + 4]
         values = [value for value in red(own) if value is not None]
         assert sample.text in own and "two" not in sample.text and sample.reward == red([sample.text])[0]
         assert sample.mean == pytest.approx(sum(values) / len(values)) and sample.reward <= max(values)
-    assert sum(sample.reward for sample in found) > sum(sample.mean for sample in found)
+    assert sum(sample.reward for sample in samples) > sum(sample.mean for sample in samples)
     again = best_samples(taught().eval(), tokenizer, rows, BestOfNSettings(samples=4, sample_batch_size=3), *arguments)
-    assert again == found
+    assert again == samples
     never = Decoding(8, suppress_tokens=(tokenizer.eos_token_id,))
     assert best_samples(taught().eval(), tokenizer, rows, BestOfNSettings(), never, *arguments[1:]) == []
 
