@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.cli.parsers import Parser
 from pipeline.evaluation.pages.runs_pages import write_comparison
 
 
@@ -22,7 +23,7 @@ def compare_command(argv: Sequence[str], prog: str = "relay compare") -> int:
 def compare_parser(prog: str = "relay compare") -> argparse.ArgumentParser:
     """Make the parser of the words after `compare`."""
     example = f"example: {prog} runs/quickstart runs/control"
-    parser = argparse.ArgumentParser(prog=prog, description="Set evaluated runs side by side.", epilog=example)
+    parser = Parser(prog=prog, description="Set evaluated runs side by side.", epilog=example)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory, such as runs/quickstart")
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: `comparison` next to the first run")
     return parser

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.cli.parsers import Parser
 from pipeline.cli.recipe_files import recipe_path
 from pipeline.recipe import split_recipe_argument
 from pipeline.stages.chain import Selection, run_chain, run_seeds
@@ -86,9 +87,7 @@ def check_parser() -> argparse.ArgumentParser:
 def chain_parser(prog: str | None = None, description: str | None = None) -> argparse.ArgumentParser:
     """Make the parser of a recipe, overrides, and which stages to run."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog=prog, usage=USAGE, description=description, formatter_class=raw, allow_abbrev=False
-    )
+    parser = Parser(prog=prog, usage=USAGE, description=description, formatter_class=raw)
     parser.add_argument("words", nargs="*", metavar="RECIPE section.key=value", help="a file, and values over its own")
     selection = parser.add_mutually_exclusive_group()
     selection.add_argument("--only", choices=STAGES, metavar="STAGE", help=f"one of {', '.join(STAGES)}")

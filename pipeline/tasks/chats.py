@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from pipeline.tasks.examples import Unusable, describe_value, require_text
+from pipeline.tasks.examples import Unusable, describe_value, messages_as_text, require_text
 from pipeline.tasks.text_rows import Row
 
 Message = dict[str, Any]
@@ -66,10 +66,7 @@ def read_messages(column: str, row: Row, names: Mapping[str, str] | None = None)
     """
     messages = row.get(column)
     if isinstance(messages, str) and messages.lstrip().startswith("["):
-        raise Unusable(
-            f"the column {column!r} holds a list of messages written as text, expected the list itself; write the "
-            "rows into a .jsonl file (a CSV value is always a text) with json.loads of this column"
-        )
+        raise messages_as_text(column)
     if not isinstance(messages, list):
         raise Unusable(f"the column {column!r} {describe_value(messages)}, expected a list of messages")
     if names is None and is_sharegpt(messages):

@@ -14,6 +14,8 @@ from pipeline.tasks.types import TaskError, check_widths
 Reader = tuple[str, str, Callable[[str, Row], Any]]  # key of the recipe, column or template, what reads it from a row
 
 LONE_FIELD = re.compile(r"\s*\{([^{}!:]+)\}\s*")
+# How a list of messages begins where a table holds it as a text: JSON, or what Python prints.
+MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")
 
 
 class Unusable(ValueError):
@@ -98,7 +100,7 @@ def read_text(expression: str, row: Row) -> str:
     A line of a template that is one field alone is left out where the field has no value, unless no field has one.
 
     Raises:
-        Unusable: a value is null or missing, or of another type.
+        Unusable: a value is null or missing, of another type, or a list of chat messages written as text.
     """
     expression = _without_empty_lines(expression, row)
     names = placeholders(expression, "prompt")
@@ -111,13 +113,25 @@ def read_text(expression: str, row: Row) -> str:
             raise Unusable(
                 f"the column {expression!r} holds a mapping of {', '.join(value)}; write '{{{expression}[{key}]}}'"
             )
-        return require_text(value, f"the column {expression!r}")
+        text = require_text(value, f"the column {expression!r}")
+        if MESSAGES.match(text):
+            raise messages_as_text(expression)
+        return text
     for name in names:
         _text_or_number(_field(name, row), f"{{{name}}}")
     try:
         return expression.format(**row)
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise Unusable(f"the template {expression!r} cannot be filled ({error})") from error
+
+
+def messages_as_text(column: str) -> Unusable:
+    """Return the refusal of a column in which a list of chat messages stands as a text."""
+    return Unusable(
+        f"the column {column!r} holds a list of messages written as text, expected the list itself; write the "
+        "rows into a .jsonl file (a CSV value is always a text) with json.loads of this column, or ast.literal_eval "
+        "where its quotes are single"
+    )
 
 
 def _without_empty_lines(template: str, row: Row) -> str:

@@ -125,7 +125,7 @@ def check_checkpoint(path: Path) -> str | None:
     Every process calls it, and reads its share of the files.
 
     Raises:
-        ValueError: files are missing. Someone removed them: a kill or a full disk leaves no such checkpoint.
+        ValueError: files are missing, or weights were added. Someone did that: a kill or a full disk does not.
     """
     manifest = on_main(lambda: _read_manifest(path))
     if manifest is None:
@@ -140,7 +140,11 @@ def check_checkpoint(path: Path) -> str | None:
 
 
 def _read_manifest(path: Path) -> dict[str, dict] | None:
-    """Read size and checksum of each file as they were saved; None where the manifest is broken."""
+    """Read size and checksum of each file as they were saved; None where the manifest is broken.
+
+    Raises:
+        ValueError: files are missing, or there are weights that were not saved with the others and would be read.
+    """
     try:
         manifest = json.loads((path / MANIFEST).read_text()) if (path / MANIFEST).is_file() else {MANIFEST: {}}
     except json.JSONDecodeError:
@@ -149,6 +153,12 @@ def _read_manifest(path: Path) -> dict[str, dict] | None:
         raise ValueError(
             f"checkpoint {str(path)!r} lacks {', '.join(missing)}: put back what is missing, or remove the checkpoint "
             "to start from the one before; to start from weights alone, begin a new run with ppo.sft_model_path"
+        )
+    others = sorted(str(file.relative_to(path)) for file in path.rglob("*.safetensors"))
+    if strange := [name for name in others if name not in manifest]:
+        raise ValueError(
+            f"checkpoint {str(path)!r} holds {', '.join(strange)}, which {MANIFEST} does not list: its weights would "
+            "be read with the others; remove it from there"
         )
     return manifest
 
@@ -173,7 +183,7 @@ def newest_checkpoint(directory: Path) -> tuple[Path | None, list[str]]:
     Damaged ones are renamed to `damaged-...`, and what a kill left of unfinished saves is removed.
 
     Raises:
-        ValueError: files are missing from a checkpoint, or there are checkpoints and all are damaged.
+        ValueError: as `check_checkpoint`, or there are checkpoints and all are damaged.
     """
     notes: list[str] = []
     for path in on_main(lambda: _finished_checkpoints(directory))[::-1]:

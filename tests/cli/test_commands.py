@@ -43,6 +43,24 @@ def test_help_lists_the_commands_and_wrong_words_are_named(capsys):
     assert error.startswith("error: no command 'runn'") and "'run'" in error and "relay --help" in error
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["run", "quickstart", "--only", "sft", "--only", "eval"],
+        ["check", "quickstart", "--seeds", "0,1", "--seeds", "2,3"],
+        ["init", "--data", "a.csv", "--data", "b.csv"],
+        ["generate", "run", "--seed", "1", "--seed", "0"],
+        ["compare", "a", "b", "--output", "c", "--output", "d"],
+    ],
+)
+def test_an_option_given_twice_is_refused(words, capsys):
+    with pytest.raises(SystemExit) as raised:
+        main(words)
+    option = next(word for word in words if word.startswith("--"))
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert raised.value.code == 2 and line == f"relay {words[0]}: error: argument {option}: given twice; give it once"
+
+
 def test_help_loads_no_library_that_takes_seconds():
     code = (
         "import sys; from pipeline.cli.main import main; main(['recipes', 'list']); assert 'torch' not in sys.modules"

@@ -136,6 +136,18 @@ def test_missing_files_are_listed(tmp_path):
         newest_checkpoint(tmp_path)
 
 
+def test_weights_that_were_put_into_a_checkpoint_are_named(tmp_path):
+    save(tmp_path, 1)
+    path = save(tmp_path, 2)
+    shutil.copy(tmp_path / "checkpoint-1" / SHARD, path / "copy.safetensors")
+    for look in (lambda: newest_checkpoint(tmp_path), lambda: load_checkpoint(path)):
+        with pytest.raises(ValueError, match=r"checkpoint-2' holds copy\.safetensors, which manifest\.json does not"):
+            look()
+    (path / "copy.safetensors").unlink()
+    (path / "notes.txt").write_text("anything else may stand there")
+    assert newest_checkpoint(tmp_path) == (path, [])
+
+
 def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path):
     path = save(tmp_path, 2, best_step=1, best_metric=0.1 + 0.2)
     loaded = load_checkpoint(path)

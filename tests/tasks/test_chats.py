@@ -56,6 +56,18 @@ def test_messages_written_as_text_are_refused_with_what_to_do(tmp_path):
     )
 
 
+@pytest.mark.parametrize("write", [json.dumps, repr])
+@pytest.mark.parametrize("key", ["prompt", "completion", "references"])
+def test_messages_written_as_text_are_no_text_of_a_prompt_or_an_answer(tmp_path, key, write):
+    row = {"prompt": "2 + 2?", "completion": "4", "references": "4"} | {key: write([USER, ANSWER])}
+    path = write_lines(tmp_path / "data.jsonl", [row] * 3)
+    message = refusal(single(path, prompt="prompt", completion="completion", references="references"))
+    assert message.startswith(f"task.{key}: the column {key!r} holds a list of messages written as text")
+    assert "json.loads" in message and "ast.literal_eval" in message
+    template = {"prompt": "prompt", "completion": "completion", "references": "references", key: f"{{{key}}} "}
+    assert load_task("columns", single(path, **template)).train  # whoever means the braces can say so
+
+
 def test_sharegpt_is_recognised_with_its_system_column(tmp_path):
     turns = [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]
     example = first(tmp_path, {"conversations": turns, "system": "Be brief."}, messages="conversations")

@@ -60,6 +60,8 @@ def test_a_part_of_one_file_and_a_limit(tmp_path):
         ({"margin": 10**400}, {"margin": "margin"}, "the margin is not a finite number"),
         ({"chosen": None}, {}, "the column 'chosen' is null or missing"),
         ({}, {"chosen": "chose"}, "reward.pairs.chosen: no column 'chose' in .*; did you mean 'chosen'\\?"),
+        ({"prompt": str([USER])}, {}, "the column 'prompt' holds a list of messages written as text"),
+        ({"chosen": str([USER, GOOD])}, {}, "the column 'chosen' holds a list of messages written as text"),
         ({"chosen": [USER]}, {}, "'chosen' does not end with a message of the role assistant"),
         ({}, {"prompt": None}, "without a prompt column, chosen and rejected must be chats"),
         (
