@@ -40,7 +40,7 @@ from pipeline.stages.fingerprint import STATE, external_models, setting_differen
 from pipeline.stages.lock import RunInUseError, run_lock
 from pipeline.stages.model_cards import write_model_cards
 from pipeline.stages.plan import missing_input
-from pipeline.trainers.ppo.learner import LastPassError
+from pipeline.trainers.ppo.exchange import LastPassError
 
 StageBody = Callable[[Recipe, RunDirectory], dict[str, object]]
 OUT_OF_MEMORY = (

@@ -81,6 +81,58 @@ def test_micro_batches_change_nothing(make_exact, use_peft, mini_batches):
         assert_same(learn(parts, rollout), expected)
 
 
+ONE_MICRO_BATCH = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+
+
+def count_passes(trainer: PPOTrainer) -> list[int]:
+    """Gets the rows of each of the policy's passes."""
+    forward, passes = trainer.shared.forward, []
+
+    def counted(sequences: Sequences):
+        passes.append(len(sequences))
+        return forward(sequences)
+
+    trainer.shared.forward = counted
+    return passes
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"use_peft": False},
+        {"value_model": "adapter"},
+        {"gradient_checkpointing": True},
+        {"entropy_coef": 0.01},
+        {"ptx_coef": 0.1},
+        {"sync_ref_model": True},
+    ],
+    ids=str,
+)
+def test_the_first_step_takes_the_gradient_of_the_pass_that_scored_the_rollout(make_exact, settings):
+    kept, anew = (make_exact(name, **ONE_MICRO_BATCH, **settings) for name in ("kept", "anew"))
+    rollouts = [rollout_of(trainer) for trainer in (kept, anew)]
+    anew.learner._scored = None
+    passes = [count_passes(trainer) for trainer in (kept, anew)]
+    found, expected = learn(kept, rollouts[0]), learn(anew, rollouts[1])
+    assert len(passes[0]) == len(passes[1]) - 1
+    assert found[0] == expected[0] and found[0]["val/ratio_first"] == 1.0
+    assert all(torch.equal(tensor, expected[1][name]) for name, tensor in found[1].items())
+
+
+def test_a_pass_is_learnt_from_once_and_only_by_its_own_rollout(make_exact):
+    twice, other, parts = (make_exact(name, **ONE_MICRO_BATCH) for name in ("twice", "other", "parts"))
+    experience, _ = twice.compute_advantages(rollout_of(twice))
+    passes = count_passes(twice)
+    assert twice.update(experience)["val/ratio_first"] == 1.0 and len(passes) == 2
+    assert twice.update(experience)["val/ratio_first"] != 1.0 and len(passes) == 2 + 3
+    rollout = rollout_of(other)
+    own = rollout_of(parts)  # which has the same shape
+    passes = count_passes(parts)
+    learn(parts, rollout)
+    assert len(passes) == 3 and len(own.sequences) == 8
+
+
 @pytest.mark.parametrize("use_peft", [True, False], ids=["lora", "full"])
 def test_gradient_checkpointing_changes_nothing(make_exact, use_peft):
     plain = make_exact("plain", use_peft=use_peft)

@@ -160,7 +160,7 @@ def test_micro_batches_and_padding(make_trainer, architecture):
     parts = make_trainer("parts", model=build(architecture), reward=even, **ONE_BY_ONE)  # without any padding
     rollout = whole.collect_rollout(whole.prompt_rows(0))
     assert rollout.sequences.prompt_mask.sum(1).unique().numel() > 1
-    found = compute_token_outputs(parts.shared, rollout.sequences, 1)
+    found, _ = compute_token_outputs(parts.shared, rollout.sequences, 1)
     for name in ("logprobs", "ref_logprobs", "values", "entropies"):
         torch.testing.assert_close(getattr(found, name), getattr(rollout, name), **CLOSE)
     experience, _ = whole.compute_advantages(rollout)

@@ -1,7 +1,6 @@
 """PPO's update: optimizer, schedule, and passes over an experience in mini-batches and micro-batches."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,12 +12,13 @@ from transformers import get_scheduler
 
 from pipeline.models.sequences import Sequences, make_sequences
 from pipeline.models.sharding import Sharding
-from pipeline.models.shared import PASSES, SharedModel
+from pipeline.models.shared import PASSES, PolicyOutputs, SharedModel
 from pipeline.models.slices import whole
-from pipeline.runtime.memory import in_smaller_batches, is_out_of_memory
+from pipeline.runtime.memory import in_smaller_batches
 from pipeline.runtime.messages import say
 from pipeline.runtime.schedules import value_at
 from pipeline.trainers.ppo.config import PPOConfig
+from pipeline.trainers.ppo.exchange import GradientExchange
 from pipeline.trainers.ppo.moving_reference import REFERENCE, MovingReference
 from pipeline.trainers.ppo.objective import Clipping, LossTerms, ppo_loss
 from pipeline.trainers.ppo.reference_texts import deal_out
@@ -40,10 +40,6 @@ def first_micro_batch_size(args: PPOConfig, device: torch.device, num_processes:
     if device.type == "cpu" or num_processes > 1:
         return size
     return size * args.gradient_accumulation_steps // args.num_mini_batches
-
-
-class LastPassError(Exception):
-    """Memory ran out where one of several processes cannot begin anew alone."""
 
 
 class Learner:
@@ -72,8 +68,10 @@ class Learner:
         else:
             self.model, self.optimizer = accelerator.prepare(shared, optimizer)
         self.shared: SharedModel = accelerator.unwrap_model(self.model)
+        self.exchange = GradientExchange(accelerator, self.model, is_sharded=bool(self.sharding.roots))
         self.scheduler = self._schedule(args.num_optimizer_steps(accelerator.num_processes))
         self.entropy_coef = value_at(args.entropy_coef, 0)
+        self._scored: tuple[Sequences, PolicyOutputs] | None = None  # the policy's pass over a rollout, with its graph
         self.moving_reference = MovingReference(self.shared.policy_parameters()) if args.sync_ref_model else None
         self.clipping = Clipping(
             args.cliprange,
@@ -132,16 +130,21 @@ class Learner:
     ) -> tuple[Sequences, TokenOutputs]:
         """Compute log-probs, values and entropies of a rollout, in the micro-batches it will be learnt from.
 
-        The sequences come with the states of an encoder that nothing trains: they stay the same.
+        The sequences come with the states of an encoder that nothing trains: they stay the same. Where one micro-batch
+        is the whole of the first optimizer step, that step takes the gradient of this pass and makes none of its own.
         """
         sequences = make_sequences(prompt_ids, completion_ids, pad_id, self.accelerator.device)
+        self._scored = None
 
-        def attempt(size: int) -> tuple[Sequences, TokenOutputs]:
+        def attempt(size: int) -> tuple[Sequences, TokenOutputs, PolicyOutputs | None]:
             with self.accelerator.autocast():
                 encoded = self.shared.encoded(sequences, size) if self.shared.encoder_is_frozen else sequences
-                return encoded, compute_token_outputs(self.shared, encoded, size, self.moving_reference)
+                given = (encoded, size, self.moving_reference, not self.exchange.is_needed)
+                return encoded, *compute_token_outputs(self.shared, *given)
 
-        return self._in_micro_batches(attempt)
+        sequences, outputs, scored = self._in_micro_batches(attempt)
+        self._scored = None if scored is None else (sequences, scored)
+        return sequences, outputs
 
     def update(
         self,
@@ -170,6 +173,7 @@ class Learner:
                 if not log.is_over:
                     log.add(self.optimizer_step(mini_batch, value_only, its_references))
                 self.scheduler.step()
+        self._scored = None
         stats = log.statistics() | {
             "policy/memory_parts": float(-(-self._first_size // self.micro_batch_size)),
             "lr": self.scheduler.get_last_lr()[0],
@@ -221,8 +225,8 @@ class Learner:
                 sums[-1] = self._accumulate_reference_gradients(references, reference_tokens, size) * tokens
             micro_batches = mini_batch.micro_batches(size)
             for number, micro_batch in enumerate(micro_batches):
-                with self._synchronised(number == len(micro_batches) - 1), self.accelerator.autocast():
-                    outputs = self.model(micro_batch.sequences)
+                with self.exchange.in_pass(is_last=number == len(micro_batches) - 1), self.accelerator.autocast():
+                    outputs = self._take_scored(mini_batch, micro_batch) or self.model(micro_batch.sequences)
                     terms = ppo_loss(outputs, micro_batch, self.clipping, self.args.kl_estimator)
                     terms = terms.rescaled(tokens / count)
                     # DDP averages over processes, so their number turns its mean back into the sum.
@@ -234,6 +238,12 @@ class Learner:
             return sums
 
         return self.accelerator.reduce(self._in_micro_batches(attempt), reduction="sum").cpu()
+
+    def _take_scored(self, mini_batch: Experience, micro_batch: Experience) -> PolicyOutputs | None:
+        """Return the pass that scored these rows, once; None where they were not scored in one pass."""
+        (sequences, outputs), self._scored = self._scored or (None, None), None
+        is_whole = sequences is mini_batch.sequences and len(micro_batch.sequences) == len(mini_batch.sequences)
+        return outputs if is_whole else None
 
     def _accumulate_reference_gradients(self, references: Sequences, tokens: int, size: int) -> Tensor:
         """Add the gradients of `ptx_coef` times the SFT loss: the mean over the reference tokens of all processes.
@@ -247,7 +257,7 @@ class Learner:
         temperature, self.shared.temperature = self.shared.temperature, 1.0  # SFT knows none
         try:
             for index in references.chunks(size):
-                with self._unsynchronised(), self.accelerator.autocast():
+                with self.exchange.left_out(), self.accelerator.autocast():
                     loss = -self.model(references.rows(index)).logprobs.sum() / tokens
                     self.accelerator.backward(self.args.ptx_coef * loss * self.accelerator.num_processes)
                 total += loss.detach()
@@ -280,21 +290,3 @@ class Learner:
                 "as many as before to a step"
             )
         return result
-
-    @contextmanager
-    def _synchronised(self, last: bool) -> Iterator[None]:
-        """Exchange gradients between processes with the last micro-batch only."""
-        if not last or self.sharding.roots:
-            with self._unsynchronised():
-                yield
-            return
-        try:
-            yield
-        except RuntimeError as error:
-            if self.accelerator.num_processes == 1 or not is_out_of_memory(error):
-                raise
-            raise LastPassError(f"{error} (in the pass in which the processes exchange gradients)") from error
-
-    def _unsynchronised(self) -> AbstractContextManager:
-        """Leave gradients where they are, but for a sharded model, whose gradients no process holds whole."""
-        return nullcontext() if self.sharding.roots else self.accelerator.no_sync(self.model)

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.models.generation import Completions, Decoding, finished, generate, seed_samples
 from pipeline.models.prompts import encode_prompts_of
 from pipeline.models.sequences import Sequences
-from pipeline.models.shared import SharedModel
+from pipeline.models.shared import PolicyOutputs, SharedModel
 from pipeline.models.text import decode
 from pipeline.rewards import RewardLog
 from pipeline.runtime.memory import in_smaller_batches
@@ -179,21 +179,28 @@ class CompletionWriter:
 
 @torch.no_grad()
 def compute_token_outputs(
-    model: SharedModel, sequences: Sequences, size: int, reference: MovingReference | None = None
-) -> TokenOutputs:
+    model: SharedModel,
+    sequences: Sequences,
+    size: int,
+    reference: MovingReference | None = None,
+    keep_graph: bool = False,
+) -> tuple[TokenOutputs, PolicyOutputs | None]:
     """Compute policy, reference and value of every token, in the micro-batches of at most `size` of the update.
 
     The same rows together give the same rounding, so that the update's first ratio is exactly 1. `reference`: one that
-    follows the policy, in place of the model's own.
+    follows the policy, in place of the model's own. With `keep_graph`, and where one micro-batch holds every row, the
+    policy's pass over it comes with its graph, for one backward pass; else None.
     """
     chunks = sequences.chunks(size)
     batches = [sequences.rows(index) for index in chunks]
-    outputs = [model(batch) for batch in batches]
     if reference is None:
         reference_outputs = model.reference_logprobs(*batches)
     else:
         with reference.in_place():
             reference_outputs = [model(batch).logprobs for batch in batches]
+    is_kept = keep_graph and len(batches) == 1
+    with torch.set_grad_enabled(is_kept):
+        outputs = [model(batch) for batch in batches]
     logprobs, values, entropies, ref_logprobs = (
         _restore_order(tensors, chunks, sequences.completion_mask.shape)
         for tensors in (
@@ -203,7 +210,7 @@ def compute_token_outputs(
             reference_outputs,
         )
     )
-    return TokenOutputs(logprobs, ref_logprobs, values, entropies)
+    return TokenOutputs(logprobs, ref_logprobs, values, entropies), outputs[0] if is_kept else None
 
 
 def _restore_order(tensors: Sequence[Tensor], chunks: Sequence[Tensor], shape: torch.Size) -> Tensor:
