@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from ppo_toys import SMALL
+from pretended_gpu import pretended_gpu
 from transformers import WhisperProcessor
 
 from pipeline.metrics import load_metric
@@ -272,3 +273,11 @@ def test_mixed_in_references_hold_nothing_forbidden(make_ppo, whisper_tokenizer,
     prompts = encode_rows(whisper_tokenizer, spoken)
     with pytest.raises(ValueError, match=r"ppo.ptx_coef: \d+ of 24 references hold tokens that .*forbids"):
         encode_references(PPOConfig(**SMALL, ptx_coef=0.1), spoken, prompts, whisper_tokenizer, model)
+
+
+def test_clips_and_models_meet_on_one_gpu(make_sft, make_ppo, spoken):
+    with pretended_gpu() as mode:
+        make_sft(num_train_epochs=1).train()
+        trained = mode.operations
+        make_ppo(validation=spoken.select(range(4)), total_episodes=8, ptx_coef=0.1).train()
+    assert mode.operations - trained > 1000 < trained
