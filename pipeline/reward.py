@@ -14,7 +14,7 @@ from rich.console import Console
 
 from pipeline.evaluation.pages.reward_pages import print_reward_report, write_reward_report
 from pipeline.evaluation.reward_quality_scores import reward_report, reward_test_data, score_test_data
-from pipeline.models.loading import load_tokenizer, plain_model_directory
+from pipeline.models.loading import load_config, load_tokenizer, plain_model_directory
 from pipeline.recipe import Recipe, parse_stage_arguments
 from pipeline.runtime.distributed import on_main
 from pipeline.stages.directory import RunDirectory
@@ -36,7 +36,8 @@ def train_reward_model(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
     tokenizer = load_tokenizer(base, recipe.model)
     pairs, samples = collect_pairs(recipe, run, task, base, tokenizer)
     reward = reward_model(recipe, run, base, tokenizer, pairs)
-    data = reward_test_data(pairs, samples, task.validation, task.prompts["prompt"], tokenizer, recipe.seed)
+    given = (tokenizer, recipe.seed, load_config(base, recipe.model))
+    data = reward_test_data(pairs, samples, task.validation, task.prompts["prompt"], *given)
     scores = score_test_data(reward, data, recipe.reward.batch_size)
 
     def report() -> dict[str, object]:

@@ -443,6 +443,8 @@ def test_the_best_checkpoint_is_not_the_worst_one_of_a_metric():
     assert "ppo.greater_is_better: must be false: wer is better where it is lower" in message
     check_recipe(load_recipe(write(), [*lower, "ppo.greater_is_better=false"]))
     assert "must be true" in refusal("ppo.metric_for_best_model=eval_bleu", "ppo.greater_is_better=false")
+    message = refusal("eval.metrics=[chrf, {name: chrf, word_order: 2}]")
+    assert "eval.metrics.1: a second metric is called 'chrf', which would take the place of the first" in message
 
 
 def test_the_number_of_processes_counts_in_the_batch():

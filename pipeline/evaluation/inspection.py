@@ -13,6 +13,7 @@ from pipeline.evaluation.report import Outputs
 from pipeline.evaluation.systems import Source
 from pipeline.models.decoder_start import decoder_prefix
 from pipeline.models.likelihood import completion_logprobs
+from pipeline.models.prompt_lengths import truncate_prompts
 from pipeline.models.prompts import encode_rows
 from pipeline.models.sequences import make_sequences
 from pipeline.models.sharding import SHARE_OF_MEMORY, device_memory, shards_models
@@ -134,7 +135,8 @@ def inspect_examples(
     for index, reason in chosen:
         row = rows[index]
         prompt = encode_rows(tokenizer, rows.select([index]), sft.config.is_encoder_decoder)[0]
-        reference = encode_completions(tokenizer, [row["prompt"]], [row["references"][0]])[0]
+        reference = encode_completions(tokenizer, [row["prompt"]], [row["references"][0]])
+        [reference], _ = truncate_prompts([prompt], reference, sft.config)
         before, after = (ids[index][:MAX_TOKENS] for ids in completion_ids)
         shown = {"reference": reference[:MAX_TOKENS], "SFT's completion": before, "PPO's completion": after}
         passages = [compare_passage(title, prompt, ids, sft, ppo, tokenizer) for title, ids in shown.items()]

@@ -245,6 +245,8 @@ def _findings(right: Share, rules: Sequence[Share]) -> list[str]:
     beaten = [rule.name for rule in rules if right.low > rule.value]
     if right.low > 0.5 and len(beaten) == len(rules):
         return ["It beats chance and every trivial rule: its interval is above all of them."]
+    if right.high < 0.5:
+        return ["It is worse than chance: chosen and rejected, or the sign of its scores, look swapped."]
     return [] if right.low > 0.5 else ["It does not beat chance: 50 % is within its interval."]
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from pipeline.evaluation.reward_quality import (
     RewardReport,
@@ -16,7 +16,8 @@ from pipeline.evaluation.reward_quality import (
     evaluate_reward_model,
 )
 from pipeline.metrics import Metric
-from pipeline.models.text import encode_completions
+from pipeline.models.prompt_lengths import truncate_prompts
+from pipeline.models.text import encode_completions, encode_prompts
 from pipeline.rewards.learned import calibration
 from pipeline.rewards.pairs import CHOICE, HELD_OUT, TRAIN, Pair, prompt_key
 from pipeline.rewards.pairs.collect import RankedSample
@@ -85,8 +86,12 @@ def reward_test_data(
     ppo_prompts: Sequence[str | list],
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
+    config: PretrainedConfig,
 ) -> RewardTestData:
-    """Choose what is scored: the held-out samples, or without any the texts of the held-out pairs."""
+    """Choose what is scored: the held-out samples, or without any the texts of the held-out pairs.
+
+    References are cut where a model of `config` reads no further.
+    """
     training = [pair for pair in pairs if pair.split == TRAIN]
     held_out = [pair for pair in pairs if pair.split == HELD_OUT]
     choice = [pair for pair in pairs if pair.split == CHOICE]
@@ -100,7 +105,8 @@ def reward_test_data(
         texts = list(distinct.values())
     first = validation.select(range(min(REFERENCES, len(validation))))
     references = [references[0] for references in first["references"]]
-    ids = encode_completions(tokenizer, first["prompt"], references)
+    asked = encode_prompts(tokenizer, first["prompt"], config.is_encoder_decoder)
+    ids, _ = truncate_prompts(asked, encode_completions(tokenizer, first["prompt"], references), config)
     return RewardTestData(
         held_out,
         random.Random(seed).sample(training, min(TRAINING_PAIRS, len(training))),

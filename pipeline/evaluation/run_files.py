@@ -15,11 +15,12 @@ class Run:
     path: Path
     report: dict
     settings: dict
+    label: str = ""
 
     @property
     def name(self) -> str:
-        """Return the directory's name."""
-        return self.path.name
+        """Return what the run is called: the directory's name, or the label where another run has that name too."""
+        return self.label or self.path.name
 
     @property
     def seed(self) -> object:

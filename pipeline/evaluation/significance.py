@@ -153,8 +153,12 @@ def paired_bootstrap(
     indices = _resampled_rows(groups, n_resamples, seed)
 
     def differences(rows: Rows) -> np.ndarray:
-        scores_a = metric.resampled_scores(predictions_a, references, rows)
-        return metric.resampled_scores(predictions_b, references, rows) - scores_a
+        scores = [metric.resampled_scores(texts, references, rows) for texts in (predictions_a, predictions_b)]
+        if not np.isfinite(scores).all():
+            raise ValueError(
+                f"metric {metric.name!r}: the score of some texts is no finite number; they are not compared"
+            )
+        return scores[1] - scores[0]
 
     return _compare(differences(indices), groups, differences, isinstance(metric, DistinctMetric))
 

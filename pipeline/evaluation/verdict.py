@@ -1,6 +1,7 @@
 """The report in words: what improved, by how much, how sure that is, and what looks wrong."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from pipeline.evaluation.clusters import sizes_text
 from pipeline.evaluation.config import BASELINES, CONTROL, MIN_BOOTSTRAP
@@ -33,6 +34,8 @@ def verdict(comparisons: Sequence[SystemComparison], metric: str, n_resamples: i
     others = [c for c in comparisons if c.metric == metric and "sft" not in (c.a, c.b)]
     if not others:
         return "SFT and PPO were not both evaluated, so there is nothing to compare."
+    if len(others) > 1:  # none of them was the question from the start
+        others = [replace(c, p_value=c.p_holm) for c in others]
     return " ".join(_verdict_on(c, c.a, c.b) for c in others)
 
 

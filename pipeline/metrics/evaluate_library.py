@@ -19,6 +19,9 @@ from pipeline.runtime.messages import one_line
 
 Texts, Lists, TEXT = Sequence[str], Sequence[Sequence[str]], (str, type(None))
 OPTIONS = {"key": TEXT, "higher_is_better": (bool,), "config_name": TEXT, "trust_remote_code": (bool,)}
+# Modules of the library of which less is better. They do not say it themselves.
+ERRORS = {"brier_score", "character", "charcut_mt", "cer", "mae", "mahalanobis", "mape", "mase", "mse", "perplexity"}
+ERRORS |= {"smape", "ter", "wer"}
 
 
 @dataclass(frozen=True)
@@ -96,5 +99,6 @@ def load(name: str, **options: Any) -> EvaluateMetric:
         raise ValueError(f"metric {name!r} needs {', '.join(sorted(inputs))}; there are predictions and references")
     settings = [f"{option}:{value}" for option, value in options.items() if option != "trust_remote_code"]
     signature = "|".join([*settings, f"version:evaluate-{evaluate.__version__}"])
-    higher, rest = ours.get("higher_is_better", True), {key: options[key] for key in options if key not in OPTIONS}
+    higher = ours.get("higher_is_better", Path(path).stem not in ERRORS)
+    rest = {key: options[key] for key in options if key not in OPTIONS}
     return EvaluateMetric(name, signature, higher, module, ours.get("key"), rest)

@@ -47,11 +47,18 @@ def _check_trackers(recipe: Recipe, document: Document) -> None:
 
 def _check_metrics_and_rewards(recipe: Recipe, document: Document) -> None:
     """Load the metrics and build the rewards; any function stands for a learned reward, whose model a stage loads."""
+    names: list[str] = []
     for index, metric in enumerate(recipe.eval.metrics):
         try:
             loaded = load_metric(metric.name, recipe.language, **metric.options)
         except (ValueError, TypeError) as error:
             raise document.restate(error, ("eval", "metrics", index)) from error
+        if loaded.name in names:
+            rule = f"a second metric is called {loaded.name!r}, which would take the place of the first"
+            raise document.error(
+                ("eval", "metrics", index), f"{rule}; keep one, or write a metric with a name of its own"
+            )
+        names.append(loaded.name)
         chooses = recipe.ppo is not None and recipe.ppo.metric_for_best_model == f"eval_{metric.name}"
         if chooses and recipe.ppo.greater_is_better != loaded.higher_is_better:
             right = str(loaded.higher_is_better).lower()

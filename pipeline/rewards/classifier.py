@@ -1,7 +1,8 @@
 """A sequence classifier as a reward: any model with one output, reading texts by its own tokenizer and template."""
 
+import inspect
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -62,49 +63,53 @@ class ClassifierReward:
             self.model, self.tokenizer, encoded, self.batch_size, "ppo.reward_model_path", self.path
         )
 
-    def _encode(self, prompt: str | list, text: str) -> list[int]:
+    def _encode(self, prompt: str | list, text: str) -> dict[str, list[int]]:
         tokenizer = self.tokenizer
         plain = plain_text(prompt)
         if self.template is not None:
-            return tokenizer(self.template.format(prompt=plain, completion=text))["input_ids"]
+            return dict(tokenizer(self.template.format(prompt=plain, completion=text)))
         if tokenizer.chat_template is not None:
             messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
             messages = [*messages, {"role": "assistant", "content": text}]
-            return tokenizer(render_chat(tokenizer, messages), add_special_tokens=False)["input_ids"]
+            return dict(tokenizer(render_chat(tokenizer, messages), add_special_tokens=False))
         if tokenizer.sep_token is not None:
-            return tokenizer(plain, text)["input_ids"]
-        return tokenizer(plain + text)["input_ids"]
+            return dict(tokenizer(plain, text))
+        return dict(tokenizer(plain + text))
 
 
 @torch.no_grad()
 def score_token_rows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Sequence[int]],
+    rows: Sequence[Mapping[str, Sequence[int]]],
     batch_size: int,
     key: str,
     path: str,
 ) -> Tensor:
-    """The first output of a classifier for token ids, [B], on the CPU in float32.
+    """The first output of a classifier for what its tokenizer made of texts, [B], on the CPU in float32.
 
     Raises:
         ValueError: a row is longer than the classifier at `path` can read, or has a token without an embedding; `key`
             is the setting that names it.
     """
     limit = position_limit(model.config)
-    longest = max(map(len, rows))
+    ids = [row["input_ids"] for row in rows]
+    longest = max(map(len, ids))
     if limit is not None and longest > limit:
         raise ValueError(
             f"{key}: a prompt and its completion are {longest} tokens for the classifier {path!r}, which reads "
             f"{limit}; shorten the prompts or lower ppo.response_length"
         )
     try:
-        _check_ids(model, tokenizer, [max(ids, default=0) for ids in rows], path)
+        _check_ids(model, tokenizer, [max(row, default=0) for row in ids], path)
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from error
+    # Which of two texts a token is of (BERT, ELECTRA); some tokenizers say it to models that do not read it.
+    names = [name for name in ("input_ids", "token_type_ids") if name in rows[0]]
+    names = [name for name in names if name in inspect.signature(model.forward).parameters]
     scores = torch.zeros(len(rows))
-    for index in length_sorted_chunks(torch.tensor([len(ids) for ids in rows]), batch_size):
-        chosen = {"input_ids": [rows[row] for row in index.tolist()]}
+    for index in length_sorted_chunks(torch.tensor([len(row) for row in ids]), batch_size):
+        chosen = {name: [rows[row][name] for row in index.tolist()] for name in names}
         batch = tokenizer.pad(chosen, padding_side="right", return_tensors="pt").to(model.device)
         scores[index] = model(**batch).logits[:, 0].float().cpu()
     return scores

@@ -163,6 +163,14 @@ def check_learned_options(options: Mapping[str, Any], is_adapter: bool) -> None:
             raise ValueError("ppo.rewards: 'learned' reads token ids here, so its option template would do nothing")
         if key == "template" and ("{prompt}" not in value or "{completion}" not in value):
             raise ValueError(f"ppo.rewards: the template needs {{prompt}} and {{completion}} in it, found {value!r}")
+        if key == "template":
+            try:
+                value.format(prompt="", completion="")
+            except (LookupError, ValueError) as error:
+                raise ValueError(
+                    "ppo.rewards: a template has no other fields than {prompt} and {completion}, and braces that stay "
+                    f"are doubled ({{{{ and }}}}), found {value!r} ({error})"
+                ) from error
 
 
 def check_reward_folder(path: str | Path, record: RewardRecord, model: PreTrainedModel | None) -> None:

@@ -48,14 +48,14 @@ class RewardModel:
         rows = [self._encode(*row) for row in zip(prompts, completions, completion_ids, strict=True)]
         return score_token_rows(self.model, self.tokenizer, rows, BATCH_SIZE, "reward_funcs", self.path).tolist()
 
-    def _encode(self, prompt: str | list, completion: str | list, ids: Sequence[int]) -> list[int]:
+    def _encode(self, prompt: str | list, completion: str | list, ids: Sequence[int]) -> dict[str, list[int]]:
         if isinstance(prompt, list):
             text = render_chat(self.tokenizer, [*prompt, *completion])
         else:
             # Rewards get texts without the white space around them, which a classifier has to see.
             written, answer = self._policy_tokenizer.decode(ids, skip_special_tokens=True), text_of(completion)
             text = prompt + (written if written.strip() == answer else answer)
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return dict(self.tokenizer(text, add_special_tokens=False))
 
 
 def load_rewards(

@@ -7,7 +7,7 @@ from pathlib import Path
 from pipeline.evaluation.config import CONTROL
 from pipeline.evaluation.pages.model_card import CardFacts, model_card
 from pipeline.models.hub import ADAPTER_FILE
-from pipeline.models.loading import load_config
+from pipeline.models.loading import language_model_class, load_config
 from pipeline.recipe import Recipe
 from pipeline.runtime.files import write_atomically
 from pipeline.stages.directory import RunDirectory, versions
@@ -52,7 +52,7 @@ def card_facts(recipe: Recipe, run: RunDirectory, stage: str) -> CardFacts:
         language=recipe.language,
         rewards=[f"{reward.name} x {reward.weight:g}" for reward in recipe.ppo.rewards] if by_ppo else [],
         is_adapter=(directory / ADAPTER_FILE).is_file(),
-        is_encoder_decoder=load_config(sft, config).is_encoder_decoder,
+        auto_class=language_model_class(load_config(sft, config)).__name__,
         path=str(directory),
         recipe=(run.path / "recipe.yaml").read_text(encoding="utf-8"),
         versions=versions(),

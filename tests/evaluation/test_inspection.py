@@ -59,6 +59,13 @@ def test_an_inspection_has_all_of_it(models, pair, tokenizer, examples):
     assert found.prompt == examples[0]["prompt"] and found.reason == "why"
 
 
+def test_a_reference_is_read_as_far_as_the_model_has_positions(models, pair, tokenizer, examples):
+    for model in models:
+        model.config.max_position_embeddings = len(pair[0]) + 1
+    (found,) = inspect_examples(models, tokenizer, examples, [(0, "why")], ([pair[1][:1]], [pair[1][:1]]))
+    assert len(found.passages[0].tokens) == 1
+
+
 def test_examples_are_chosen_in_turn_and_none_twice():
     texts = (list("abcd"), list("wxyz"))
     gains = find_gains("sft", "ppo", "bleu", [0.0] * 4, [0.9, -0.5, 0.12, 0.2], texts, ["w"] * 4)

@@ -19,7 +19,7 @@ FACTS = CardFacts(
     language="de",
     rewards=["bleu x 1"],
     is_adapter=True,
-    is_encoder_decoder=False,
+    auto_class="AutoModelForCausalLM",
     path="runs/demo/ppo",
     recipe="# The recipe\nname: demo\n",
     versions={"python": "3.11", "torch": "2.13"},
@@ -63,11 +63,19 @@ def test_before_the_evaluation_there_are_no_figures():
 
 def test_an_sft_model_from_scratch_is_a_whole_model_without_a_base_on_the_hub(report):
     facts = replace(FACTS, stage="sft", base="random weights (t5)", hub_base=None, is_adapter=False, rewards=[])
-    card = ModelCard(model_card(replace(facts, is_encoder_decoder=True), report))
+    card = ModelCard(model_card(replace(facts, auto_class="AutoModelForSeq2SeqLM"), report))
     assert card.data.base_model is None and card.data.library_name == "transformers"
     assert "AutoModelForSeq2SeqLM.from_pretrained" in card.text and "peft" not in card.text
     assert report["verdict"] not in card.text and "rewards" not in card.text
     assert card.data.eval_results[0].metric_value == round(report["systems"]["sft"]["metrics"]["bleu"]["value"], 4)
+
+
+def test_a_model_that_hears_is_loaded_by_classes_that_know_it():
+    facts = replace(FACTS, auto_class="AutoModelForSpeechSeq2Seq")
+    card = ModelCard(model_card(facts, None))
+    assert "AutoPeft" not in card.text and "PeftModel.from_pretrained(base, " in card.text
+    assert card.data.pipeline_tag == "automatic-speech-recognition"
+    assert "AutoModelForSpeechSeq2Seq.from_pretrained(" in model_card(replace(facts, is_adapter=False), None)
 
 
 def test_texts_stay_on_their_line(report):

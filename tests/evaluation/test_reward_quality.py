@@ -103,6 +103,8 @@ def test_pairs_of_one_prompt_are_one_cluster_and_the_gate_looks_where_the_interv
     assert (alike.accuracy.value, alike.accuracy.count, alike.accuracy.clusters) == (0.75, 200, 8)
     assert alike.accuracy.low < 0.45 and "PPO refuses it: its interval begins below" in alike.verdict
     assert "It does not beat chance" in alike.findings[0]
+    swapped = report([pair(0, 1) for _ in range(150)] + [pair(1, 0) for _ in range(50)])
+    assert swapped.accuracy.high < 0.5 and "worse than chance" in swapped.findings[0]
 
 
 def test_accuracy_on_prompts_that_ppo_answers_and_on_fresh_ones():

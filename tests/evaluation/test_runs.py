@@ -168,6 +168,24 @@ def test_the_command_writes_three_files(evaluated, tmp_path, capsys):
     assert "PPO - SFT of each run" in capsys.readouterr().err
 
 
+def test_runs_of_one_name_are_told_apart(evaluated, tmp_path):
+    paths = [str(evaluated(f"{folder}/run", texts)) for folder, texts in (("old", MIXED), ("new", GOOD))]
+    assert compare_command([*paths, "--output", str(tmp_path / "comparison")]) == 0
+    found = json.loads((tmp_path / "comparison" / "report.json").read_text())
+    assert found["runs"] == paths
+    deltas = {gain["run"]: gain["delta"] for gain in found["gains"] if gain["metric"] == "bleu"}
+    assert deltas[paths[0]] == 0 < deltas[paths[1]]
+
+
+def test_a_metric_of_the_user_is_found_beside_the_runs(evaluated, tmp_path, monkeypatch):
+    (tmp_path / "my_own_measure.py").write_text(
+        "from pipeline.metrics import load_metric\n\n\ndef own(**options):\n    return load_metric('bleu')\n"
+    )
+    monkeypatch.setitem(METRICS[0], "name", "my_own_measure.own")
+    paths = [str(evaluated(f"runs/{name}", texts)) for name, texts in (("a", MIXED), ("b", GOOD))]
+    assert compare_command([*paths, "--output", str(tmp_path / "comparison")]) == 0
+
+
 def test_what_cannot_be_compared_is_one_sentence(evaluated, tmp_path, capsys):
     path = str(evaluated("a", MIXED))
     assert compare_command([path]) == 2

@@ -28,6 +28,7 @@ from pipeline.evaluation.significance import (
     paired_randomisation_means,
 )
 from pipeline.metrics import METRIC_NAMES, load_metric
+from pipeline.metrics.mean_metric import MeanMetric
 from pipeline.metrics.resampling import bootstrap_indices
 
 WORDS = [f"w{i}" for i in range(50)]
@@ -206,6 +207,12 @@ def test_unusable_input_is_refused():
         paired_bootstrap_means([1.0], [1.0, 2.0])
     with pytest.raises(ValueError, match=r"values of example 1 are not finite: 2.0 and nan$"):
         paired_bootstrap_means([1.0, 2.0], [1.0, float("nan")])
+
+
+def test_a_score_that_is_no_number_is_named():
+    metric = MeanMetric("mine", "", lambda text, references: float("nan") if text == "c" else 1.0)
+    with pytest.raises(ValueError, match=r"metric 'mine': the score of some texts is no finite number"):
+        paired_bootstrap(metric, ["a", "b"], ["a", "c"], [["a"], ["b"]], n_resamples=10)
 
 
 def test_indices_are_within_range_and_repeat():

@@ -49,6 +49,13 @@ def test_flat_references_on_the_modules_own_scale(script):
     assert evaluate.__version__ in score.signature
 
 
+@pytest.mark.parametrize(("name", "higher"), [("wer", False), ("mse", False), ("share", True)])
+def test_error_rates_that_are_known_by_name_are_better_where_they_are_lower(script, name, higher):
+    path = script(name, FLAT, SHARE)
+    assert load_metric(path).higher_is_better == higher
+    assert load_metric(path, higher_is_better=not higher).higher_is_better != higher
+
+
 def test_flat_module_refuses_a_second_reference(script):
     metric = load_metric(script("share_one", FLAT, SHARE))
     with pytest.raises(ValueError, match="takes one reference"):

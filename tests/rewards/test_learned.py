@@ -4,7 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertTokenizerFast,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 
 from pipeline.models.config import ModelConfig
 from pipeline.models.reward_model import RewardRecord
@@ -94,6 +100,13 @@ def test_a_weak_reward_is_refused_saying_how_to_override():
         ({"batch_size": "x"}, False, "has the options batch_size"),
         ({"template": "{prompt}{completion}"}, True, "reads token ids here, so its option template would do nothing"),
         ({"template": "{prompt}"}, False, "the template needs {prompt} and {completion} in it"),
+        (
+            {"template": '{"q": "{prompt}", "a": "{completion}"}'},
+            False,
+            "no other fields than {prompt} and {completion}",
+        ),
+        ({"template": "{system}{prompt}{completion}"}, False, "braces that stay are doubled"),
+        ({"template": "{prompt}{completion} }"}, False, "braces that stay are doubled"),
     ],
 )
 def test_options_that_do_nothing(options, is_adapter, message):
@@ -131,10 +144,10 @@ CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 )
 def test_a_classifier_reads_texts_by_its_own_tokenizer_and_template(classifier, chat, template, expected):
     reward = ClassifierReward(classifier(chat=chat), CONFIG, template)
-    ids = reward._encode("say north\n", "north red")
+    ids = reward._encode("say north\n", "north red")["input_ids"]
     assert ids == reward.tokenizer(expected)["input_ids"]
     raw = [
-        float(reward.model(input_ids=torch.tensor([reward._encode(p, t)])).logits)
+        float(reward.model(input_ids=torch.tensor([reward._encode(p, t)["input_ids"]])).logits)
         for p, t in zip(PROMPTS, TEXTS, strict=True)
     ]
     assert reward(PROMPTS, TEXTS, completion_ids=[[1]] * 3) == pytest.approx(raw, abs=1e-5)  # padding changes nothing
@@ -142,11 +155,29 @@ def test_a_classifier_reads_texts_by_its_own_tokenizer_and_template(classifier, 
     assert reward(PROMPTS, TEXTS) == pytest.approx([(value - 1) / 0.5 for value in raw], abs=1e-5)
 
 
+def test_a_classifier_that_tells_two_texts_apart_is_told_which_is_which(tmp_path):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "say", "north", "red"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    tokenizer = BertTokenizerFast(str(tmp_path / "vocab.txt"))
+    tokenizer.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                        num_labels=1, initializer_range=0.5)  # fmt: skip
+    model = BertForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    reward = ClassifierReward(str(tmp_path), CONFIG)
+    pairs = [("say north", "north"), ("say red", "red north red")]
+    expected = [float(model(**tokenizer(*pair, return_tensors="pt")).logits) for pair in pairs]
+    assert reward([p for p, _ in pairs], [t for _, t in pairs]) == pytest.approx(expected, abs=1e-5)
+    alone = [float(model(tokenizer(*pair, return_tensors="pt")["input_ids"]).logits) for pair in pairs]
+    assert alone != pytest.approx(expected, abs=1e-2)  # one text after the other is something else
+
+
 def test_a_classifier_reads_chats(classifier):
     reward = ClassifierReward(classifier(chat=True), CONFIG)
     chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
     expected = reward.tokenizer("<system>s<user>u<assistant>t")["input_ids"]
-    assert reward._encode(chat, "t") == expected
+    assert reward._encode(chat, "t")["input_ids"] == expected
     assert reward([chat], [[{"role": "assistant", "content": "t"}]]) == reward([chat], ["t"])
 
 

@@ -1,12 +1,18 @@
 """Rewards, metrics and reports see answers as a user means them: without the thoughts at their start."""
 
+from dataclasses import replace
+
 import pytest
 
 from pipeline.evaluation.decodings import DecodedText
 from pipeline.evaluation.predictions import Prediction
 from pipeline.evaluation.systems import SystemPredictions
+from pipeline.metrics import load_metric
 from pipeline.models.generation import Decoding
+from pipeline.models.text import encode_completions
 from pipeline.rewards.config import RewardConfig
+from pipeline.rewards.pairs import collect
+from pipeline.rewards.pairs.settings import SampledPairs
 from pipeline.trainers.ppo import PPOConfig, PPOTrainer
 
 
@@ -31,6 +37,22 @@ def test_rewards_and_metrics_of_ppo_see_no_thoughts(
     assert written.texts == ["north" if strips else "<think> hm </think> north"] * 2 and written.ids == [ids] * 2
     trainer.collect_rollout([0, 1])
     assert set(seen) == set(written.texts)
+
+
+def test_a_reward_model_learns_the_tokens_that_ppo_shows_it(taught, tokenizer, examples, monkeypatch):
+    ids = tokenizer("<think> hm </think> north", add_special_tokens=False)["input_ids"]
+    settings = replace(
+        SampledPairs(), samples=2, max_new_tokens=30, min_new_tokens=0, stop_strings=(), suppress_tokens=()
+    )
+    monkeypatch.setattr(
+        collect, "generate", lambda model, tokenizer, prompts, *given: [ids, [5, 6]] * (len(prompts) // 2)
+    )
+    given = (taught(), tokenizer, examples.select(range(2)), settings, load_metric("bleu"))
+    for thought, other in collect._draw_samples(*given, strip_thoughts=True):
+        prompt = examples[0]["prompt"]
+        assert thought.text == "north" and thought.ids == encode_completions(tokenizer, [prompt], ["north"])[0]
+        assert other.ids == [5, 6]
+    assert collect._draw_samples(*given, strip_thoughts=False)[0][0].ids == ids
 
 
 def test_the_report_sees_no_thoughts():

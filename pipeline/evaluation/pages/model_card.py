@@ -10,6 +10,10 @@ from pipeline.evaluation.pages.page import environment, visible
 from pipeline.evaluation.power import p_cell
 
 REPOSITORY_TAGS = ("relay", "trl")
+PIPELINE_TAGS = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForSpeechSeq2Seq": "automatic-speech-recognition",
+}
 KINDS = {"sft": "supervised fine-tuning", "ppo": "PPO", "control": "PPO with shuffled scores"}
 
 
@@ -32,7 +36,7 @@ class CardFacts:
     language: str | None
     rewards: Sequence[str]
     is_adapter: bool
-    is_encoder_decoder: bool
+    auto_class: str
     path: str
     recipe: str
     versions: Mapping[str, str]
@@ -50,7 +54,6 @@ def model_card(facts: CardFacts, report: Mapping[str, Any] | None) -> str:
             report=report,
             scores=score_rows(report) if system else [],
             comparisons=comparison_rows(facts.stage, report) if system else [],
-            auto_class="AutoModelForSeq2SeqLM" if facts.is_encoder_decoder else "AutoModelForCausalLM",
         )
     )
     return f"---\n{card_data(facts, system, report).to_yaml()}\n---\n\n{visible(text.strip())}\n"
@@ -62,7 +65,7 @@ def card_data(facts: CardFacts, system: Mapping[str, Any] | None, report: Mappin
     data = ModelCardData(
         model_name=f"{facts.name}-{facts.stage}",
         library_name="peft" if facts.is_adapter else "transformers",
-        pipeline_tag=None if facts.is_encoder_decoder else "text-generation",
+        pipeline_tag=PIPELINE_TAGS.get(facts.auto_class),
         language=facts.language,
         tags=[*REPOSITORY_TAGS, facts.stage],
         base_model=facts.hub_base,

@@ -1,6 +1,7 @@
 """The comparison of runs as tables and pages."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -32,6 +33,8 @@ def write_comparison(paths: Sequence[Path], output: Path) -> RunsReport:
     if len({path.resolve() for path in paths}) != len(paths) or len(paths) < 2:
         raise ValueError(f"give two or more different run directories, found {', '.join(map(str, paths))}")
     runs = [load_run(path) for path in paths]
+    if len({run.name for run in runs}) < len(runs):
+        runs = [replace(run, label=str(run.path)) for run in runs]
     report = compare_runs(runs)
     shown, title = comparison_tables(runs, report), f"Comparison of {', '.join(report.runs)}"
     output.mkdir(parents=True, exist_ok=True)

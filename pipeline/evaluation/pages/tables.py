@@ -128,7 +128,9 @@ def decoding_table(report: EvaluationReport) -> Table:
 
 def sentence_score_name(report: EvaluationReport, name: str) -> str:
     """Return what the scores of single texts by a measure are called; of each of them more is better."""
-    return f"1 - {name}" if name in lower_is_better(report) else name
+    if name not in lower_is_better(report):
+        return name
+    return f"-{name}" if name.startswith("evaluate:") else f"1 - {name}"
 
 
 def lower_is_better(report: EvaluationReport) -> list[str]:

@@ -108,6 +108,10 @@ def _draw_samples(
     count = settings.samples
     ids = generate(model, tokenizer, [p for p in prompts for _ in range(count)], decoding, settings.batch_size)
     texts = decode(tokenizer, ids, strip_thoughts)
+    if strip_thoughts:  # the tokens of what is left, as PPO shows it to the reward model
+        asked = [prompt for prompt in rows["prompt"] for _ in range(count)]
+        fresh, whole = encode_completions(tokenizer, asked, texts), decode(tokenizer, ids)
+        ids = [new if text != raw else old for new, old, text, raw in zip(fresh, ids, texts, whole, strict=True)]
     values = metric.sample_scores(texts, [references for references in rows["references"] for _ in range(count)])
     samples = [RankedText(*sample) for sample in zip(texts, ids, values, strict=True)]
     return [samples[start : start + count] for start in range(0, len(samples), count)]
