@@ -145,6 +145,7 @@ def pretended_gpu() -> Iterator[PretendedGPU]:
         patch.object(PartialState, "device", device, create=True),
         patch.object(AcceleratorState, "device", device, create=True),
         patch.object(TrainingArguments, "device", property(lambda args: args._setup_devices and GPU)),
+        patch.object(TrainingArguments, "n_gpu", 1),
         patch.object(static_step, "can_capture", lambda model: False),
         patch("pipeline.models.kernels.static_decode.can_capture", lambda model: False),
         patch("torch.cuda.get_device_properties", lambda device=None: properties),

@@ -230,7 +230,7 @@ def _generation_inputs(
     """Return the arguments of transformers' `generate`, and where a completion starts in what it returns."""
     sound = make_sound(prompts, model.device)
     if sound is not None:
-        features = sound.features.index_select(0, sound.index)
+        features = sound.features.index_select(0, sound.index).to(model.dtype)
         given = torch.tensor([list(prompt) for prompt in prompts], device=model.device)
         return {"input_features": features, "decoder_input_ids": given}, given.shape[1]
     prefix = decoder_prefix(model)

@@ -112,7 +112,7 @@ def _completion_logits(model: PreTrainedModel, sequences: Sequences) -> Tensor:
     """[B, C, V]: the model's own logits at each completion position."""
     width = sequences.completion_ids.shape[1]
     if sequences.sound is not None:
-        features = sequences.sound.features.index_select(0, sequences.sound.index)
+        features = sequences.sound.features.index_select(0, sequences.sound.index).to(model.dtype)
         read = torch.cat([sequences.prompt_ids, sequences.completion_ids[:, :-1]], dim=1)
         return model(input_features=features, decoder_input_ids=read, use_cache=False).logits[:, -width:]
     if model.config.is_encoder_decoder:

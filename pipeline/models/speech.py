@@ -94,7 +94,7 @@ class Sound:
     def encoded(self, model: PreTrainedModel, size: int) -> "Sound":
         """Return the same with what the encoder makes of every clip, `size` clips at a time."""
         encoder = model.get_encoder()
-        states = [encoder(features).last_hidden_state for features in self.features.split(size)]
+        states = [encoder(features).last_hidden_state for features in self.features.to(model.dtype).split(size)]
         return replace(self, states=torch.cat(states))
 
     def encoder_states(self, model: PreTrainedModel) -> Tensor:
@@ -102,7 +102,8 @@ class Sound:
         if self.states is not None:
             return self.states.index_select(0, self.index)
         distinct, index = self.index.unique(return_inverse=True)
-        states = model.get_encoder()(self.features.index_select(0, distinct)).last_hidden_state
+        features = self.features.index_select(0, distinct).to(model.dtype)  # which the first layer does not cast
+        states = model.get_encoder()(features).last_hidden_state
         # Not by indexing, whose gradient adds up in any order where there are several threads.
         return states.index_select(0, index)
 

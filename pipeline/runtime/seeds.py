@@ -39,7 +39,8 @@ def restore_random_state(state: dict[str, object]) -> None:
     np.random.set_state((kind, np.array(keys, np.uint32), *rest))
     torch.set_rng_state(torch.as_tensor(state["torch"], dtype=torch.uint8))
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([torch.as_tensor(device, dtype=torch.uint8) for device in state["cuda"]])
+        for device in range(min(torch.cuda.device_count(), len(state["cuda"]))):  # there may be fewer than before
+            torch.cuda.set_rng_state(torch.as_tensor(state["cuda"][device], dtype=torch.uint8), device)
 
 
 def of_this_process(states: Sequence, source: object):

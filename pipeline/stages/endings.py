@@ -39,11 +39,12 @@ def check_endings(
 
     def have_ended(block: Sequence[int]) -> list[bool]:
         chosen = [prompts[row] for row in block]
-        with trainer.accelerator.autocast():
-            completions = batches.run(lambda size: generate(model, tokenizer, chosen, decoding, size))
+        completions = batches.run(lambda size: generate(model, tokenizer, chosen, decoding, size))
         return finished(model, tokenizer, completions, decoding)
 
-    ended = gather_rows([range(i, min(i + BLOCK, len(prompts))) for i in range(0, len(prompts), BLOCK)], have_ended)
+    blocks = [range(i, min(i + BLOCK, len(prompts))) for i in range(0, len(prompts), BLOCK)]
+    with trainer.accelerator.autocast():  # one for all blocks: a CUDA graph of the first reads the casts it has made
+        ended = gather_rows(blocks, have_ended)
     if not ended:
         return {}
     share = 1 - sum(ended) / len(ended)

@@ -257,6 +257,18 @@ def test_random_states_come_back(tmp_path):
         of_this_process(states * 2, "here")
 
 
+def test_random_states_of_more_gpus_than_there_are_now(monkeypatch):
+    restored = {}
+    state = random_state() | {"cuda": [[1], [2], [3]]}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(
+        torch.cuda, "set_rng_state", lambda numbers, device: restored.update({device: numbers.tolist()})
+    )
+    restore_random_state(state)
+    assert restored == {0: [1], 1: [2]}
+
+
 def test_too_little_room_is_said_before_the_first_step(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10_000, 7_500, 2_500))
     check_space(tmp_path / "new", 800, 3)

@@ -6,13 +6,29 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+)
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from pipeline.models.adapters import adapter_config
 from pipeline.models.decoder_start import decoder_prefix
 from pipeline.models.sequences import Sequences, make_sequences
 from pipeline.models.shared import SharedModel
-from pipeline.models.states import check_causal, check_trunk_and_head, completion_states, encode, final_states, lm_head
+from pipeline.models.states import (
+    check_causal,
+    check_repeatable,
+    check_trunk_and_head,
+    completion_states,
+    encode,
+    final_states,
+    lm_head,
+)
 
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11, 12], [9]]
 COMPLETIONS = [[13, 14], [15, 16, 17, 18, 2], [19], [20, 21]]
@@ -255,3 +271,19 @@ def test_a_model_that_reads_both_ways_is_refused(taught, taught_t5):
     for model in (taught().train(), taught_t5().train()):
         check_causal(model)
         assert model.training
+
+
+def test_checks_need_no_kernel_of_a_gpu(taught):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("FlashAttention only supports CUDA")
+
+    AttentionInterface.register("of_a_gpu", refuse)
+    AttentionMaskInterface.register("of_a_gpu", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    model = taught()
+    model.set_attn_implementation("of_a_gpu")
+    with pytest.raises(RuntimeError, match="only supports CUDA"):
+        model(torch.tensor([[1, 2]]))
+    check_causal(model)
+    check_repeatable(model)
+    check_trunk_and_head(model)
+    assert model.config._attn_implementation == "of_a_gpu"

@@ -104,7 +104,6 @@ def count_passes(trainer: PPOTrainer) -> list[int]:
         {"value_model": "adapter"},
         {"gradient_checkpointing": True},
         {"entropy_coef": 0.01},
-        {"ptx_coef": 0.1},
         {"sync_ref_model": True},
     ],
     ids=str,
@@ -131,6 +130,9 @@ def test_a_pass_is_learnt_from_once_and_only_by_its_own_rollout(make_exact):
     passes = count_passes(parts)
     learn(parts, rollout)
     assert len(passes) == 3 and len(own.sequences) == 8
+    rollout_of(parts)
+    parts.evaluate(parts.train_dataset.select(range(2)))  # which needs the memory
+    assert parts.learner._scored is None
 
 
 @pytest.mark.parametrize("use_peft", [True, False], ids=["lora", "full"])

@@ -26,13 +26,15 @@ def test_it_is_mixed_by_hand():
     assert reference.weights[0].tolist() == [11.0, 12.0]
 
 
+@pytest.mark.filterwarnings("ignore:.*bf16")
+@pytest.mark.parametrize("bf16", [False, True])  # autocast keeps its casts of weights, which change here meanwhile
 @pytest.mark.parametrize("use_peft", [True, False])
-def test_the_kl_starts_anew_where_it_becomes_the_policy(make_trainer, use_peft):
-    trainer = make_trainer(total_episodes=40, use_peft=use_peft, **MOVING)
+def test_the_kl_starts_anew_where_it_becomes_the_policy(make_trainer, use_peft, bf16):
+    trainer = make_trainer(total_episodes=40, use_peft=use_peft, bf16=bf16, **MOVING)
     trainer.train()
     kls = [line["objective/kl"] for line in training_steps(trainer.output_dir)]
     assert [kl == 0 for kl in kls] == [True, False, True, False, True]
-    fixed = make_trainer("fixed", total_episodes=40, use_peft=use_peft, kl_coef=0.5)
+    fixed = make_trainer("fixed", total_episodes=40, use_peft=use_peft, bf16=bf16, kl_coef=0.5)
     fixed.train()
     assert [line["objective/kl"] == 0 for line in training_steps(fixed.output_dir)] == [True] + [False] * 4
 

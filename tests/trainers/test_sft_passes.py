@@ -1,9 +1,11 @@
 """SFT where memory runs out: the same loss and gradient in smaller passes, then with layers computed again."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
+from pretended_gpu import pretended_gpu
 
 from pipeline.models.loading import lora_config
 from pipeline.trainers.huggingface import sft
@@ -102,14 +104,35 @@ def test_smaller_passes_have_the_same_loss_and_gradient(make, one_accelerator, m
         assert own_loss or ours["num_tokens"] == plain["num_tokens"]
 
 
-def test_layers_are_computed_again_where_not_one_row_fits(make, one_accelerator, capfd):
+def test_layers_are_computed_again_where_not_one_row_fits(make, one_accelerator, capfd, monkeypatch):
     expected = trained(make("whole"))
-    short = make("short")
+    short, graphs = make("short"), []
     rows = limit_rows(short, lambda count: count <= 2 and short.model.is_gradient_checkpointing)
+    compute_loss, network = short.compute_loss, short.model
+    checkpoint = network.gradient_checkpointing_enable
+
+    def watched(*given, **options):
+        loss = compute_loss(*given, **options)
+        graphs.append(weakref.ref(loss))
+        return loss
+
+    def enabled(arguments):
+        assert len(graphs) == 4 and not any(graph() is not None for graph in graphs)  # their memory is needed
+        checkpoint(arguments)
+
+    monkeypatch.setattr(short, "compute_loss", watched)
+    monkeypatch.setattr(network, "gradient_checkpointing_enable", enabled)
     results = trained(short)
     assert rows[:8] == [8, 4, 2, 1, 8, 4, 2, 2] and set(rows[8:]) == {2}
     assert "computed again in the backward pass" in capfd.readouterr().err
     torch.testing.assert_close(results, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{"padding_free": True}, {"packing": True}], ids=str)
+def test_one_row_of_many_texts_is_one_pass(make, settings):
+    with pretended_gpu() as mode:
+        make("packed", **settings).train()
+    assert mode.operations > 1000
 
 
 def test_what_does_not_fit_even_so_is_an_error(make, one_accelerator):

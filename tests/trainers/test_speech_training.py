@@ -11,11 +11,14 @@ from transformers import WhisperProcessor
 
 from pipeline.metrics import load_metric
 from pipeline.models.clips import feature_extractor
-from pipeline.models.generation import generate
+from pipeline.models.generation import Decoding, generate
+from pipeline.models.likelihood import completion_logprobs
 from pipeline.models.loading import load_model, load_policy, lora_config
 from pipeline.models.prompts import encode_rows
+from pipeline.models.sequences import make_sequences
 from pipeline.models.shared import SharedModel
 from pipeline.models.speech import read_clip
+from pipeline.models.states import final_states
 from pipeline.models.text import encode_completions
 from pipeline.rewards.metric import metric_reward
 from pipeline.trainers.huggingface.encoder_decoder import SpeechCollator, SpeechSFTTrainer
@@ -273,6 +276,19 @@ def test_mixed_in_references_hold_nothing_forbidden(make_ppo, whisper_tokenizer,
     prompts = encode_rows(whisper_tokenizer, spoken)
     with pytest.raises(ValueError, match=r"ppo.ptx_coef: \d+ of 24 references hold tokens that .*forbids"):
         encode_references(PPOConfig(**SMALL, ptx_coef=0.1), spoken, prompts, whisper_tokenizer, model)
+
+
+def test_a_frozen_base_of_half_precision_hears_without_autocast(taught_whisper, whisper_tokenizer, spoken, make_sft):
+    model = taught_whisper().to(torch.bfloat16)
+    prompts = encode_rows(whisper_tokenizer, spoken.select(range(2)), True)
+    for beams in (1, 2):
+        assert len(generate(model, whisper_tokenizer, prompts, Decoding(4, num_beams=beams), 2)) == 2
+    sequences = make_sequences(prompts, [[5, 6], [7]], 0)
+    assert final_states(model, sequences).dtype == torch.bfloat16
+    assert completion_logprobs(model, sequences).isfinite().all()
+    trainer = make_sft(num_train_epochs=1)
+    trainer.model.get_base_model().to(torch.bfloat16)
+    trainer.train()
 
 
 def test_clips_and_models_meet_on_one_gpu(make_sft, make_ppo, spoken):

@@ -8,7 +8,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 from trl import SFTTrainer
 
-from pipeline.runtime.memory import in_smaller_batches, is_out_of_memory
+from pipeline.runtime.memory import free_memory, in_smaller_batches, is_out_of_memory
 from pipeline.runtime.messages import say
 from pipeline.trainers.huggingface.resumable import ResumableTrainer
 
@@ -40,14 +40,16 @@ class ResumableSFTTrainer(ResumableTrainer, SFTTrainer):
             return torch.stack(losses).sum()
 
         # The loss is a sum over tokens but where a router's is added, which is a mean over each pass.
-        count, is_sum = len(inputs["input_ids"]), num_items_in_batch is not None and not self.aux_loss_enabled
+        count, is_sum = len(inputs["labels"]), num_items_in_batch is not None and not self.aux_loss_enabled
         compute = self._in_passes if is_sum else lambda attempt, count: attempt(count)
+        network, loss = self.accelerator.unwrap_model(model), None
         try:
             loss = compute(attempt, count)
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-            network = self.accelerator.unwrap_model(model)
             if network.is_gradient_checkpointing or not is_out_of_memory(error):
                 raise
+        if loss is None:  # after the block, where the traceback no longer holds the pass that failed
+            free_memory()
             say("out of memory: from now on layers are computed again in the backward pass (gradient_checkpointing)")
             network.gradient_checkpointing_enable({"use_reentrant": False})
             loss = compute(attempt, count)
@@ -57,8 +59,9 @@ class ResumableSFTTrainer(ResumableTrainer, SFTTrainer):
         return loss
 
     def _is_alone(self) -> bool:
-        """Tell whether one accelerator trains, and nothing else waits for this pass or holds its gradients."""
-        return self.accelerator.distributed_type == DistributedType.NO and self.args.n_gpu == 1
+        """Tell whether one accelerator trains by rows that can be parted, and nothing else waits for this pass."""
+        is_one = self.accelerator.distributed_type == DistributedType.NO and self.args.n_gpu == 1
+        return is_one and not self.padding_free
 
     def _in_passes(self, attempt: Callable[[int], Tensor], count: int) -> Tensor:
         before = min(self.rows_of_a_pass or count, count)

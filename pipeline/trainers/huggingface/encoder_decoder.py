@@ -77,6 +77,12 @@ class SpeechSFTTrainer(EncoderDecoderSFTTrainer):
         if not is_set:
             self._signature_columns = [*self._signature_columns, CLIP]
 
+    def _prepare_inputs(self, inputs):
+        """Move a batch to the model, and its features to the precision of a frozen base: no layer casts them."""
+        prepared = super()._prepare_inputs(inputs)
+        features = prepared["input_features"].to(self.accelerator.unwrap_model(self.model).dtype)
+        return {**prepared, "input_features": features}
+
     def _track_num_input_tokens(self, inputs) -> None:
         """Count the tokens of the texts."""
         labels = inputs["labels"]

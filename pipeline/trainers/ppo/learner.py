@@ -134,13 +134,13 @@ class Learner:
         is the whole of the first optimizer step, that step takes the gradient of this pass and makes none of its own.
         """
         sequences = make_sequences(prompt_ids, completion_ids, pad_id, self.accelerator.device)
-        self._scored = None
+        keep_graph = not self.exchange.is_needed and not self.args.ptx_coef  # whose passes come before, and need room
+        self.drop_graph()
 
         def attempt(size: int) -> tuple[Sequences, TokenOutputs, PolicyOutputs | None]:
             with self.accelerator.autocast():
                 encoded = self.shared.encoded(sequences, size) if self.shared.encoder_is_frozen else sequences
-                given = (encoded, size, self.moving_reference, not self.exchange.is_needed)
-                return encoded, *compute_token_outputs(self.shared, *given)
+                return encoded, *compute_token_outputs(self.shared, encoded, size, self.moving_reference, keep_graph)
 
         sequences, outputs, scored = self._in_micro_batches(attempt)
         self._scored = None if scored is None else (sequences, scored)
@@ -173,7 +173,7 @@ class Learner:
                 if not log.is_over:
                     log.add(self.optimizer_step(mini_batch, value_only, its_references))
                 self.scheduler.step()
-        self._scored = None
+        self.drop_graph()
         stats = log.statistics() | {
             "policy/memory_parts": float(-(-self._first_size // self.micro_batch_size)),
             "lr": self.scheduler.get_last_lr()[0],
@@ -238,6 +238,10 @@ class Learner:
             return sums
 
         return self.accelerator.reduce(self._in_micro_batches(attempt), reduction="sum").cpu()
+
+    def drop_graph(self) -> None:
+        """Free the graph of the pass that scored a rollout, where what comes next needs its memory."""
+        self._scored = None
 
     def _take_scored(self, mini_batch: Experience, micro_batch: Experience) -> PolicyOutputs | None:
         """Return the pass that scored these rows, once; None where they were not scored in one pass."""

@@ -40,3 +40,4 @@ class MovingReference:
     def _put(self, weights: Sequence[Tensor]) -> None:
         for parameter, weight in zip(self.parameters, weights, strict=True):
             parameter.copy_(weight)
+        torch.clear_autocast_cache()  # which knows a weight by its place in memory, and not by what is there

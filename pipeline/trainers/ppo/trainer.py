@@ -225,9 +225,8 @@ class PPOTrainer:
             FloatingPointError: the gradients of `max_skipped_steps` optimizer steps in a row were not finite.
         """
         enter(f"the update of PPO step {self.state.step + 1}")
-        step, state = self.state.step, self.state
+        state, step, is_warm_up = self.state, self.state.step, self.state.step < self.args.value_warmup_steps
         seed = derive_seed(self.seed, "mini-batches", step, self.accelerator.process_index)
-        is_warm_up = step < self.args.value_warmup_steps
         rows = self.prompt_rows(step)[:: self.args.num_generations]
         references = self._references and self._references.sequences(rows, self.accelerator.device)
         try:
@@ -249,6 +248,7 @@ class PPOTrainer:
     def evaluate(self, eval_dataset: EvalData | None = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Answer the held-out prompts, or others: each reward, their weighted sum `eval_reward`, length, metrics."""
         enter(f"the evaluation after PPO step {self.state.step}")
+        self.learner.drop_graph()
         rewards = scale_rewards(self.rewards, self.state.reward_deviations)  # of all evaluations the last weights
         held_out = self.held_out if eval_dataset is None else self.evaluator.encode(eval_dataset)
         return self.evaluator.figures(held_out, partial(self.compute_rewards, rewards=rewards), metric_key_prefix)
@@ -279,8 +279,8 @@ class PPOTrainer:
         evaluates = bool(self.held_out) and (step % (args.eval_steps or max(1, total // 10)) == 0 or step == total)
         if evaluates:
             self._evaluate_and_compare()
-        saves = step % args.save_steps == 0 if args.save_steps else evaluates
-        saves = saves or step in (total, self.state.best_step)
+        is_due = step % args.save_steps == 0 if args.save_steps else evaluates
+        saves = is_due or step in (total, self.state.best_step)
         if saves:
             self.save_checkpoint()
         if number := requested_stop():
