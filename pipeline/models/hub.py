@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from pipeline.models.config import ModelConfig
 from pipeline.runtime.hub import PROBE_SECONDS, ask_hub
@@ -120,6 +120,18 @@ def read_tokenizer(
         )
     except Exception as error:  # as in read_config
         raise unreadable(path, "tokenizer", "tokenizer files", error) from error
+
+
+def read_ends(path: str | Path, config: PretrainedConfig, revision: str = "main") -> list[int]:
+    """Return the tokens at which generation ends a model's texts, as its generation config says, or its `config`."""
+    try:
+        settings = GenerationConfig.from_pretrained(
+            os.path.expanduser(path), revision=pinned_revision(str(path), revision)
+        )
+    except (OSError, ValueError):  # there is none
+        settings = config.get_text_config(decoder=True)
+    ends = settings.eos_token_id
+    return ends if isinstance(ends, list) else [] if ends is None else [ends]
 
 
 def adapter_base(directory: Path, config: ModelConfig) -> tuple[str, ModelConfig]:

@@ -25,7 +25,15 @@ from transformers import (
 from pipeline.models.adapters import attach_adapter
 from pipeline.models.config import ModelConfig
 from pipeline.models.decoder_start import check_decoder, check_languages, set_decoder_start
-from pipeline.models.hub import ADAPTER_FILE, adapter_base, pinned_revision, read_config, read_tokenizer, unreadable
+from pipeline.models.hub import (
+    ADAPTER_FILE,
+    adapter_base,
+    pinned_revision,
+    read_config,
+    read_ends,
+    read_tokenizer,
+    unreadable,
+)
 from pipeline.models.processors import save_processor
 from pipeline.models.quantized import use_one_product
 from pipeline.models.speech import reads_sound
@@ -81,8 +89,10 @@ def load_tokenizer(path: str | Path, config: ModelConfig) -> PreTrainedTokenizer
         raise ValueError(f"model: the tokenizer of {str(path)!r} has no EOS token, so no completion could ever end")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if not load_config(path, config).is_encoder_decoder:
+    model_config = load_config(path, config)
+    if not model_config.is_encoder_decoder:
         tokenizer.padding_side = "left"
+    tokenizer.turn_ends = read_ends(path, model_config, config.model_revision)
     return tokenizer
 
 

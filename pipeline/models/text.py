@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -65,8 +65,10 @@ def encode_completions(
     chats = [pair for pair in pairs if not isinstance(pair[0], str)]
     plain = iter(tokenizer(text_target=texts, add_special_tokens=False)["input_ids"] if texts else [])
     turns = iter(_tokenise(tokenizer, [_render_answer(tokenizer, *chat) for chat in chats]))
-    eos = tokenizer.eos_token_id
-    return [[*next(plain), eos] if isinstance(prompt, str) else _until_last(next(turns), eos) for prompt, _ in pairs]
+    eos, ends = tokenizer.eos_token_id, {*getattr(tokenizer, "turn_ends", ())}
+    return [
+        [*next(plain), eos] if isinstance(prompt, str) else _until_end(next(turns), eos, ends) for prompt, _ in pairs
+    ]
 
 
 def decode(
@@ -271,8 +273,11 @@ def _render_answer(tokenizer: PreTrainedTokenizerBase, prompt: Messages, complet
     return whole[len(start) :]
 
 
-def _until_last(ids: list[int], eos: int) -> list[int]:
-    """Return the ids up to the last EOS, which is added where there is none."""
-    if eos in ids:  # templates often write a newline after the end-of-turn token
-        return ids[: len(ids) - ids[::-1].index(eos)]
-    return [*ids, eos]
+def _until_end(ids: list[int], eos: int, ends: Collection[int]) -> list[int]:
+    """Return the ids up to the last EOS, else up to the last of `ends`; EOS is added where there is none of them.
+
+    Templates often write a line break after the token that ends a turn, which generation never reaches.
+    """
+    found = {eos} if eos in ids else ends
+    last = max((place for place, token in enumerate(ids) if token in found), default=None)
+    return [*ids, eos] if last is None else ids[: last + 1]

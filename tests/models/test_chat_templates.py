@@ -1,9 +1,10 @@
 """Chat templates as models have them: what they add to answers, dates, settings, tools, and what they leave out."""
 
+import shutil
 from datetime import datetime
 
 import pytest
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from pipeline.models import text as text_module
 from pipeline.models.config import ModelConfig
@@ -128,6 +129,24 @@ def test_a_recipes_template_and_settings_are_saved_with_the_model(tmp_path, base
     assert again.chat_template == saved.chat_template
     [ids] = encode_completions(saved, [USER], ["four"])
     assert decode(saved, [ids]) == ["four"] and "think" not in saved.decode(ids)
+
+
+def test_a_turn_ends_where_generation_ends_it(tmp_path, base_directory):
+    """As Gemma and Phi-3 have it: a token ends the turn that is not the tokenizer's EOS, and a line break follows."""
+    shutil.copytree(base_directory, tmp_path, dirs_exist_ok=True)
+    tokenizer = load_tokenizer(base_directory, ModelConfig(str(base_directory)))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end_of_turn>"]})
+    tokenizer.chat_template = PLAIN.replace("+ eos_token", "+ '<end_of_turn>\\n'")
+    tokenizer.save_pretrained(tmp_path)
+    end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    endings = []
+    for eos in ([tokenizer.eos_token_id, end], tokenizer.eos_token_id):
+        GenerationConfig(eos_token_id=eos).save_pretrained(tmp_path)
+        saved = load_tokenizer(tmp_path, ModelConfig(str(tmp_path)))
+        [ids] = encode_completions(saved, [USER], ["four"])
+        assert decode(saved, [ids]) == ["four"]
+        endings.append((ids[-1], end in ids))
+    assert endings == [(end, True), (tokenizer.eos_token_id, True)]  # generation has to reach one that ends it
 
 
 def test_settings_without_a_template_or_with_names_of_no_variable_are_refused(base_directory):
