@@ -9,7 +9,8 @@ from pipeline.models.config import ModelConfig
 from pipeline.models.hub import CONFIG_FILES
 from pipeline.models.sampling import Decoding
 from pipeline.recipe import Recipe, load_stored_recipe
-from pipeline.stages.directory import FINISHED, RunDirectory
+from pipeline.stages.digests import record_digest
+from pipeline.stages.directory import FINISHED, RunDirectory, read_record
 from pipeline.stages.inputs import sft_model_path
 from pipeline.stages.task import base_model_path, task_config
 from pipeline.tasks import parallel
@@ -56,6 +57,11 @@ def find_model(path: Path, system: str | None, systems: tuple[str, ...] = SYSTEM
     recipe = load_stored_recipe(recipe_file)
     sources = finished_sources(recipe, run)
     name = system or ("ppo" if "ppo" in sources else "sft")
+    if name == "ppo" and name in sources and not is_current(run, "ppo", "sft"):
+        raise ValueError(
+            f"{str(path)!r}: the sft stage was made again after ppo, which was trained from what it was before; run "
+            "ppo again, or name --system sft"
+        )
     if name not in systems or name not in sources:
         finished = [trained for trained in TRAINED if trained in sources]
         there = f"finished: {', '.join(finished)}" if finished else "run its recipe first"
@@ -87,6 +93,12 @@ def finished_sources(recipe: Recipe, run: RunDirectory) -> dict[str, Source]:
     return sources
 
 
+def is_current(run: RunDirectory, stage: str, *needed: str) -> bool:
+    """Tell whether stages that a finished stage has read are those of the run now, as far as its record says."""
+    read = read_record(run.record_file(stage)).get("inputs", {})
+    return all(read[name] == record_digest(run.stage(name)) for name in needed if name in read)
+
+
 def is_chat_run(recipe: Recipe | None) -> bool:
     """Tell whether a chat may go on after the first answer: a prompt around a source text stands alone."""
     return recipe is None or not isinstance(recipe.task.config, parallel.Config)
@@ -103,12 +115,15 @@ def prompt_from(recipe: Recipe | None, text: str, has_template: bool) -> str | l
     config = task_config(recipe)
     if isinstance(config, parallel.Config):
         return parallel.prompt_of_source(config, text)
-    if config.chat is True or (config.chat == "auto" and has_template):
+    chat = getattr(config, "chat", None)  # speech and tasks of the user have no such key
+    if chat is True or (chat == "auto" and has_template):
         return with_system(as_user_turn(text), config.system)
     return text
 
 
 def report_of(run: RunDirectory) -> dict | None:
-    """Return report.json of a run's evaluation; None where there is none."""
+    """Return report.json of a run's evaluation; None where there is none, or one of models that were made again."""
     file = run.eval / "report.json"
+    if not is_current(run, "eval", *TRAINED):
+        return None
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None

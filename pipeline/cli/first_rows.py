@@ -46,7 +46,7 @@ def tokenizer_problem(recipe: Recipe) -> str | None:
     if path is None:
         return None
     try:
-        check_model_path(path, "model.model_name_or_path")
+        check_model_path(path, "model.model_name_or_path", recipe.model.model_revision)
         load_tokenizer(path, recipe.model)
     except (ValueError, OSError) as error:
         return str(error)

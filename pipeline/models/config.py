@@ -2,7 +2,7 @@
 
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 FROM_SCRATCH_ARCHITECTURES = ("llama", "gpt_neox", "t5", "bart", "whisper")
@@ -125,6 +125,14 @@ class ModelConfig:
     load_in_4bit: bool = False
     bnb_4bit_quant_type: str = "nf4"  # of the 4-bit weights
     use_bnb_nested_quant: bool = False  # quantise the scales as well: 0.52 instead of 0.56 bytes a weight
+
+    def in_own_template(self) -> "ModelConfig":
+        """Return the same for a model of another kind, which is asked in the chat template of its own tokenizer."""
+        return replace(self, chat_template=None, chat_template_kwargs={})
+
+    def revision_of(self, path: object) -> str:
+        """Return the revision at which a Hub model is read: `model_revision` is that of the recipe's own model."""
+        return self.model_revision if str(path) == self.model_name_or_path else "main"
 
     def __post_init__(self) -> None:
         if (self.model_name_or_path is None) == (self.from_scratch is None):

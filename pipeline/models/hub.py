@@ -20,7 +20,7 @@ class ModelNotFoundError(ValueError):
     """A model directory or Hub id that cannot be read; the message names the key and the fix."""
 
 
-def check_model_path(path: str, key: str) -> None:
+def check_model_path(path: str, key: str, revision: str = "main") -> None:
     """Refuse a path or Hub id that cannot be a model here, in one sentence naming `key`, before anything is loaded.
 
     Raises:
@@ -34,9 +34,9 @@ def check_model_path(path: str, key: str) -> None:
         return
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise ModelNotFoundError(f"{key}: no directory {path!r}; give an existing model directory or a Hub id")
-    if cached_commit(path) is not None:
+    if cached_commit(path, revision) is not None:
         return
-    problem = ask_hub(path, "model").problem
+    problem = ask_hub(path, "model", None if revision == "main" else revision).problem
     if problem:
         raise ModelNotFoundError(
             f"{key}: {path!r} is not a local directory and could not be read from the Hugging Face Hub "

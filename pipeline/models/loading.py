@@ -48,7 +48,7 @@ def load_config(path: str | Path, config: ModelConfig) -> PretrainedConfig:
     directory = Path(path).expanduser()
     if (directory / ADAPTER_FILE).is_file():
         return load_config(*adapter_base(directory, config))
-    return read_config(str(path), config.model_revision, config.trust_remote_code)
+    return read_config(str(path), config.revision_of(path), config.trust_remote_code)
 
 
 def is_encoder_decoder(config: ModelConfig) -> bool:
@@ -80,7 +80,7 @@ def load_tokenizer(path: str | Path, config: ModelConfig) -> PreTrainedTokenizer
         return load_tokenizer(*adapter_base(directory, config))
     codes = {"src_lang": config.src_lang, "tgt_lang": config.tgt_lang}
     languages = {key: code for key, code in codes.items() if code is not None}
-    tokenizer = read_tokenizer(path, config.model_revision, config.trust_remote_code)
+    tokenizer = read_tokenizer(path, config.revision_of(path), config.trust_remote_code)
     set_chat_template(tokenizer, config.chat_template, config.chat_template_kwargs)
     check_languages(tokenizer, languages)
     for key, code in languages.items():
@@ -92,7 +92,7 @@ def load_tokenizer(path: str | Path, config: ModelConfig) -> PreTrainedTokenizer
     model_config = load_config(path, config)
     if not model_config.is_encoder_decoder:
         tokenizer.padding_side = "left"
-    tokenizer.turn_ends = read_ends(path, model_config, config.model_revision)
+    tokenizer.turn_ends = read_ends(path, model_config, config.revision_of(path))
     return tokenizer
 
 
@@ -121,7 +121,7 @@ def check_weights(path: str | Path, config: ModelConfig) -> PreTrainedModel | No
     if "auto_map" in model_config.to_dict():
         return None
     return empty_model(
-        language_model_class(model_config), path, model_config, pinned_revision(path, config.model_revision)
+        language_model_class(model_config), path, model_config, pinned_revision(path, config.revision_of(path))
     )
 
 
@@ -151,7 +151,7 @@ def load_model(path: str | Path, config: ModelConfig, frozen: bool = False) -> P
     # An engine shards weights of one type, and those of the adapter are float32.
     bf16_gpu = frozen and launched_engine() is None and gpu_has_bf16(PartialState().device)
     dtype = weights_dtype(config, frozen, bf16_gpu)
-    revision = pinned_revision(str(path), config.model_revision)
+    revision = pinned_revision(str(path), config.revision_of(path))
     try:
         kind, source = _weights_source(path, model_config, dtype, revision, frozen and config.load_in_4bit)
         model, info = kind.from_pretrained(

@@ -9,7 +9,11 @@ from pipeline.rewards import build_rewards
 from pipeline.rewards.config import RewardConfig
 from pipeline.rewards.constant import constant_reward
 from pipeline.runtime.messages import did_you_mean
+from pipeline.runtime.user_code import is_user_code
 from pipeline.trainers import trackers
+
+LOGGED_BY_SFT = ("eval_loss", "eval_mean_token_accuracy")
+LOGGED_BY_PPO = ("reward", "length", "finished")
 
 
 def check_measures(recipe: Recipe, document: Document) -> None:
@@ -31,6 +35,10 @@ def _check_best_metric(recipe: Recipe, document: Document) -> None:
         if name is not None and not name.startswith("eval_"):
             rule = f"must be a logged evaluation metric, which starts with eval_, found {name!r}"
             raise document.error((section, "metric_for_best_model"), f"{rule}; did you mean 'eval_{name}'?")
+    if names["sft"] not in (None, *LOGGED_BY_SFT):
+        rule = f"must be one of {', '.join(LOGGED_BY_SFT)}, which SFT logs, found {names['sft']!r}"
+        advice = "; to choose a checkpoint of SFT by a metric add eval.baselines: [sft_by_metric]"
+        raise document.error(("sft", "metric_for_best_model"), rule + advice)
 
 
 def _check_trackers(recipe: Recipe, document: Document) -> None:
@@ -59,12 +67,17 @@ def _check_metrics_and_rewards(recipe: Recipe, document: Document) -> None:
                 ("eval", "metrics", index), f"{rule}; keep one, or write a metric with a name of its own"
             )
         names.append(loaded.name)
-        chooses = recipe.ppo is not None and recipe.ppo.metric_for_best_model == f"eval_{metric.name}"
+        chooses = recipe.ppo is not None and recipe.ppo.metric_for_best_model == f"eval_{loaded.name}"
         if chooses and recipe.ppo.greater_is_better != loaded.higher_is_better:
             right = str(loaded.higher_is_better).lower()
-            rule = f"{metric.name} is better where it is {'higher' if loaded.higher_is_better else 'lower'}"
+            rule = f"{loaded.name} is better where it is {'higher' if loaded.higher_is_better else 'lower'}"
             raise document.error(("ppo", "greater_is_better"), f"must be {right}: {rule}")
     rewards = recipe.ppo.rewards if recipe.ppo is not None else ()
+    if recipe.ppo is not None and not any(is_user_code(reward.name) for reward in rewards):  # which may log others
+        logged, name = [f"eval_{each}" for each in (*LOGGED_BY_PPO, *names)], recipe.ppo.metric_for_best_model
+        if name not in logged and not name.startswith("eval_reward/"):
+            rule = f"must be logged by PPO's evaluations, found {name!r}{did_you_mean(name, logged)}"
+            raise document.error(("ppo", "metric_for_best_model"), f"{rule}; name a metric of eval.metrics")
     try:
         build_rewards(rewards, recipe.language, constant_reward())
     except (ValueError, TypeError) as error:

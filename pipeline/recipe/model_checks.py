@@ -22,12 +22,13 @@ def check_models(recipe: Recipe) -> None:
     """
     models = dict(named_models(recipe))
     for path, key in models.items():
-        check_model_path(path, key)
+        check_model_path(path, key, recipe.model.revision_of(path))
     for path, key in models.items():
+        config = recipe.model.in_own_template() if key == "eval.systems" else recipe.model
         try:
-            model = check_weights(path, recipe.model)
+            model = check_weights(path, config)
             if model is not None:
-                check_special_tokens(model, load_tokenizer(path, recipe.model))
+                check_special_tokens(model, load_tokenizer(path, config))
         except ValueError as error:
             raise ValueError(f"{key}: {str(error).removeprefix('processing_class: ')}") from error
         if model is not None and key != "eval.systems" and trains_adapter(recipe):

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from pipeline.evaluation.config import SFT_LONGER
 from pipeline.recipe import Recipe
 from pipeline.rewards.pairs.settings import SampledPairs
 from pipeline.runtime.user_code import is_user_code, user_code_files
@@ -21,7 +22,8 @@ def code_files(recipe: Recipe, stage: str) -> dict[str, Path]:
     rewards = [] if recipe.ppo is None else [reward.name for reward in recipe.ppo.rewards]
     if stage == "reward" and recipe.reward is not None and isinstance(recipe.reward.pairs, SampledPairs):
         names.append(recipe.reward.pairs.metric)
-    if last_section(stage) in ("ppo", "eval"):
+    draws = stage in ("sft", SFT_LONGER) and recipe.sft.best_of_n is not None  # samples, and chooses by rewards
+    if draws or last_section(stage) in ("ppo", "eval"):
         names += rewards
     if stage == "eval" or (last_section(stage) == "ppo" and recipe.ppo.metric_for_best_model != MEAN_REWARD):
         names += [metric.name for metric in recipe.eval.metrics]

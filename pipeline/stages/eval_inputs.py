@@ -1,7 +1,6 @@
 """What the eval stage makes of a recipe: the systems, how their texts are scored, and the settings it reports."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from accelerate import PartialState
 
@@ -36,7 +35,7 @@ def system_sources(recipe: Recipe, run: RunDirectory) -> list[Source]:
     """Return where each system is, in the report's order; baselines and a control stand last."""
     sft_path, config = sft_model_path(recipe, run), recipe.model
     stages = {"sft": Source("sft", sft_path, config), "ppo": Source("ppo", run.ppo, config, sft_path)}
-    others = replace(config, chat_template=None)  # a model of another kind is asked in its own template
+    others = config.in_own_template()
     sources = []
     for system in recipe.eval.systems:
         if system == "base":

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pipeline.evaluation.config import CONTROL, SFT_BY_METRIC, SFT_LONGER
 from pipeline.recipe import Recipe, recipe_values
-from pipeline.stages.code_inputs import code_files
+from pipeline.stages.code_inputs import MEAN_REWARD, code_files
 from pipeline.stages.control import control_run, ppo_arguments
 from pipeline.stages.digests import (
     Stamp,
@@ -28,6 +28,9 @@ from pipeline.tasks import preferences, speech, task_module
 ABSENT = "absent"
 STATE = ("fingerprint", "settings", "inputs", "stamps")  # what a stage records of what it depends on
 SOUND = "the sound of task.audio"  # what the state of all sound files is called
+# Keys of the section ppo by which best-of-n samples are written and scored.
+SCORES_SAMPLES = ("rewards", "response_length", "min_new_tokens", "stop_strings", "suppress_tokens")
+SCORES_SAMPLES += ("on_reward_error", "reward_timeout")
 HUB_REVISION = "main"  # of a classifier, which `model.model_revision` is not about
 
 Status = Literal["complete", "partial", "changed", "absent"]
@@ -50,12 +53,26 @@ def stage_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
     if last_section(stage) in ("ppo", "eval") and not recipe.uses_own_reward:
         sections.remove("reward")
     flat = _flat({section: values[section] for section in sections if section in values})
+    flat |= _flat(_settings_of_later_sections(recipe, stage, values))
     flat.pop("reward.min_accuracy", None)
     if stage != "eval":
         flat.pop("task.cluster", None)
     if not recipe.augment:  # runs from before there was that key are still the same
         flat.pop("task.augment", None)
     return flat
+
+
+def _settings_of_later_sections(recipe: Recipe, stage: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a stage reads of sections that stand after its own: what scores its samples, or its checkpoints."""
+    ppo, found = recipe.ppo, {}
+    if stage in ("sft", SFT_LONGER) and recipe.sft.best_of_n is not None:
+        found["ppo"] = {key: values["ppo"][key] for key in SCORES_SAMPLES}
+    if stage == "reward" and recipe.reward is not None and recipe.reward.model is not None and ppo is not None:
+        learned = ppo.learned_reward
+        found |= {"ppo": {"rewards": {"learned": dict(learned.options)}}} if learned and learned.options else {}
+    if last_section(stage) == "ppo" and ppo.metric_for_best_model != MEAN_REWARD:
+        found["eval"] = {"metrics": values["eval"]["metrics"]}
+    return found
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -96,16 +113,15 @@ def data_files(recipe: Recipe, stage: str) -> list[Path]:
 
 def external_models(recipe: Recipe, stage: str) -> dict[str, str]:
     """Return the models from outside this run that a stage reads, a path or Hub id each, with their Hub revisions."""
-    revision = recipe.model.model_revision
-    models = {recipe.model.model_name_or_path: revision}
+    models = {recipe.model.model_name_or_path: recipe.model.model_revision}
     if recipe.sft_is_external and stage != "sft":
-        models[recipe.ppo.sft_model_path] = revision
+        models[recipe.ppo.sft_model_path] = recipe.model.revision_of(recipe.ppo.sft_model_path)
     if stage == "reward" and recipe.reward is not None:
         models[recipe.reward.model] = HUB_REVISION
     if last_section(stage) in ("ppo", "eval") and recipe.reward_is_external:
         models[recipe.ppo.reward_model_path] = HUB_REVISION
     if stage == "eval":
-        models |= {system.path: revision for system in recipe.eval.further_systems}
+        models |= {system.path: recipe.model.revision_of(system.path) for system in recipe.eval.further_systems}
     return {path: revision for path, revision in models.items() if path is not None}
 
 

@@ -35,6 +35,11 @@ def run_lock(directory: Path) -> Iterator[str | None]:
             raise RunInUseError(
                 f"{directory} is in use by {holder or 'another run'}; wait until it ends, or choose another name"
             ) from error
+        except OSError as error:
+            raise OSError(
+                f"the file system of {directory} has no file locks ({error.strerror}); mount it with them (Lustre: "
+                "flock), or choose another output_dir"
+            ) from error
         file.truncate(0)
         now = datetime.now(UTC).isoformat(timespec="seconds")
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}")

@@ -20,14 +20,15 @@ DATA_KEYS = ("path", "data_dir", "source", "target")  # of a task's settings, wh
 def write_model_cards(recipe: Recipe, run: RunDirectory, stage: str) -> None:
     """Write the card of the model that a stage has trained, or those of all models once they are evaluated.
 
-    A model that was made elsewhere keeps its own.
+    A model that was made elsewhere keeps its own, and so does one that this recipe no longer makes.
     """
     file, report = run.eval / "report.json", None
     if stage == "eval":
         if not file.is_file():
             return
         report = json.loads(file.read_text(encoding="utf-8"))
-    for name in ("sft", "ppo", CONTROL):
+    makes = {"sft": not recipe.sft_is_external, "ppo": recipe.ppo is not None, CONTROL: recipe.control}
+    for name in (name for name, is_made in makes.items() if is_made):
         is_model = any((run.stage(name) / model_file).is_file() for model_file in MODEL_FILES)
         if is_model and stage in (name, "eval"):
             write_atomically(run.stage(name) / "README.md", model_card(card_facts(recipe, run, name), report))
