@@ -17,6 +17,8 @@ def installed(report_to: str | Sequence[str] | None, ppo: bool = False) -> list[
     """The trackers of a `report_to` that are installed; on the main process the others are warned of."""
     names = [report_to] if isinstance(report_to, str) else list(report_to or [])
     here = list(map(str, get_available_trackers())) if ppo else get_available_reporting_integrations()
+    if ppo:
+        names = [name for name in names if name != "none"]  # which accelerate does not know
     usable = [name for name in names if name in ("all", "none") or name in here]
     missing = [name for name in names if name not in usable]
     if missing:

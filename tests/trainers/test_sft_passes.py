@@ -128,6 +128,18 @@ def test_layers_are_computed_again_where_not_one_row_fits(make, one_accelerator,
     torch.testing.assert_close(results, expected, rtol=1e-3, atol=1e-4)
 
 
+def test_a_process_that_sees_several_gpus_trains_on_one(make, monkeypatch):
+    build = sft.trainer_class
+
+    def several(model, args):
+        assert args.n_gpu == 0
+        args._n_gpu = 4
+        return build(model, args)
+
+    monkeypatch.setattr(sft, "trainer_class", several)
+    assert make("several").args.n_gpu == 1
+
+
 @pytest.mark.parametrize("settings", [{"padding_free": True}, {"packing": True}], ids=str)
 def test_one_row_of_many_texts_is_one_pass(make, settings):
     with pretended_gpu() as mode:

@@ -43,8 +43,11 @@ class ResumableTrainer(Trainer):
 
     section = "sft"
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *, args: TrainingArguments, **kwargs) -> None:
+        args._n_gpu = min(
+            args.n_gpu, 1
+        )  # a process that sees several would train on all, with as many times the batch
+        super().__init__(args=args, **kwargs)
         self._loop: dict | None = None  # what this process restores from the checkpoint
         self._loss_is_finite, self._epoch_is_ending, self._save_is_due = True, False, False
         self._handled_step = -1

@@ -201,7 +201,8 @@ def next_kl_coef(args: PPOConfig, kl_coef: float, kl: float, episodes: int) -> f
 def adapt_kl_coef(kl_coef: float, kl: float, target: float, episodes: int, horizon: int) -> float:
     """Move the KL coefficient after a batch whose KL was `kl` nats per episode (Ziegler et al. 2019, section 2.2).
 
-    The relative error is clipped to +- 0.2, so that `horizon` episodes change the coefficient by 20 % at most.
+    The relative error is clipped to +- 0.2, so that `horizon` episodes change the coefficient by 20 % at most, and so
+    does a batch of more episodes.
     """
     error = 0.0 if kl != kl else min(0.2, max(-0.2, kl / target - 1))  # no completion had a score
-    return kl_coef * (1 + error * episodes / horizon)
+    return kl_coef * (1 + error * min(1.0, episodes / horizon))

@@ -27,7 +27,7 @@ from pipeline.trainers.checkpoints import (
     require_intact,
 )
 from pipeline.trainers.ppo.config import PPOConfig
-from pipeline.trainers.ppo.experiment import Experiment, check_experiment, record_experiment
+from pipeline.trainers.ppo.experiment import Experiment, check_experiment, record_experiment, with_settings
 from pipeline.trainers.ppo.learner import Learner
 from pipeline.trainers.ppo.moving_reference import REFERENCE
 from pipeline.trainers.ppo.scores import RunningMoments
@@ -210,6 +210,11 @@ def restore_training(
         OSError: the checkpoints of the run do not fit on the disk.
     """
     if resume is False:
+        if state.step:
+            raise ValueError(
+                f"train(resume_from_checkpoint=False): this trainer is at step {state.step} and cannot start anew; "
+                "make a new PPOTrainer"
+            )
         clear_checkpoints(directory)
     path, notes = newest_checkpoint(directory)
     args = learner.args
@@ -237,8 +242,7 @@ def _restore(path: Path, checkpoint: Checkpoint, learner: Learner, seed: int) ->
     steps = state.total_steps(args, processes)
     learner.restore(
         path,
-        checkpoint.groups,
-        checkpoint.scheduler,
+        *with_settings(checkpoint.groups, checkpoint.scheduler, args),
         state.micro_batch_size,
         None if same else steps * args.num_ppo_epochs * args.num_mini_batches,
     )

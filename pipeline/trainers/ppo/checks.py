@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.models.decoder_start import decoder_prefix
@@ -21,6 +21,24 @@ from pipeline.rewards import Reward
 from pipeline.rewards.learned import adapter_rewards
 
 PROBE_ROWS = 4
+HALF = (torch.float16, torch.bfloat16)
+
+
+def check_trained_dtypes(model: nn.Module) -> None:
+    """Refuse trained weights of half precision, which steps as small as PPO's do not change: they are rounded away.
+
+    Raises:
+        ValueError: naming the first of them.
+    """
+    narrow = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    narrow = [(name, str(weight.dtype).removeprefix("torch.")) for name, weight in narrow if weight.dtype in HALF]
+    if narrow:
+        name, dtype = narrow[0]
+        raise ValueError(
+            f"model: PPO would train {name} in {dtype}, where its small steps are rounded away; load the model with "
+            "dtype=torch.float32 (model.dtype: float32), or train an adapter alone: passes are computed in bfloat16 "
+            "all the same"
+        )
 
 
 def check_inputs(

@@ -203,3 +203,18 @@ def _attributes(thing: object) -> dict[str, object]:
         return vars(thing)
     except TypeError:  # an object with slots
         return {}
+
+
+def with_settings(groups: Sequence[dict], scheduler: dict, args: PPOConfig) -> tuple[list[dict], dict]:
+    """Return what was saved of an optimizer's groups and its schedule with the rates and settings of this run."""
+    rates = (args.policy_learning_rate, args.value_function_learning_rate)
+    settings = {
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        "weight_decay": args.weight_decay,
+    }
+    changed = []
+    for group, rate in zip(groups, rates, strict=True):
+        now = group["lr"] if rate == group["initial_lr"] else group["lr"] * rate / group["initial_lr"]
+        changed.append({**group, **settings, "lr": now, "initial_lr": rate})
+    return changed, {**scheduler, "base_lrs": list(rates)}

@@ -8,12 +8,15 @@ from pathlib import Path
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict, Image, IterableDataset, IterableDatasetDict
 from peft import LoraConfig, PeftConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, WhisperProcessor
 
 from pipeline.models.config import ModelConfig
+from pipeline.models.decoder_start import check_decoder, set_decoder_start
+from pipeline.models.hub import ADAPTER_FILE
 from pipeline.models.loading import load_model, load_tokenizer
 from pipeline.models.processors import save_processor
+from pipeline.models.speech import reads_sound
 from pipeline.models.text import set_chat_template
 from pipeline.trainers.ppo.config import PPOConfig
 
@@ -43,6 +46,7 @@ def load_start(
     Raises:
         ValueError: something that is no language model, no tokenizer, or no adapter that can be trained or merged.
     """
+    is_adapter = isinstance(model, str | Path) and (Path(model).expanduser() / ADAPTER_FILE).is_file()
     if isinstance(model, str | Path):
         path = str(model)
         config = ModelConfig(model_name_or_path=path)
@@ -53,10 +57,21 @@ def load_start(
             f"model: expected a language model of transformers, a PeftModel, a directory or a Hub id, found a "
             f"{type(model).__name__}"
         )
+    if not isinstance(model, PeftModel) and any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            "model: an adapter is inside it, as transformers' from_pretrained puts that of a directory there, and a "
+            "new one would take its place; give the directory as a text, or PeftModel.from_pretrained(base, adapter)"
+        )
     tokenizer = _tokenizer(tokenizer, model, args)
+    base = directory / "base" if args.use_peft else None
     if isinstance(model, PeftModel):
         peft_config = _own_config(model) if peft_config is None else peft_config
-        model = merge_policy(model, tokenizer, directory / "base" if args.use_peft else None)
+        model = merge_policy(model, tokenizer, base)
+    elif is_adapter and base is not None:
+        save_base(model, tokenizer, base)
+    if model.config.is_encoder_decoder and not reads_sound(model.config):  # as where it is loaded by its path
+        check_decoder(model)
+        set_decoder_start(model, tokenizer)
     if peft_config is not None and not isinstance(peft_config, LoraConfig):
         raise ValueError(
             f"peft_config: PPO trains LoRA adapters, found a {type(peft_config).__name__}; give a peft.LoraConfig, or "
@@ -113,13 +128,18 @@ def merge_policy(model: PeftModel, tokenizer: PreTrainedTokenizerBase, directory
         )
     merged = model.merge_and_unload()
     if directory is not None:
-        with PartialState().main_process_first():
-            if PartialState().is_main_process:
-                merged.save_pretrained(directory)
-                save_processor(tokenizer, merged.config, directory)
-        # peft writes it into the policy's adapter as the base to load.
-        merged.name_or_path = merged.config.name_or_path = str(directory.absolute())
+        save_base(merged, tokenizer, directory)
     return merged
+
+
+def save_base(merged: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Save the model that a new adapter is put on, and name it after its directory; every process calls it."""
+    with PartialState().main_process_first():
+        if PartialState().is_main_process:
+            merged.save_pretrained(directory)
+            save_processor(tokenizer, merged.config, directory)
+    # peft writes it into the policy's adapter as the base to load.
+    merged.name_or_path = merged.config.name_or_path = str(directory.absolute())
 
 
 def training_examples(dataset: object, args: PPOConfig, num_processes: int) -> Dataset:

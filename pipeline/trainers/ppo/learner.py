@@ -17,6 +17,7 @@ from pipeline.models.slices import whole
 from pipeline.runtime.memory import in_smaller_batches
 from pipeline.runtime.messages import say
 from pipeline.runtime.schedules import value_at
+from pipeline.trainers.ppo.checks import check_trained_dtypes
 from pipeline.trainers.ppo.config import PPOConfig
 from pipeline.trainers.ppo.exchange import GradientExchange
 from pipeline.trainers.ppo.moving_reference import REFERENCE, MovingReference
@@ -51,6 +52,7 @@ class Learner:
         self.micro_batch_size = self._first_size  # less once memory has run out
         if self._first_size > args.per_device_train_batch_size:
             say(f"PPO: micro-batches of {self._first_size} episodes, half as many wherever memory runs out")
+        check_trained_dtypes(shared)
         self.sharding = Sharding()
         self.sharding.place(shared, PASSES, rare=shared.frozen_copy)
         optimizer = torch.optim.AdamW(

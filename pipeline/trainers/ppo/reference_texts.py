@@ -56,11 +56,12 @@ def encode_references(
             "leave such rows out, or set it to 0"
         )
     forbidden = forbidden_tokens(model)
-    never = [row for row, answer in enumerate(ids) if {*answer} & {*forbidden.always} or answer[0] in forbidden.first]
+    always = {*forbidden.always, *args.suppress_tokens}
+    never = [row for row, answer in enumerate(ids) if {*answer} & always or answer[0] in forbidden.first]
     if never:
         raise ValueError(
             f"ppo.ptx_coef: {len(never)} of {len(ids)} references hold tokens that the model's generation config "
-            f"forbids (suppress_tokens), the first in row {never[0]}; change these texts, or set it to 0"
+            f"or ppo.suppress_tokens forbids, the first in row {never[0]}; change these texts, or set it to 0"
         )
     return ReferenceTexts(prompt_ids, ids, tokenizer.pad_token_id)
 

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from pipeline.models.completion_lengths import reference_length
 from pipeline.models.shared import SharedModel
@@ -20,22 +20,26 @@ from pipeline.runtime.messages import say
 from pipeline.runtime.schedules import schedule_values, value_at
 from pipeline.trainers.logs import TrainingLog
 from pipeline.trainers.ppo.config import PPOConfig
+from pipeline.trainers.ppo.inputs import Policy
 from pipeline.trainers.ppo.reward_scales import weights_at
 from pipeline.trainers.precision import mixed_precision
 from pipeline.trainers.trackers import installed
 
 
-def with_response_length(
-    args: PPOConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dataset: Dataset
-) -> PPOConfig:
-    """Return the settings with a `response_length`, from the references in the data where none is set.
+def settle(args: PPOConfig, start: Policy, dataset: Dataset) -> PPOConfig:
+    """Return the settings with what the inputs decide: a `response_length` from the references where none is set.
+
+    Without an adapter all weights are trained, whatever `use_peft` says, by the defaults of that.
 
     Raises:
-        ValueError: as `reference_length`.
+        ValueError: as `reference_length`, or settings that need an adapter.
     """
+    if start.peft_config is None and args.use_peft:
+        args = replace(args, use_peft=False)
     if args.response_length is not None:
         return args
-    return replace(args, response_length=reference_length(tokenizer, model.config, dataset, "ppo.response_length"))
+    length = reference_length(start.tokenizer, start.model.config, dataset, "ppo.response_length")
+    return replace(args, response_length=length)
 
 
 def make_accelerator(args: PPOConfig, directory: Path) -> Accelerator:

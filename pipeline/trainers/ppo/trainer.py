@@ -34,7 +34,7 @@ from pipeline.trainers.ppo.reference_texts import encode_references
 from pipeline.trainers.ppo.reward_scales import fit_scales, scale_rewards, share_sentences, variance_shares, weights_at
 from pipeline.trainers.ppo.rollout import CompletionWriter, Experience, Rollout, local_positions, prompt_order
 from pipeline.trainers.ppo.scores import prefix_scores, process_scores
-from pipeline.trainers.ppo.setup import build_shared_model, make_accelerator, open_log, with_response_length
+from pipeline.trainers.ppo.setup import build_shared_model, make_accelerator, open_log, settle
 from pipeline.trainers.ppo.statistics import named_metrics, rollout_statistics, sample_rows
 from pipeline.trainers.ppo.trl_arguments import refuse_trainer_arguments
 
@@ -84,7 +84,7 @@ class PPOTrainer:
         start = load_start(model, processing_class, peft_config, args, self.output_dir)
         self.tokenizer, adapter = start.tokenizer, start.peft_config
         self.train_dataset = training_examples(train_dataset, args, self.accelerator.num_processes)
-        self.args = args = with_response_length(args, start.model, self.tokenizer, self.train_dataset)
+        self.args = args = settle(args, start, self.train_dataset)
         classes = (reward_processing_classes, start.tokenizer, self.accelerator.device)
         self.rewards = load_rewards(reward_funcs, *classes, args.chat_template_kwargs)
         set_seed(seed)  # python, numpy and torch, before the adapter is initialised
