@@ -77,11 +77,10 @@ class SpeechSFTTrainer(EncoderDecoderSFTTrainer):
         if not is_set:
             self._signature_columns = [*self._signature_columns, CLIP]
 
-    def _prepare_inputs(self, inputs):
-        """Move a batch to the model, and its features to the precision of a frozen base: no layer casts them."""
-        prepared = super()._prepare_inputs(inputs)
-        features = prepared["input_features"].to(self.accelerator.unwrap_model(self.model).dtype)
-        return {**prepared, "input_features": features}
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        """Return the loss of a batch whose features have the precision of a frozen base: no layer casts them."""
+        features = inputs["input_features"].to(self.accelerator.unwrap_model(model).dtype)
+        return super().compute_loss(model, {**inputs, "input_features": features}, *args, **kwargs)
 
     def _track_num_input_tokens(self, inputs) -> None:
         """Count the tokens of the texts."""
