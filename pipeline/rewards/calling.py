@@ -33,7 +33,8 @@ class RewardCall:
         self.name, self.function, self.completions, self.handling = name, function, completions, handling
         self.values: list[object] = [None] * len(completions)
         self.failures: dict[int, str] = {}
-        self._aligned = {**columns, "prompts": prompts, "completions": completions}
+        written = {"prompts": prompts, "completions": completions}  # whatever columns of these names the data has
+        self._aligned = {**written, **columns, **written}
         # Without a trainer, in a report, rewards are those at the end of a training.
         self._trainer_state = TrainerState(1.0, 1, 1) if trainer_state is None else trainer_state
         self._metrics: dict[str, list[float]] = {}

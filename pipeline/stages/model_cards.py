@@ -28,9 +28,9 @@ def write_model_cards(recipe: Recipe, run: RunDirectory, stage: str) -> None:
             return
         report = json.loads(file.read_text(encoding="utf-8"))
     makes = {"sft": not recipe.sft_is_external, "ppo": recipe.ppo is not None, CONTROL: recipe.control}
-    for name in (name for name, is_made in makes.items() if is_made):
+    for name in makes:
         is_model = any((run.stage(name) / model_file).is_file() for model_file in MODEL_FILES)
-        if is_model and stage in (name, "eval"):
+        if is_model and (stage == name or (stage == "eval" and makes[name])):
             write_atomically(run.stage(name) / "README.md", model_card(card_facts(recipe, run, name), report))
 
 

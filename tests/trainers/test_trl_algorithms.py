@@ -135,6 +135,7 @@ def test_loss_and_gradient_are_those_of_trl(
     inputs = other._generate_and_score_completions([examples[row] for row in rows])
     for step_size in (0.0, 0.01):  # the ratios of the first step, and others
         moved(trainer.shared.language_model, seed=2, size=step_size)
+        trainer.learner.drop_graph()  # that of the weights before
         moved(other.model, seed=2, size=step_size)
         other.model.zero_grad()
         loss = other._compute_loss(other.model, copy.copy(inputs))
