@@ -58,7 +58,7 @@ def test_the_control_has_a_card_that_says_what_it_is(run):
     report = asdict(make_report({"sft": MIXED, "ppo": GOOD}, test_examples=12, decoding="greedy", confidence=0.95)[0])
     report["systems"]["control"] = report["systems"]["sft"]
     (run.eval / "report.json").write_text(json.dumps(report))
-    write_model_cards(recipe_with(), run, "eval")
+    write_model_cards(recipe_with("control=true"), run, "eval")
     control = card(run, "control")
     assert report["verdict"] not in control.text and control.data.eval_results[0].metric_value > 0
 
