@@ -437,6 +437,13 @@ def test_what_a_recipe_points_to_is_checked_before_anything_is_loaded(override, 
     assert_names(refusal(override), f"override {override!r}", key, *words)
 
 
+@pytest.mark.parametrize("trained", ["ppo.use_peft=false", "model.lora_modules_to_save=[lm_head]"])
+def test_small_steps_are_not_rounded_away(trained):
+    message = refusal("model.dtype=bfloat16", trained)
+    assert "model.dtype: PPO would train weights in bfloat16" in message and "rounded away" in message
+    check_recipe(load_recipe(write(), ["model.dtype=bfloat16"]))
+
+
 def test_the_best_checkpoint_is_not_the_worst_one_of_a_metric():
     lower = ["ppo.metric_for_best_model=eval_wer", "eval.metrics=[bleu, wer]"]
     message = refusal(*lower)

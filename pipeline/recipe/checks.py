@@ -149,6 +149,10 @@ def _check_idle_options(recipe: Recipe, document: Document) -> None:
     if recipe.model.load_in_4bit and recipe.ppo is not None and not recipe.ppo.use_peft:
         rule = "PPO trains all weights (ppo.use_peft: false), which needs them whole; train an adapter, or remove it"
         raise document.error(("model", "load_in_4bit"), rule)
+    trains_weights = recipe.ppo is not None and (not recipe.ppo.use_peft or recipe.model.lora_modules_to_save)
+    if trains_weights and recipe.model.dtype in ("bfloat16", "float16"):
+        rule = f"PPO would train weights in {recipe.model.dtype}, where its small steps are rounded away"
+        raise document.error(("model", "dtype"), f"{rule}; remove it, or train an adapter alone")
     if recipe.ppo is not None and recipe.ppo.run_name is not None and not recipe.ppo.report_to:
         raise document.error(("ppo", "run_name"), "it would do nothing, because report_to is empty; set ppo.report_to")
     if trains_adapter(recipe):
