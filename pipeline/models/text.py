@@ -278,6 +278,6 @@ def _until_end(ids: list[int], eos: int, ends: Collection[int]) -> list[int]:
 
     Templates often write a line break after the token that ends a turn, which generation never reaches.
     """
-    found = {eos} if eos in ids else ends
-    last = max((place for place, token in enumerate(ids) if token in found), default=None)
+    last_tokens = {eos} if eos in ids else ends
+    last = max((place for place, token in enumerate(ids) if token in last_tokens), default=None)
     return [*ids, eos] if last is None else ids[: last + 1]

@@ -64,15 +64,15 @@ def stage_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
 
 def _settings_of_later_sections(recipe: Recipe, stage: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a stage reads of sections that stand after its own: what scores its samples, or its checkpoints."""
-    ppo, found = recipe.ppo, {}
+    ppo, settings = recipe.ppo, {}
     if stage in ("sft", SFT_LONGER) and recipe.sft.best_of_n is not None:
-        found["ppo"] = {key: values["ppo"][key] for key in SCORES_SAMPLES}
+        settings["ppo"] = {key: values["ppo"][key] for key in SCORES_SAMPLES}
     if stage == "reward" and recipe.reward is not None and recipe.reward.model is not None and ppo is not None:
         learned = ppo.learned_reward
-        found |= {"ppo": {"rewards": {"learned": dict(learned.options)}}} if learned and learned.options else {}
+        settings |= {"ppo": {"rewards": {"learned": dict(learned.options)}}} if learned and learned.options else {}
     if last_section(stage) == "ppo" and ppo.metric_for_best_model != MEAN_REWARD:
-        found["eval"] = {"metrics": values["eval"]["metrics"]}
-    return found
+        settings["eval"] = {"metrics": values["eval"]["metrics"]}
+    return settings
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -171,9 +171,9 @@ def test_the_command_writes_three_files(evaluated, tmp_path, capsys):
 def test_runs_of_one_name_are_told_apart(evaluated, tmp_path):
     paths = [str(evaluated(f"{folder}/run", texts)) for folder, texts in (("old", MIXED), ("new", GOOD))]
     assert compare_command([*paths, "--output", str(tmp_path / "comparison")]) == 0
-    found = json.loads((tmp_path / "comparison" / "report.json").read_text())
-    assert found["runs"] == paths
-    deltas = {gain["run"]: gain["delta"] for gain in found["gains"] if gain["metric"] == "bleu"}
+    report = json.loads((tmp_path / "comparison" / "report.json").read_text())
+    assert report["runs"] == paths
+    deltas = {gain["run"]: gain["delta"] for gain in report["gains"] if gain["metric"] == "bleu"}
     assert deltas[paths[0]] == 0 < deltas[paths[1]]
 
 

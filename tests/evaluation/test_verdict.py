@@ -76,9 +76,9 @@ def test_the_verdict_takes_the_p_value_at_its_word():
 def test_one_pair_of_models_is_one_question_and_more_are_corrected():
     pairs = [comparison(a="old", b=name, p_value=0.02, p_holm=0.04 * number) for number, name in ((1, "x"), (2, "y"))]
     assert "x is better than old" in verdict(pairs[:1], "bleu") and "p = 0.020" in verdict(pairs[:1], "bleu")
-    found = verdict(pairs, "bleu")
-    assert "x is better than old" in found and "p = 0.040" in found
-    assert "No difference between y and old is shown" in found and "p = 0.080" in found
+    words = verdict(pairs, "bleu")
+    assert "x is better than old" in words and "p = 0.040" in words
+    assert "No difference between y and old is shown" in words and "p = 0.080" in words
 
 
 def test_findings_name_the_other_measures_with_corrected_p():
