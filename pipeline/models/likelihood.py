@@ -20,18 +20,17 @@ from pipeline.models.kernels.lm_head import (
     target_logprobs,
     widened_logits,
 )
-from pipeline.models.sequences import Sequences, at_first_and_later, scatter_tokens
+from pipeline.models.sequences import Sequences, at_first_and_later
 from pipeline.models.states import completion_states, head_parts, logits_are_of_head
 
 
 @torch.no_grad()
 def completion_logprobs(model: PreTrainedModel, sequences: Sequences) -> Tensor:
     """Compute the log-probability (nats) of each completion token, [B, C], 0 where masked."""
-    mask = sequences.completion_mask
     with _no_copies_kept(model):
         head, states = _head_and_states(model, sequences)
-        logprobs = target_logprobs(head, states, sequences.completion_ids[mask], _vocabulary(model))
-    return scatter_tokens(logprobs, mask)
+        logprobs = target_logprobs(head, states, sequences.targets, _vocabulary(model))
+    return sequences.scatter(logprobs)
 
 
 @torch.no_grad()
@@ -60,7 +59,7 @@ def entropy_and_divergence(
             return entropies_and_divergences(*chosen, vocabulary, temperature)
 
         results = at_first_and_later(sequences.completion_mask, measure) if first else measure(slice(None), False)
-    entropies, divergences = (scatter_tokens(values, sequences.completion_mask) for values in results)
+    entropies, divergences = (sequences.scatter(values) for values in results)
     return entropies, divergences
 
 

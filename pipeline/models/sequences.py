@@ -1,7 +1,8 @@
 """Prompts and completions as padded tensors. Masks come from lengths, never from token ids: pad may equal EOS."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -24,6 +25,23 @@ class Sequences:
     completion_mask: Tensor
     encoder_states: Tensor | None = None
     sound: Sound | None = None
+    made: dict[tuple[str, int], object] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What passes over these rows share; a GPU is waited for to make it."""
+
+    @cached_property
+    def completion_at(self) -> Tensor:
+        """Where the M real completion tokens stand in the flattened [B * C]."""
+        return self.completion_mask.flatten().nonzero().squeeze(1)
+
+    @cached_property
+    def targets(self) -> Tensor:
+        """The M real completion tokens in row order."""
+        return self.completion_ids.flatten().index_select(0, self.completion_at)
+
+    def scatter(self, values: Tensor) -> Tensor:
+        """Put `values [M]` of the completion tokens into [B, C], 0 elsewhere."""
+        shape = self.completion_mask.shape
+        return values.new_zeros(shape.numel()).index_copy(0, self.completion_at, values).view(shape)
 
     @property
     def lengths(self) -> Tensor:
@@ -56,6 +74,14 @@ class Sequences:
         numbers, lengths = self.prompt_numbers(), self.lengths
         longest = torch.zeros_like(lengths).scatter_reduce(0, numbers, lengths, "amax")[numbers]
         return list(torch.argsort(longest * len(self) + numbers, stable=True).split(size))
+
+    def batches(self, size: int) -> list[tuple[Tensor, "Sequences"]]:
+        """Row indices as `chunks` gives them, each with those rows; made once, until another size is asked for."""
+        key = ("batches", size)
+        if key not in self.made:
+            self.made.clear()
+            self.made[key] = [(index, self.rows(index)) for index in self.chunks(size)]
+        return self.made[key]
 
     def encoder_inputs(self) -> tuple[Tensor, Tensor]:
         """The prompts as an encoder reads them, `ids, mask [B, P]` padded right: its positions count from the left."""
@@ -102,11 +128,6 @@ def make_sequences(
             raise ValueError(f"{kind} {empty[0]} has no tokens")
     padded = (*pad_left(prompts, pad_id, device), *pad_right(completions, pad_id, device))
     return Sequences(*padded, sound=make_sound(prompts, device))
-
-
-def scatter_tokens(values: Tensor, mask: Tensor) -> Tensor:
-    """Put `values [M]` of the M real tokens into `[B, C]` by their `mask`, 0 elsewhere."""
-    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
 
 
 def at_first_and_later(

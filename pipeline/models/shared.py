@@ -26,7 +26,7 @@ from pipeline.models.roles import (
     using,
     without_adapters,
 )
-from pipeline.models.sequences import Sequences, at_first_and_later, probe_sequences, scatter_tokens
+from pipeline.models.sequences import Sequences, at_first_and_later, probe_sequences
 from pipeline.models.slices import like, whole_on_main
 from pipeline.models.speech import forbidden_tokens
 from pipeline.models.states import ROUNDING, completion_states, final_states, head_parts, lm_head, with_encoder_states
@@ -117,7 +117,6 @@ class SharedModel(nn.Module):
     def forward(self, sequences: Sequences) -> PolicyOutputs:
         """Compute log-prob, entropy (both in nats) and value of each completion token under the policy: [B, C]."""
         states = self._states(self.language_model, sequences)
-        mask = sequences.completion_mask
         logprobs, entropies = self._token_logprobs(self.language_model, states, sequences)
         if self.has_value_adapter:
             with using(self.network, VALUE):
@@ -125,7 +124,7 @@ class SharedModel(nn.Module):
         # The head computes in its own precision, whatever autocast does to the trunk.
         with torch.autocast(states.device.type, enabled=False):
             values = self.value_head(states.to(self.value_head.weight.dtype)).squeeze(-1)
-        return PolicyOutputs(*(scatter_tokens(numbers, mask) for numbers in (logprobs, entropies, values)))
+        return PolicyOutputs(*(sequences.scatter(numbers) for numbers in (logprobs, entropies, values)))
 
     @property
     def encoder_is_frozen(self) -> bool:
@@ -149,9 +148,8 @@ class SharedModel(nn.Module):
         results = []
         with self.reference() as model:
             for sequences in batches:
-                mask = sequences.completion_mask
                 states = self._states(model, sequences)
-                results.append(scatter_tokens(self._token_logprobs(model, states, sequences)[0], mask))
+                results.append(sequences.scatter(self._token_logprobs(model, states, sequences)[0]))
         return results
 
     @contextmanager
@@ -253,7 +251,7 @@ class SharedModel(nn.Module):
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
             compiled = device == "cpu" and dtype == torch.bfloat16
             return packed_states(model, pack(sequences, ROUNDED_UP_TO if compiled else 1))
-        return completion_states(model, sequences)[sequences.completion_mask]
+        return completion_states(model, sequences).flatten(0, 1).index_select(0, sequences.completion_at)
 
     @torch.no_grad()
     def _packing_agrees(self) -> bool:
@@ -268,7 +266,7 @@ class SharedModel(nn.Module):
         self.padding_free = False
         padded = lm_head(model)(self._states(model, sequences)).log_softmax(-1)
         self.padding_free = True
-        targets = sequences.completion_ids[sequences.completion_mask].unsqueeze(1)
+        targets = sequences.targets.unsqueeze(1)
         # Broken weights give NaN either way, and are reported by the checks at the start of a run.
         return not bool((packed - padded).gather(1, targets).abs().max() > ROUNDING[model.dtype])
 
@@ -277,7 +275,7 @@ class SharedModel(nn.Module):
         vocabulary = model.config.get_text_config().vocab_size
         head, scale, transform = head_parts(model)
         hidden = hidden if scale == 1 else hidden * scale
-        targets = sequences.completion_ids[sequences.completion_mask]
+        targets = sequences.targets
 
         def score(states: Tensor, ids: Tensor, offset: Tensor | None) -> tuple[Tensor, Tensor]:
             changed = replace(transform, suppressed=offset)

@@ -204,8 +204,11 @@ def compute_rewards(
     columns: dict[str, list],
     handling: Handling = AS_THEY_ARE,
     trainer_state: TrainerState | None = None,
+    meanwhile: Callable[[], object] | None = None,
 ) -> RewardOutputs:
     """Call every reward function, those that are `async` together, and weigh and add what they return.
+
+    `meanwhile` runs while the `async` ones are waited for, after the others.
 
     A completion on which a function fails ends the run, has no score, or gets 0 from that function: `handling` says.
     The same holds for a completion that no reward applies to.
@@ -217,7 +220,7 @@ def compute_rewards(
     """
     by_name, by_token, failures = {}, {}, {}
     calls = [RewardCall(r.name, r.function, prompts, completions, columns, handling, trainer_state) for r in rewards]
-    run_calls(calls)
+    run_calls(calls, meanwhile)
     for reward, call in zip(rewards, calls, strict=True):
         result, failed = call.values, call.failures
         if any(is_per_token(value) for value in result):

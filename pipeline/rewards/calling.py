@@ -130,20 +130,28 @@ class RewardCall:
                 self._search(half, half_error)
 
 
-def run_calls(calls: Sequence[RewardCall]) -> None:
-    """Make all calls: async functions together in one event loop, the others one after the other.
+def run_calls(calls: Sequence[RewardCall], meanwhile: Callable[[], object] | None) -> None:
+    """Make all calls: the async functions together in one event loop, meanwhile the others, and then `meanwhile`.
 
     Raises:
         RewardError: as `RewardCall.run`.
     """
     together = [call for call in calls if is_async(call.function)]
+
+    def run_others() -> None:
+        for call in calls:
+            if call not in together:
+                call.run()
+        if meanwhile is not None:
+            meanwhile()
+
+    if not together:
+        return run_others()
     logs = [CallLog(call.name) for call in together]
     coroutines = [call.first_call(log) for call, log in zip(together, logs, strict=True)]
-    seconds = together[0].handling.timeout if together else None
-    outcomes = await_together(coroutines, seconds) if together else []
-    first = {id(call): (outcome, log) for call, outcome, log in zip(together, outcomes, logs, strict=True)}
-    for call in calls:
-        call.run(*first.get(id(call), ()))
+    outcomes = await_together(coroutines, together[0].handling.timeout, run_others)
+    for call, outcome, log in zip(together, outcomes, logs, strict=True):
+        call.run(outcome, log)
 
 
 def merged_log(logs: Sequence[RewardLog]) -> RewardLog:

@@ -9,6 +9,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass
 
 from pipeline.runtime.time_limit import GRACE_SECONDS, TOO_LATE, TimedOut
@@ -29,8 +30,10 @@ def is_async(function: Callable) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
-def await_together(calls: Sequence[Callable[[], Awaitable]], seconds: float | None) -> list[CallOutcome]:
-    """Await all calls at once, each for at most `seconds`; None sets no limit.
+def await_together(
+    calls: Sequence[Callable[[], Awaitable]], seconds: float | None, meanwhile: Callable[[], object] = lambda: None
+) -> list[CallOutcome]:
+    """Await all calls at once, each for at most `seconds`; None sets no limit. `meanwhile` runs in this thread.
 
     A call that does not end when it is cancelled, or lets no other run, is left behind in its thread after twice the
     time and `GRACE_SECONDS`; a new loop takes over.
@@ -58,9 +61,11 @@ def await_together(calls: Sequence[Callable[[], Awaitable]], seconds: float | No
 
     future = asyncio.run_coroutine_threadsafe(await_all(), _loops.current())
     try:
-        future.result(None if seconds is None else 2 * seconds + GRACE_SECONDS)
-    except TimeoutError:
-        _loops.leave()
+        meanwhile()
+        if wait([future], None if seconds is None else 2 * seconds + GRACE_SECONDS).not_done:
+            _loops.leave()
+        else:
+            future.result()
     finally:
         future.cancel()  # where the wait was interrupted, by Ctrl-C for instance
     return list(outcomes)

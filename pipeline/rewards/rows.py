@@ -1,6 +1,6 @@
 """Compute rewards of completions to the prompts of a data set, and count those that failed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from datasets import Dataset
 from transformers import TrainerState
@@ -16,6 +16,7 @@ def compute_row_rewards(
     completion_ids: Sequence[Sequence[int]],
     handling: Handling,
     trainer_state: TrainerState | None = None,
+    meanwhile: Callable[[], object] | None = None,
 ) -> RewardOutputs:
     """Compute the rewards of completions (one for each row) to the prompts of `rows`.
 
@@ -24,7 +25,8 @@ def compute_row_rewards(
     columns = {name: list(rows[name]) for name in rows.column_names if name not in ("prompt", "completion")}
     columns["completion_ids"] = list(completion_ids)
     prompts = list(rows["prompt"])
-    return compute_rewards(rewards, prompts, as_completions(prompts, completions), columns, handling, trainer_state)
+    given = (prompts, as_completions(prompts, completions), columns, handling, trainer_state)
+    return compute_rewards(rewards, *given, meanwhile)
 
 
 def count_failures(failures: Sequence[str], on_error: str) -> str:

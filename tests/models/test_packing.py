@@ -132,6 +132,21 @@ def test_the_saved_model_keeps_its_own_attention(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
 
 
+def test_a_batch_is_packed_once(monkeypatch):
+    model, sequences = build("llama", "eager"), batch()
+    shared, packed, original = SharedModel(model, lora()), [], packing._pack
+    monkeypatch.setattr(packing, "_pack", lambda rows, multiple: packed.append(rows) or original(rows, multiple))
+    first = [shared(rows).logprobs for _, rows in sequences.batches(2)]
+    again = [shared(rows).logprobs for _, rows in sequences.batches(2)]
+    shared.reference_logprobs(*(rows for _, rows in sequences.batches(2)))
+    assert len(packed) == len(first) > 1
+    torch.testing.assert_close(again, first, rtol=0, atol=0)
+    kept = [made.masks for _, rows in sequences.batches(2) for made in rows.made.values()]
+    assert kept and not any(kept)  # masks grow with the square of the length
+    assert [len(rows) for _, rows in sequences.batches(len(sequences))] == [len(sequences)]
+    assert len(sequences.made) == 1  # rows of another size are not kept
+
+
 def test_tokens_that_fill_a_row_up_change_nothing():
     model, sequences = build("llama", "eager"), batch()
     SharedModel(model, lora())  # gives the model's attention its packed way

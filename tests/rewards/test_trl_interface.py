@@ -219,6 +219,45 @@ def test_async_functions_run_together_in_one_loop_that_stays():
     assert len(running) == 1 and threading.get_ident() not in {thread for _, thread in running}
 
 
+def test_other_work_is_done_while_async_functions_are_waited_for():
+    """The async function waits for what is done meanwhile: one after the other it would run out of time."""
+    order, done = [], threading.Event()
+
+    async def waiting(completions):
+        while not done.is_set():
+            await asyncio.sleep(0)
+        order.append("async")
+        return [len(text) for text in completions]
+
+    def plain(completions):
+        order.append("plain")
+        return [len(text) for text in completions]
+
+    def work():
+        order.append("work")
+        done.set()
+
+    outputs = compute_rewards(
+        as_rewards([waiting, plain]), PROMPTS, TEXTS, COLUMNS, Handling("stop", 30.0), None, work
+    )
+    assert order == ["plain", "work", "async"] and outputs.by_name["waiting"].tolist() == LENGTHS
+    order.clear()
+    compute_rewards(as_rewards([plain]), PROMPTS, TEXTS, COLUMNS, Handling("stop", 30.0), None, work)
+    assert order == ["plain", "work"]
+
+
+def test_other_work_that_fails_ends_the_wait():
+    async def endless(completions):
+        await asyncio.sleep(3600)
+
+    def work():
+        raise TimeoutError("of its own")
+
+    with pytest.raises(TimeoutError, match="of its own"):
+        compute_rewards(as_rewards([endless]), PROMPTS, TEXTS, COLUMNS, Handling("stop", 30.0), None, work)
+    assert values(AsyncJudge(), timeout=30) == LENGTHS  # in the same loop
+
+
 def test_async_functions_work_where_a_loop_runs_already():
     async def notebook():
         return values(AsyncJudge(), timeout=30)

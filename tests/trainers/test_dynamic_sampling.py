@@ -1,6 +1,8 @@
 """Prompts whose completions all score the same make room for others; completions that are nearly too long lose."""
 
+import asyncio
 import shutil
+import threading
 from collections import Counter
 from dataclasses import replace
 
@@ -128,3 +130,26 @@ def test_it_is_taken_from_the_score_at_the_last_token(make_trainer):
     torch.testing.assert_close(rollout.scores, expected)
     torch.testing.assert_close(rollout.token_scores.sum(1), expected)
     assert replace(trainer.args, soft_punish_cache=None).soft_punish_cache is None
+
+
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_log_probs_are_computed_while_async_rewards_are_waited_for(make_trainer, rounds):
+    """Without dynamic sampling, whose rewards decide on the completions."""
+    computed, seen, tries = threading.Event(), [], 1
+
+    async def waiting(completions: list, **columns: list) -> list[float]:
+        for _ in range(tries):
+            await asyncio.sleep(0.01)
+            if computed.is_set():
+                break
+        seen.append(computed.is_set())
+        return [float(len(completion)) for completion in completions]
+
+    trainer = make_trainer(reward=waiting, **SETTINGS | {"dynamic_sampling_rounds": rounds})
+    forward = trainer.learner.forward
+    trainer.learner.forward = lambda *tokens: (forward(*tokens), computed.set())[0]
+    seen.clear()
+    tries = 1 if rounds else 3000
+    rollout = trainer.collect_rollout(trainer.prompt_rows(0))
+    assert set(seen) == {rounds == 0} and computed.is_set()
+    assert rollout.logprobs.shape == rollout.sequences.completion_mask.shape

@@ -6,7 +6,7 @@ needs rows: it is computed for the prompts, then for the completions, which read
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -78,8 +78,16 @@ class Packing:
 def pack(sequences: Sequences, multiple: int = 1) -> Packing:
     """Pack a batch into one row, in which rows with equal prompts share one prompt.
 
-    Its length is made a multiple of `multiple` by tokens that nobody reads.
+    Its length is made a multiple of `multiple` by tokens that nobody reads. It is computed once for a batch, without
+    the masks, which grow with the square of the lengths.
     """
+    key = ("packing", multiple)
+    if key not in sequences.made:
+        sequences.made[key] = _pack(sequences, multiple)
+    return replace(sequences.made[key], masks={})
+
+
+def _pack(sequences: Sequences, multiple: int) -> Packing:
     mask, numbers = sequences.prompt_mask, sequences.prompt_numbers()
     prompts, prompt_of = sequences.prompt_ids, None
     different = int(numbers.max()) + 1

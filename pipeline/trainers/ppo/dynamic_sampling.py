@@ -7,23 +7,29 @@ import torch
 from datasets import Dataset
 
 from pipeline.models.generation import Completions
+from pipeline.models.sequences import Sequences
 from pipeline.rewards import RewardOutputs
 from pipeline.rewards.arguments import RewardLog
 from pipeline.rewards.calling import merged_log
 from pipeline.runtime.seeds import derive_seed
 from pipeline.trainers.ppo.config import PPOConfig
+from pipeline.trainers.ppo.rollout import TokenOutputs
 
 SAME = 1e-8  # scores that differ by less are the same
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Completions to the prompts in `rows` of a data set, those of one prompt side by side, and their rewards."""
+    """Completions to the prompts in `rows` of a data set, those of one prompt side by side, and their rewards.
+
+    `passes` is what the models compute for their tokens, where that has been done.
+    """
 
     dataset: Dataset
     rows: Sequence[int]
     completions: Completions
     rewards: RewardOutputs
+    passes: tuple[Sequences, TokenOutputs] | None = None
 
     @property
     def examples(self) -> Dataset:

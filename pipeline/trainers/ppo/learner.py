@@ -262,9 +262,9 @@ class Learner:
         total = torch.zeros((), device=self.accelerator.device)
         temperature, self.shared.temperature = self.shared.temperature, 1.0  # SFT knows none
         try:
-            for index in references.chunks(size):
+            for _, rows in references.batches(size):
                 with self.exchange.left_out(), self.accelerator.autocast():
-                    loss = -self.model(references.rows(index)).logprobs.sum() / tokens
+                    loss = -self.model(rows).logprobs.sum() / tokens
                     self.accelerator.backward(self.args.ptx_coef * loss * self.accelerator.num_processes)
                 total += loss.detach()
         finally:

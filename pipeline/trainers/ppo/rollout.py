@@ -89,7 +89,9 @@ class Experience:
 
     def rows(self, index: Tensor) -> "Experience":
         """Select the episodes at `index`, trimmed to the longest of them."""
-        sequences = self.sequences.rows(index)
+        return self._with(index, self.sequences.rows(index))
+
+    def _with(self, index: Tensor, sequences: Sequences) -> "Experience":
         width = sequences.completion_ids.shape[1]
         tensors = (self.logprobs, self.ref_logprobs, self.values, self.advantages, self.returns, self.mask)
         trimmed = (tensor[index, :width] for tensor in (*tensors, self.weights))
@@ -104,7 +106,7 @@ class Experience:
 
     def micro_batches(self, size: int) -> list["Experience"]:
         """Split into at most `size` episodes at a time, alike in length and trimmed, so that little is padding."""
-        return [self.rows(index) for index in self.sequences.chunks(size)]
+        return [self._with(*batch) for batch in self.sequences.batches(size)]
 
     @property
     def num_tokens(self) -> int:
@@ -191,8 +193,7 @@ def compute_token_outputs(
     follows the policy, in place of the model's own. With `keep_graph`, and where one micro-batch holds every row, the
     policy's pass over it comes with its graph, for one backward pass; else None.
     """
-    chunks = sequences.chunks(size)
-    batches = [sequences.rows(index) for index in chunks]
+    chunks, batches = zip(*sequences.batches(size), strict=True)
     if reference is None:
         reference_outputs = model.reference_logprobs(*batches)
     else:

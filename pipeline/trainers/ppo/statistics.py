@@ -54,7 +54,7 @@ def rollout_statistics(
     for name in rollout.rewards:
         count = sums[f"completions with reward/{name}"]
         stats[f"reward/{name}"] = sums[f"reward/{name}"] / count if count else float("nan")
-    return stats
+    return stats | named_metrics(rollout.log.metrics)
 
 
 def sample_rows(rollout: Rollout) -> list[dict[str, object]]:

@@ -4,7 +4,7 @@ The package's docstring says what is different from TRL's, and names the sources
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ from pipeline.trainers.ppo.reward_scales import fit_scales, scale_rewards, share
 from pipeline.trainers.ppo.rollout import CompletionWriter, Experience, Rollout, local_positions, prompt_order
 from pipeline.trainers.ppo.scores import prefix_scores, process_scores
 from pipeline.trainers.ppo.setup import build_shared_model, make_accelerator, open_log, settle
-from pipeline.trainers.ppo.statistics import named_metrics, rollout_statistics, sample_rows
+from pipeline.trainers.ppo.statistics import rollout_statistics, sample_rows
 from pipeline.trainers.ppo.trl_arguments import refuse_trainer_arguments
 
 
@@ -172,20 +172,24 @@ class PPOTrainer:
             token_scores = rewards.token_scores(self.scaled_rewards, completions.lengths)
         seen = self.state.score_moments
         scores = process_scores(rewards, token_scores, completions, seen, self.args, self.accelerator, seed)
-        prompt_ids = [self._prompt_ids[row] for row in answers.rows]
-        sequences, outputs = self.learner.forward(prompt_ids, completions.ids, self.tokenizer.pad_token_id)
+        tokens = ([self._prompt_ids[row] for row in answers.rows], completions.ids, self.tokenizer.pad_token_id)
+        sequences, outputs = answers.passes or self.learner.forward(*tokens)
         episodes = (examples["prompt"], completions.texts, completions.finished, sequences)
         return Rollout(*episodes, **vars(outputs), rewards=rewards.by_name, **vars(scores), log=rewards.log)
 
     def _answer(self, rows: Sequence[int], seed: int) -> Answers:
-        step = self.state.step + 1
+        args, step, passes = self.args, self.state.step + 1, []
         enter(f"the completions of PPO step {step}")
-        prompt_ids, sampling = [self._prompt_ids[row] for row in rows], self.args.sampling_at(self.state.episodes)
+        prompt_ids, sampling = [self._prompt_ids[row] for row in rows], args.sampling_at(self.state.episodes)
         completions = self.writer.write(prompt_ids, sampling, seed)
         enter(f"the rewards of PPO step {step}")
-        rewards = self.compute_rewards(self.train_dataset.select(rows), completions.texts, completions.ids)
+        given = (self.train_dataset.select(rows), completions.texts, completions.ids)
+        tokens = (prompt_ids, completions.ids, self.tokenizer.pad_token_id)
+        waits = args.dynamic_sampling_rounds or args.reward_shaping == "prefix" or self.learner.sharding.roots
+        meanwhile = None if waits else lambda: passes.append(self.learner.forward(*tokens))
+        rewards = self.compute_rewards(*given, meanwhile=meanwhile)
         enter(f"the log-probabilities of PPO step {step}")  # before the processes wait for each other's scores
-        return Answers(self.train_dataset, rows, completions, rewards)
+        return Answers(self.train_dataset, rows, completions, rewards, *passes)
 
     def compute_rewards(
         self,
@@ -193,11 +197,12 @@ class PPOTrainer:
         completions: Sequence[str],
         completion_ids: Sequence[Sequence[int]],
         rewards: Sequence[Reward] | None = None,
+        meanwhile: Callable[[], object] | None = None,
     ) -> RewardOutputs:
         """Call the reward functions on completions to `examples`, with the weights of this step or of `rewards`."""
         rewards, handling = rewards or self.scaled_rewards, self.args.reward_handling
         state = self.state.for_rewards(self.args, self.num_steps, len(self.train_dataset))
-        return compute_row_rewards(rewards, examples, completions, completion_ids, handling, state)
+        return compute_row_rewards(rewards, examples, completions, completion_ids, handling, state, meanwhile)
 
     def compute_advantages(self, rollout: Rollout) -> tuple[Experience, dict[str, float]]:
         """Turn scores and KL into an advantage and a return for each token, and the statistics of the rollout.
@@ -212,7 +217,6 @@ class PPOTrainer:
             self._warn(count_failures(rollout.failures, args.on_reward_error))
         given = (experience.returns, penalties, args.num_generations, step, self.accelerator)
         stats = rollout_statistics(rollout, *given)
-        stats |= named_metrics(rollout.log.metrics)
         stats |= variance_shares(self.scaled_rewards, rollout.rewards, rollout.scored, self.accelerator)
         limit = args.max_kl if stats["objective/length"] > 0 else None  # NaN where no completion has a score
         check_kl(stats["objective/kl"], limit, step, self.state.best_step)
@@ -238,12 +242,6 @@ class PPOTrainer:
         skipped = state.skipped_steps + len(update.notes)
         self.state = replace(state, skipped_steps=skipped, skipped_in_row=update.skipped_in_row)
         return update.stats | {"policy/skipped_steps": float(skipped)}
-
-    def advance(self, rollout: Rollout, stats: dict[str, float]) -> None:
-        """Count the step, and move what adapts with it: the KL coefficient and the moments of the scores."""
-        kl_coef = next_kl_coef(self.args, self.kl_coef, stats["objective/kl"], self.batch_size)
-        self.state = self.state.advanced(self.batch_size, rollout.moments, kl_coef)
-        self.learner.after_step(self.state.step)
 
     def evaluate(self, eval_dataset: EvalData | None = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Answer the held-out prompts, or others: each reward, their weighted sum `eval_reward`, length, metrics."""
@@ -271,8 +269,10 @@ class PPOTrainer:
         self.log.say(*notes)
 
     def _end_step(self, rollout: Rollout, stats: dict[str, float]) -> None:
-        """Log, evaluate and save, each when it is due, and stop where a signal asks for it."""
-        self.advance(rollout, stats)
+        """Count the step; log, evaluate and save, each when it is due, and stop where a signal asks for it."""
+        kl_coef = next_kl_coef(self.args, self.kl_coef, stats["objective/kl"], self.batch_size)
+        self.state = self.state.advanced(self.batch_size, rollout.moments, kl_coef)
+        self.learner.after_step(self.state.step)
         args, total, step = self.args, self.num_steps, self.state.step
         self.log.say(*(share_sentences(stats) if step == 1 else ()))
         self.log.end_step(step, self.state.episodes, stats, sample_rows(rollout))
