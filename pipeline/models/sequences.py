@@ -40,8 +40,8 @@ class Sequences:
 
     def scatter(self, values: Tensor) -> Tensor:
         """Put `values [M]` of the completion tokens into [B, C], 0 elsewhere."""
-        shape = self.completion_mask.shape
-        return values.new_zeros(shape.numel()).index_copy(0, self.completion_at, values).view(shape)
+        mask = self.completion_mask
+        return values.new_zeros(mask.numel()).index_copy(0, self.completion_at, values).view(mask.shape)
 
     @property
     def lengths(self) -> Tensor:
