@@ -122,6 +122,19 @@ def test_numbers_and_text_reach_the_configs_as_written():
         (2, "reward: {max_length: 5}", "reward.max_length", ["dropped and counted"]),
         (2, "reward: {lerning_rate: 5}", "reward.lerning_rate", ["'learning_rate'"]),
         (2, "reward: {eval_steps: 5}", "reward.eval_steps", ["eval_strategy is 'epoch'", "eval_strategy: steps"]),
+        (
+            2,
+            "reward: {save_strategy: steps}",
+            "reward.save_strategy",
+            ["eval_strategy is epoch", "save_strategy is st"],
+        ),
+        (6, "sft: {eval_strategy: steps}", "sft.eval_strategy", ["the best model is kept", "load_best_model_at_end:"]),
+        (
+            6,
+            "sft: {eval_strategy: steps, eval_steps: 20, save_strategy: steps, save_steps: 30}",
+            "sft.save_steps",
+            ["30 is no multiple of eval_steps, which is 20"],
+        ),
         (2, "reward: {min_accuracy: 55}", "reward.min_accuracy", ["from 0 to 1", "found 55.0"]),
         (2, "reward: {pairs: {from: ppo}}", "reward.pairs.from", ["sft, references", "found ['ppo']"]),
         (2, "reward: {pairs: {from: sft, path: x.jsonl}}", "reward.pairs.from", ["path names a data set"]),
@@ -133,6 +146,21 @@ def test_numbers_and_text_reach_the_configs_as_written():
 )
 def test_refusals_name_file_line_key_and_fix(line, text, key, words):
     assert_names(refusal(**{f"line{line}": text}), f"recipe.yaml:{line}", key, *words)
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        "{save_strategy: best}",
+        "{eval_strategy: 'no', save_strategy: steps}",
+        "{save_strategy: steps, load_best_model_at_end: false}",
+        "{eval_strategy: steps, eval_steps: 10, save_strategy: steps, save_steps: 30}",
+        "{eval_strategy: steps, eval_steps: 0.1, save_strategy: steps, save_steps: 0.3}",
+        "{eval_strategy: steps, save_strategy: steps}",
+    ],
+)
+def test_a_best_model_that_is_saved(section):
+    check_recipe(load_recipe(write(line6=f"sft: {section}")))
 
 
 def test_text_that_is_no_yaml_is_named_by_its_line():
@@ -348,7 +376,8 @@ def test_every_accepted_key_of_sft_config_takes_its_own_default():
             continue
         value = "''" if f.default == "" else str(f.default.value if hasattr(f.default, "value") else f.default)
         value = value.lower() if isinstance(f.default, bool) else value
-        load_recipe(write(), [f"sft.{f.name}={value}"])
+        others = [] if f.name == "load_best_model_at_end" else ["sft.load_best_model_at_end=false"]
+        load_recipe(write(), [f"sft.{f.name}={value}", *others])
 
 
 def test_keys_of_sft_config_that_another_makes_idle():
@@ -360,7 +389,8 @@ def test_keys_of_sft_config_that_another_makes_idle():
     message = refusal("sft.gradient_checkpointing=true", "sft.activation_checkpointing=false")
     place = "override 'sft.gradient_checkpointing=true'"
     assert_names(message, place, "sft.gradient_checkpointing", "activation_checkpointing is set too")
-    load_recipe(write(), ["sft.eval_strategy=steps", "sft.eval_steps=10", "sft.report_to=wandb", "sft.run_name=x"])
+    load_recipe(write(), ["sft.eval_strategy=steps", "sft.eval_steps=10", "sft.save_strategy=steps"])
+    load_recipe(write(), ["sft.report_to=wandb", "sft.run_name=x"])
     assert "tensorboard" in refusal("sft.report_to=tensorboard", "sft.run_name=x")
     assert "adamw_torch_fused" in refusal("sft.optim_args=x=1")
     assert "optim is sgd" in refusal("sft.optim=sgd", "sft.optim_target_modules=all-linear")

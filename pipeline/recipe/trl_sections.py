@@ -200,6 +200,7 @@ def _refuse_conflicts(
     for key, (other, idle) in IDLE_WITH.items():
         if key in arguments and effective[other] == idle:
             refuse(key, f", because {other} is {shown(idle)}; set {section}.{other} or remove it")
+    _check_best_model(section, arguments, effective, document)
     if "num_train_epochs" in arguments and effective["max_steps"] > 0:
         refuse("num_train_epochs", ", because max_steps is set; keep one")
     optimizer = str(effective["optim"])
@@ -223,3 +224,28 @@ def _refuse_conflicts(
         new = old.replace("gradient", "activation")
         if old in arguments and arguments.get(new) is not None:
             refuse(old, f", because {new} is set too; keep one")
+
+
+def _check_best_model(
+    section: str, arguments: Mapping[str, Any], effective: Mapping[str, Any], document: Document
+) -> None:
+    """Refuse a best model that would not be saved: transformers would find it once the stage has started.
+
+    Raises:
+        RecipeError: models are evaluated and saved at different times.
+    """
+    evaluates, saves = effective["eval_strategy"], effective["save_strategy"]
+    keeps_best = effective["load_best_model_at_end"] and saves != "best"
+    if not keeps_best or (evaluates == "no" and "load_best_model_at_end" not in arguments):
+        return
+    steps = effective["eval_steps"] or effective["logging_steps"]
+    ratio = effective["save_steps"] / steps
+    if evaluates != saves:
+        key, found = "save_strategy", f"eval_strategy is {evaluates} and save_strategy is {saves}"
+    elif saves == "steps" and abs(ratio - round(ratio)) > 1e-6:
+        key, found = "save_steps", f"{effective['save_steps']:g} is no multiple of eval_steps, which is {steps:g}"
+    else:
+        return
+    key = key if key in arguments else key.replace("save", "eval")
+    rule = f"the best model is kept, which is saved where it is evaluated, but {found}"
+    raise document.error((section, key), f"{rule}; make them agree, or set {section}.load_best_model_at_end: false")

@@ -117,7 +117,7 @@ def test_an_engine_that_shards_trains_the_longer_sft_alone():
         (["eval.baselines=[sft_longer, sft_longer]"], "eval.baselines: .*at most once"),
         ([BOTH, "eval.systems=[base, sft]"], "eval.baselines: .*eval.systems must have ppo"),
         ([BOTH, "ppo.sft_model_path=elsewhere"], "eval.baselines: .*remove ppo.sft_model_path"),
-        ([BOTH, "sft.save_strategy=no"], "eval.baselines: .*sft.save_strategy"),
+        ([BOTH, "sft.save_strategy=no", "sft.eval_strategy=no"], "eval.baselines: .*sft.save_strategy"),
         (["eval.hyperparameters=testing"], "eval.hyperparameters: .*validation, test, not tuned.*'testing'"),
     ],
 )
