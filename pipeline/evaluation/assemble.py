@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from pipeline.evaluation.agreement import agreement_findings, agreement_warnings, reward_agreement
 from pipeline.evaluation.config import BASELINES, CONTROL
-from pipeline.evaluation.curves import Panel, read_cost, read_panels
+from pipeline.evaluation.curves import PANELS, Panel, read_cost, read_panels
 from pipeline.evaluation.decodings import BestOfN, DecodingScores, expected_best
 from pipeline.evaluation.gains import Gains, find_gains
 from pipeline.evaluation.inspection import Inspection, inspect_systems
@@ -52,6 +52,14 @@ class Details:
     num_listed: int = 500
 
 
+def training_stages(sources: Sequence[Source], run: Path, rewards: Sequence[str]) -> list[str]:
+    """Return the stages of a run from which the systems come, in order; others may be there of an earlier recipe."""
+    read = {place for source in sources for place in (source.path, source.base)}
+    learned = any(reward.startswith(f"{LEARNED} x") for reward in rewards)
+    there = {name: run / name in read for name in ("sft", "reward", "ppo", CONTROL, *BASELINES)}
+    return [name for name, is_read in (there | {"reward": learned and there["ppo"]}).items() if is_read]
+
+
 def build_report(
     systems: Mapping[str, ScoredSystem],
     sources: Sequence[Source],
@@ -70,12 +78,11 @@ def build_report(
     test = TestSet(prompts, list(rows["references"]), scoring.clusters, are_sounds)
     systems = compute_system_metrics(systems, test.references, scoring.metrics)
     outputs = save_outputs(systems, rows, run / "eval", () if test.clusters is None else test.clusters.numbers)
-    further = [name for name in (CONTROL, *BASELINES) if any(source.path == run / name for source in sources)]
-    stages = ("sft", "reward", "ppo", *further)
+    stages = training_stages(sources, run, settings["rewards"])
     report = assemble_report(systems, outputs, test, scoring, settings, read_cost(run, stages))
     details = Details(
         examples=all_examples(test, outputs, scoring.metrics[0].name),
-        panels=read_panels(run),
+        panels=read_panels(run, {stage: titles for stage, titles in PANELS.items() if stage in stages}),
         inspections=inspect_systems(sources, rows, outputs, report.gains, scoring.settings.num_inspected),
         num_samples=scoring.settings.num_samples,
         num_listed=scoring.settings.num_listed,

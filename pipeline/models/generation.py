@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -19,6 +20,7 @@ from transformers import (
 
 from pipeline.models.decoder_start import decoder_prefix
 from pipeline.models.kernels.decode_loop import Stop, decode_batch, supports_decode_loop
+from pipeline.models.kernels.narrow_weights import narrow_weights
 from pipeline.models.kernels.static_decode import decode_static, supports_refill, supports_static_decode
 from pipeline.models.sampling import Decoding, TokenChooser
 from pipeline.models.sequences import length_sorted_chunks, pad_left, pad_right
@@ -87,11 +89,25 @@ def generate(
         FloatingPointError: the model's probabilities are not finite.
     """
     ends, decoding = eos_token_ids(model, tokenizer), decoding.with_forbidden(forbidden_tokens(model))
-    if decoding.num_beams > 1:
-        return _generate_by_transformers(model, tokenizer, prompts, decoding, ends, batch_size, watch)
-    if not supports_decode_loop(model):
-        warn_of_slow_generation(model.config.model_type)
-        return _generate_by_transformers(model, tokenizer, prompts, decoding, ends, batch_size, watch)
+    write = _generate_by_transformers
+    if decoding.num_beams == 1:
+        if supports_decode_loop(model):
+            write = _generate_by_loop
+        else:
+            warn_of_slow_generation(model.config.model_type)
+    with nullcontext() if is_sharded(model) else narrow_weights(model):  # which are whole, where slices are not
+        return write(model, tokenizer, prompts, decoding, ends, batch_size, watch)
+
+
+def _generate_by_loop(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    ends: list[int],
+    batch_size: int,
+    watch: Watch | None,
+) -> list[list[int]]:
     draws = torch.rand(len(prompts), decoding.max_new_tokens) if decoding.temperature is not None else None
     static = watch is None and _is_static(model)  # a watcher is to see each token at once, and no row that has ended
     decode = partial(decode_static, at_once=batch_size) if static else decode_batch

@@ -67,7 +67,8 @@ def encode_completions(
     turns = iter(_tokenise(tokenizer, [_render_answer(tokenizer, *chat) for chat in chats]))
     eos, ends = tokenizer.eos_token_id, {*getattr(tokenizer, "turn_ends", ())}
     return [
-        [*next(plain), eos] if isinstance(prompt, str) else _until_end(next(turns), eos, ends) for prompt, _ in pairs
+        [*next(plain), eos] if isinstance(prompt, str) else _until_end(tokenizer, next(turns), eos, ends)
+        for prompt, _ in pairs
     ]
 
 
@@ -273,11 +274,15 @@ def _render_answer(tokenizer: PreTrainedTokenizerBase, prompt: Messages, complet
     return whole[len(start) :]
 
 
-def _until_end(ids: list[int], eos: int, ends: Collection[int]) -> list[int]:
-    """Return the ids up to the last EOS, else up to the last of `ends`; EOS is added where there is none of them.
+def _until_end(tokenizer: PreTrainedTokenizerBase, ids: list[int], eos: int, ends: Collection[int]) -> list[int]:
+    """Return the ids up to the token at which generation ends the last turn; EOS is added where there is none.
 
-    Templates often write a line break after the token that ends a turn, which generation never reaches.
+    Templates often write a line break after that token, and Phi's EOS after both, which generation never reaches.
     """
-    last_tokens = {eos} if eos in ids else ends
-    last = max((place for place, token in enumerate(ids) if token in last_tokens), default=None)
-    return [*ids, eos] if last is None else ids[: last + 1]
+    places = [place for place, token in enumerate(ids) if token == eos or token in ends]
+    if not places:
+        return [*ids, eos]
+    last = places.pop()
+    while places and not tokenizer.decode(ids[places[-1] + 1 : last]).strip():
+        last = places.pop()
+    return ids[: last + 1]

@@ -78,7 +78,8 @@ def load_user_module(source: str, name: str | None = None) -> ModuleType:
     """
     try:
         if source.endswith(".py"):
-            return _load_file(Path(source).expanduser().absolute())
+            places = [Path(source).expanduser().absolute(), *(folder / source for folder in _folders)]
+            return _load_file(next((place for place in places if place.is_file()), places[0]))
         with _searched_first(_folders):
             return importlib.import_module(source)
     except Exception as error:  # a user's code may fail in any way

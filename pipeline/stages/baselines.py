@@ -21,6 +21,7 @@ from pipeline.recipe import Recipe
 from pipeline.rewards import Reward, RewardOutputs
 from pipeline.rewards.rows import compute_row_rewards
 from pipeline.runtime.distributed import on_main
+from pipeline.runtime.memory import BatchSize
 from pipeline.runtime.messages import say
 from pipeline.stages.directory import FINISHED, RunDirectory, read_record
 from pipeline.stages.eval_inputs import report_rewards
@@ -133,14 +134,18 @@ def evaluate_as_ppo(
         examples = examples.select(range(min(args.eval_examples, len(examples))))
     data = HeldOutData(examples, encode_prompts_of(tokenizer, examples, model.config.is_encoder_decoder))
     size = args.local_rollout_forward_batch_size
+    batches = BatchSize(size)
 
     def write(
         prompt_ids: Sequence[Sequence[int]], decoding: Decoding, seed: int | None = None, rank: int = 0
     ) -> Completions:
-        with torch.random.fork_rng(enabled=seed is not None), accelerator.autocast():
-            if seed is not None:
-                seed_samples(model, decoding, seed, rank, len(prompt_ids))
-            ids = generate(model, tokenizer, prompt_ids, decoding, size)
+        def attempt(rows: int) -> list[list[int]]:
+            with torch.random.fork_rng(enabled=seed is not None), accelerator.autocast():
+                if seed is not None:
+                    seed_samples(model, decoding, seed, rank, len(prompt_ids))
+                return generate(model, tokenizer, prompt_ids, decoding, rows)
+
+        ids = batches.run(attempt)
         ended = torch.tensor(finished(model, tokenizer, ids, decoding))
         return Completions(ids, decode(tokenizer, ids, task.strip_thoughts), ended)
 

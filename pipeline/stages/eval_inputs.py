@@ -135,7 +135,8 @@ def checkpoint_rules(recipe: Recipe) -> dict[str, str | None]:
     rules: dict[str, str | None] = {}
     if recipe.sft.needed and not recipe.sft_is_external:
         keys = {**DEFAULTS, **recipe.sft.arguments}
-        rules["sft"] = keys["metric_for_best_model"] if keys["load_best_model_at_end"] else None
+        chosen = keys["load_best_model_at_end"] and keys["eval_strategy"] != "no"
+        rules["sft"] = keys["metric_for_best_model"] if chosen else None
     if recipe.ppo is not None:
         rules["ppo"] = recipe.ppo.metric_for_best_model if recipe.ppo.load_best_model_at_end else None
     return rules

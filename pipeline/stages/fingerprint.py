@@ -41,7 +41,8 @@ def stage_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
 
     The stages after sft depend on its settings too, unless `ppo.sft_model_path` names another model; ppo depends on a
     reward stage that rewards it, control and sft_by_metric on the same as ppo, and eval on everything before it. The
-    name and place of the run and `reward.min_accuracy` change no result, and `task.cluster` none but that of eval.
+    name and place of the run and `reward.min_accuracy` change no result, and `task.cluster` and
+    `task.max_test_examples` none but that of eval.
     """
     sections = ["seed", "model", "task", "sft", "reward", "ppo", "control", "eval"]
     sections = sections[: sections.index(last_section(stage)) + 1]
@@ -57,6 +58,8 @@ def stage_settings(recipe: Recipe, stage: str) -> dict[str, Any]:
     flat.pop("reward.min_accuracy", None)
     if stage != "eval":
         flat.pop("task.cluster", None)
+        if "task.max_test_examples" in flat:  # null, as in runs from before it was left out
+            flat["task.max_test_examples"] = None
     if not recipe.augment:  # runs from before there was that key are still the same
         flat.pop("task.augment", None)
     return flat

@@ -35,6 +35,7 @@ from pipeline.stages.directory import RunDirectory, versions
 from pipeline.stages.task import say_left_out
 from pipeline.tasks import Task, TaskError, preferences
 from pipeline.trainers.huggingface.reward_adapter import train_reward_adapter
+from pipeline.trainers.precision import sampling_autocast
 
 Base = Path | str
 
@@ -70,7 +71,8 @@ def _sampled(
         rows = rows.select(range(min(count or len(rows), len(rows))))
         say(f"reward: {settings.samples} samples for each of {len(rows)} {split.replace('_', '-')} prompts")
         given = (rows, split, settings, metric, recipe.seed, task.strip_thoughts, sharding.gathered())
-        more, samples = sample_pairs(model, tokenizer, *given)
+        with sampling_autocast(None if recipe.ppo is None else recipe.ppo.bf16):
+            more, samples = sample_pairs(model, tokenizer, *given)
         pairs += more
     return pairs, samples
 

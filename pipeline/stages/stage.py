@@ -47,6 +47,7 @@ OUT_OF_MEMORY = (
     "out of memory: lower {section}.per_device_train_batch_size and raise {section}.gradient_accumulation_steps by "
     "as much, which changes no result, or set {section}.gradient_checkpointing: true ({error})"
 )
+OUT_OF_MEMORY_IN_EVAL = "out of memory with one text at a time: set model.dtype: bfloat16 ({error})"
 # gloo raises plain RuntimeErrors, so its errors are known by their words alone.
 GLOO_WORDS = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", "Connection refused")
 CODE_IS_RUN = "model.trust_remote_code is true: Python code that comes with the recipe's models is run"
@@ -235,7 +236,8 @@ def outcome_of(stage: str, error: BaseException) -> StageEnd | None:
         case ValueError() | OSError() | FloatingPointError():
             return StageEnd(1, str(error), failed=True)
     if isinstance(error, LastPassError) or is_out_of_memory(error):
-        return StageEnd(1, OUT_OF_MEMORY.format(section=script_of(stage), error=error), failed=True)
+        advice = OUT_OF_MEMORY_IN_EVAL if stage == "eval" else OUT_OF_MEMORY
+        return StageEnd(1, advice.format(section=script_of(stage), error=error), failed=True)
     if is_lost_connection(error):
         return StageEnd(1, f"another process is gone or does not answer: {error}", failed=True, consequence=True)
     return None

@@ -19,6 +19,7 @@ from pipeline.stages.directory import RunDirectory
 from pipeline.tasks import Task, columns
 from pipeline.tasks.augment import augment_examples
 from pipeline.tasks.types import Where
+from pipeline.trainers.precision import sampling_autocast
 
 SAMPLES_FILE = "best_of_n.jsonl"
 
@@ -79,17 +80,9 @@ def _best_samples(
         config, ppo = recipe.sft.best_of_n, recipe.ppo
         say(f"sft: {config.samples} samples for each of {len(task.train):,} training prompts")
         rewards = build_rewards(ppo.rewards, task.language)
-        sampled = best_samples(
-            model.to(PartialState().device).eval(),
-            tokenizer,
-            task.train,
-            config,
-            ppo.greedy,
-            rewards,
-            ppo.reward_handling,
-            recipe.seed,
-            task.strip_thoughts,
-        )
+        given = (task.train, config, ppo.greedy, rewards, ppo.reward_handling, recipe.seed, task.strip_thoughts)
+        with sampling_autocast(ppo.bf16):
+            sampled = best_samples(model.to(PartialState().device).eval(), tokenizer, *given)
         if not sampled:
             raise ValueError(
                 "sft.from: best_of_n found no sample that ends, has a text and has a reward; start from a model that "

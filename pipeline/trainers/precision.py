@@ -4,6 +4,7 @@ import os
 import sys
 
 import torch
+from accelerate import PartialState
 
 from pipeline.runtime.devices import has_accelerator
 
@@ -49,3 +50,12 @@ def check_precision(section: str, fp16: bool | None = None, bf16: bool | None = 
             "without the key bfloat16 is used where it is fast",
             file=sys.stderr,
         )
+
+
+def sampling_autocast(bf16: bool | None) -> torch.autocast:
+    """Compute samples that are learnt from in bfloat16 on a GPU that is fast at it, unless `bf16` is False.
+
+    On a CPU they stay in float32, as in recorded runs.
+    """
+    kind = PartialState().device.type
+    return torch.autocast(kind, torch.bfloat16, enabled=kind != "cpu" and bf16 is not False and native_bf16())

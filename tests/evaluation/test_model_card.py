@@ -13,6 +13,7 @@ FACTS = CardFacts(
     stage="ppo",
     seed=3,
     base="org/model-0.5B",
+    start="the SFT model of the same run",
     hub_base="org/model-0.5B",
     data="parallel: data_dir data/pairs, source {split}.en",
     data_name="pairs",

@@ -2,11 +2,12 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 from evaluation_toys import BAD, BLEU, GOOD, MIXED, REFERENCES, TER, TEST, make_report, prediction
 
-from pipeline.evaluation.assemble import Details, all_examples
+from pipeline.evaluation.assemble import Details, all_examples, training_stages
 from pipeline.evaluation.divergence import SampleMeasure
 from pipeline.evaluation.gains import paired_shares
 from pipeline.evaluation.pages.render import write_report
@@ -18,6 +19,8 @@ from pipeline.evaluation.significance import (
     paired_bootstrap,
     paired_randomisation,
 )
+from pipeline.evaluation.systems import Source
+from pipeline.models.config import ModelConfig
 
 
 def test_figures_of_a_system():
@@ -114,3 +117,19 @@ def test_best_of_n_counts_every_sample():
     assert two - one > 0.4
     assert report.best_of["sft"].decoded["bleu"] == pytest.approx(0.5, abs=0.06)
     assert list(report.best_of) == ["sft"]
+
+
+@pytest.mark.parametrize(
+    ("sft", "rewards", "stages"),
+    [
+        ("run/sft", ["bleu x 1"], ["sft", "ppo", "control"]),
+        ("run/sft", ["learned x 1", "bleu x 1"], ["sft", "reward", "ppo", "control"]),
+        ("other/sft", ["bleu x 1"], ["ppo", "control"]),
+    ],
+)
+def test_costs_are_those_of_the_stages_that_the_systems_come_from(sft, rewards, stages):
+    """Of an earlier recipe in the same folder there may be others."""
+    run, sft = Path("run"), Path(sft)
+    systems = [("sft", sft, None), ("ppo", run / "ppo", sft), ("control", run / "control", sft)]
+    sources = [Source(name, path, ModelConfig("x"), base) for name, path, base in systems]
+    assert training_stages(sources, run, rewards) == stages

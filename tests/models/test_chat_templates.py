@@ -131,12 +131,13 @@ def test_a_recipes_template_and_settings_are_saved_with_the_model(tmp_path, base
     assert decode(saved, [ids]) == ["four"] and "think" not in saved.decode(ids)
 
 
-def test_a_turn_ends_where_generation_ends_it(tmp_path, base_directory):
-    """As Gemma and Phi-3 have it: a token ends the turn that is not the tokenizer's EOS, and a line break follows."""
+@pytest.mark.parametrize("after", ["", " + eos_token"])
+def test_a_turn_ends_where_generation_ends_it(tmp_path, base_directory, after):
+    """As Gemma and Phi-3 have it: a token ends the turn that is not EOS, and a line break follows, or that and EOS."""
     shutil.copytree(base_directory, tmp_path, dirs_exist_ok=True)
     tokenizer = load_tokenizer(base_directory, ModelConfig(str(base_directory)))
     tokenizer.add_special_tokens({"additional_special_tokens": ["<end_of_turn>"]})
-    tokenizer.chat_template = PLAIN.replace("+ eos_token", "+ '<end_of_turn>\\n'")
+    tokenizer.chat_template = PLAIN.replace("+ eos_token", f"+ '<end_of_turn>\\n'{after}")
     tokenizer.save_pretrained(tmp_path)
     end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
     endings = []

@@ -20,7 +20,7 @@ from pipeline.models.generation import Decoding, generate
 from pipeline.models.kernels import static_decode as static
 from pipeline.models.kernels import static_step
 from pipeline.models.kernels.decode_loop import decode_batch
-from pipeline.models.kernels.narrow_adapters import narrow_adapters
+from pipeline.models.kernels.narrow_weights import narrow_weights
 from pipeline.models.kernels.packing import enable_packing
 from pipeline.models.kernels.static_decode import (
     bucket,
@@ -212,8 +212,9 @@ def test_an_adapter_is_read_as_it_is_now(precision, captures):
     assert len(captures) > recorded
 
 
-def test_narrow_adapters_change_no_bit_and_go_again(monkeypatch):
-    base = build("llama", attn_implementation="sdpa")
+@pytest.mark.parametrize("trained", [True, False])
+def test_narrow_weights_change_no_bit_and_go_again(trained):
+    base = build("llama", attn_implementation="sdpa").requires_grad_(trained)
     network = get_peft_model(base, LoraConfig(target_modules="all-linear", r=4, init_lora_weights=False)).eval()
     before = {name: (parameter, parameter.clone()) for name, parameter in network.named_parameters()}
     ids, outputs, counts = torch.tensor(PROMPTS[4:5]), [], []
@@ -222,20 +223,47 @@ def test_narrow_adapters_change_no_bit_and_go_again(monkeypatch):
         counts.append(sum(p.dtype == torch.bfloat16 for p in base.parameters()))
 
     base.register_forward_pre_hook(count)
-    for kept in (contextlib.nullcontext(), narrow_adapters(base)):
+    for kept in (contextlib.nullcontext(), narrow_weights(base)):
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), kept:
             outputs.append(base(ids).logits)
-    with narrow_adapters(base), torch.no_grad():
+    with narrow_weights(base), torch.no_grad():
         base(ids)
-    assert torch.equal(*outputs) and counts == [
-        0,
-        2 * 7 * 2,
-        0,
-    ]  # A and B of seven layers twice; none without autocast
-    with pytest.raises(KeyError), torch.autocast("cpu", torch.bfloat16), narrow_adapters(base):
+    linear = 2 * 7 * 3 + 1  # A, B and what they are added to, of seven layers twice, and the LM head
+    assert torch.equal(*outputs) and counts == [0, linear, 0]  # none without autocast
+    with pytest.raises(KeyError), torch.autocast("cpu", torch.bfloat16), narrow_weights(base):
         raise KeyError
     for name, parameter in network.named_parameters():
         assert parameter is before[name][0] and torch.equal(parameter, before[name][1])
+
+
+def test_weights_are_cast_once_for_all_tokens(tokenizer, taught):
+    """Autocast remembers no casts of weights that do not train: it would cast them again for each token."""
+    model, casts = taught().eval().requires_grad_(False), []
+    shapes = {tuple(m.weight.shape) for m in model.modules() if type(m) is torch.nn.Linear}
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._to_copy.default and tuple(args[0].shape) in shapes:
+                casts.append(args[0].shape)
+            return function(*args, **(kwargs or {}))
+
+    with torch.autocast("cpu", torch.bfloat16), Casts():
+        generate(model, tokenizer, [[5, 6, 7]], Decoding(2, min_new_tokens=2), 1)
+        few = len(casts)
+        generate(model, tokenizer, [[5, 6, 7]], Decoding(9, min_new_tokens=9), 1)
+    assert len(casts) - few <= few
+
+
+def test_without_memory_for_narrow_weights_they_are_cast_by_autocast(monkeypatch):
+    model = build("llama")
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("pipeline.models.kernels.narrow_weights.nn.Parameter", full)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), narrow_weights(model):
+        assert all(p.dtype == torch.float32 for p in model.parameters())
+        model(torch.tensor(PROMPTS[4:5]))
 
 
 def test_rows_leave_by_buckets(captures):

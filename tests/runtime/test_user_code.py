@@ -85,6 +85,16 @@ def test_every_form_of_a_name(folder):
     assert reward.function(["a"]) == [3]
 
 
+def test_a_file_is_found_from_another_folder(folder, tmp_path_factory):
+    """As `relay compare` asks for what the recipe of a run named."""
+    write(folder / "elsewhere" / "scores_of_a_run.py", REWARD.format(name="one", value=4))
+    os.chdir(tmp_path_factory.mktemp("other"))
+    search_user_code(Path.cwd(), folder)
+    assert load_user_object("elsewhere/scores_of_a_run.py:one")(["a"]) == [4]
+    with pytest.raises(UserCodeError, match=r"nothing\.py"):
+        load_user_object("elsewhere/nothing.py:one")
+
+
 def test_the_path_of_a_file_is_that_from_the_recipe(folder, tmp_path):
     write(tmp_path / "recipes" / "my_scores.py", REWARD.format(name="one", value=1) + "def two(): return 2\n")
     recipe = tiny_recipe(tmp_path / "recipes", ppo={"rewards": ["my_scores.py:one"], "gradient_accumulation_steps": 1})

@@ -10,7 +10,7 @@ from demo_run import recipe_with, write_demo
 from pipeline.evaluation import systems
 from pipeline.evaluation.systems import Answering, SystemPredictions, predict_systems
 from pipeline.stages import eval_inputs
-from pipeline.stages.eval_inputs import report_answering, report_settings
+from pipeline.stages.eval_inputs import checkpoint_rules, report_answering, report_settings
 from pipeline.tasks import Task
 
 
@@ -59,3 +59,8 @@ def test_systems_answer_under_autocast(bf16, task, monkeypatch):
     monkeypatch.setattr(systems, "predict_system", predict)
     predict_systems([Loaded()], None, task.test, answering)
     assert seen == [(bf16, torch.bfloat16)]
+
+
+def test_without_an_evaluation_nothing_chose_the_checkpoint_of_sft(task):
+    assert checkpoint_rules(recipe_with())["sft"] == "eval_loss"
+    assert checkpoint_rules(recipe_with("sft.eval_strategy=no"))["sft"] is None

@@ -35,7 +35,7 @@ from pipeline.stages.stage import begin_stage, finish_stage, run_stage
         ("seed=1", ["sft", "ppo", "eval"]),
         ("model.lora_r=4", ["sft", "ppo", "eval"]),
         ("model.from_scratch.hidden_size=64", ["sft", "ppo", "eval"]),
-        ("task.max_test_examples=3", ["sft", "ppo", "eval"]),
+        ("task.max_test_examples=3", ["eval"]),
         ("sft.learning_rate=1", ["sft", "ppo", "eval"]),
         ("sft.use_peft=true", ["sft", "ppo", "eval"]),
         ("ppo.kl_coef=1", ["ppo", "eval"]),

@@ -82,5 +82,12 @@ def test_base_and_data_are_named(run, override, base, on_hub, data):
 
 def test_the_base_of_a_policy_over_another_model_is_that_model(run):
     facts = card_facts(recipe_with(f"ppo.sft_model_path={run.sft}"), run, "ppo")
-    assert (facts.base, facts.hub_base, facts.is_adapter) == (str(run.sft), None, True)
+    assert (facts.base, facts.start, facts.hub_base, facts.is_adapter) == (str(run.sft), str(run.sft), None, True)
     assert facts.rewards == ["bleu x 1"]
+    assert card_facts(recipe_with(), run, "ppo").start == "the SFT model of the same run"
+
+
+def test_a_weight_that_changes_is_named_by_its_last_value(run):
+    recipe = recipe_with("ppo.rewards=[{name: bleu, weight: [[0, 0.0], [500, 0.5]]}]")
+    write_model_cards(recipe, run, "ppo")
+    assert "bleu x 0.5" in card(run, "ppo").text

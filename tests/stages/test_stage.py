@@ -138,6 +138,11 @@ def test_each_error_has_an_exit_code_and_a_message(run_empty, capsys, error, cod
     assert stage_status(RunDirectory.of(recipe_with()), recipe_with(), "sft") == "partial"
 
 
+def test_the_evaluation_is_told_of_a_key_that_there_is():
+    end = outcome_of("eval", torch.OutOfMemoryError("CUDA out of memory."))
+    assert "model.dtype: bfloat16" in end.message and "eval." not in end.message
+
+
 def test_an_error_of_relay_itself_keeps_its_traceback(run_empty):
     with pytest.raises(ZeroDivisionError):
         run_empty("sft", ZeroDivisionError("1 / 0"))

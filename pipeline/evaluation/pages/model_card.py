@@ -21,7 +21,8 @@ KINDS = {"sft": "supervised fine-tuning", "ppo": "PPO", "control": "PPO with shu
 class CardFacts:
     """What a card says of a model without any figures.
 
-    `stage` is sft, ppo or control, `base` the model that training began with, `hub_base` its id where it is on the
+    `stage` is sft, ppo or control, `base` the model that training began with, `start` says in words what PPO began
+    with, `hub_base` its id where it is on the
     Hub, `data` where the examples are, `path` the folder of model and tokenizer, and `recipe` the text of the run's
     recipe.yaml.
     """
@@ -30,6 +31,7 @@ class CardFacts:
     stage: str
     seed: int
     base: str
+    start: str
     hub_base: str | None
     data: str
     data_name: str

@@ -22,7 +22,6 @@ from pipeline.models.kernels.decode_loop import (
     make_reader,
     supports_decode_loop,
 )
-from pipeline.models.kernels.narrow_adapters import narrow_adapters
 from pipeline.models.kernels.packing import IMPLEMENTATIONS, PREFIX
 from pipeline.models.kernels.static_step import StepMemory, can_capture, captured_state
 from pipeline.models.speech import reads_sound
@@ -75,9 +74,8 @@ def decode_static(
     """
     written, count = None, min(at_once or len(prompts), len(prompts))
     try:
-        with narrow_adapters(model):
-            batch = DecodeBatch(model, prompts, pad_id, max_new_tokens, count)
-            written = _decode(batch, torch.tensor(list(ends), device=model.device), choose, stop)
+        batch = DecodeBatch(model, prompts, pad_id, max_new_tokens, count)
+        written = _decode(batch, torch.tensor(list(ends), device=model.device), choose, stop)
     finally:  # where memory ran out, smaller batches need what is kept here
         if written is None or not _is_small(_MEMORIES.get(model)):
             _MEMORIES.pop(model, None)

@@ -16,6 +16,7 @@ from pipeline.models.text import decode, encode_completions, encode_prompts, pla
 from pipeline.rewards.pairs import Pair, RankedText, prompt_pairs
 from pipeline.rewards.pairs.settings import SampledPairs
 from pipeline.runtime.distributed import NOTHING_ELSE, gather_rows
+from pipeline.runtime.memory import BatchSize
 from pipeline.runtime.seeds import derive_seed
 
 BLOCK = 256  # prompts whose samples are drawn under one seed
@@ -50,10 +51,12 @@ def sample_pairs(
     samples are the same for any number of processes. `during` is as in `gather_rows`.
     """
 
+    batches = BatchSize(settings.batch_size)
+
     def collect(block: Sequence[int]) -> list[tuple[list[Pair], list[RankedSample]]]:
-        with torch.random.fork_rng():
-            torch.manual_seed(derive_seed(seed, f"sampled pairs of {split}", block[0]))
-            drawn = _draw_samples(model, tokenizer, rows.select(block), settings, metric, strip_thoughts)
+        drawn_with = derive_seed(seed, f"sampled pairs of {split}", block[0])
+        given = (rows.select(block), settings, metric, strip_thoughts)
+        drawn = _draw_samples(model, tokenizer, *given, batches, drawn_with)
         return _pair_samples(tokenizer, rows, block, drawn, split, settings, metric)
 
     blocks = [range(start, min(start + BLOCK, len(rows))) for start in range(0, len(rows), BLOCK)]
@@ -91,6 +94,8 @@ def _draw_samples(
     settings: SampledPairs,
     metric: Metric,
     strip_thoughts: bool,
+    batches: BatchSize,
+    seed: int,
 ) -> list[list[RankedText]]:
     """Draw `settings.samples` completions of each prompt and compute their values by the ranking metric."""
     decoding = Decoding(
@@ -106,7 +111,14 @@ def _draw_samples(
         prompts, settings.max_new_tokens, model.config, "reward.pairs.max_new_tokens", "a block of rows"
     )
     count = settings.samples
-    ids = generate(model, tokenizer, [p for p in prompts for _ in range(count)], decoding, settings.batch_size)
+    repeated = [p for p in prompts for _ in range(count)]
+
+    def draw(size: int) -> list[list[int]]:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return generate(model, tokenizer, repeated, decoding, size)
+
+    ids = batches.run(draw)
     texts = decode(tokenizer, ids, strip_thoughts)
     if strip_thoughts:  # the tokens of what is left, as PPO shows it to the reward model
         asked = [prompt for prompt in rows["prompt"] for _ in range(count)]
