@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pipeline.evaluation.config import CONTROL, SFT_BY_METRIC, SFT_LONGER
 from pipeline.recipe import Recipe, recipe_values
-from pipeline.stages.code_inputs import MEAN_REWARD, code_files
+from pipeline.stages.code_inputs import choosing_metrics, code_files
 from pipeline.stages.control import control_run, ppo_arguments
 from pipeline.stages.digests import (
     Stamp,
@@ -73,8 +73,8 @@ def _settings_of_later_sections(recipe: Recipe, stage: str, values: Mapping[str,
     if stage == "reward" and recipe.reward is not None and recipe.reward.model is not None and ppo is not None:
         learned = ppo.learned_reward
         settings |= {"ppo": {"rewards": {"learned": dict(learned.options)}}} if learned and learned.options else {}
-    if last_section(stage) == "ppo" and ppo.metric_for_best_model != MEAN_REWARD:
-        settings["eval"] = {"metrics": values["eval"]["metrics"]}
+    if numbers := choosing_metrics(recipe, stage):
+        settings["eval"] = {"metrics": [values["eval"]["metrics"][number] for number in numbers]}
     return settings
 
 

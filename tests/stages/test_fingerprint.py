@@ -285,6 +285,14 @@ def test_a_users_code_and_what_it_imports_are_inputs_of_the_stages_that_run_it(m
         assert stage_fingerprint(chosen, "ppo") != with_metric, name
 
 
+def test_a_metric_for_the_report_alone_is_no_setting_of_ppo():
+    chosen = "ppo.metric_for_best_model=eval_chrf"
+    one, two = (recipe_with(chosen, f"eval.metrics={names}") for names in ("[chrf, bleu]", "[bleu, ter, chrf]"))
+    other = recipe_with(chosen, "eval.metrics=[{name: chrf, options: {word_order: 2}}]")
+    assert stage_settings(one, "ppo") == stage_settings(two, "ppo") != stage_settings(other, "ppo")
+    assert stage_settings(one, "eval") != stage_settings(two, "eval")
+
+
 def test_the_plan_names_the_file_of_code_that_was_edited(monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     Path("the_reward.py").write_text("from the_words import WORDS\ndef hits(completions, **_): return [0.0] * 2\n")
