@@ -126,8 +126,8 @@ def predict_systems(
             system = predict_system(source.name, loaded_sft, loaded, rows, answering, batches, sharding.gathered)
         if sharding.roots and loaded is not loaded_sft:
             sharding.remove(loaded[0])
-            del loaded
-            free_memory()  # a sharded model is in a circle of references
+        del loaded
+        free_memory()  # before the next is loaded; a sharded model is in a circle of references
         predictions[source.name] = system.without_thoughts() if answering.strip_thoughts else system
     return predictions
 

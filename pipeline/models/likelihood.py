@@ -6,6 +6,7 @@ logits in a way that is not known here, give the logits of a whole batch, which 
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ from pipeline.models.kernels.lm_head import (
 )
 from pipeline.models.sequences import Sequences, at_first_and_later
 from pipeline.models.states import completion_states, head_parts, logits_are_of_head
+
+_READS_TRUNK: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
 @torch.no_grad()
@@ -95,12 +98,14 @@ def _head_and_states(model: PreTrainedModel, sequences: Sequences) -> tuple[Head
 
 
 def _reads_trunk(model: PreTrainedModel) -> bool:
-    """Whether the logits are the LM head on the trunk's states, and the trunk gives these."""
-    try:
-        with torch.autocast(model.device.type, enabled=False):
-            return logits_are_of_head(model)
-    except (AttributeError, TypeError):  # code of the model's own, without the usual outputs
-        return False
+    """Whether the logits are the LM head on the trunk's states, and the trunk gives these; found out once a model."""
+    if model not in _READS_TRUNK:
+        try:
+            with torch.autocast(model.device.type, enabled=False):
+                _READS_TRUNK[model] = logits_are_of_head(model)
+        except (AttributeError, TypeError):  # code of the model's own, without the usual outputs
+            _READS_TRUNK[model] = False
+    return _READS_TRUNK[model]
 
 
 def _vocabulary(model: PreTrainedModel) -> int:

@@ -16,7 +16,7 @@ from pipeline.models.text import decode, encode_completions, encode_prompts
 from pipeline.rewards import Reward
 from pipeline.rewards.classifier import ClassifierReward, check_classifier
 from pipeline.rewards.metric import text_of
-from pipeline.runtime.memory import in_smaller_batches
+from pipeline.runtime.memory import BatchSize
 
 CALIBRATION_ROWS = 256
 OPTIONS = {"batch_size": int, "template": str}
@@ -35,7 +35,8 @@ class AdapterReward:
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, record: RewardRecord, directory: Path, batch_size: int = 128
     ) -> None:
-        self.tokenizer, self.record, self.directory, self.batch_size = tokenizer, record, directory, batch_size
+        self.tokenizer, self.record, self.directory = tokenizer, record, directory
+        self._batches = BatchSize(batch_size)
         self._score_sequences: SequenceScorer | None = None
         self._model: PreTrainedModel | None = None
 
@@ -62,7 +63,7 @@ class AdapterReward:
             self.tokenizer,
             self._score_sequences,
             self._model.device,
-            self.batch_size,
+            self._batches,
         )
         scores = dict(zip(distinct, ((raw - self.record.shift) / self.record.scale).tolist(), strict=True))
         return [scores[key] for key in keys]
@@ -87,12 +88,9 @@ def score_token_ids(
     tokenizer: PreTrainedTokenizerBase,
     score_sequences: SequenceScorer,
     device: torch.device,
-    batch_size: int,
+    batches: BatchSize,
 ) -> Tensor:
-    """Raw scores [B], on the CPU in float32, of completions given as token ids.
-
-    `batch_size` at a time, or fewer where memory runs out.
-    """
+    """Raw scores [B], on the CPU in float32, of completions given as token ids."""
     lengths = torch.tensor([len(p) + len(c) for p, c in zip(prompt_ids, completion_ids, strict=True)])
 
     def attempt(size: int) -> Tensor:
@@ -105,7 +103,7 @@ def score_token_ids(
             scores[index] = score_sequences(sequences).float().cpu()
         return scores
 
-    return in_smaller_batches(attempt, batch_size)[0]
+    return batches.run(attempt)
 
 
 def calibration(scores: Tensor, references: Tensor) -> tuple[float, float]:

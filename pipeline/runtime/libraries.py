@@ -3,6 +3,7 @@
 import os
 import warnings
 
+import torch
 from datasets.utils import logging as datasets_logging
 from transformers.utils import logging as transformers_logging
 
@@ -24,3 +25,11 @@ def limit_kernel_cache() -> None:
     about 80 of them again and again. oneDNN reads the variable at the first product; a value of the user stays.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+
+
+def choose_attention_kernels() -> None:
+    """Leave cuDNN's attention out: it plans each new shape on the host, and texts have new lengths in every batch.
+
+    torch 2.13 puts it first on an H100, under the kernels whose plans do not depend on lengths.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)

@@ -8,8 +8,11 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 Result = TypeVar("Result")
-# What accelerate does not look for: allocators of CPUs on other systems, and messages without a full stop.
-MORE_WORDS = ("not enough memory", "bad_alloc", "out of memory")
+# What accelerate does not look for: allocators of CPUs on other systems, messages without a full stop, and libraries
+# of a GPU that find no room for what they work in.
+MORE_WORDS = ("not enough memory", "bad_alloc", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+MORE_WORDS += ("CUBLAS_STATUS_NOT_INITIALIZED", "CUDNN_STATUS_ALLOC_FAILED")
+_CLEARED: list[Callable[[], None]] = []
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -58,8 +61,15 @@ class BatchSize:
         return result
 
 
+def cleared_with(clear: Callable[[], None]) -> None:
+    """Let `free_memory` call `clear`, which lets go of what is kept only to save time."""
+    _CLEARED.append(clear)
+
+
 def free_memory() -> None:
-    """Free what nothing refers to any more, on an accelerator too."""
+    """Free what is kept to save time, and what nothing refers to any more, on an accelerator too."""
+    for clear in _CLEARED:
+        clear()
     clear_device_cache(garbage_collection=True)
 
 

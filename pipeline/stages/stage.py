@@ -20,7 +20,7 @@ from pipeline.recipe import Recipe
 from pipeline.runtime.abort import record_failure
 from pipeline.runtime.devices import APPLE_GPU_IDLE, has_accelerator, has_apple_gpu
 from pipeline.runtime.distributed import launched_engine, on_main, shared_directory_problem
-from pipeline.runtime.libraries import limit_kernel_cache, quiet_libraries
+from pipeline.runtime.libraries import choose_attention_kernels, limit_kernel_cache, quiet_libraries
 from pipeline.runtime.memory import is_out_of_memory, peak_memory_mib
 from pipeline.runtime.messages import one_line, say
 from pipeline.runtime.signals import Stopped
@@ -122,6 +122,7 @@ def prepare_process(run: RunDirectory) -> None:
         say(APPLE_GPU_IDLE)
     quiet_libraries()
     limit_kernel_cache()
+    choose_attention_kernels()
     if problem := shared_directory_problem(run.path):
         raise CannotStartError(problem)
 

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from pipeline.models import likelihood
 from pipeline.models.kernels import lm_head as head
 from pipeline.models.likelihood import completion_logprobs, entropy_and_divergence
 from pipeline.models.loading import lora_config
@@ -143,3 +144,30 @@ def test_memory_counts_what_lives_at_once():
         third = second * 2
         del second, third
     assert (memory.peak, memory.largest) == (2 * 3 * VOCABULARY * 4, 3)
+
+
+def test_half_a_precision_may_add_up_in_another_order():
+    """One step of bfloat16 in one logit is no other model; logits of another scale are."""
+    model = build("llama").to(torch.bfloat16)
+    forward, calls = model.lm_head.forward, []
+
+    def one_step_off(hidden: Tensor) -> Tensor:
+        logits = forward(hidden)
+        calls.append(logits.shape)
+        if len(calls) == 1:
+            logits[..., -1] = torch.nextafter(logits[..., -1], torch.full_like(logits[..., -1], torch.inf))
+        return logits
+
+    model.lm_head.forward = one_step_off
+    assert logits_are_of_head(model) and len(calls) == 2
+    calls.clear()
+    model.lm_head.forward = lambda hidden: calls.append(1) or forward(hidden) * len(calls)
+    assert not logits_are_of_head(model)
+
+
+def test_how_logits_are_read_is_found_out_once(monkeypatch):
+    model, asked = build("llama"), []
+    monkeypatch.setattr(likelihood, "logits_are_of_head", lambda one: asked.append(one) or logits_are_of_head(one))
+    for _ in range(2):
+        completion_logprobs(model, make_sequences([[5, 6]], [[7, 8]], 0))
+    assert asked == [model]

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from pipeline.models import generation
 from pipeline.models.generation import Decoding, generate
+from pipeline.models.kernels import narrow_weights as narrow_module
 from pipeline.models.kernels import static_decode as static
 from pipeline.models.kernels import static_step
 from pipeline.models.kernels.decode_loop import decode_batch
@@ -31,6 +32,7 @@ from pipeline.models.kernels.static_decode import (
 )
 from pipeline.models.kernels.static_step import StaticStep
 from pipeline.models.text import encode_prompts
+from pipeline.runtime.memory import in_smaller_batches
 
 EXPERTS = {
     "hidden_size": 32,
@@ -263,7 +265,30 @@ def test_without_memory_for_narrow_weights_they_are_cast_by_autocast(monkeypatch
     monkeypatch.setattr("pipeline.models.kernels.narrow_weights.nn.Parameter", full)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), narrow_weights(model):
         assert all(p.dtype == torch.float32 for p in model.parameters())
+        assert not torch.is_autocast_cache_enabled()  # whose casts would be as large
         model(torch.tensor(PROMPTS[4:5]))
+
+
+def test_what_is_kept_for_the_next_texts_goes_where_memory_runs_out(captures, monkeypatch):
+    monkeypatch.setattr(generation, "STATIC_DEVICES", {"cpu"})
+    model, tokenizer = build("llama"), Tokenizer()
+
+    def write() -> list[list[int]]:
+        with torch.autocast("cpu", torch.bfloat16):
+            return generate(model, tokenizer, PROMPTS[:4], Decoding(6), 2)
+
+    first, calls = write(), []
+
+    def fail_once(size: int) -> int:
+        calls.append(size)
+        if len(calls) == 1:
+            assert model in static._MEMORIES and len(narrow_module._NARROW) > 0
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return size
+
+    assert in_smaller_batches(fail_once, 4) == (2, 2)
+    assert not static._MEMORIES and not narrow_module._NARROW
+    assert write() == first
 
 
 def test_rows_leave_by_buckets(captures):

@@ -1,5 +1,6 @@
 """How the systems of a report answer: the temperature of samples and the precision, as in PPO."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ from datasets import Dataset
 from demo_run import recipe_with, write_demo
 
 from pipeline.evaluation import systems
-from pipeline.evaluation.systems import Answering, SystemPredictions, predict_systems
+from pipeline.evaluation.systems import Answering, Source, SystemPredictions, predict_systems
 from pipeline.stages import eval_inputs
 from pipeline.stages.eval_inputs import checkpoint_rules, report_answering, report_settings
 from pipeline.tasks import Task
@@ -64,3 +65,18 @@ def test_systems_answer_under_autocast(bf16, task, monkeypatch):
 def test_without_an_evaluation_nothing_chose_the_checkpoint_of_sft(task):
     assert checkpoint_rules(recipe_with())["sft"] == "eval_loss"
     assert checkpoint_rules(recipe_with("sft.eval_strategy=no"))["sft"] is None
+
+
+def test_besides_sft_one_system_at_a_time_is_in_memory(task, monkeypatch):
+    alive: dict[str, weakref.ref] = {}
+
+    def load(source: Source, sharding: object = None) -> tuple[torch.nn.Module, None]:
+        assert [name for name, model in alive.items() if model() is not None and name != "sft"] == []
+        alive[source.name] = weakref.ref(model := torch.nn.Linear(1, 1))
+        return model, None
+
+    monkeypatch.setattr(Source, "load", load)
+    monkeypatch.setattr(systems, "predict_system", lambda *arguments: SystemPredictions([]))
+    sft, *others = (Source(name, name, recipe_with().model) for name in ("sft", "ppo", "control"))
+    assert len(predict_systems([sft, *others], sft, task.test, Answering(recipe_with().eval))) == 3
+    assert alive["sft"]() is None and alive["control"]() is None

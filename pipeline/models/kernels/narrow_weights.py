@@ -1,6 +1,6 @@
 """Weights in the precision of autocast while completions are written: else they are cast again for each token."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
@@ -10,8 +10,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from pipeline.runtime.memory import cleared_with, is_out_of_memory
+
 # At fixed addresses, which CUDA graphs read.
 _NARROW: WeakKeyDictionary[nn.Linear, nn.Parameter] = WeakKeyDictionary()
+cleared_with(_NARROW.clear)  # layers that use them meanwhile hold them themselves
 
 
 @contextmanager
@@ -19,10 +22,19 @@ def narrow_weights(model: PreTrainedModel) -> Iterator[None]:
     """Replace the float32 weights of linear layers by what autocast would cast them to, until the block ends.
 
     The results are the same bits. Variants of LoRA, which compute with the weights themselves, are left as they are.
-    Autocast itself remembers the casts of weights that train, in a pass without a graph, and of no others.
+    Autocast itself remembers the casts of weights that train, in a pass without a graph, and of no others. Where there
+    is no memory for the casts of all, none is kept, by autocast neither.
     """
     kind = model.device.type
-    layers = _narrowed(model, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else []
+    if not torch.is_autocast_enabled(kind):
+        yield
+        return
+    dtype, layers = torch.get_autocast_dtype(kind), _layers(model)
+    if not _make_room(layers, dtype):
+        torch.clear_autocast_cache()
+        with torch.autocast(kind, dtype, cache_enabled=False):
+            yield
+        return
     weights = [layer.weight for layer in layers]
     try:
         if layers:
@@ -36,19 +48,24 @@ def narrow_weights(model: PreTrainedModel) -> Iterator[None]:
             layer.weight = weight
 
 
-def _narrowed(model: PreTrainedModel, dtype: torch.dtype) -> list[nn.Linear]:
-    """Return the layers with room for narrow weights; none where memory runs out, which only takes longer."""
+def _layers(model: PreTrainedModel) -> list[nn.Linear]:
     variants = {m for m in model.modules() if isinstance(m, LoraLayer) and m.lora_variant}
     left = {layer for variant in variants for layer in variant.modules()}
     layers = [m for m in model.modules() if type(m) is nn.Linear and m not in left and m.weight.dtype == torch.float32]
-    layers = [layer for layer in layers if not isinstance(layer.weight, DTensor)]
+    return [layer for layer in layers if not isinstance(layer.weight, DTensor)]
+
+
+def _make_room(layers: Sequence[nn.Linear], dtype: torch.dtype) -> bool:
+    """Keep a narrow weight for each layer; return whether there was memory for it."""
     try:
         for layer in layers:
             kept, weight = _NARROW.get(layer), layer.weight
             if kept is None or (kept.dtype, kept.device, kept.shape) != (dtype, weight.device, weight.shape):
                 _NARROW[layer] = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
-    except (torch.OutOfMemoryError, MemoryError):
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         for layer in layers:
             _NARROW.pop(layer, None)
-        return []
-    return layers
+        return False
+    return True

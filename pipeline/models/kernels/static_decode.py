@@ -25,6 +25,7 @@ from pipeline.models.kernels.decode_loop import (
 from pipeline.models.kernels.packing import IMPLEMENTATIONS, PREFIX
 from pipeline.models.kernels.static_step import StepMemory, can_capture, captured_state
 from pipeline.models.speech import reads_sound
+from pipeline.runtime.memory import cleared_with
 
 COLUMNS = 128  # a cache has a multiple of so many columns
 LOOK = 8  # tokens after which the ends are looked at: each look waits for the device
@@ -35,6 +36,7 @@ REFILL_SHARE = 1 / 4
 KEPT_SHARE = 1 / 16
 # Kept because a capture takes as long as many replays. They refer to no model.
 _MEMORIES: WeakKeyDictionary[PreTrainedModel, StepMemory] = WeakKeyDictionary()
+cleared_with(_MEMORIES.clear)
 
 
 def supports_static_decode(model: PreTrainedModel) -> bool:

@@ -13,6 +13,7 @@ from pipeline.models.text import encode_prompts
 from pipeline.rewards.learned import score_token_ids
 from pipeline.rewards.pairs import Pair
 from pipeline.rewards.raw_scores import UncalibratedReward
+from pipeline.runtime.memory import BatchSize
 from pipeline.runtime.signals import stop_signals
 from pipeline.trainers.huggingface.resumable import last_checkpoint
 from pipeline.trainers.huggingface.reward import build_reward_trainer, reward_arguments, save_network
@@ -44,9 +45,11 @@ def train_reward_adapter(
     trainer.accelerator.wait_for_everyone()
     device, encoder_decoder = trainer.accelerator.device, model.config.is_encoder_decoder
 
+    batches = BatchSize(batch_size)
+
     def scorer(prompts: list, texts: Sequence[str], ids: Sequence[Sequence[int]]) -> Tensor:
         prompt_ids = encode_prompts(tokenizer, prompts, encoder_decoder)
-        return score_token_ids(prompt_ids, ids, tokenizer, network.scores, device, batch_size)
+        return score_token_ids(prompt_ids, ids, tokenizer, network.scores, device, batches)
 
     summary = {
         "train_loss": result.training_loss,
