@@ -53,7 +53,7 @@ def environment(device: str) -> dict[str, str]:
 
 def run(arguments: list[str], device: str) -> str:
     """Run a command that ends well; what it wrote to stderr."""
-    done = subprocess.run(arguments, capture_output=True, text=True, env=environment(device))
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment(device), timeout=240)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stderr
 

@@ -75,6 +75,8 @@ def build(directory: Path, sizes: dict[str, int], dtype: str, device: str) -> Pa
     config = LlamaConfig(**sizes, **ends, tie_word_embeddings=True, max_position_embeddings=4096)
     with torch.device(device):
         LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(directory)
+    if device == "cuda":
+        torch.cuda.empty_cache()  # for the workers
     return directory
 
 
