@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
 import torch
 from ppo_toys import training_steps
 from pretended_gpu import GPU, pretended_gpu
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,3 +123,32 @@ def test_a_chain_on_one_gpu(recipe, stages, overrides, tmp_path):
         line.split()[1] for line in done.stderr.splitlines() if line.split()[:1] in [[s] for s in stages.split()]
     ]
     assert len(operations) == len(stages.split()) and all(int(number) > 1000 for number in operations)
+
+
+class Waits(TorchDispatchMode):
+    """Where models ask for what only the device knows: a GPU is waited for until all before that is computed."""
+
+    HOST = ("nonzero", "_local_scalar_dense", "masked_select", "unique")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().removeprefix("aten::")
+        indexes = args[1] if name.startswith(("index", "_index_put")) and isinstance(args[1], list | tuple) else ()
+        by_mask = any(isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in indexes)
+        if by_mask or name.startswith(self.HOST):
+            frames = [f for f in traceback.extract_stack() if "/pipeline/models/" in f.filename]
+            self.places += [f"{name} in {frames[-1].name}, {frames[-1].filename}"] if frames else []
+        return function(*args, **(kwargs or {}))
+
+
+def test_passes_over_a_rollout_look_it_up_once(make_trainer):
+    """After the pass that scores a rollout, the four passes of the update ask nothing more of the device."""
+    trainer = make_trainer(gradient_accumulation_steps=1, num_ppo_epochs=4)
+    with Waits() as scoring:
+        experience, _ = trainer.compute_advantages(trainer.collect_rollout(trainer.prompt_rows(0)))
+    with Waits() as update:
+        trainer.update(experience)
+    assert scoring.places and update.places == []
