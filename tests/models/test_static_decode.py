@@ -291,6 +291,36 @@ def test_what_is_kept_for_the_next_texts_goes_where_memory_runs_out(captures, mo
     assert write() == first
 
 
+@pytest.mark.parametrize("told", [False, True])
+def test_the_allocator_learns_that_a_capture_has_failed(monkeypatch, told):
+    """Of torch's calls alone, without a GPU: it raises where it has been told already."""
+    calls, recorder = [], object.__new__(static_step.Recorder)
+    recorder._stream, recorder._pool = "stream", (0, 1)
+
+    def end(device: int, pool: tuple) -> None:
+        calls.append((device, pool))
+        if told:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+
+    class Graph(contextlib.nullcontext):
+        def __init__(self, *args, **kwargs) -> None:
+            super().__init__()
+
+    for name, value in (("CUDAGraph", object), ("graph", Graph), ("current_device", lambda: 3)):
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "before")
+    monkeypatch.setattr(torch.cuda, "set_stream", calls.append)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+
+    def compute() -> torch.Tensor:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        recorder.record(compute)
+    assert calls == [(3, (0, 1)), "before"]
+    assert recorder.record(lambda: "logits")[1] == "logits" and calls[2:] == ["before"]
+
+
 def test_rows_leave_by_buckets(captures):
     model, widths = build("llama"), []
     prompts = [[token, token + 1] for token in range(5, 18)]

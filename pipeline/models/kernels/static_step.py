@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import torch
 from accelerate import PartialState
@@ -135,6 +136,11 @@ class Recorder:
             # Other threads may go on: a capture cares for this one alone.
             with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
                 return graph, compute()
+        except RuntimeError:
+            # Where a capture fails, torch does not tell its allocator that it is over, which then frees nothing more.
+            with suppress(RuntimeError):  # it has been told
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+            raise
         finally:
             torch.cuda.set_stream(current)  # a capture that fails stays on its own stream
 
