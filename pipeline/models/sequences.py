@@ -1,7 +1,7 @@
 """Prompts and completions as padded tensors. Masks come from lengths, never from token ids: pad may equal EOS."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -25,8 +25,11 @@ class Sequences:
     completion_mask: Tensor
     encoder_states: Tensor | None = None
     sound: Sound | None = None
-    made: dict[tuple[str, int], object] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """What passes over these rows share; a GPU is waited for to make it."""
+
+    @cached_property
+    def made(self) -> dict[tuple[str, int], object]:
+        """What passes over these rows share; a GPU is waited for to make it."""
+        return {}
 
     @cached_property
     def completion_at(self) -> Tensor:

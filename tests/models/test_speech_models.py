@@ -1,5 +1,7 @@
 """A tiny Whisper through generation and log-probs: what is given, what is forbidden, and the encoder once per clip."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import GenerationMixin, WhisperConfig
@@ -105,7 +107,7 @@ def test_the_encoder_reads_each_clip_once(taught_whisper, sequences):
     assert read == [4]
     kept = sequences.sound.encoded(model, 3)
     assert read == [4, 3, 1]
-    states = completion_states(model, Sequences(**{**vars(sequences), "sound": kept}))
+    states = completion_states(model, replace(sequences, sound=kept))
     assert read == [4, 3, 1]
     torch.testing.assert_close(states, completion_states(model, sequences), rtol=1e-5, atol=1e-5)
 
@@ -227,7 +229,7 @@ def test_the_encoders_gradient_counts_every_row_of_a_clip(taught_whisper, sequen
         if not distinct:  # every row its own clip
             sound = batch.sound
             copied = type(sound)(sound.features[sound.index], torch.arange(8))
-            batch = Sequences(**{**vars(batch), "sound": copied})
+            batch = replace(batch, sound=copied)
         states = completion_states(model, batch)
         (states * torch.linspace(0, 1, states.numel()).view_as(states)).sum().backward()
         gradient = model.get_encoder().conv1.weight.grad.clone()

@@ -13,6 +13,7 @@ from pipeline.models.text import encode_completions
 from pipeline.rewards.config import RewardConfig
 from pipeline.rewards.pairs import collect
 from pipeline.rewards.pairs.settings import SampledPairs
+from pipeline.runtime.memory import BatchSize
 from pipeline.trainers.ppo import PPOConfig, PPOTrainer
 
 
@@ -48,11 +49,11 @@ def test_a_reward_model_learns_the_tokens_that_ppo_shows_it(taught, tokenizer, e
         collect, "generate", lambda model, tokenizer, prompts, *given: [ids, [5, 6]] * (len(prompts) // 2)
     )
     given = (taught(), tokenizer, examples.select(range(2)), settings, load_metric("bleu"))
-    for thought, other in collect._draw_samples(*given, strip_thoughts=True):
+    for thought, other in collect._draw_samples(*given, strip_thoughts=True, batches=BatchSize(4), seed=0):
         prompt = examples[0]["prompt"]
         assert thought.text == "north" and thought.ids == encode_completions(tokenizer, [prompt], ["north"])[0]
         assert other.ids == [5, 6]
-    assert collect._draw_samples(*given, strip_thoughts=False)[0][0].ids == ids
+    assert collect._draw_samples(*given, strip_thoughts=False, batches=BatchSize(4), seed=0)[0][0].ids == ids
 
 
 def test_the_report_sees_no_thoughts():

@@ -194,7 +194,7 @@ def overlong_penalties(lengths: Tensor, longest: int, cache: int) -> Tensor:
 
 def prefix_scores(
     rewards: RewardOutputs,
-    completion_ids: Sequence[Sequence[int]],
+    completions: Completions,
     examples: Dataset,
     decode: Callable[[Sequence[Sequence[int]]], list[str]],
     compute_rewards: ComputeRewards,
@@ -206,6 +206,7 @@ def prefix_scores(
     Raises:
         RewardError: a reward scores single tokens itself.
     """
+    completion_ids = completions.ids
     if rewards.by_token:
         raise RewardError(
             f"reward {next(iter(rewards.by_token))!r} scores single tokens itself, which ppo.reward_shaping: prefix "

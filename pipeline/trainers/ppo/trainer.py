@@ -6,7 +6,6 @@ The package's docstring says what is different from TRL's, and names the sources
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from accelerate.utils import set_seed
@@ -165,9 +164,8 @@ class PPOTrainer:
             deviations, rewards = fit_scales(weights_at(self.rewards, self.state.episodes), rewards, self.accelerator)
             self.state = replace(self.state, reward_deviations=deviations)
         if self.args.reward_shaping == "prefix":
-            given = (examples, self.writer.decode, self.compute_rewards)
             with self.gathered():
-                token_scores = prefix_scores(rewards, completions.ids, *given)
+                token_scores = prefix_scores(rewards, completions, examples, self.writer.decode, self.compute_rewards)
         else:
             token_scores = rewards.token_scores(self.scaled_rewards, completions.lengths)
         seen = self.state.score_moments
@@ -212,11 +210,10 @@ class PPOTrainer:
             FloatingPointError: the KL to the reference is beyond `max_kl`.
         """
         args, step = self.args, self.state.step + 1
-        experience, penalties = estimate_advantages(rollout, self.kl_coef, args, self.accelerator)
+        experience, penalty = estimate_advantages(rollout, self.kl_coef, args, self.accelerator)
         if rollout.failures:
             self._warn(count_failures(rollout.failures, args.on_reward_error))
-        given = (experience.returns, penalties, args.num_generations, step, self.accelerator)
-        stats = rollout_statistics(rollout, *given)
+        stats = rollout_statistics(rollout, experience.returns, penalty, args.num_generations, step, self.accelerator)
         stats |= variance_shares(self.scaled_rewards, rollout.rewards, rollout.scored, self.accelerator)
         limit = args.max_kl if stats["objective/length"] > 0 else None  # NaN where no completion has a score
         check_kl(stats["objective/kl"], limit, step, self.state.best_step)
@@ -243,13 +240,19 @@ class PPOTrainer:
         self.state = replace(state, skipped_steps=skipped, skipped_in_row=update.skipped_in_row)
         return update.stats | {"policy/skipped_steps": float(skipped)}
 
+    def advance(self, rollout: Rollout, stats: dict[str, float]) -> None:
+        """Count the step, and move what adapts with it: the KL coefficient and the moments of the scores."""
+        kl_coef = next_kl_coef(self.args, self.kl_coef, stats["objective/kl"], self.batch_size)
+        self.state = self.state.advanced(self.batch_size, rollout.moments, kl_coef)
+        self.learner.after_step(self.state.step)
+
     def evaluate(self, eval_dataset: EvalData | None = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Answer the held-out prompts, or others: each reward, their weighted sum `eval_reward`, length, metrics."""
         enter(f"the evaluation after PPO step {self.state.step}")
         self.learner.drop_graph()
         rewards = scale_rewards(self.rewards, self.state.reward_deviations)  # of all evaluations the last weights
         held_out = self.held_out if eval_dataset is None else self.evaluator.encode(eval_dataset)
-        return self.evaluator.figures(held_out, partial(self.compute_rewards, rewards=rewards), metric_key_prefix)
+        return self.evaluator.figures(held_out, lambda *rows: self.compute_rewards(*rows, rewards), metric_key_prefix)
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint of the current step; every process calls it, the main one writes."""
@@ -269,18 +272,15 @@ class PPOTrainer:
         self.log.say(*notes)
 
     def _end_step(self, rollout: Rollout, stats: dict[str, float]) -> None:
-        """Count the step; log, evaluate and save, each when it is due, and stop where a signal asks for it."""
-        kl_coef = next_kl_coef(self.args, self.kl_coef, stats["objective/kl"], self.batch_size)
-        self.state = self.state.advanced(self.batch_size, rollout.moments, kl_coef)
-        self.learner.after_step(self.state.step)
-        args, total, step = self.args, self.num_steps, self.state.step
+        """Log, evaluate and save, each when it is due, and stop where a signal asks for it."""
+        self.advance(rollout, stats)
+        args, last, step = self.args, self.num_steps, self.state.step
         self.log.say(*(share_sentences(stats) if step == 1 else ()))
         self.log.end_step(step, self.state.episodes, stats, sample_rows(rollout))
-        evaluates = bool(self.held_out) and (step % (args.eval_steps or max(1, total // 10)) == 0 or step == total)
-        if evaluates:
+        due = bool(self.held_out) and (step % (args.eval_steps or max(1, last // 10)) == 0 or step == last)
+        if due:
             self._evaluate_and_compare()
-        is_due = step % args.save_steps == 0 if args.save_steps else evaluates
-        saves = is_due or step in (total, self.state.best_step)
+        saves = (step % args.save_steps == 0 if args.save_steps else due) or step in (last, self.state.best_step)
         if saves:
             self.save_checkpoint()
         if number := requested_stop():
