@@ -88,7 +88,7 @@ def build_report(
         num_listed=scoring.settings.num_listed,
     )
     report = replace(report, recognition=_recognition(systems, outputs, test, scoring, rows, settings))
-    report.cost.append(evaluation_cost(began, outputs))
+    report.cost.append(evaluation_cost(began, systems))
     return report, details
 
 
@@ -107,10 +107,11 @@ def _recognition(
     return recognition_errors(texts, samples, test.first_references, metric, rows, column, copies)
 
 
-def evaluation_cost(began: float, outputs: Mapping[str, Outputs]) -> StageCost:
-    """Measure what this stage took until its report is written; tokens are those of the completions."""
+def evaluation_cost(began: float, systems: Mapping[str, ScoredSystem]) -> StageCost:
+    """Measure what this stage took until its report is written; tokens are those of completions that it wrote."""
     seconds = round(time.monotonic() - began, 3)
-    tokens = sum(len(p.completion_ids) for output in outputs.values() for p in output.predictions)
+    written = [scored.text for system in systems.values() if not system.is_kept for scored in system.predictions]
+    tokens = sum(len(text.completion_ids) for text in written)
     processes = PartialState().num_processes
     return StageCost("eval", seconds, processes, None, None, tokens, tokens / seconds, peak_memory_mib())
 

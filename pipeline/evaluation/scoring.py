@@ -12,7 +12,7 @@ from pipeline.evaluation.config import EvalConfig
 from pipeline.evaluation.decodings import DecodedText, sample_block_size
 from pipeline.evaluation.divergence import SampleMeasure
 from pipeline.evaluation.predictions import Prediction
-from pipeline.evaluation.systems import SystemPredictions
+from pipeline.evaluation.system_predictions import SystemPredictions
 from pipeline.metrics import Metric
 from pipeline.rewards import Handling, Reward
 from pipeline.rewards.rows import compute_row_rewards
@@ -62,6 +62,7 @@ class ScoredSystem:
     samples: list[ScoredPrediction[DecodedText]] = field(default_factory=list)
     measures: list[SampleMeasure] = field(default_factory=list)
     same_weights_as_sft: bool = False
+    is_kept: bool = False
 
     @property
     def failures(self) -> list[str]:
@@ -82,6 +83,7 @@ def compute_system_rewards(
             compute_text_rewards(system.samples, rows, scoring, sample_block_size(size, copies)),
             system.measures,
             system.same_weights_as_sft,
+            system.is_kept,
         )
         for name, system in predictions.items()
     }

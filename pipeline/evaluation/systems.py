@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from accelerate import PartialState
@@ -15,8 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.evaluation.config import EvalConfig
 from pipeline.evaluation.decodings import DecodedText, decode_rows, draw_samples
-from pipeline.evaluation.divergence import SampleMeasure, measure_samples, measured_rows
-from pipeline.evaluation.predictions import Prediction, predict
+from pipeline.evaluation.divergence import measure_samples, measured_rows
+from pipeline.evaluation.predictions import predict
+from pipeline.evaluation.system_predictions import KeptPredictions, SystemPredictions
 from pipeline.models.config import ModelConfig
 from pipeline.models.generation import Decoding, refills_rows
 from pipeline.models.loading import load_model, load_policy, load_tokenizer
@@ -26,12 +26,10 @@ from pipeline.models.sequences import length_sorted_blocks
 from pipeline.models.sharding import Sharding
 from pipeline.models.slices import slice_here
 from pipeline.models.states import check_causal
-from pipeline.models.text import without_thoughts
-from pipeline.runtime.distributed import gather_rows
+from pipeline.runtime.distributed import gather_rows, on_main
 from pipeline.runtime.memory import BatchSize, free_memory
 from pipeline.runtime.messages import say
 
-Text = TypeVar("Text", Prediction, DecodedText)
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
@@ -86,40 +84,25 @@ class Answering:
         )
 
 
-@dataclass(frozen=True)
-class SystemPredictions:
-    """What a system wrote for the N test prompts: predictions; texts by number of beams; samples, those of a prompt
-    one after the other. `measures` are of the samples for KL and entropy. `same_weights_as_sft` is True for the SFT
-    model, bit for bit, under another name."""
-
-    predictions: list[Prediction]
-    beams: dict[int, list[DecodedText]] = field(default_factory=dict)
-    samples: list[DecodedText] = field(default_factory=list)
-    measures: list[SampleMeasure] = field(default_factory=list)
-    same_weights_as_sft: bool = False
-
-    def without_thoughts(self) -> "SystemPredictions":
-        """Return the same with texts that have no `<think>...</think>` at their start."""
-
-        def strip(texts: Sequence[Text]) -> list[Text]:
-            return [replace(text, completion=without_thoughts(text.completion)) for text in texts]
-
-        beams = {number: strip(texts) for number, texts in self.beams.items()}
-        return replace(self, predictions=strip(self.predictions), beams=beams, samples=strip(self.samples))
-
-
 def predict_systems(
-    sources: Sequence[Source], sft: Source | None, rows: Dataset, answering: Answering
+    sources: Sequence[Source],
+    sft: Source | None,
+    rows: Dataset,
+    answering: Answering,
+    kept: KeptPredictions | None = None,
 ) -> dict[str, SystemPredictions]:
     """Let every system complete the test prompts; all predictions on every process, by system.
 
-    Besides SFT one system at a time is in memory. Without SFT nothing is compared with it.
+    Besides SFT one system at a time is in memory. Without SFT nothing is compared with it. What is `kept` is not
+    written again, and what is written is kept before the next system begins.
     """
     sharding, bf16 = Sharding(), answering.bf16
-    loaded_sft = None if sft is None else sft.load(sharding)
+    predictions = {} if kept is None else on_main(lambda: kept.find([source.name for source in sources]))
+    missing = [source for source in sources if source.name not in predictions]
+    say(*(f"{name}: {len(rows)} completions are there, written before with the same settings" for name in predictions))
+    loaded_sft = sft.load(sharding) if sft is not None and missing else None
     batches = BatchSize(answering.settings.per_device_eval_batch_size)
-    predictions = {}
-    for source in sources:
+    for source in missing:
         say(f"{source.name}: writing {len(rows)} completions")
         loaded = loaded_sft if source.name == "sft" else source.load(sharding)
         with torch.autocast(PartialState().device.type, torch.bfloat16, enabled=bf16):
@@ -128,8 +111,11 @@ def predict_systems(
             sharding.remove(loaded[0])
         del loaded
         free_memory()  # before the next is loaded; a sharded model is in a circle of references
-        predictions[source.name] = system.without_thoughts() if answering.strip_thoughts else system
-    return predictions
+        system = system.without_thoughts() if answering.strip_thoughts else system
+        predictions[source.name] = system
+        if kept is not None:
+            on_main(lambda name=source.name, system=system: kept.keep(name, system))
+    return {source.name: predictions[source.name] for source in sources}
 
 
 def predict_system(

@@ -1,8 +1,13 @@
 """What the eval stage makes of a recipe: the systems, how their texts are scored, and the settings it reports."""
 
+import hashlib
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 
 from accelerate import PartialState
+from datasets import Dataset
 
 from pipeline.evaluation.assemble import decoding_name
 from pipeline.evaluation.clusters import cluster_by
@@ -13,10 +18,12 @@ from pipeline.metrics import load_metric
 from pipeline.models.loading import load_model, load_tokenizer, plain_model_directory
 from pipeline.models.reward_model import RewardNetwork, check_base
 from pipeline.models.sharding import Sharding
+from pipeline.models.speech import CLIP
 from pipeline.recipe import Recipe
 from pipeline.rewards import Handling, Reward, RewardFunction, build_rewards
 from pipeline.rewards.learned import AdapterReward
 from pipeline.stages.control import control_kind, control_policy, control_run
+from pipeline.stages.digests import model_state
 from pipeline.stages.directory import RunDirectory, versions
 from pipeline.stages.inputs import learned_reward, sft_model_path
 from pipeline.stages.task import base_model_path
@@ -24,6 +31,10 @@ from pipeline.tasks import Task
 from pipeline.trainers.huggingface.sft import DEFAULTS
 from pipeline.trainers.ppo.config import PPOConfig
 from pipeline.trainers.precision import native_bf16
+
+# Keys of the section eval by which the systems write.
+WRITES = ("num_beams", "beam_sizes", "samples_per_prompt", "sample_prompts", "sample_temperature", "max_new_tokens")
+WRITES += ("min_new_tokens", "stop_strings", "suppress_tokens", "per_device_eval_batch_size")
 
 
 def sft_source(recipe: Recipe, run: RunDirectory) -> Source | None:
@@ -51,6 +62,41 @@ def report_answering(recipe: Recipe, task: Task) -> Answering:
     """Return how the systems answer: samples at PPO's temperature, passes in PPO's precision."""
     bf16 = _computes_in_bf16(recipe)
     return Answering(recipe.eval, recipe.seed, _final_temperature(recipe), bf16, task.strip_thoughts)
+
+
+def prediction_keys(
+    recipe: Recipe, sources: Sequence[Source], sft: Source | None, rows: Dataset, answering: Answering
+) -> dict[str, str]:
+    """Return, by system, a SHA-256 over all that its predictions depend on: models, rows, decodings, versions.
+
+    Metrics and rewards are not among it, nor are other systems. A clip names a file that is called after its sound. A
+    model on the Hub of which nothing is in the local cache has no key.
+    """
+    columns = [name for name in ("prompt", "references", CLIP) if name in rows.column_names]
+    shared = [
+        {name: getattr(answering.settings, name) for name in WRITES},
+        [answering.seed, answering.temperature, answering.bf16, answering.strip_thoughts],
+        [rows[name][:] for name in columns],
+        PartialState().device.type,
+        versions(),
+    ]
+    keys = {}
+    for source in sources:
+        states = {str(path): _state_of(path, recipe) for path in _paths_of(source, sft)}
+        content = [source.name, asdict(source.config), states, shared]
+        if None not in states.values():
+            keys[source.name] = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+    return keys
+
+
+def _paths_of(source: Source, sft: Source | None) -> list[Path | str]:
+    """Return the models that are read for a system: its own, its base, and the SFT model it is compared with."""
+    paths = [source.path, source.base, None if sft is None else sft.path]
+    return [path for path in paths if path is not None]
+
+
+def _state_of(path: Path | str, recipe: Recipe) -> str | None:
+    return model_state(str(path), recipe.model.revision_of(path))
 
 
 def _final_temperature(recipe: Recipe) -> float:

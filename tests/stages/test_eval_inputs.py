@@ -9,7 +9,8 @@ from datasets import Dataset
 from demo_run import recipe_with, write_demo
 
 from pipeline.evaluation import systems
-from pipeline.evaluation.systems import Answering, Source, SystemPredictions, predict_systems
+from pipeline.evaluation.system_predictions import SystemPredictions
+from pipeline.evaluation.systems import Answering, Source, predict_systems
 from pipeline.stages import eval_inputs
 from pipeline.stages.eval_inputs import checkpoint_rules, report_answering, report_settings
 from pipeline.tasks import Task

@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.evaluation.decodings import DecodedText
 from pipeline.evaluation.predictions import Prediction
-from pipeline.evaluation.systems import SystemPredictions
+from pipeline.evaluation.system_predictions import SystemPredictions
 from pipeline.metrics import load_metric
 from pipeline.models.generation import Decoding
 from pipeline.models.text import encode_completions
