@@ -17,21 +17,12 @@ from pipeline.cli.compare_command import compare_command
 from pipeline.evaluation.assemble import build_report
 from pipeline.evaluation.pages.render import print_report, write_report
 from pipeline.evaluation.scoring import compute_system_rewards
-from pipeline.evaluation.system_predictions import KeptPredictions
-from pipeline.evaluation.systems import predict_systems
 from pipeline.recipe import Recipe, parse_stage_arguments
 from pipeline.rewards.rows import count_failures
 from pipeline.runtime.distributed import on_main
 from pipeline.runtime.messages import say
 from pipeline.stages.directory import RunDirectory
-from pipeline.stages.eval_inputs import (
-    prediction_keys,
-    report_answering,
-    report_scoring,
-    report_settings,
-    sft_source,
-    system_sources,
-)
+from pipeline.stages.eval_inputs import report_predictions, report_scoring, report_settings
 from pipeline.stages.stage import run_stage
 from pipeline.stages.task import left_out_record, load_recipe_task
 
@@ -46,10 +37,7 @@ def main(argv: Sequence[str]) -> int:
 def evaluate(recipe: Recipe, run: RunDirectory) -> dict[str, object]:
     """Predict with every system and compute rewards, each process its share; report on the main process."""
     began, (recipe, task) = time.monotonic(), load_recipe_task(recipe, run)
-    sources, sft = system_sources(recipe, run), sft_source(recipe, run)
-    answering = report_answering(recipe, task)
-    kept = KeptPredictions(run.path, prediction_keys(recipe, sources, sft, task.test, answering))
-    predictions = predict_systems(sources, sft, task.test, answering, kept)
+    sources, predictions = report_predictions(recipe, run, task)
     scoring = report_scoring(recipe, run, task)
     systems = compute_system_rewards(predictions, task.test, scoring)
     if failures := [failure for system in systems.values() for failure in system.failures]:

@@ -13,7 +13,8 @@ from pipeline.evaluation.assemble import decoding_name
 from pipeline.evaluation.clusters import cluster_by
 from pipeline.evaluation.config import CONTROL
 from pipeline.evaluation.scoring import Scoring
-from pipeline.evaluation.systems import Answering, Source
+from pipeline.evaluation.system_predictions import KeptPredictions, SystemPredictions
+from pipeline.evaluation.systems import Answering, Source, predict_systems
 from pipeline.metrics import load_metric
 from pipeline.models.loading import load_model, load_tokenizer, plain_model_directory
 from pipeline.models.reward_model import RewardNetwork, check_base
@@ -62,6 +63,15 @@ def report_answering(recipe: Recipe, task: Task) -> Answering:
     """Return how the systems answer: samples at PPO's temperature, passes in PPO's precision."""
     bf16 = _computes_in_bf16(recipe)
     return Answering(recipe.eval, recipe.seed, _final_temperature(recipe), bf16, task.strip_thoughts)
+
+
+def report_predictions(
+    recipe: Recipe, run: RunDirectory, task: Task
+) -> tuple[list[Source], dict[str, SystemPredictions]]:
+    """Let the systems of the report write what no earlier evaluation of this run wrote; on every process."""
+    sources, sft, answering = system_sources(recipe, run), sft_source(recipe, run), report_answering(recipe, task)
+    kept = KeptPredictions(run.path, prediction_keys(recipe, sources, sft, task.test, answering))
+    return sources, predict_systems(sources, sft, task.test, answering, kept)
 
 
 def prediction_keys(
