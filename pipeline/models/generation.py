@@ -21,7 +21,12 @@ from transformers import (
 from pipeline.models.decoder_start import decoder_prefix
 from pipeline.models.kernels.decode_loop import Stop, decode_batch, supports_decode_loop
 from pipeline.models.kernels.narrow_weights import narrow_weights
-from pipeline.models.kernels.static_decode import decode_static, supports_refill, supports_static_decode
+from pipeline.models.kernels.static_decode import (
+    decode_static,
+    supports_refill,
+    supports_static_decode,
+    within_window,
+)
 from pipeline.models.sampling import Decoding, TokenChooser
 from pipeline.models.sequences import length_sorted_chunks, pad_left, pad_right
 from pipeline.models.sharding import is_sharded
@@ -109,7 +114,8 @@ def _generate_by_loop(
     watch: Watch | None,
 ) -> list[list[int]]:
     draws = torch.rand(len(prompts), decoding.max_new_tokens) if decoding.temperature is not None else None
-    static = watch is None and _is_static(model)  # a watcher is to see each token at once, and no row that has ended
+    # A watcher is to see each token at once, and no row that has ended.
+    static = watch is None and _is_static(model) and within_window(model, prompts, decoding.max_new_tokens)
     decode = partial(decode_static, at_once=batch_size) if static else decode_batch
     chunk_size = batch_size * WAITING_BATCHES if static and refills_rows(model) else batch_size
     completions: list[list[int]] = [[] for _ in prompts]

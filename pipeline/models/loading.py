@@ -66,6 +66,11 @@ def position_limit(config: PretrainedConfig) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
+def sliding_window(config: PretrainedConfig) -> int | None:
+    """How many tokens the layers with a sliding window read, the newest included; None for a model without any."""
+    return config.get_text_config().to_dict().get("sliding_window")
+
+
 def load_tokenizer(path: str | Path, config: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model. One without a pad token pads with EOS, which the masks keep apart from real EOS.
 

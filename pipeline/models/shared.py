@@ -15,7 +15,7 @@ from pipeline.models.adapters import adapter_config, check_adapter
 from pipeline.models.dropout import remove_dropout
 from pipeline.models.kernels.lm_head import suppression, token_logprobs
 from pipeline.models.kernels.packing import disable_packing, enable_packing, pack, packed_states
-from pipeline.models.loading import position_limit
+from pipeline.models.loading import position_limit, sliding_window
 from pipeline.models.reward_model import apply_head, load_head
 from pipeline.models.roles import (
     REWARD,
@@ -82,7 +82,7 @@ class SharedModel(nn.Module):
         self.suppressed_first = {*self.suppressed, *forbidden.first}
         self.padding_free = padding_free and enable_packing(model)
         # Packed attention reads everything before a token: longer rows of a model with a window are padded instead.
-        self._window: int | None = model.config.get_text_config().to_dict().get("sliding_window")
+        self._window = sliding_window(model.config)
         self.frozen_copy: PreTrainedModel | PeftModel | None = None
         self.reward_head: nn.Linear | None = None
         self.network: PreTrainedModel | PeftModel = model

@@ -425,9 +425,26 @@ def test_buckets_and_order_by_hand():
     assert open_first([True, True]) == [] and open_first([True, False]) == [1] and open_first([False] * 2) == [0, 1]
 
 
-@pytest.mark.parametrize("architecture", [*WINDOWS, "bloom", "mamba"])
-def test_windows_and_other_states_are_left_to_transformers(architecture):
-    assert not supports_static_decode(build(architecture, **WINDOWS.get(architecture, {})))
+@pytest.mark.parametrize("architecture", ["bloom", "mamba"])
+def test_other_states_are_left_to_transformers(architecture):
+    assert not supports_static_decode(build(architecture))
+
+
+@pytest.mark.parametrize("architecture", WINDOWS)
+def test_texts_within_the_window_are_decoded_with_static_shapes(architecture, tokenizer, monkeypatch):
+    monkeypatch.setattr(generation, "STATIC_DEVICES", {"cpu"})
+    monkeypatch.setattr(generation, "eos_token_ids", lambda *_: [2])
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+    model, used = build(architecture, sliding_window=16), []
+    monkeypatch.setattr(
+        generation, "decode_static", lambda *given, **more: used.append(1) or decode_static(*given, **more)
+    )
+    longest = max(map(len, PROMPTS))
+    for limit, is_static in ((16 - longest, True), (17 - longest, False)):
+        used.clear()
+        written = generate(model, tokenizer, PROMPTS, Decoding(limit), 4)
+        assert bool(used) == is_static
+        assert written == decode_batch(model, PROMPTS, 0, limit, [2], greedy)
 
 
 def test_other_attention_is_left_to_the_decode_loop():

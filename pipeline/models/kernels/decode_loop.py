@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from pipeline.models.decoder_start import decoder_prefix
@@ -27,9 +27,10 @@ Stop = Callable[[Tensor, Tensor], Tensor]
 
 
 def supports_decode_loop(model: PreTrainedModel) -> bool:
-    """Whether every layer keeps all keys and values, and positions and mask are all a forward pass needs beside them.
+    """Whether keys and values are all that layers keep, and a forward pass needs but positions and mask beside them.
 
-    Sliding windows, state-space layers and models that prepare their own inputs are left to transformers' generate.
+    Of a layer with a sliding window all keys and values are kept: the model's own mask hides what is outside of it.
+    State-space layers and models that prepare their own inputs are left to transformers' generate.
     """
     if reads_sound(model.config):  # what Whisper prepares is for sound that is longer than its window
         return True
@@ -42,8 +43,10 @@ def supports_decode_loop(model: PreTrainedModel) -> bool:
         needed = {"position_ids", "attention_mask"}
     if not needed <= _forward_arguments(model).keys() or cache_argument(model) is None:
         return False
+    if getattr(model.config.get_text_config(), "attention_chunk_size", None) is not None:
+        return False
     layers = DynamicCache(config=model.config).layers
-    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+    return bool(layers) and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
 def cache_argument(model: PreTrainedModel) -> str | None:
@@ -176,7 +179,7 @@ class CausalReader:
         ids, mask = pad_left(distinct, pad_id, model.device)
         mask = mask.long()
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        cache, name = DynamicCache(config=model.config), cache_argument(model)
+        cache, name = DynamicCache(), cache_argument(model)  # of any length, windows or not
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, name: cache}
         self.model, self.logits = model, model(**inputs, use_cache=True, logits_to_keep=1).logits[index, -1]
         self.layers = [PreallocatedCacheLayer(layer.keys[index], layer.values[index]) for layer in cache.layers]

@@ -24,6 +24,7 @@ from pipeline.models.kernels.decode_loop import (
 )
 from pipeline.models.kernels.packing import IMPLEMENTATIONS, PREFIX
 from pipeline.models.kernels.static_step import StepMemory, can_capture, captured_state
+from pipeline.models.loading import sliding_window
 from pipeline.models.speech import reads_sound
 from pipeline.runtime.memory import cleared_with
 
@@ -42,13 +43,19 @@ cleared_with(_MEMORIES.clear)
 def supports_static_decode(model: PreTrainedModel) -> bool:
     """Whether the decode loop knows the model, transformers gives it static caches, and its attention takes a mask.
 
-    Models with sliding windows are unknown to the decode loop already, and are left to transformers' generate. Those
-    that hear sound take no mask for what the encoder has read.
+    Models that hear sound take no mask for what the encoder has read. All layers are given one mask, so that texts
+    beyond a sliding window are left to the decode loop: see `within_window`.
     """
     if reads_sound(model.config):
         return False
     attention = model.config._attn_implementation.removeprefix(PREFIX)
     return attention in IMPLEMENTATIONS and model._can_compile_fullgraph and supports_decode_loop(model)
+
+
+def within_window(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> bool:
+    """Whether no text, with its prompt, can be longer than the model's sliding window, if it has one."""
+    window = sliding_window(model.config)
+    return window is None or max(map(len, prompts)) + max_new_tokens <= window
 
 
 def supports_refill(model: PreTrainedModel) -> bool:
