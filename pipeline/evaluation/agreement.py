@@ -102,7 +102,7 @@ def agreement_findings(agreements: Mapping[str, RewardAgreement]) -> list[str]:
         return []
     interval = "" if ppo.low is None else f", 95 % interval {100 * ppo.low:+.1f} to {100 * ppo.high:+.1f}"
     return [
-        f"Of two samples of a prompt, the reward {ppo.reward} prefers the one with the higher {ppo.metric} in "
+        f"Of two samples of a prompt, the reward {ppo.reward} prefers the one that is better by {ppo.metric} in "
         f"{sft.accuracy.value:.1%} of the pairs that SFT wrote and in {ppo.accuracy.value:.1%} of those that PPO "
         f"wrote ({100 * ppo.change:+.1f} points{interval}; {ppo.accuracy.count} pairs of {ppo.accuracy.clusters} "
         "prompts)."

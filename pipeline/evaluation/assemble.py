@@ -104,7 +104,7 @@ def _recognition(
     texts = {name: output.texts for name, output in outputs.items()}
     samples = {name: [sample.text.completion for sample in system.samples] for name, system in systems.items()}
     metric, column, copies = word_metric(scoring.metrics), settings.get("cluster"), scoring.settings.samples_per_prompt
-    return recognition_errors(texts, samples, test.first_references, metric, rows, column, copies)
+    return recognition_errors(texts, samples, test.references, metric, rows, column, copies)
 
 
 def evaluation_cost(began: float, systems: Mapping[str, ScoredSystem]) -> StageCost:
@@ -191,6 +191,7 @@ def assemble_report(
         gains=gains_of_ppo(first, outputs, test),
         cost=list(cost),
         reward_agreement=agreement,
+        lower_is_better=[metric.name for metric in metrics if not metric.higher_is_better],
     )
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pipeline.evaluation.config import SFT_BY_METRIC, SFT_LONGER, SHUFFLED
-from pipeline.evaluation.power import p_text
+from pipeline.evaluation.config import CONSTANT, SFT_BY_METRIC, SFT_LONGER, SHUFFLED
+from pipeline.evaluation.power import p_text, signed_text
 from pipeline.evaluation.significance import SIGNIFICANT
 
 EARNED = "which the reward earned"
@@ -27,6 +27,7 @@ class Effect:
     delta: float
     gain: float
     p_value: float
+    standard_error: float
 
     @property
     def is_better(self) -> bool:
@@ -39,23 +40,32 @@ class Effect:
         return self.p_value < SIGNIFICANT and self.gain < 0
 
     @property
+    def size(self) -> str:
+        """Return the difference as a text."""
+        return signed_text(self.delta, self.standard_error or abs(self.delta))
+
+    @property
     def figures(self) -> str:
         """Return the difference and its p."""
-        return f"{self.delta:+.2f}, {p_text(self.p_value)}"
+        return f"{self.size}, {p_text(self.p_value)}"
 
 
-def control_finding(alone: Effect, beyond: Effect, kind: object) -> str:
+def control_finding(alone: Effect, beyond: Effect, kind: object, is_shared: bool = False) -> str:
     """Say how the control compares with SFT (`alone`), and whether PPO is better than it (`beyond`).
 
-    Only where PPO is better than a control with shuffled scores do the words say that the reward earned the gain.
+    Only where PPO is better than a control with shuffled scores do the words say that the reward earned the gain; not
+    where several seeds share one control, whose own chance is counted as if it were that of several.
     """
-    moved = f"The control with {kind} moved {alone.metric} by {alone.delta:+.2f} ({p_text(alone.p_value)})"
-    if alone.is_better:
+    has_signal = kind not in (SHUFFLED, CONSTANT)
+    moved = f"The control with {kind} moved {alone.metric} by {alone.size} ({p_text(alone.p_value)})"
+    if alone.is_better and not has_signal:
         moved += ", so PPO is better than SFT here even without a signal"
     if not beyond.is_better:
-        not_shown = f"PPO is not shown to be better than it ({beyond.figures})"
-        return f"{moved}; {not_shown}, so no gain is shown to be the reward's."
+        then = "" if has_signal else ", so no gain is shown to be the reward's"
+        return f"{moved}; PPO is not shown to be better than it ({beyond.figures}){then}."
     words = EARNED if kind == SHUFFLED else "but only ppo.shuffle_scores makes a matched control"
+    if is_shared:
+        words = "but seeds share a control, which counts as one run: give every seed its own"
     return f"{moved}; PPO is better than it ({beyond.figures}), {words}."
 
 

@@ -4,7 +4,7 @@ Sources: Card et al., With Little Power Comes Great Responsibility (2020); Schui
 one-sided tests procedure and the power approach (1987).
 """
 
-from math import inf
+from math import floor, inf, log10
 
 from scipy.special import stdtr, stdtrit
 
@@ -47,6 +47,17 @@ def equivalence_text(margin: float, error: float) -> str:
 def size_text(value: float) -> str:
     """Write the size of a difference with two decimals, and a small one with two digits: `0.87`, `0.0031`."""
     return f"{value:.2f}" if value >= 0.1 or value == 0 else f"{value:.2g}"
+
+
+def decimals(scale: float) -> int:
+    """Return how many decimals a figure needs whose standard error, or size, is this: two, more if that is small."""
+    return 2 if scale == 0 or scale >= 0.02 else 1 - floor(log10(scale))
+
+
+def signed_text(value: float, scale: float) -> str:
+    """Write a difference with its sign and the `decimals` of a scale: `+0.64`, `-0.00031`; 0 and -0 are `+0.00`."""
+    text = f"{value:+.{decimals(scale)}f}"
+    return text.replace("-", "+") if float(text) == 0 else text
 
 
 def p_text(p_value: float) -> str:

@@ -73,13 +73,15 @@ def word_metric(metrics: Sequence[Metric]) -> ErrorRateMetric | None:
 def recognition_errors(
     texts: Mapping[str, Sequence[str]],
     samples: Mapping[str, Sequence[str]],
-    references: Sequence[str],
+    references: Sequence[Sequence[str]],
     metric: ErrorRateMetric | None,
     rows: Dataset,
     column: str | None,
     copies: int,
 ) -> dict[str, Recognition]:
-    """Count the word errors of every system's texts against the first references; nothing without a WER.
+    """Count the word errors of every system's texts against the references; nothing without a WER.
+
+    Of several references of a row the one with the fewest errors counts, as for the metric.
 
     Rows are grouped by `column`, else by the column `speaker` where there is one. The `samples` of a system are
     `copies` for each of the first prompts, one after the other.
@@ -112,12 +114,12 @@ def count_errors(reference: Sequence[str], hypothesis: Sequence[str]) -> WordErr
 
 def _recognition(
     texts: Sequence[str],
-    references: Sequence[str],
+    references: Sequence[Sequence[str]],
     metric: ErrorRateMetric,
     column: str | None,
     labels: Sequence[str] | None,
 ) -> Recognition:
-    compared = zip(references, texts, strict=True)
+    compared = zip(metric.closest(texts, references), texts, strict=True)
     pairs = [(metric.normalise(reference), metric.normalise(text)) for reference, text in compared]
     errors = [count_errors(metric.split(reference), metric.split(text)) for reference, text in pairs]
     total = sum(errors, WordErrors())
@@ -130,10 +132,11 @@ def _recognition(
 
 
 def _oracle_rates(
-    samples: Sequence[str], references: Sequence[str], metric: ErrorRateMetric, copies: int
+    samples: Sequence[str], references: Sequence[Sequence[str]], metric: ErrorRateMetric, copies: int
 ) -> list[float]:
     """Estimate the WER of the best of 1, 2, ... `copies` samples of each prompt, in per cent."""
     prompts = len(samples) // copies
-    edits, units = metric.statistics(samples, [[text] for text in references[:prompts] for _ in range(copies)]).T
+    edits, units = metric.statistics(samples, [texts for texts in references[:prompts] for _ in range(copies)]).T
     groups = [(-edits[start : start + copies]).tolist() for start in range(0, prompts * copies, copies)]
-    return [100 * abs(value) * prompts / max(1.0, float(units[::copies].sum())) for value in expected_best(groups)]
+    words = max(1.0, float(units.sum()) / copies)
+    return [100 * abs(value) * prompts / words for value in expected_best(groups)]

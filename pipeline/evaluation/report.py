@@ -174,7 +174,10 @@ class ReportExample:
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """What report.json holds; `references` are the text statistics of the first references, for comparison."""
+    """What report.json holds; `references` are the text statistics of the first references, for comparison.
+
+    `lower_is_better` names the metrics that count errors.
+    """
 
     systems: dict[str, System]
     comparisons: list[SystemComparison]
@@ -189,6 +192,7 @@ class EvaluationReport:
     cost: list[StageCost] = field(default_factory=list)
     reward_agreement: dict[str, RewardAgreement] = field(default_factory=dict)
     recognition: dict[str, Recognition] = field(default_factory=dict)
+    lower_is_better: list[str] = field(default_factory=list)
 
 
 def score_system(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pipeline.evaluation.crossed import crossed_comparison
-from pipeline.evaluation.power import equivalence_margin, p_text, size_text, smallest_difference
+from pipeline.evaluation.power import equivalence_margin, p_text, signed_text, size_text, smallest_difference
 from pipeline.evaluation.run_files import Run, RunComparison, compare_to_sft, read_rows, run_metrics
 from pipeline.evaluation.seeds import (
     SeedSummary,
@@ -69,8 +69,9 @@ def compare_runs(runs: Sequence[Run]) -> RunsReport:
     about_seeds = len(groups) == 1 and bool(seeds)
     details = pairwise_findings(duels)
     if about_seeds:
-        kinds = [run.report["settings"].get("control_kind") for run in groups[0]]
-        details = [*seeds_findings(seeds[0]), *controls_over_seeds(seeds, kinds)]
+        details = [*seeds_findings(seeds[0]), *controls_over_seeds(seeds, groups[0])]
+    elif duels:
+        details += untested(groups if len(groups) > 1 else [[run] for run in runs], duels)
     return RunsReport(
         runs=[run.name for run in runs],
         verdict=seeds_verdict(seeds[0]) if about_seeds else pairwise_verdict(duels),
@@ -217,8 +218,20 @@ def pairwise_verdict(duels: Sequence[PairwiseComparison]) -> str:
     return "; ".join(_pair_in_words(duel) for duel in duels) + "."
 
 
+def untested(groups: Sequence[Sequence[Run]], duels: Sequence[PairwiseComparison]) -> list[str]:
+    """Name the runs that could not be compared with the first one."""
+    tested = {duel.b.removesuffix(f" ({duel.seeds_b} seeds)") for duel in duels}
+    names = [run.name for group in groups[1:] for run in group[: 1 if group[0].name in tested else None]]
+    missing = [name for name in names if name not in tested]
+    if not missing:
+        return []
+    verb = "shares" if len(missing) == 1 else "share"
+    return [f"Not tested: {', '.join(missing)}, which {verb} no test set, system and metric with {groups[0][0].name}."]
+
+
 def _pair_in_words(duel: PairwiseComparison) -> str:
-    figures = f"{duel.system}, {duel.metric} {duel.delta:+.2f}, {p_text(duel.p_holm)}"
+    delta = signed_text(duel.delta, duel.standard_error or abs(duel.delta))
+    figures = f"{duel.system}, {duel.metric} {delta}, {p_text(duel.p_holm)}"
     differs = duel.p_holm < SIGNIFICANT
     if not differs and duel.standard_error:
         margin = equivalence_margin(duel.delta, duel.standard_error, duel.degrees)
@@ -232,7 +245,7 @@ def _pair_in_words(duel: PairwiseComparison) -> str:
 def pairwise_findings(duels: Sequence[PairwiseComparison]) -> list[str]:
     """Say how the p-values were corrected, what each comparison can see, and what single checkpoints leave open."""
     lines = []
-    if len(duels) > 1:
+    if any(duel.p_holm != duel.p_value for duel in duels):
         lines.append(f"p-values are corrected by Holm for all comparisons of this page, {len(duels)} between runs.")
     for duel in duels:
         smallest = smallest_difference(duel.standard_error, duel.degrees)

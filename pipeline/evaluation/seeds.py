@@ -9,7 +9,14 @@ import numpy as np
 from pipeline.evaluation.config import BASELINES, CONTROL
 from pipeline.evaluation.controls import Effect, baselines_finding, control_finding
 from pipeline.evaluation.crossed import CrossedComparison, crossed_comparison, seeds_alone
-from pipeline.evaluation.power import equivalence_margin, equivalence_text, p_text, size_text, smallest_difference
+from pipeline.evaluation.power import (
+    equivalence_margin,
+    equivalence_text,
+    p_text,
+    signed_text,
+    size_text,
+    smallest_difference,
+)
 from pipeline.evaluation.report import REWARD
 from pipeline.evaluation.run_files import Run, RunComparison, ScoredRows, read_comparisons, read_rows, run_metrics
 from pipeline.evaluation.significance import SIGNIFICANT
@@ -26,8 +33,9 @@ class SeedSummary:
 
     `deltas` are the differences of the seeds; `deviation` is their sample standard deviation, `low` and `high` are
     the extremes, `ahead` is the share of seeds in which `b` has the better score. `over_both` tests the mean over
-    seeds and examples, `over_seeds` over seeds alone; the first is None where the seeds have other test sets, and the
-    second decides. `p_holm` is the deciding p corrected for all of the page. `sft_models` counts the SFT models.
+    seeds and examples, `over_seeds` over seeds alone; the first is None where the seeds have other test sets, or texts
+    or scores are missing, and the second decides. `p_holm` is the deciding p corrected for all of the page.
+    `sft_models` counts the SFT models; 0 where the texts do not tell.
     """
 
     a: str
@@ -70,7 +78,7 @@ def summarise_pair(runs: Sequence[Run], a: str, b: str, only: str | None = None)
     """Summarise b - a by each measure that all runs have, in the order of the report, or by one measure alone."""
     gains = [gain for run in runs for gain in read_comparisons(run, a, b)]
     rows = [[read_rows(run, system) for system in (a, b)] for run in runs]
-    sft_models, metrics = len({read_rows(run, "sft").texts for run in runs}), run_metrics(runs[0])
+    sft_models, metrics = count_models(runs, "sft"), run_metrics(runs[0])
     summaries = []
     for metric in dict.fromkeys(gain.metric for gain in gains if only in (None, gain.metric)):
         group = [gain for gain in gains if gain.metric == metric]
@@ -79,6 +87,14 @@ def summarise_pair(runs: Sequence[Run], a: str, b: str, only: str | None = None)
             over_both = over_seeds_and_examples(metrics.get(metric), rows) if has_scores else None
             summaries.append(_summary(metric, group, sft_models, over_both))
     return summaries
+
+
+def count_models(runs: Sequence[Run], system: str) -> int:
+    """Count the models that a system is in the runs, by their texts; 0 where these are missing or of other prompts."""
+    rows = [read_rows(run, system) for run in runs]
+    if not rows[0].keys or any(row.keys != rows[0].keys for row in rows):
+        return 0
+    return len({row.texts for row in rows})
 
 
 def _summary(
@@ -135,10 +151,12 @@ def resampled_rows(metric: Metric | None, systems: Sequence[ScoredRows]) -> tupl
 def seeds_verdict(summary: SeedSummary) -> str:
     """Say in one sentence what the seeds show together."""
     count, test = len(summary.seeds), summary.deciding
-    by_seed = ", ".join(f"{delta:+.2f}" for delta in summary.deltas)
+    scale = test.standard_error or abs(test.delta)
+    delta, low, high = (signed_text(value, scale) for value in (test.delta, test.low, test.high))
+    by_seed = ", ".join(signed_text(value, scale) for value in summary.deltas)
     figures = (
-        f"{summary.metric} {test.delta:+.2f} on average over {count} seeds (95 % interval {test.low:+.2f} to "
-        f"{test.high:+.2f}, {p_text(test.p_value)}; by seed {by_seed})"
+        f"{summary.metric} {delta} on average over {count} seeds (95 % interval {low} to {high}, "
+        f"{p_text(test.p_value)}; by seed {by_seed})"
     )
     if test.p_value < SIGNIFICANT:
         better = (test.delta > 0) == summary.higher_is_better
@@ -155,35 +173,52 @@ def seeds_findings(summary: SeedSummary) -> list[str]:
         f"standard error {size_text(test.standard_error)}: with 80 % power it sees a difference of "
         f"{size_text(smallest)} or more"
     )
-    interval = f"{alone.low:+.2f} to {alone.high:+.2f} ({p_text(alone.p_value)})"
+    low, high = (signed_text(value, alone.standard_error) for value in (alone.low, alone.high))
+    interval = f"{low} to {high} ({p_text(alone.p_value)})"
     if summary.over_both is None:
-        tested = f"The seeds have different test sets, so Student's t over the seeds decides; {power}."
+        why = "The seeds have different test sets, or texts or scores of some are missing"
+        tested = f"{why}, so Student's t over the seeds decides; {power}."
     else:
         tested = f"The test is a crossed bootstrap over seeds and test examples; {power}."
     beside = f"Student's t over the {count} seeds alone, blind to the choice of examples: {interval}."
-    if summary.sft_models == 1:
+    if summary.sft_models == 0:
+        reseeded = ""
+    elif summary.sft_models == 1:
         reseeded = "All seeds start from one SFT model: the spread is that of PPO, not of the whole chain."
     elif summary.sft_models == count:
         reseeded = "SFT was trained anew with each seed: the spread is that of the whole chain."
     else:
         reseeded = f"The {count} seeds share {summary.sft_models} SFT models: the spread is partly that of SFT."
-    return [tested, *([beside] if summary.over_both is not None else []), reseeded]
+    lines = [tested, beside if summary.over_both is not None else "", reseeded]
+    return [line for line in lines if line]
 
 
-def controls_over_seeds(seeds: Sequence[SeedSummary], kinds: Sequence[object]) -> list[str]:
-    """Say over the seeds what the findings of one run say of control and baselines; `kinds` are those of controls."""
-    effects = {(s.a, s.b): Effect(s.metric, s.deciding.delta, s.gain, s.p_holm) for s in reversed(seeds)}
+def controls_over_seeds(seeds: Sequence[SeedSummary], runs: Sequence[Run]) -> list[str]:
+    """Say over the seeds what the findings of one run say of control and baselines."""
+    kinds = [run.report["settings"].get("control_kind") for run in runs]
+    effects = {
+        (s.a, s.b): Effect(s.metric, s.deciding.delta, s.gain, s.p_holm, s.deciding.standard_error)
+        for s in reversed(seeds)
+    }
     alone, beyond = effects.get(("sft", CONTROL)), effects.get((CONTROL, "ppo"))
     kind = kinds[0] if len(set(kinds)) == 1 else "different rewards"
-    lines = [control_finding(alone, beyond, kind)] if alone and beyond else []
+    lines = [control_finding(alone, beyond, kind, _share_a_control(runs))] if alone and beyond else []
     lines.append(baselines_finding({a: effects[a, "ppo"] for a in BASELINES if (a, "ppo") in effects}))
     return [f"Over the {len(kinds)} seeds: {line}" for line in lines if line]
+
+
+def _share_a_control(runs: Sequence[Run]) -> bool:
+    """Tell whether one control stands in several runs: all its texts repeat, and are not those of SFT."""
+    texts = [read_rows(run, CONTROL).texts for run in runs]
+    moved = [own for own, run in zip(texts, runs, strict=True) if own and own != read_rows(run, "sft").texts]
+    return len(set(moved)) < len(moved)
 
 
 def disagreements(seeds: Sequence[SeedSummary]) -> list[str]:
     """List the measures by which PPO is better than SFT with some seeds and worse with others."""
     return [
-        f"seeds disagree on {s.metric}: PPO is ahead of SFT in {s.ahead:.0%} of them ({s.low:+.2f} to {s.high:+.2f})"
+        f"seeds disagree on {s.metric}: PPO is ahead of SFT in {s.ahead:.0%} of them "
+        f"({signed_text(s.low, s.deviation)} to {signed_text(s.high, s.deviation)})"
         for s in seeds
-        if 0 < s.ahead < 1 and s.a == "sft" and s.b == "ppo"
+        if s.low < 0 < s.high and s.a == "sft" and s.b == "ppo"
     ]

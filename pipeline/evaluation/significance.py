@@ -160,7 +160,9 @@ def paired_bootstrap(
             )
         return scores[1] - scores[0]
 
-    return _compare(differences(indices), groups, differences, isinstance(metric, DistinctMetric))
+    scored = differences(indices)
+    differing = _differing([a != b for a, b in zip(predictions_a, predictions_b, strict=True)], groups)
+    return _compare(scored, groups, differences, differing, isinstance(metric, DistinctMetric))
 
 
 def paired_bootstrap_means(
@@ -183,7 +185,8 @@ def paired_bootstrap_means(
     if not np.isfinite(differences).all():
         first = int(np.flatnonzero(~np.isfinite(differences))[0])
         raise ValueError(f"the values of example {first} are not finite: {values_a[first]} and {values_b[first]}")
-    return _compare(resampled_means(differences, indices), groups, partial(resampled_means, differences))
+    resample = partial(resampled_means, differences)
+    return _compare(resample(indices), groups, resample, _differing(differences != 0, groups))
 
 
 def paired_randomisation(
@@ -217,7 +220,8 @@ def paired_randomisation(
     swaps = _swaps(groups.count, n_trials, seed)[:, groups.numbers]
     rows = np.vstack([rows_a, rows_b, np.where(swaps, rows_b, rows_a), np.where(swaps, rows_a, rows_b)])
     scores = metric.resampled_scores(pool, pool_references, rows)
-    return _randomised_p(scores[1] - scores[0], scores[2 + n_trials :] - scores[2 : 2 + n_trials], groups.count)
+    trials = scores[2 + n_trials :] - scores[2 : 2 + n_trials]
+    return _randomised_p(scores[1] - scores[0], trials, len({groups.numbers[i] for i in differing}))
 
 
 def paired_randomisation_means(
@@ -232,7 +236,8 @@ def paired_randomisation_means(
     groups = clusters or single_examples(len(differences))
     signs = np.where(_swaps(groups.count, n_trials, seed), -1.0, 1.0)
     sums = np.bincount(groups.numbers, differences)
-    return _randomised_p(float(differences.mean()), (signs @ sums) / len(differences), groups.count)
+    trials = (signs @ sums) / len(differences)
+    return _randomised_p(float(differences.mean()), trials, _differing(differences != 0, groups))
 
 
 def _swaps(n_clusters: int, n_trials: int, seed: int) -> np.ndarray:
@@ -241,11 +246,23 @@ def _swaps(n_clusters: int, n_trials: int, seed: int) -> np.ndarray:
     return np.random.default_rng(derive_seed(seed, "randomisation test")).random((n_trials, n_clusters)) < 0.5
 
 
-def _randomised_p(delta: float, trials: np.ndarray, n_clusters: int) -> float:
+def _randomised_p(delta: float, trials: np.ndarray, differing: int) -> float:
     # Sums of floats in another order: a tie must not be lost to rounding.
     extreme = np.abs(trials) >= abs(delta) - 1e-9
-    p_value = (1 + int(extreme.sum())) / (len(trials) + 1)
-    return max(p_value, 2.0 ** (1 - n_clusters))
+    return max((1 + int(extreme.sum())) / (len(trials) + 1), _smallest_p(differing))
+
+
+def _smallest_p(differing: int) -> float:
+    """Return the chance that the signs of all differences agree, of so many clusters in which the systems differ.
+
+    No p is below it: from a handful of examples, any difference would be certain.
+    """
+    return min(1.0, 2.0 ** (1 - differing))
+
+
+def _differing(are_different: Sequence[bool], clusters: Clusters) -> int:
+    """Count the clusters with an example in which the systems differ."""
+    return len({number for number, differs in zip(clusters.numbers, are_different, strict=True) if differs})
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -268,23 +285,27 @@ def _resampled_rows(clusters: Clusters, n_resamples: int, seed: int) -> Rows:
 
 
 def _compare(
-    differences: np.ndarray, clusters: Clusters, resample: Callable[[Rows], np.ndarray], centre: bool = False
+    differences: np.ndarray,
+    clusters: Clusters,
+    resample: Callable[[Rows], np.ndarray],
+    differing: int,
+    centre: bool = False,
 ) -> Comparison:
     """Summarise `differences` [R + 1], the first over all examples, the others over each resample.
 
-    `resample` computes the differences over any rows of examples. With `centre` the interval lies around the first.
+    `resample` computes the differences over any rows of examples; the systems differ in `differing` clusters. With
+    `centre` the interval lies around the first.
     """
     delta, resampled = float(differences[0]), differences[1:]
     # Around their own mean the resampled differences scatter as they would if the systems were equally good. The test
     # counts the observed difference as one of the scatter, so that p is never 0.
     extreme = np.abs(resampled - resampled.mean()) >= abs(delta)
-    # A handful of examples scatters too little: from a single one, any difference would be certain. Were the systems
-    # equally good, the signs of N differences would all agree with probability 2^(1 - N), so p is not below that.
-    p_value = max((1 + int(extreme.sum())) / (len(resampled) + 1), 2.0 ** (1 - clusters.count))
+    # A handful of differences scatters too little.
+    p_value = max((1 + int(extreme.sum())) / (len(resampled) + 1), _smallest_p(differing))
     if 1 < clusters.count < SMALL:
         error = _jackknife_error(clusters, resample)
         return Comparison(delta, *student_interval(delta, error, clusters.count - 1, CONFIDENCE), p_value, error)
-    error = float(resampled.std(ddof=1)) if len(resampled) > 1 else 0.0
+    error = _above_rounding(resampled.std(ddof=1) if len(resampled) > 1 else 0.0, resampled)
     interval = percentile_interval(centre_resamples(resampled, delta) if centre else resampled, CONFIDENCE)
     return Comparison(delta, *interval, p_value, error)
 
@@ -292,6 +313,9 @@ def _compare(
 def _jackknife_error(clusters: Clusters, resample: Callable[[Rows], np.ndarray]) -> float:
     """Compute the standard error from the differences without each cluster in turn."""
     without = resample(clusters.rows_without_each())
-    # A difference that is the same everywhere must not scatter by rounding.
-    error = float(np.sqrt((clusters.count - 1) * np.mean((without - without.mean()) ** 2)))
-    return error if error > 1e-12 * max(1.0, float(np.abs(without).max())) else 0.0
+    return _above_rounding(np.sqrt((clusters.count - 1) * np.mean((without - without.mean()) ** 2)), without)
+
+
+def _above_rounding(error: float, values: np.ndarray) -> float:
+    """Return a standard error of values; 0 where they are the same and scatter by rounding alone."""
+    return float(error) if error > 1e-12 * max(1.0, float(np.abs(values).max())) else 0.0

@@ -7,7 +7,7 @@ from pipeline.evaluation.clusters import sizes_text
 from pipeline.evaluation.config import BASELINES, CONTROL, MIN_BOOTSTRAP
 from pipeline.evaluation.controls import Effect, baselines_finding, choices_finding, control_finding
 from pipeline.evaluation.decodings import BestOfN
-from pipeline.evaluation.power import equivalence_text, p_text, size_text
+from pipeline.evaluation.power import equivalence_text, p_text, signed_text, size_text
 from pipeline.evaluation.predictions import Prediction
 from pipeline.evaluation.report import REWARD, System, SystemComparison
 from pipeline.evaluation.significance import BOOTSTRAP, RANDOMISATION, SIGNIFICANT
@@ -31,7 +31,8 @@ def verdict(comparisons: Sequence[SystemComparison], metric: str, n_resamples: i
     comparison = _find(comparisons, "sft", "ppo", metric)
     if comparison is not None:
         return _verdict_on(comparison, "SFT", "PPO")
-    others = [c for c in comparisons if c.metric == metric and "sft" not in (c.a, c.b)]
+    asked = [c for c in comparisons if c.metric == metric]
+    others = [c for c in asked if "sft" not in (c.a, c.b)] or asked
     if not others:
         return "SFT and PPO were not both evaluated, so there is nothing to compare."
     if len(others) > 1:  # none of them was the question from the start
@@ -40,8 +41,9 @@ def verdict(comparisons: Sequence[SystemComparison], metric: str, n_resamples: i
 
 
 def _verdict_on(comparison: SystemComparison, a: str, b: str) -> str:
-    interval = f"95 % interval {comparison.low:+.2f} to {comparison.high:+.2f}"
-    figures = f"{comparison.metric} {comparison.delta:+.2f} ({interval}, {p_text(comparison.p_value)})"
+    scale = comparison.standard_error or abs(comparison.delta)
+    delta, low, high = (signed_text(x, scale) for x in (comparison.delta, comparison.low, comparison.high))
+    figures = f"{comparison.metric} {delta} (95 % interval {low} to {high}, {p_text(comparison.p_value)})"
     if comparison.p_value >= SIGNIFICANT:
         open_range = equivalence_text(comparison.equivalence_margin, comparison.standard_error)
         return f"No difference between {b} and {a} is shown: {figures}.{open_range}"
@@ -117,7 +119,7 @@ def _agreement(comparison: SystemComparison) -> str:
 
 
 def _shares(comparison: SystemComparison) -> str:
-    same = 1 - comparison.wins - comparison.losses
+    same = max(0.0, 1 - comparison.wins - comparison.losses)
     better, worse = ("scores higher", "lower") if comparison.higher_is_better else ("is better", "worse")
     return (
         f"Example by example PPO {better} on {comparison.wins:.0%}, {worse} on {comparison.losses:.0%} and the "
@@ -138,7 +140,7 @@ def _baselines(comparisons: Sequence[SystemComparison]) -> str:
 
 
 def _effect(comparison: SystemComparison) -> Effect:
-    return Effect(comparison.metric, comparison.delta, comparison.gain, comparison.p_holm)
+    return Effect(comparison.metric, comparison.delta, comparison.gain, comparison.p_holm, comparison.standard_error)
 
 
 def _distance(systems: Mapping[str, System]) -> str:
@@ -160,11 +162,13 @@ def _best_of(best_of: Mapping[str, BestOfN]) -> str:
     sft, ppo = best_of["sft"], best_of["ppo"]
     name = REWARD if REWARD in sft.curves else next(iter(sft.curves))
     before, after = sft.curves[name], ppo.curves[name]
-    enough = next((k for k, value in enumerate(before, start=1) if value >= after[0]), None)
-    if enough is None:
-        worth = f"one PPO sample is worth more than the best of {len(before)} SFT samples"
+    reached = sum(value <= after[0] for value in before)  # the best of more is never worse
+    if reached == 0:
+        worth = "one PPO sample is worth less than one SFT sample"
     else:
-        worth = f"one PPO sample is worth {'one SFT sample' if enough == 1 else f'the best of {enough} SFT samples'}"
+        least = before.index(before[reached - 1]) + 1
+        worth = f"one PPO sample is worth {'one SFT sample' if least == 1 else f'the best of {least} of SFT'} or more"
+        worth += f", and less than the best of {reached + 1}" if reached < len(before) else ""
     return (
         f"Samples of {sft.prompts} prompts at temperature {sft.temperature:g}, the best chosen by knowing the {name}: "
         f"SFT {before[0]:.3f} with 1 and {before[-1]:.3f} with {len(before)}, PPO {after[0]:.3f} and {after[-1]:.3f}; "
@@ -224,7 +228,7 @@ def _reward_hacking(comparisons: Sequence[SystemComparison], rewards: Sequence[s
     if reward is None or reward.gain <= 0 or reward.p_holm >= SIGNIFICANT:
         return []
     fell = [
-        f"{c.metric} {c.delta:+.2f} ({p_text(c.p_holm)})"
+        f"{c.metric} {signed_text(c.delta, c.standard_error)} ({p_text(c.p_holm)})"
         for c in comparisons
         if (c.a, c.b) == ("sft", "ppo") and c.metric not in (REWARD, *rewards)
         if c.gain < 0 and c.p_holm < SIGNIFICANT

@@ -53,6 +53,13 @@ class ErrorRateMetric:
         ]
         return np.array(counts, dtype=np.float64)
 
+    def closest(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[str]:
+        """Return the reference of each example that the statistics are of: the one with the lowest rate."""
+        return [
+            min(texts, key=lambda text, prediction=prediction: _rate(self._edits_and_units(prediction, text)))
+            for prediction, texts in zip(predictions, references, strict=True)
+        ]
+
     def _edits_and_units(self, prediction: str, reference: str) -> tuple[int, int]:
         return _edits_and_units(self.split, self.normalise(prediction), self.normalise(reference))
 

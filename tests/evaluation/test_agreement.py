@@ -32,6 +32,12 @@ def test_pairs_by_hand():
     assert found.within_prompt == pytest.approx(np.corrcoef(rewards, metrics)[0, 1])
 
 
+def test_the_words_fit_metrics_that_count_errors():
+    scores = [(0, 0.0, 0.1), (0, 1.0, 0.9)]  # sentence scores: more is better, whatever the metric counts
+    (line,) = agreement_findings(agree(sft=system(*scores), ppo=system(*scores)))
+    assert "prefers the one that is better by bleu in 100.0% of the pairs" in line
+
+
 def test_a_reward_that_does_not_apply_is_left_out():
     found = agree(sft=system((0, float("nan"), 0.1), (0, 1.0, 0.2), (0, 2.0, 0.3)))["sft"]
     assert (found.accuracy.value, found.accuracy.count) == (1.0, 1)

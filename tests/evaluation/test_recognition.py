@@ -34,7 +34,7 @@ def recognise(texts, references, samples=(), column=None, metric=WER, **columns)
     rows = Dataset.from_dict({"prompt": ["clip"] * len(texts), **columns})
     copies = len(samples) // len(texts) if samples else 1
     written, drawn = {"ppo": texts}, {"ppo": samples}
-    return recognition_errors(written, drawn, references, metric, rows, column, copies)["ppo"]
+    return recognition_errors(written, drawn, [[text] for text in references], metric, rows, column, copies)["ppo"]
 
 
 def test_totals_are_those_of_the_metric_and_groups_add_up():
@@ -50,6 +50,13 @@ def test_the_column_may_be_named_and_one_of_many_values_is_left_out():
     found = recognise(["one"] * 2, ["one"] * 2, column="room", room=["a", "b"], speaker=["x", "x"])
     assert found.column == "room" and set(found.groups) == {"a", "b"} and found.worst == []
     assert recognise(["one"] * 51, ["one"] * 51, speaker=[str(n) for n in range(51)]).column is None
+
+
+def test_of_several_references_the_closest_counts():
+    rows = Dataset.from_dict({"prompt": ["clip"] * 2})
+    references = [["one two three four", "five"], ["six seven", "six"]]
+    found = recognition_errors({"a": ["five", "six"]}, {"a": ["five", "six"]}, references, WER, rows, None, 1)["a"]
+    assert found.total == WordErrors(0, 0, 0, 2) and found.wer == 0 and found.oracle == [0] and found.worst == []
 
 
 def test_the_oracle_is_the_expected_best_of_the_samples():

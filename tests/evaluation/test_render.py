@@ -1,5 +1,6 @@
 """What the report's files say, and that nothing a model writes can break them."""
 
+from dataclasses import replace
 from io import StringIO
 
 import pytest
@@ -10,6 +11,7 @@ from pipeline.evaluation.assemble import Details, all_examples
 from pipeline.evaluation.curves import Curve, Panel
 from pipeline.evaluation.inspection import Attention, Inspection, Passage, Token
 from pipeline.evaluation.pages.render import draw_plots, print_report, to_html, to_markdown, write_report
+from pipeline.evaluation.pages.tables import best_of_table, score_table, sentence_score_name
 
 AWKWARD = 'a | b\nc <script>alert("x")</script> \\ d\r\n\n| --- | </style></svg> $x_1$'
 
@@ -124,3 +126,21 @@ def test_how_many_samples_are_listed(tmp_path, listed, rows):
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert page.count('<td data-label="example">') == rows
     assert ('href="#samples"' in page) == ('id="samples"' in page) == (rows > 0)
+
+
+def test_one_system_alone_knows_which_scores_count_errors():
+    """There is no comparison to read the direction from."""
+    never = [text for text in BAD for _ in range(2)]
+    report = make_report({"ppo": GOOD}, metrics=(TER,), samples={"ppo": never})[0]
+    assert report.lower_is_better == ["ter"] and score_table(report).note.startswith("ter: lower is better. ")
+    assert "1 - ter" in {row[1] for row in best_of_table(report).rows}
+    mine = replace(report, lower_is_better=["mine.py:Cost", "evaluate:wer"])
+    assert sentence_score_name(mine, "mine.py:Cost") == "mine.py:Cost, turned: more is better"
+    assert (sentence_score_name(mine, "evaluate:wer"), sentence_score_name(mine, "ter")) == ("-evaluate:wer", "ter")
+
+
+def test_scores_of_a_small_scale_have_more_decimals():
+    report = make_report({"sft": MIXED, "ppo": GOOD})[0]
+    small = replace(report.systems["sft"].metrics["bleu"], value=0.50612, low=0.5012, high=0.5112)
+    systems = {"sft": replace(report.systems["sft"], metrics={"bleu": small})}
+    assert score_table(replace(report, systems=systems)).rows[0] == ["bleu", "0.5061 [0.5012, 0.5112]"]

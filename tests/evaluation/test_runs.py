@@ -89,6 +89,69 @@ def test_the_words_of_the_control_need_a_win_over_all_seeds(evaluated, wins):
     assert [row[0] for row in table.rows] == ["ppo - sft", "ppo - sft", "control - sft", "ppo - control"]
 
 
+def test_a_control_that_seeds_share_earns_no_words(evaluated):
+    texts = [GOOD, GOOD[:11] + BAD[11:], GOOD[:10] + BAD[10:]]
+    for shared in (True, False):
+        controls = [{"control": ["no"] * (1 if shared else n + 1) + BAD[1 if shared else n + 1 :]} for n in range(3)]
+        found = compared(
+            *(evaluated(f"{shared}-{n}", texts[n], seed=n, sft=BAD, others=controls[n]) for n in range(3))
+        )
+        (line,) = [line for line in found.findings if line.startswith("Over the 3 seeds: The control")]
+        assert ("seeds share a control" in line) is shared and ("which the reward earned" in line) is not shared
+
+
+def test_a_control_with_a_signal_is_not_called_one_without(evaluated):
+    texts = [GOOD, GOOD[:11] + BAD[11:], GOOD[:10] + BAD[10:]]
+    runs = [evaluated(f"a-{n}", texts[n], seed=n, sft=BAD, others={"control": texts[n]}) for n in range(3)]
+    for run in runs:
+        file = run / "eval" / "report.json"
+        report = json.loads(file.read_text())
+        report["settings"]["control_kind"] = "another reward"
+        file.write_text(json.dumps(report))
+    (line,) = [line for line in compared(*runs).findings if line.startswith("Over the 3 seeds: The control")]
+    assert "another reward" in line and "not shown to be better" in line
+    assert "without a signal" not in line and "no gain is shown" not in line
+
+
+def test_missing_texts_are_not_taken_for_another_test_set(evaluated):
+    texts = [GOOD, GOOD[:10] + BAD[10:]]
+    runs = [evaluated(f"a-{n}", ppo, seed=n) for n, ppo in enumerate(texts)]
+    for file in (runs[1] / "eval" / "predictions").iterdir():
+        file.unlink()
+    found = compared(*runs)
+    assert found.seeds[0].over_both is None and found.seeds[0].sft_models == 0
+    assert any("or texts or scores of some are missing, so Student's t" in line for line in found.findings)
+    assert not any("SFT model" in line for line in found.findings)
+    note = comparison_tables([load_run(run) for run in runs], found)[0].note
+    assert note.startswith("Interval and p: Student's t over the seeds where texts")
+
+
+def test_seeds_that_changed_nothing_do_not_disagree(evaluated):
+    found = compared(*(evaluated(f"a-{n}", texts, seed=n) for n, texts in enumerate((MIXED, MIXED, GOOD))))
+    assert found.seeds[0].ahead == 1 / 3 and not any("disagree" in warning for warning in found.warnings)
+
+
+def test_a_run_that_cannot_be_tested_is_named(evaluated):
+    first, second = evaluated("a", MIXED), evaluated("b", GOOD, **{"ppo.kl_coef": 0.1})
+    third = evaluated("c", GOOD, **{"ppo.kl_coef": 0.2})
+    for file in (third / "eval" / "predictions").iterdir():
+        file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
+    found = compared(first, second, third)
+    assert any(line == "Not tested: c, which shares no test set, system and metric with a." for line in found.findings)
+    assert not any("Not tested" in line for line in compared(first, second).findings)
+
+
+def test_the_correction_is_named_where_it_changes_a_p(evaluated):
+    """One question between two groups of seeds, beside the summaries of each group."""
+    texts = [GOOD, GOOD[:11] + BAD[11:]]
+    runs = [evaluated(f"a-{n}", ppo, seed=n, sft=BAD) for n, ppo in enumerate(texts)]
+    others = [[*MIXED[:-1], "x"], MIXED]
+    runs += [evaluated(f"b-{n}", others[n], seed=n, sft=BAD, **{"ppo.kl_coef": 0.1}) for n in range(2)]
+    found = compared(*runs)
+    assert len(found.duels) == 1 and found.duels[0].p_holm > found.duels[0].p_value
+    assert "p-values are corrected by Holm" in found.findings[0]
+
+
 def test_a_seed_counts_once(evaluated):
     """A copy of a run, under its own seed or under another, adds nothing."""
     first, second = evaluated("a", GOOD), evaluated("b", GOOD[:10] + BAD[10:], seed=1)

@@ -159,6 +159,26 @@ def test_p_is_not_below_that_of_a_coin_for_a_handful_of_examples():
     assert paired_bootstrap(load_metric("exact_match"), ["no"], ["yes"], [["yes"]]).p_value == 1.0
 
 
+def test_texts_that_both_systems_write_carry_no_sign():
+    """Five changes for the better among many equal texts: their signs agree with probability 2^-4."""
+    n = 1200
+    references = [[f"w{i} x{i} y{i} z{i} v{i}"] for i in range(n)]
+    before = [texts[0] if i >= 5 else f"w{i} x{i} y{i} q u" for i, texts in enumerate(references)]
+    after = [texts[0] for texts in references]
+    tests = compare_texts(load_metric("bleu"), before, after, references, n_resamples=200)
+    assert tests.bootstrap.p_value == tests.p_value == 1 / 16
+    values = [0.25] * n
+    changed = [value + (0.5 + i / 10 if i < 4 else 0) for i, value in enumerate(values)]
+    tests = compare_values(values, changed, n_resamples=200)
+    assert (tests.p_value, tests.p_randomisation) == (1 / 8, pytest.approx(1 / 8, abs=0.08))
+    assert compare_values(values, values, n_resamples=200).p_value == 1
+
+
+def test_one_example_does_not_scatter_by_rounding():
+    tests = compare_texts(load_metric("bleu"), ["a b c d e"], ["a b c d f"], [["a b c d f g"]], n_resamples=100)
+    assert tests.bootstrap.standard_error == 0 and tests.p_value == 1
+
+
 def test_false_positive_rate_of_means():
     """Two equally good systems, 400 times: p < 0.05 about 20 times, with a standard deviation of 4.4."""
     rng = np.random.default_rng(18)

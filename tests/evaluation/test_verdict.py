@@ -70,7 +70,21 @@ def test_the_verdict_takes_the_p_value_at_its_word():
     assert "p = 0.002" in verdict([comparison(p_value=2 / 1001)], "bleu")
     assert "nothing to compare" in verdict([], "bleu")
     assert verdict([comparison()], "bleu", 999).startswith("No verdict: eval.n_bootstrap is 999")
-    assert verdict([], "bleu") == verdict([comparison(a="base", b="sft")], "bleu")
+    assert verdict([comparison(a="base", b="sft")], "bleu").startswith("sft is better than base: bleu +1.00")
+
+
+def test_small_differences_are_not_rounded_to_nothing():
+    """Metrics of the user may run from 0 to 1."""
+    small = {"delta": 0.00412, "low": 0.0021, "high": 0.0062, "standard_error": 0.00104}
+    assert "bleu +0.0041 (95 % interval +0.0021 to +0.0062," in verdict([comparison(**small)], "bleu")
+    certain = {"delta": -0.0002, "low": -0.0002, "high": -0.0002, "standard_error": 0.0}
+    assert "bleu -0.00020 (95 % interval -0.00020" in verdict([comparison(**certain)], "bleu")
+    assert "bleu +0.00 (95 % interval -1.00" in verdict([comparison(delta=-0.001, low=-1)], "bleu")
+    systems = make_report({"sft": MIXED, "ppo": GOOD})[0].systems
+    pairs = [comparison(), *(comparison(a=a, b=b, **small) for a, b in (("sft", "control"), ("control", "ppo")))]
+    (line,) = [line for line in findings(pairs, systems, {}, "bleu", {}) if line.startswith("The control")]
+    assert "moved bleu by +0.0041" in line and "better than it (+0.0041," in line
+    assert not any("-0%" in line for line in first_findings(wins=0.9, losses=0.1))
 
 
 def test_one_pair_of_models_is_one_question_and_more_are_corrected():
@@ -165,13 +179,18 @@ def test_best_of_n_compares_samples_with_samples():
     """PPO's greedy answers are right and all samples of both are wrong: the samples are no merit of PPO's."""
     never = [text for text in BAD for _ in range(2)]
     told = make_report({"sft": MIXED, "ppo": GOOD}, samples={"sft": never, "ppo": never})[0].findings[-1]
-    assert "one PPO sample is worth one SFT sample" in told
+    assert "one PPO sample is worth one SFT sample or more." in told
     assert "temperature 1," in told and "greedy: SFT 0." in told and "PPO 1.000" in told
     both = [text for good, bad in zip(GOOD, BAD, strict=True) for text in (bad, good)]
     told = make_report({"sft": BAD, "ppo": GOOD}, samples={"sft": never, "ppo": both})[0].findings[-1]
-    assert "worth more than the best of 2 SFT samples" in told
+    assert "worth one SFT sample or more." in told  # all samples of SFT are as bad as one
     told = make_report({"sft": BAD, "ppo": GOOD}, samples={"sft": both, "ppo": never})[0].findings[-1]
-    assert "worth one SFT sample" in told
+    assert "worth less than one SFT sample." in told
+    good = [text for text in GOOD for _ in range(2)]
+    told = make_report({"sft": BAD, "ppo": GOOD}, samples={"sft": both, "ppo": good})[0].findings[-1]
+    assert "worth the best of 2 of SFT or more." in told
+    told = make_report({"sft": BAD, "ppo": GOOD}, samples={"sft": both, "ppo": both})[0].findings[-1]
+    assert "worth one SFT sample or more, and less than the best of 2." in told
 
 
 def test_no_warning_where_nothing_is_wrong():

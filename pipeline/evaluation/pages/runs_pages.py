@@ -95,8 +95,11 @@ def seeds_table(report: RunsReport) -> Table:
         ]
         for s in report.seeds
     ]
+    crossed = [s.over_both is not None for s in report.seeds]
+    tests = ["crossed bootstrap over seeds and test examples"] if any(crossed) or not crossed else []
+    tests += [] if all(crossed) else ["Student's t over the seeds where texts or scores are missing or of other tests"]
     note = (
-        "Interval and p: crossed bootstrap over seeds and test examples. t over seeds: Student's t of the "
+        f"Interval and p: {'; '.join(tests)}. t over seeds: Student's t of the "
         "differences, blind to the choice of examples. Holm: corrected for all comparisons of this page. Ahead: share "
         "of seeds in which the first of the two systems has the better score."
     )

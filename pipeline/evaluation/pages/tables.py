@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pipeline.evaluation.clusters import sizes_text
 from pipeline.evaluation.decodings import BestOfN
 from pipeline.evaluation.gains import Bucket
-from pipeline.evaluation.power import p_cell
-from pipeline.evaluation.report import EvaluationReport, System
+from pipeline.evaluation.power import decimals, p_cell
+from pipeline.evaluation.report import EvaluationReport, System, SystemComparison
 from pipeline.evaluation.significance import SMALL
 
 MISSING = "-"
+ERROR_RATES = ("wer", "cer", "ter")  # whose score of a single text is 1 minus the rate
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ def score_table(report: EvaluationReport) -> Table:
     rows = []
     for metric in systems[0].metrics:
         scores = [system.metrics[metric] for system in systems]
-        rows.append([metric, *[f"{s.value:.2f} [{s.low:.2f}, {s.high:.2f}]" for s in scores]])
+        places = decimals(max((s.high - s.low) / 4 for s in scores))  # an interval is about four errors wide
+        rows.append([metric, *[f"{s.value:.{places}f} [{s.low:.{places}f}, {s.high:.{places}f}]" for s in scores]])
     for label, figure, form in FIGURES:
         rows.append([label, *_formatted((figure(system) for system in systems), form)])
         if label == "mean reward" and len(systems[0].rewards) > 1:
@@ -65,8 +67,8 @@ def score_table(report: EvaluationReport) -> Table:
     confidence = report.settings.get("confidence", 0.95)
     clusters = report.settings.get("clusters")
     drawn = f"over {clusters} clusters of test examples" if clusters else "over the test examples"
-    errors = lower_is_better(report)
-    direction = f"{', '.join(errors)}: lower is better. " if errors else ""
+    errors = ", ".join(report.lower_is_better)
+    direction = f"{errors}: lower is better. " if errors else ""
     note = (
         f"{direction}[a, b]: {confidence:.0%} bootstrap interval {drawn}. KL and entropy are those of "
         f"{systems[0].samples:,} samples of each system at PPO's temperature, ± their standard errors; all else is of "
@@ -85,17 +87,21 @@ def text_table(report: EvaluationReport) -> Table:
 
 def comparison_table(report: EvaluationReport) -> Table:
     """Make the table of comparisons, a row for each."""
+
+    def places(comparison: SystemComparison) -> int:
+        return max(3, decimals(comparison.standard_error))
+
     header = ["systems", "metric", "difference", "95 % interval", "p", "p Holm", "p randomised", "std. error"]
     header += ["smallest seen", "wins", "losses", "P(better)"]
     rows = [
         [
             f"{c.b} - {c.a}",
             c.metric,
-            f"{c.delta:+.3f}",
-            f"[{c.low:+.3f}, {c.high:+.3f}]",
+            f"{c.delta:+.{places(c)}f}",
+            f"[{c.low:+.{places(c)}f}, {c.high:+.{places(c)}f}]",
             *map(p_cell, (c.p_value, c.p_holm, c.p_randomisation)),
-            f"{c.standard_error:.3f}",
-            f"{c.smallest_difference:.3f}",
+            f"{c.standard_error:.{places(c)}f}",
+            f"{c.smallest_difference:.{places(c)}f}",
             *(f"{share:.0%}" for share in (c.wins, c.losses, c.p_better)),
         ]
         for c in report.comparisons
@@ -128,14 +134,11 @@ def decoding_table(report: EvaluationReport) -> Table:
 
 def sentence_score_name(report: EvaluationReport, name: str) -> str:
     """Return what the scores of single texts by a measure are called; of each of them more is better."""
-    if name not in lower_is_better(report):
+    if name not in report.lower_is_better:
         return name
-    return f"-{name}" if name.startswith("evaluate:") else f"1 - {name}"
-
-
-def lower_is_better(report: EvaluationReport) -> list[str]:
-    """Return the measures of the comparisons that count errors."""
-    return list(dict.fromkeys(c.metric for c in report.comparisons if not c.higher_is_better))
+    if name in ERROR_RATES:
+        return f"1 - {name}"
+    return f"-{name}" if name.startswith("evaluate:") else f"{name}, turned: more is better"
 
 
 def best_of_table(report: EvaluationReport) -> Table:

@@ -1,7 +1,11 @@
 "use strict";
 
+const SECONDS = { h: 3600, min: 60, s: 1 };
+
 function sortKey(row, column) {
-  const text = row.cells[column].textContent.trim();
+  const text = row.cells[column].textContent.trim().replace(/^< /, "");
+  const parts = [...text.matchAll(/([\d.]+) (h|min|s)\b/g)];
+  if (parts.length) return parts.reduce((sum, part) => sum + parseFloat(part[1]) * SECONDS[part[2]], 0);
   const number = parseFloat(text.replace(/,/g, "").replace("−", "-"));
   return Number.isNaN(number) ? text.toLowerCase() : number;
 }
