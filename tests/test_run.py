@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from demo_run import OWN, write_demo
@@ -428,3 +429,52 @@ def test_a_signal_reaches_the_whole_group_and_its_end_is_awaited(number, code, m
 def test_a_command_ended_by_a_signal_of_its_own():
     assert launch([sys.executable, "-S", "-c", "import os; os.kill(os.getpid(), 9)"]) == 137
     assert launch([sys.executable, "-S", "-c", "raise SystemExit(5)"]) == 5
+
+
+SEVERAL = """\
+import pathlib, os, signal, sys, time
+rank, times = os.environ["RANK"], []
+def note(number, frame):
+    times.append(number)
+    if len(times) == 2 and sys.argv[1] == "polite":
+        pathlib.Path(f"stopped-{rank}.txt").write_text(" ".join(signal.Signals(number).name for number in times))
+        sys.exit(130)
+signal.signal(signal.SIGTERM, note)
+signal.signal(signal.SIGINT, note)
+pathlib.Path(f"pid-{rank}.txt").write_text(str(os.getpid()))
+for _ in range(1200):
+    time.sleep(0.05)
+    pathlib.Path(f"told-{rank}-{len(times)}.txt").touch()
+"""
+
+
+def signal_again_and_again(times):
+    """Send this process SIGINT, and again whenever both workers have noted it."""
+
+    def send():
+        for number in range(times):
+            while not all(Path(f"told-{rank}-{number}.txt").exists() for rank in (0, 1)):
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=send, daemon=True).start()
+
+
+@pytest.mark.parametrize(("kind", "times"), [("polite", 2), ("deaf", 3)])
+def test_ctrl_c_again_reaches_processes_that_torch_started(kind, times, monkeypatch, capfd):
+    """Each is in a session of its own: the second ends it in its own way, the third kills it."""
+    Path("several.py").write_text(SEVERAL)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    options = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    command = [sys.executable, "-m", "pipeline.stages.first_failure", *options, "--dynamo_backend", "no"]
+    signal_again_and_again(times)
+    assert launch([*command, "--main_process_port", "0", "several.py", kind]) == 130
+    for rank in (0, 1):
+        assert not process_is_alive(int(Path(f"pid-{rank}.txt").read_text()))
+        assert kind == "deaf" or Path(f"stopped-{rank}.txt").read_text() == "SIGINT SIGINT"
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def process_is_alive(number):
+    """Whether a process runs, and is no zombie that nobody has waited for."""
+    return psutil.pid_exists(number) and psutil.Process(number).status() != psutil.STATUS_ZOMBIE

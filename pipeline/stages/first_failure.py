@@ -8,16 +8,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from pipeline.runtime.files import write_atomically
 
 CAUSE_FILE = "RELAY_CAUSE_FILE"  # names the file in which run.py looks for the cause
+GRACE_SECONDS = 150  # for a stage that was told to stop, before it is killed: Slurm gives it 180
 ENDED = (-signal.SIGTERM, 128 + signal.SIGTERM)  # of processes that the agent terminates once another has failed
 
 
 def main(argv: Sequence[str]) -> int:
-    """Launch with the arguments of `accelerate launch`; return the exit code of the first process that failed."""
+    """Launch with the arguments of `accelerate launch`; return the exit code of the first process that failed.
+
+    A signal that ends the launch is 128 + its number, once the processes have ended.
+    """
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(GRACE_SECONDS))
     try:
         launch_command(launch_command_parser().parse_args(argv))
     except ChildFailedError as error:
@@ -26,6 +32,10 @@ def main(argv: Sequence[str]) -> int:
         return exit_code(failure.exitcode)
     except subprocess.CalledProcessError as error:  # one process, which has said why if it could
         return exit_code(error.returncode)
+    except SignalException as error:  # of several processes, which have got the signal from torch's agent
+        return 128 + error.sigval
+    except KeyboardInterrupt:  # of one process, which has got it too
+        return 128 + signal.SIGINT
     return 0
 
 

@@ -22,12 +22,11 @@ from pipeline.recipe import Recipe
 from pipeline.runtime.devices import has_accelerator
 from pipeline.stages.directory import RunDirectory, script_of, set_aside, stage_option
 from pipeline.stages.fingerprint import stage_status
-from pipeline.stages.first_failure import CAUSE_FILE
+from pipeline.stages.first_failure import CAUSE_FILE, GRACE_SECONDS
 from pipeline.stages.lock import RunInUseError, run_lock
 from pipeline.stages.plan import PlannedStage, print_line
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-GRACE_SECONDS = 30  # for a stage that was told to stop, before it is killed
 ENGINES = {
     DistributedType.FSDP: "FSDP",
     DistributedType.DEEPSPEED: "DeepSpeed",
@@ -186,31 +185,48 @@ def _read(options: Sequence[str]) -> tuple[argparse.Namespace, ClusterConfig | N
 
 
 def launch(command: Sequence[str]) -> int:
-    """Run a command in a process group of its own, passing signals on to all of it.
+    """Run a command in a process group of its own, passing signals on.
+
+    The first signal is for the command, which tells those that it started. The second also reaches those that have
+    left its group, as torch's agent starts its workers. The third kills all of them.
 
     Returns:
         Its exit code; 128 + the number of the signal that ended it, or that ended this program.
     """
     received: list[int] = []
-    groups: list[int] = []
+    groups: list[int] = []  # the command's own, then those that left it
 
     def forward(number: int, frame: object = None) -> None:
         received.append(number)
-        for group in groups:
-            with suppress(ProcessLookupError):
-                os.killpg(group, number if len(received) < 3 else signal.SIGKILL)
+        if groups:
+            pass_on(number, groups, len(received))
 
     with handled(dict.fromkeys(SIGNALS, forward)):
         process = subprocess.Popen(command, start_new_session=True)
         groups.append(process.pid)
         if received:  # before the group was known
-            forward(received[0])
+            pass_on(received[0], groups, 1)
         code = process.wait()
         if received:
-            end_group(process.pid)
+            end_groups(groups)
     if received:
         return 128 + received[0]
     return code if code >= 0 else 128 - code
+
+
+def pass_on(number: int, groups: list[int], times: int) -> None:
+    """Pass on a signal that came `times` times; groups that are not known yet are added to `groups`."""
+    told = groups[:1] if times == 1 else groups
+    with suppress(psutil.NoSuchProcess):  # a command that has ended leaves its group
+        for child in psutil.Process(groups[0]).children(recursive=True):
+            with suppress(ProcessLookupError):
+                group = os.getpgid(child.pid)
+                groups += [] if group in groups else [group]
+        if times == 2 and len(groups) > 1:
+            told = groups[1:]  # torch's agent, told again, would end its workers in the midst of their own end
+    for group in told:
+        with suppress(ProcessLookupError):
+            os.killpg(group, number if times < 3 else signal.SIGKILL)
 
 
 @contextmanager
@@ -224,21 +240,22 @@ def handled(handlers: Mapping[int, object]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def end_group(group: int) -> None:
-    """Wait until no process of a group runs any more: the launcher may end while the stage is still saving."""
+def end_groups(groups: Sequence[int]) -> None:
+    """Wait until no process of the groups runs any more: the launcher may end while the stage is still saving."""
     deadline = time.monotonic() + GRACE_SECONDS
     while time.monotonic() < deadline:
-        if not any(in_group(process, group) for process in psutil.process_iter()):
+        if not any(is_in(groups, process) for process in psutil.process_iter()):
             return
         time.sleep(0.1)
-    with suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGKILL)
+    for group in groups:
+        with suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
 
 
-def in_group(process: psutil.Process, group: int) -> bool:
+def is_in(groups: Sequence[int], process: psutil.Process) -> bool:
     """Tell whether a process is a live member of a group. Zombies are ignored: without an init process they stay."""
     try:
-        return os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE
+        return os.getpgid(process.pid) in groups and process.status() != psutil.STATUS_ZOMBIE
     except (ProcessLookupError, PermissionError, psutil.Error):
         return False
 
