@@ -27,11 +27,20 @@ FIRST, SECOND = 0.5, 1.0  # the marks 1 and 2, of 2
 
 
 def judge_server():
-    """Load the class of the file beside this one, which need not be a package."""
+    """Load the class of the file beside this one, which need not be a package, and let it answer with neither."""
     spec = importlib.util.spec_from_file_location("judge_server", Path(__file__).with_name("judge_server.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.JudgeServer
+
+    class JudgeOfPairs(module.JudgeServer):
+        def _mark(self, answer: str) -> float:
+            """Read the number of an answer; 0, neither of the two, where it has none."""
+            try:
+                return super()._mark(answer)
+            except ValueError:
+                return 0.0
+
+    return JudgeOfPairs
 
 
 def read_rows(run: Path, system: str) -> list[dict]:

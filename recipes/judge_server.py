@@ -142,5 +142,9 @@ class JudgeServer:
 
 
 def _text(value: str | list) -> str:
-    """Return the text of a prompt or completion, chat messages included."""
-    return value if isinstance(value, str) else "\n".join(message["content"] for message in value)
+    """Return the text of a prompt or completion; of a chat of several messages with their roles."""
+    if isinstance(value, str):
+        return value
+    if len(value) == 1:
+        return value[0]["content"]
+    return "\n".join(f"{message['role']}: {message['content']}" for message in value)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from math import sqrt
 
 import numpy as np
 
@@ -275,6 +276,11 @@ def _warnings(right: Share, rules: Sequence[Share], error: float, related: Seque
         if correlation.name.startswith("length") and within is not None and abs(within) > LENGTH_BIAS:
             kind = "longer" if within > 0 else "shorter"
             warnings.append(f"length bias: it prefers {kind} completions of a prompt (r = {within:+.2f})")
-        elif not correlation.name.startswith("length") and within is not None and within < 0:
+        elif not correlation.name.startswith("length") and within is not None and within < -_noise(correlation):
             warnings.append(f"within a prompt its scores run against {correlation.name} (r = {within:+.2f})")
     return warnings
+
+
+def _noise(correlation: Correlation) -> float:
+    """Return two standard errors of an r of 0."""
+    return 2 / sqrt(max(1, correlation.count))

@@ -4,12 +4,18 @@ import inspect
 import pickle
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from pipeline.models.config import ModelConfig
 from pipeline.models.hub import pinned_revision, read_config, read_tokenizer, unreadable
@@ -30,12 +36,11 @@ class ClassifierReward:
     """
 
     def __init__(self, path: str, config: ModelConfig, template: str | None = None, batch_size: int = 32) -> None:
-        self.path, self.template, self.batch_size = path, template, batch_size
+        self.path, self.batch_size = path, batch_size
         self.model, self.tokenizer = read_classifier(path, config, "ppo.reward_model_path")
         self.tokenizer.padding_side = "right"
-        if self.tokenizer.pad_token_id is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
+        set_padding(self.model, self.tokenizer)
+        self.reader = ClassifierReader(self.tokenizer, template, token_limit(self.model))
         self.shift, self.scale = 0.0, 1.0
 
     def to(self, device: torch.device) -> "ClassifierReward":
@@ -58,12 +63,44 @@ class ClassifierReward:
         Raises:
             ValueError: a text is longer than the classifier can read.
         """
-        encoded = [self._encode(p, text_of(c)) for p, c in zip(prompts, completions, strict=True)]
+        encoded = [self.reader(p, text_of(c)) for p, c in zip(prompts, completions, strict=True)]
         return score_token_rows(
             self.model, self.tokenizer, encoded, self.batch_size, "ppo.reward_model_path", self.path
         )
 
-    def _encode(self, prompt: str | list, text: str) -> dict[str, list[int]]:
+
+@dataclass(frozen=True)
+class ClassifierReader:
+    """What a classifier reads of a prompt and its completion: see `ClassifierReward`.
+
+    `limit` is how many tokens it can read; None where it has none.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    template: str | None
+    limit: int | None
+
+    @classmethod
+    def of(cls, path: str, config: ModelConfig, template: str | None) -> "ClassifierReader":
+        """Return the reader of a classifier, whose weights are not loaded."""
+        source = _source(path)
+        tokenizer = read_tokenizer(source, trust_remote_code=config.trust_remote_code)
+        loaded = read_config(source, trust_remote_code=config.trust_remote_code)
+        if "auto_map" in loaded.to_dict():
+            return cls(tokenizer, template, position_limit(loaded))
+        model = empty_model(AutoModelForSequenceClassification, source, loaded, pinned_revision(source))
+        return cls(tokenizer, template, token_limit(model))
+
+    def fits(self, prompt: str | list, text: str) -> bool:
+        """Tell whether the classifier can read a prompt with this completion."""
+        return self.limit is None or len(self(prompt, text)["input_ids"]) <= self.limit
+
+    def __call__(self, prompt: str | list, text: str) -> dict[str, list[int]]:
+        """Tokenise a prompt, plain text or chat messages, with its completion.
+
+        Raises:
+            ValueError: the classifier's chat template cannot render them.
+        """
         tokenizer = self.tokenizer
         plain = plain_text(prompt)
         if self.template is not None:
@@ -75,6 +112,35 @@ class ClassifierReward:
         if tokenizer.sep_token is not None:
             return dict(tokenizer(plain, text))
         return dict(tokenizer(plain + text))
+
+
+def token_limit(model: PreTrainedModel) -> int | None:
+    """How many tokens a classifier can read; None where its configuration sets no limit."""
+    limit = position_limit(model.config)
+    for name, module in model.named_modules():
+        # The positions of RoBERTa's kin begin after that of padding.
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return module.num_embeddings - module.padding_idx - 1
+    return limit
+
+
+def set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a tokenizer without a padding token one, and the model the same.
+
+    Causal classifiers score at the last token that is no padding, so it is none that ends a text, if there is another.
+    """
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding_id(model.config, tokenizer))
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+
+
+def padding_id(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the padding token of a tokenizer, or the one that `set_padding` gives it; None where there is none."""
+    if tokenizer.pad_token_id is not None:
+        return tokenizer.pad_token_id
+    known = getattr(config.get_text_config(), "pad_token_id", None)
+    known = known if known is not None and 0 <= known < len(tokenizer) else None
+    ids = (known, tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return next((token for token in ids if token is not None), None)
 
 
 @torch.no_grad()
@@ -92,7 +158,7 @@ def score_token_rows(
         ValueError: a row is longer than the classifier at `path` can read, or has a token without an embedding; `key`
             is the setting that names it.
     """
-    limit = position_limit(model.config)
+    limit = token_limit(model)
     ids = [row["input_ids"] for row in rows]
     longest = max(map(len, ids))
     if limit is not None and longest > limit:
@@ -122,8 +188,7 @@ def read_classifier(path: str, config: ModelConfig, key: str) -> tuple[PreTraine
         ValueError: as `check_classifier`, or weights that cannot be read; `key` is the setting that names it.
     """
     check_classifier(path, config, key)
-    source = str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path
-    trust = config.trust_remote_code
+    source, trust = _source(path), config.trust_remote_code
     tokenizer = read_tokenizer(source, trust_remote_code=trust)
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
@@ -138,6 +203,11 @@ def read_classifier(path: str, config: ModelConfig, key: str) -> tuple[PreTraine
         raise unreadable(source, "weights", "weight files", error) from error
     check_loaded_weights(model.eval(), source, info)
     return model, tokenizer
+
+
+def _source(path: str) -> str:
+    directory = Path(path).expanduser()
+    return str(directory) if directory.is_dir() else path
 
 
 def is_reward_model(architecture: str) -> bool:
@@ -155,7 +225,7 @@ def check_classifier(path: str, config: ModelConfig, key: str = "ppo.reward_mode
     directory = Path(path).expanduser()
     if (directory / "adapter_config.json").is_file():
         raise ValueError(f"{key}: {path!r} is an adapter without {RECORD_FILE}, so no reward stage has finished there")
-    source = str(directory) if directory.is_dir() else path
+    source = _source(path)
     loaded = read_config(source, trust_remote_code=config.trust_remote_code)
     kinds = loaded.architectures or []
     if not any(map(is_reward_model, kinds)):
@@ -183,7 +253,7 @@ def _check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     Raises:
         ValueError: naming the token.
     """
-    ids = [tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id]
+    ids = [padding_id(model.config, tokenizer)]
     if ids[0] is None:
         raise ValueError(f"the tokenizer of {path!r} has neither a pad nor an EOS token; set one of them and save it")
     if tokenizer.chat_template is not None:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.models.adapters import attach_adapter
 from pipeline.models.config import ModelConfig
+from pipeline.models.generation import eos_token_ids
 from pipeline.models.reward_model import RECORD_FILE, RewardRecord, check_reward_files, load_record
 from pipeline.models.sequences import Sequences, length_sorted_chunks, make_sequences
 from pipeline.models.text import decode, encode_completions, encode_prompts
@@ -72,9 +73,19 @@ class AdapterReward:
         texts, size = [text_of(completion) for completion in completions], len(self.tokenizer)
         readable = [bool(ids) and max(ids) < size for ids in completion_ids]
         spelled = decode(self.tokenizer, [ids if ok else [] for ids, ok in zip(completion_ids, readable, strict=True)])
-        fresh = encode_completions(self.tokenizer, prompts, texts)
-        rows = zip(completion_ids, readable, spelled, texts, fresh, strict=True)
-        return [ids if ok and spelt == text.strip() else new for ids, ok, spelt, text, new in rows]
+        rows = zip(completion_ids, readable, spelled, texts, strict=True)
+        tokens = [list(ids) if ok and spelt == text.strip() else None for ids, ok, spelt, text in rows]
+        # Only the texts that are needed: a chat template may refuse to render some that a policy writes.
+        others = [row for row, ids in enumerate(tokens) if ids is None]
+        fresh = encode_completions(self.tokenizer, [prompts[row] for row in others], [texts[row] for row in others])
+        ends = {*eos_token_ids(self._model, self.tokenizer), *(ids[-1] for ids in fresh)}
+        for row, new in zip(others, fresh, strict=True):
+            # The end of what was written, as after a thought that is stripped: cut off, it has no end of its own.
+            is_cut = (
+                readable[row] and spelled[row].endswith(texts[row].strip()) and completion_ids[row][-1] not in ends
+            )
+            tokens[row] = new[:-1] if is_cut and len(new) > 1 else new
+        return tokens
 
 
 def adapter_rewards(rewards: Sequence[Reward]) -> list[AdapterReward]:

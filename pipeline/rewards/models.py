@@ -13,7 +13,13 @@ from pipeline.models.config import ModelConfig
 from pipeline.models.hub import read_tokenizer
 from pipeline.models.text import render_chat, set_chat_template
 from pipeline.rewards import Reward, RewardFunction, as_rewards
-from pipeline.rewards.classifier import ClassifierReward, is_reward_model, read_classifier, score_token_rows
+from pipeline.rewards.classifier import (
+    ClassifierReward,
+    is_reward_model,
+    read_classifier,
+    score_token_rows,
+    set_padding,
+)
 from pipeline.rewards.learned import is_reward_folder, load_learned_reward
 from pipeline.rewards.metric import text_of
 
@@ -35,9 +41,7 @@ class RewardModel:
     ) -> None:
         self.path = model.config.name_or_path
         self.model, self.tokenizer, self._policy_tokenizer = model.eval(), tokenizer, policy_tokenizer
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        set_padding(model, tokenizer)
 
     def __call__(self, prompts: list, completions: list, completion_ids: list[list[int]]) -> list[float]:
         """One score for each completion.

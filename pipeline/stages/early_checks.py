@@ -7,13 +7,17 @@ from pipeline.metrics.sacrebleu_metric import short_references
 from pipeline.models.prompt_lengths import check_token_ids
 from pipeline.models.prompts import encode_prompts_of
 from pipeline.models.states import check_causal, check_repeatable, check_trunk_and_head
+from pipeline.models.text import plain_text
 from pipeline.recipe import Recipe
 from pipeline.rewards import RewardError, build_rewards, check_rewards
+from pipeline.rewards.classifier import ClassifierReader
 from pipeline.rewards.constant import constant_reward
 from pipeline.runtime.distributed import launched_engine, on_main
 from pipeline.runtime.messages import say
-from pipeline.stages.reward_inputs import check_data_pairs
+from pipeline.stages.reward_inputs import check_data_pairs, reward_classifier
 from pipeline.tasks import Task, preferences
+
+LONGEST = 32  # prompts that a classifier reads before SFT
 
 
 def check_later_stages(recipe: Recipe, task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -33,6 +37,7 @@ def check_later_stages(recipe: Recipe, task: Task, model: PreTrainedModel, token
             check_trunk_and_head(model)
     if recipe.ppo is not None:
         on_main(lambda: try_rewards(recipe, task))
+        say(*on_main(lambda: classifier_warnings(recipe, task)))
     if recipe.reward is not None and isinstance(recipe.reward.pairs, preferences.Config):
         on_main(lambda: check_data_pairs(recipe, task, tokenizer, model.config))
 
@@ -54,6 +59,30 @@ def check_prompts(task: Task, model: PreTrainedModel, tokenizer: PreTrainedToken
     for split in ("test", "prompts", "validation"):
         rows = encode_prompts_of(tokenizer, getattr(task, split), model.config.is_encoder_decoder)
         check_token_ids(rows, embeddings, f"prompts of {split}")
+
+
+def classifier_warnings(recipe: Recipe, task: Task) -> list[str]:
+    """Let the classifier that rewards PPO read the longest prompts; say where a completion may not fit any more.
+
+    Raises:
+        ValueError: its chat template cannot render them.
+    """
+    found = reward_classifier(recipe)
+    if found is None:
+        return []
+    key, path, template = found
+    reader = ClassifierReader.of(path, recipe.model, template)
+    prompts = sorted(task.prompts["prompt"][:], key=lambda prompt: len(plain_text(prompt)))[-LONGEST:]
+    try:
+        longest = max(len(reader(prompt, "a")["input_ids"]) for prompt in prompts)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
+    if reader.limit is None or longest + recipe.ppo.response_length <= reader.limit:
+        return []
+    return [
+        f"warning: {key}: the classifier {path!r} reads {reader.limit} tokens, and the longest prompt has {longest}: "
+        f"with ppo.response_length {recipe.ppo.response_length} a completion may not fit, which ends PPO"
+    ]
 
 
 def try_rewards(recipe: Recipe, task: Task) -> None:

@@ -10,10 +10,12 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from pipeline.evaluation.reward_quality_scores import ReportInputs
 from pipeline.metrics import load_metric
 from pipeline.models.loading import load_config, load_model, lora_config
-from pipeline.models.reward_model import RewardRecord
+from pipeline.models.reward_model import RewardRecord, load_record
 from pipeline.models.sharding import Sharding
-from pipeline.models.text import chat_problems
+from pipeline.models.text import chat_problems, without_thoughts
 from pipeline.recipe import Recipe
+from pipeline.rewards.classifier import ClassifierReader
+from pipeline.rewards.learned import is_reward_folder
 from pipeline.rewards.pairs import (
     BROKEN,
     HELD_OUT,
@@ -33,7 +35,7 @@ from pipeline.runtime.distributed import on_main
 from pipeline.runtime.messages import say
 from pipeline.stages.directory import RunDirectory, versions
 from pipeline.stages.task import say_left_out
-from pipeline.tasks import Task, TaskError, preferences
+from pipeline.tasks import Task, TaskError, columns, preferences
 from pipeline.trainers.huggingface.reward_adapter import train_reward_adapter
 from pipeline.trainers.precision import sampling_autocast
 
@@ -82,13 +84,15 @@ def _from_data(
 ) -> tuple[list[Pair], list[RankedSample], int]:
     """Load the pairs of a data set, in the form of the task's prompts; return them, no samples, and the broken rows.
 
-    With the model's `config` the rows whose pairs are longer than its context are named; `check_pairs` drops them.
+    The rows whose pairs are longer than the reward model can read are named; `check_pairs` drops them. `config` is
+    that of a model to be trained.
 
     Raises:
         TaskError: rows that give no pair or that the chat template cannot render, unless `skip_broken_rows` is true.
         ValueError: the task's chats have a system message and those of the pairs have none, or the other way round.
     """
-    form = preferences.PromptForm(not isinstance(task.prompts[0]["prompt"], str), task.system)
+    tools = recipe.task.config.tools if isinstance(recipe.task.config, columns.Config) else None
+    form = preferences.PromptForm(not isinstance(task.prompts[0]["prompt"], str), task.system, tools)
     data = preferences.load(recipe.reward.pairs, form)
     left_out, long, pairs = list(data.left_out), [], []
     for split, name, rows in ((TRAIN, "train", data.train), (HELD_OUT, "validation", data.validation)):
@@ -98,8 +102,8 @@ def _from_data(
             raise TaskError(f"reward.pairs: {problems[broken[0]]}, in {where(broken)}")
         left_out += [f"{where([row])}: {problems[row]}" for row in broken]
         kept = [row for row, problem in enumerate(problems) if problem is None]
-        kept_pairs = data_pairs(tokenizer, split, [rows[row] for row in kept])
-        fits = _fitting(config, tokenizer, kept_pairs)
+        kept_pairs = data_pairs(tokenizer, split, [_bare(task, rows[row]) for row in kept])
+        fits = _fitting(recipe, config, tokenizer, kept_pairs)
         long += [where([row]) for row, pair in zip(kept, kept_pairs, strict=True) if not fits(pair)]
         pairs += kept_pairs
     _check_system(task, pairs)
@@ -108,11 +112,42 @@ def _from_data(
     return pairs, [], len(left_out)
 
 
+def _bare(task: Task, row: preferences.Preference) -> preferences.Preference:
+    """Return a pair without the thoughts of its answers, where the task has none either."""
+    if not task.strip_thoughts:
+        return row
+    return replace(row, chosen=without_thoughts(row.chosen), rejected=without_thoughts(row.rejected))
+
+
 def _fitting(
-    config: PretrainedConfig | None, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]
+    recipe: Recipe, config: PretrainedConfig | None, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]
 ) -> Callable[[Pair], bool]:
-    """Return a function that tells whether a pair fits into the model's context; every pair does without `config`."""
-    return (lambda pair: True) if config is None else context_check(config, tokenizer, pairs)
+    """Return a function that tells whether the reward model can read a pair; `config` is that of one to be trained."""
+    if recipe.reward.model is None:
+        return (lambda pair: True) if config is None else context_check(config, tokenizer, pairs)
+    reader = ClassifierReader.of(recipe.reward.model, recipe.model, _template(recipe))
+    return lambda pair: all(reader.fits(pair.prompt, text) for text in (pair.chosen, pair.rejected))
+
+
+def reward_classifier(recipe: Recipe) -> tuple[str, str, str | None] | None:
+    """Return the key, the path and the template of the classifier that rewards PPO; None where there is none."""
+    if recipe.ppo is None or recipe.ppo.learned_reward is None:
+        return None
+    if not recipe.reward_is_external:
+        model = recipe.reward.model
+        return None if model is None else ("reward.model", model, _template(recipe))
+    path = recipe.ppo.reward_model_path
+    record = load_record(path) if is_reward_folder(path) else None
+    if record is not None and record.kind == "adapter":
+        return None
+    template = _template(recipe) if record is None else _template(recipe) or record.template
+    return "ppo.reward_model_path", path if record is None else record.path, template
+
+
+def _template(recipe: Recipe) -> str | None:
+    """Return the template of a classifier's texts that the recipe gives."""
+    learned = recipe.ppo.learned_reward if recipe.ppo else None
+    return learned.options.get("template") if learned else None
 
 
 def check_data_pairs(recipe: Recipe, task: Task, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
@@ -123,11 +158,11 @@ def check_data_pairs(recipe: Recipe, task: Task, tokenizer: PreTrainedTokenizerB
     """
     config = config if recipe.reward.model is None else None
     pairs = _from_data(recipe, task, tokenizer, config)[0]
-    check_pairs(pairs, _fitting(config, tokenizer, pairs), recipe.reward.pairs.min_margin)
+    check_pairs(pairs, _fitting(recipe, config, tokenizer, pairs), recipe.reward.pairs.min_margin)
 
 
 def _trained_config(recipe: Recipe, base: Base) -> PretrainedConfig | None:
-    """Return the configuration of the model that is trained; None for a classifier, which checks lengths itself."""
+    """Return the configuration of the model that is trained; None for a classifier."""
     return load_config(base, recipe.model) if recipe.reward.model is None else None
 
 
@@ -161,7 +196,7 @@ def _save(
     broken: int = 0,
 ) -> None:
     """Write the pairs that can be learnt from, the samples and, last, the counts."""
-    fits = _fitting(_trained_config(recipe, base), tokenizer, pairs)
+    fits = _fitting(recipe, _trained_config(recipe, base), tokenizer, pairs)
     kept, counts = check_pairs(pairs, fits, recipe.reward.pairs.min_margin)
     if recipe.reward.model is None and recipe.reward.arguments.get("load_best_model_at_end", True):
         kept, counts = split_held_out(kept, counts, recipe.seed)
@@ -179,9 +214,7 @@ def reward_model(
     """Train an adapter on the pairs, or load the classifier that the recipe names."""
     section, config = recipe.reward, recipe.model
     if section.model is not None:
-        learned = recipe.ppo.learned_reward if recipe.ppo else None
-        template = learned.options.get("template") if learned else None
-        return load_classifier(section.model, config, template, section.batch_size)
+        return load_classifier(section.model, config, _template(recipe), section.batch_size)
     return train_reward_adapter(
         load_model(base, config, frozen=True),
         tokenizer,

@@ -1,6 +1,7 @@
 """Read chat messages in the shapes that data sets have: OpenAI's, ShareGPT's, and those that a recipe maps."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -16,12 +17,52 @@ SHAREGPT = {"role": "from", "content": "value"}
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
 SHAREGPT_ROLES |= {"observation": "tool"}
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")  # of messages whose thoughts are not in their content
+TRANSCRIPT_ROLES = {"Human": "user", "Assistant": "assistant"}
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def as_user_turn(prompt: str) -> list[Message]:
-    """Return a plain prompt as the turn of a user, without the white space around it."""
+    """Return a plain prompt as the turn of a user, without the white space around it.
+
+    A transcript from `Human:` to a last, empty `Assistant:` is returned as its turns.
+    """
+    head, mark, answer = prompt.strip().rpartition("Assistant:")
+    if mark and not answer and head.startswith("Human:"):
+        return transcript_turns(head)
     return [{"role": "user", "content": prompt.strip()}]
+
+
+def transcript_turns(transcript: str) -> list[Message]:
+    """Return the turns of a transcript of `Human:` and `Assistant:`, each after an empty line.
+
+    Raises:
+        Unusable: it does not begin with one of them.
+    """
+    start, *turns = re.split(r"(?:^|\n\n)(Human|Assistant):", transcript.strip())
+    if start.strip() or not turns:
+        raise Unusable("a transcript does not begin with Human:")
+    pairs = zip(turns[::2], turns[1::2], strict=True)
+    return [{"role": TRANSCRIPT_ROLES[role], "content": text.strip()} for role, text in pairs]
+
+
+def split_transcripts(texts: Sequence[str], as_chat: bool) -> tuple[str | list[Message], list[str]]:
+    """Return the prompt that two transcripts share, up to the last `Assistant:`, and the texts after it.
+
+    Raises:
+        Unusable: they are no transcripts of `Human:` and `Assistant:`, or differ before that.
+    """
+    heads, ends = zip(*(text.rpartition("\n\nAssistant:")[::2] for text in texts), strict=True)
+    if not all(heads):
+        raise Unusable(
+            "without a prompt column, chosen and rejected must be chats of two messages or more, or transcripts of "
+            "Human: and Assistant:; name the column of the prompt in reward.pairs.prompt"
+        )
+    if heads[0] != heads[1]:
+        raise Unusable("chosen and rejected differ before the last Assistant:, so they answer different prompts")
+    answers = [text.strip() for text in ends]
+    if not as_chat:
+        return f"{heads[0]}\n\nAssistant:", answers
+    return transcript_turns(heads[0]), answers
 
 
 def with_system(chat: Sequence[Message], system: str | None) -> list[Message]:

@@ -1,7 +1,6 @@
 """Read preference data by its columns: a prompt, the better and the worse of two answers, and by how much."""
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -9,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.tasks import columns
-from pipeline.tasks.chats import Message, as_user_turn, read_messages, with_system
+from pipeline.tasks.chats import (
+    Message,
+    as_user_turn,
+    is_sharegpt,
+    read_messages,
+    split_transcripts,
+    with_system,
+    with_tools,
+)
 from pipeline.tasks.examples import (
     Reader,
     Unusable,
@@ -25,6 +32,7 @@ from pipeline.tasks.text_rows import Row
 from pipeline.tasks.types import TaskError, Where, check_limits
 
 PARTS = ("train", "validation")
+Read = tuple[list[Any], str | None]  # what the readers made of a row, and why it gives no pair
 
 
 @dataclass(frozen=True)
@@ -83,10 +91,14 @@ class Config:
 
 @dataclass(frozen=True)
 class PromptForm:
-    """How the prompts of a task are written: as plain texts, or as chats that begin with `system` where it is set."""
+    """How the prompts of a task are written: as plain texts, or as chats that begin with `system` where it is set.
+
+    `tools` is the column with the tools of a chat, if the data have it.
+    """
 
     chat: bool
     system: str | None = None
+    tools: str | None = None
 
 
 @dataclass(frozen=True)
@@ -166,17 +178,19 @@ def _load(config: Config, form: PromptForm | None) -> Preferences:
                 check_columns(table, key, getattr(read, key), pair_keys)
         readers: list[Reader] = [("chosen", config.chosen, partial(_read_pair, config=read, form=form))]
         readers += [] if config.margin is None else [("margin", config.margin, _margin)]
-        rows = [read_row(readers, row) for row in table.dataset]
+        rows = without_repeated_prompts([read_row(readers, row) for row in table.dataset])
         table, kept = leave_out(table, [problem for _, problem in rows], config.skip_broken_rows)
-        pairs[part] = [Preference(*rows[index][0][0], *rows[index][0][1:]) for index in kept]
+        pairs[part] = [Preference(*rows[index][0][0][:3], *rows[index][0][1:]) for index in kept]
         places[part] = table.where
         broken += table.broken
     left_out = (line.replace("task.", "reward.pairs.") for line in dict.fromkeys(broken))
     return Preferences(**pairs, left_out=tuple(left_out), places=places)
 
 
-def _read_pair(name: str, row: Row, config: Config, form: PromptForm | None) -> tuple[str | list[Message], str, str]:
-    """Return the prompt of a row and its two answers.
+def _read_pair(
+    name: str, row: Row, config: Config, form: PromptForm | None
+) -> tuple[str | list[Message], str, str, str]:
+    """Return the prompt of a row, its two answers, and the text that these may repeat: a prompt that is a text.
 
     Raises:
         Unusable: they do not answer one prompt, or the prompt is not in the form of the task's.
@@ -187,6 +201,7 @@ def _read_pair(name: str, row: Row, config: Config, form: PromptForm | None) -> 
     if len(starts) == 2 and starts[0] != starts[1]:
         raise Unusable("chosen and rejected differ before their last message, so they answer different prompts")
     prompt = None if config.prompt is None else _read_prompt(config, row)
+    begin = prompt.strip() if isinstance(prompt, str) and not starts else ""
     if starts:
         prompt = starts[0] if prompt is None else _same_prompt(prompt, starts[0])
     elif prompt is None:
@@ -196,13 +211,36 @@ def _read_pair(name: str, row: Row, config: Config, form: PromptForm | None) -> 
             column = prompt_of_pairs(row)
             raise Unusable(f"{error}{f', such as prompt: {column}' if column else ''}") from error
     if form is not None and form.chat:
-        prompt = with_system(as_user_turn(prompt) if isinstance(prompt, str) else prompt, form.system)
+        prompt = as_user_turn(prompt) if isinstance(prompt, str) else prompt
+        system = row.get("system") if is_sharegpt(row.get(config.prompt)) else None
+        prompt = with_system(prompt, system if isinstance(system, str) and system.strip() else form.system)
+        prompt = with_tools(prompt, None if form.tools is None else row.get(form.tools))
     elif form is not None and not isinstance(prompt, str):
         raise Unusable(
             "the prompt of a pair is a chat, and those of the task are plain texts, which a model reads differently; "
             "write chat: true or messages into the section of the task, or give pairs of texts"
         )
-    return prompt, *answers
+    return prompt, *answers, begin
+
+
+def without_repeated_prompts(rows: Sequence[Read]) -> Sequence[Read]:
+    """Remove the prompts from the answers of pairs whose answers all begin with their prompt: they are whole texts.
+
+    A few answers may begin so by chance, and stay as they are where those of another pair do not.
+    """
+    pairs = [values[0] for values, problem in rows if problem is None]
+    if not pairs or not all(begin and all(map(partial(_begins, begin), answers)) for _, *answers, begin in pairs):
+        return rows
+
+    def shorten(values: list[Any]) -> list[Any]:
+        (prompt, *answers, begin), *rest = values
+        return [(prompt, *(answer.lstrip().removeprefix(begin).strip() for answer in answers), begin), *rest]
+
+    return [(shorten(values) if problem is None else values, problem) for values, problem in rows]
+
+
+def _begins(begin: str, text: str) -> bool:
+    return text.lstrip().startswith(begin)
 
 
 def _read_prompt(config: Config, row: Row) -> str | list[Message]:
@@ -237,31 +275,6 @@ def _same_prompt(prompt: str | list[Message], start: list[Message]) -> list[Mess
             "the prompt is not what the chats in chosen and rejected begin with; set prompt: null to use that"
         )
     return start
-
-
-def split_transcripts(texts: Sequence[str], as_chat: bool) -> tuple[str | list[Message], list[str]]:
-    """Return the prompt that two transcripts share, up to the last `Assistant:`, and the texts after it.
-
-    Raises:
-        Unusable: they are no transcripts of `Human:` and `Assistant:`, or differ before that.
-    """
-    heads, ends = zip(*(text.rpartition("\n\nAssistant:")[::2] for text in texts), strict=True)
-    if not all(heads):
-        raise Unusable(
-            "without a prompt column, chosen and rejected must be chats of two messages or more, or transcripts of "
-            "Human: and Assistant:; name the column of the prompt in reward.pairs.prompt"
-        )
-    if heads[0] != heads[1]:
-        raise Unusable("chosen and rejected differ before the last Assistant:, so they answer different prompts")
-    answers = [text.strip() for text in ends]
-    if not as_chat:
-        return f"{heads[0]}\n\nAssistant:", answers
-    start, *turns = re.split(r"(?:^|\n\n)(Human|Assistant):", heads[0])
-    roles = {"Human": "user", "Assistant": "assistant"}
-    if start.strip() or not turns:
-        raise Unusable("a transcript does not begin with Human:")
-    pairs = zip(turns[::2], turns[1::2], strict=True)
-    return [{"role": roles[role], "content": text.strip()} for role, text in pairs], answers
 
 
 def _margin(name: str, row: Row) -> float:

@@ -94,6 +94,13 @@ def test_warnings_of_length_and_of_a_metric_that_it_runs_against():
     assert "length bias: it prefers shorter" in warnings and "against bleu (r = -1.00)" in warnings
 
 
+def test_noise_is_no_warning():
+    texts = [ScoredText(n, float(n % 4), 5, {"bleu": -0.1 * (n % 4) + (n * 7 % 5)}) for n in range(40)]
+    found = report([pair(1, 0)] * 150, texts)
+    (related,) = [c for c in found.correlations if c.name == "bleu"]
+    assert -2 / 40**0.5 < related.pearson < 0 and not any("against bleu" in text for text in found.warnings)
+
+
 def test_pairs_of_one_prompt_are_one_cluster_and_the_gate_looks_where_the_interval_begins():
     single = report([pair(1, 0) for _ in range(150)] + [pair(0, 1) for _ in range(50)])
     assert single.accuracy.low > 0.55 and "PPO refuses" not in single.verdict

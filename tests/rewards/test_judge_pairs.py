@@ -29,6 +29,7 @@ class Handler(BaseHTTPRequestHandler):
         self.server.asked.append(text)
         first, second = re.search(r"First answer:\n(.*)\n\nSecond answer:\n(.*)", text).groups()
         choice = 1 if self.server.always_first or len(first) > len(second) else 2
+        choice = "Both are good." if "say 0" in text and self.server.undecided else choice
         self.send_response(200)
         self.end_headers()
         self.wfile.write(json.dumps({"choices": [{"message": {"content": f"{choice}"}}]}).encode())
@@ -37,7 +38,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.asked, server.always_first = [], False
+    server.asked, server.always_first, server.undecided = [], False, False
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -77,6 +78,12 @@ def test_a_judge_that_prefers_the_first_place_decides_nothing(judge, server):
     server.always_first = True
     _, saved = judge("--first", "3")
     assert (saved["value"], saved["count"]) == (0.5, 3)
+
+
+def test_an_answer_without_a_number_is_for_neither(judge, server):
+    server.undecided = True
+    _, saved = judge()
+    assert saved["value"] == pytest.approx(4 / 6) and len(server.asked) == 10
 
 
 def test_a_system_that_is_not_there_is_named(judge):

@@ -10,13 +10,15 @@ from transformers import (
     BertTokenizerFast,
     LlamaConfig,
     LlamaForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
 )
 
 from pipeline.models.config import ModelConfig
 from pipeline.models.reward_model import RewardRecord
 from pipeline.models.text import encode_completions, encode_prompts
 from pipeline.rewards import Reward, RewardError, compute_rewards
-from pipeline.rewards.classifier import ClassifierReward, check_classifier
+from pipeline.rewards.classifier import ClassifierReader, ClassifierReward, check_classifier, token_limit
 from pipeline.rewards.learned import (
     AdapterReward,
     calibration,
@@ -62,6 +64,26 @@ def test_ids_of_another_tokenizer_are_not_used(adapter, tokenizer, ids):
     reward, _ = adapter
     expected = encode_completions(tokenizer, PROMPTS[:1], TEXTS[:1])
     assert reward(PROMPTS[:1], TEXTS[:1], completion_ids=ids) == [(sum(expected[0]) - 10) / 2]
+
+
+def test_only_texts_that_are_needed_are_rendered(adapter, tokenizer):
+    """Some chat templates refuse an empty answer, which a policy may well write."""
+    reward, _ = adapter
+    end = tokenizer.eos_token_id
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' and not m.content %}{{ raise_exception('empty') }}"
+        "{% endif %}{{ m.content }}{% endfor %}"
+    )
+    chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS[:2]]
+    assert reward(chats, ["", TEXTS[1]], completion_ids=[[end], [100_000]])[0] == (end - 10) / 2
+
+
+def test_what_is_left_of_a_text_that_was_cut_off_has_no_end(adapter, tokenizer):
+    reward, _ = adapter
+    whole, rest = encode_completions(tokenizer, PROMPTS[:1], ["west blue north red"])[0], "north red"
+    expected = encode_completions(tokenizer, PROMPTS[:1], [rest])[0]
+    assert reward(PROMPTS[:1], [rest], completion_ids=[whole]) == [(sum(expected) - 10) / 2]
+    assert reward(PROMPTS[:1], [rest], completion_ids=[whole[:-1]]) == [(sum(expected[:-1]) - 10) / 2]
 
 
 def test_a_score_that_is_not_finite_stops_naming_reward_and_text(tokenizer, taught, tmp_path):
@@ -144,10 +166,10 @@ CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 )
 def test_a_classifier_reads_texts_by_its_own_tokenizer_and_template(classifier, chat, template, expected):
     reward = ClassifierReward(classifier(chat=chat), CONFIG, template)
-    ids = reward._encode("say north\n", "north red")["input_ids"]
+    ids = reward.reader("say north\n", "north red")["input_ids"]
     assert ids == reward.tokenizer(expected)["input_ids"]
     raw = [
-        float(reward.model(input_ids=torch.tensor([reward._encode(p, t)["input_ids"]])).logits)
+        float(reward.model(input_ids=torch.tensor([reward.reader(p, t)["input_ids"]])).logits)
         for p, t in zip(PROMPTS, TEXTS, strict=True)
     ]
     assert reward(PROMPTS, TEXTS, completion_ids=[[1]] * 3) == pytest.approx(raw, abs=1e-5)  # padding changes nothing
@@ -173,11 +195,48 @@ def test_a_classifier_that_tells_two_texts_apart_is_told_which_is_which(tmp_path
     assert alone != pytest.approx(expected, abs=1e-2)  # one text after the other is something else
 
 
+def test_an_end_is_no_padding(tokenizer, tmp_path):
+    """Scores are read at the last token that is no padding: not before an EOS that ends the text."""
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=320, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                         num_attention_heads=2, num_labels=1, initializer_range=0.5)  # fmt: skip
+    model = LlamaForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer.pad_token = None
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}" + tokenizer.eos_token
+    tokenizer.save_pretrained(tmp_path)
+    reward = ClassifierReward(str(tmp_path), CONFIG)
+    assert reward.tokenizer.pad_token_id != tokenizer.eos_token_id
+    rows = [reward.reader(*row)["input_ids"] for row in zip(PROMPTS[:2], TEXTS[:2], strict=True)]
+    assert [row[-1] for row in rows] == [tokenizer.eos_token_id] * 2
+    expected = [float(model(torch.tensor([row])).logits[0, 0].detach()) for row in rows]  # alone: no padding
+    assert reward(PROMPTS[:2], TEXTS[:2]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_positions_of_roberta_begin_after_that_of_padding():
+    config = RobertaConfig(vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                           num_attention_heads=2, max_position_embeddings=10)  # fmt: skip
+    model = RobertaForSequenceClassification(config)
+    assert token_limit(model) == 8
+    model(torch.full((1, 8), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.full((1, 9), 5))
+    bert = BertConfig(vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                      num_attention_heads=2, max_position_embeddings=10)  # fmt: skip
+    assert token_limit(BertForSequenceClassification(bert)) == 10
+
+
+def test_what_a_classifier_can_read_is_known_before_it_is_loaded(classifier):
+    reader = ClassifierReader.of(classifier(positions=8), CONFIG, None)
+    assert reader.limit == 8 and reader.fits("say", "north")
+    assert not reader.fits("say north east south west", "west blue north red")
+
+
 def test_a_classifier_reads_chats(classifier):
     reward = ClassifierReward(classifier(chat=True), CONFIG)
     chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
     expected = reward.tokenizer("<system>s<user>u<assistant>t")["input_ids"]
-    assert reward._encode(chat, "t")["input_ids"] == expected
+    assert reward.reader(chat, "t")["input_ids"] == expected
     assert reward([chat], [[{"role": "assistant", "content": "t"}]]) == reward([chat], ["t"])
 
 

@@ -6,7 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 
 from pipeline import run, sft
 from pipeline.models.config import FromScratchConfig
@@ -170,6 +176,43 @@ def test_pairs_that_are_too_long_are_named_before_sft(recipe, capfd):
     assert sft.main([recipe, PAIRS]) == 0
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("reward.pairs: ")]
     assert "1 row is left out: line 2 of 'pairs.jsonl'" in line and "longer than the context" in line
+
+
+def classifier(tokenizer_of: str, **options) -> str:
+    """Save a tiny classifier that reads 24 tokens; its directory."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
+    config = LlamaConfig(vocab_size=280, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                         num_attention_heads=2, num_labels=1, max_position_embeddings=24, pad_token_id=0)  # fmt: skip
+    LlamaForSequenceClassification(config).save_pretrained("classifier")
+    for name, value in options.items():
+        setattr(tokenizer, name, value)
+    tokenizer.save_pretrained("classifier")
+    return "classifier"
+
+
+def test_pairs_that_a_classifier_cannot_read_are_named_before_sft(recipe, capfd):
+    rows = [{"prompt": f"a dog {n}", "chosen": "ein Hund", "rejected": "x " * n} for n in (1, 30, 2)]
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert sft.main([recipe, PAIRS.replace("}, min", f"}}, model: {classifier('model')}, min")]) == 0
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("reward.pairs: ")]
+    assert "1 row is left out: line 2 of 'pairs.jsonl'" in line and "longer than the context" in line
+
+
+@pytest.mark.parametrize(("length", "warned"), [(8, False), (20, True)])
+def test_a_classifier_that_may_not_read_what_ppo_writes_is_warned_of_before_sft(recipe, capfd, length, warned):
+    learned = ["ppo.rewards=[learned]", f"ppo.reward_model_path={classifier('model')}"]
+    assert sft.main([recipe, *learned, f"ppo.response_length={length}"]) == 0
+    lines = [line for line in capfd.readouterr().err.splitlines() if "a completion may not fit" in line]
+    assert len(lines) == warned
+    assert not warned or "ppo.reward_model_path: the classifier 'classifier' reads 24 tokens" in lines[0]
+
+
+def test_a_classifier_whose_template_takes_no_answer_is_refused_before_sft(recipe, capfd):
+    refused = "{% if m.role == 'assistant' %}{{ raise_exception('no answers') }}{% endif %}"
+    template = f"{{% for m in messages %}}{refused}x{{% endfor %}}"
+    learned = ["ppo.rewards=[learned]", f"ppo.reward_model_path={classifier('model', chat_template=template)}"]
+    code, error = refusal(sft.main, capfd, recipe, *learned)
+    assert code == 1 and "ppo.reward_model_path: " in error and "no answers" in error
 
 
 @pytest.mark.parametrize(

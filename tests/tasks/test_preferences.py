@@ -104,6 +104,9 @@ TRANSCRIPT = {side: f"\n\nHuman: hi\n\nAssistant: {text}" for side, text in (("c
         {"prompt": [USER], **CHAT_PAIR},
         CHAT_PAIR,
         TRANSCRIPT,
+        {"prompt": "hi", "chosen": "hi good", "rejected": " hi\nbad"},
+        {"prompt": "\n\nHuman: hi\n\nAssistant:", "chosen": "good", "rejected": "bad"},
+        {"prompt": "\n\nHuman: hi\n\nAssistant:", **TRANSCRIPT},
         {
             "prompt": [{"from": "human", "value": "hi"}],
             "chosen": {"from": "gpt", "value": "good"},
@@ -114,6 +117,35 @@ TRANSCRIPT = {side: f"\n\nHuman: hi\n\nAssistant: {text}" for side, text in (("c
 def test_pairs_of_every_form_have_the_prompts_of_a_task_of_chats(data, row):
     form = PromptForm(chat=True, system="Be brief.")
     assert load(data(row), form).train == [Preference([SYSTEM, USER], "good", "bad")]
+
+
+def test_answers_that_begin_as_the_prompt_by_chance_stay_whole(data):
+    rows = [
+        {"prompt": "hi", "chosen": "hi good", "rejected": "hi bad"},
+        {"prompt": "hi", "chosen": "hi good", "rejected": "bad"},
+    ]
+    assert [pair.chosen for pair in load(data(*rows)).train] == ["hi good"] * 2
+    assert load(data(rows[0])).train == [Preference("hi", "good", "bad")]
+
+
+def test_a_transcript_is_read_as_its_turns(data):
+    prompt = "\n\nHuman: hi\n\nAssistant: ho\n\nHuman: Assistant: is a word\n\nAssistant:"
+    turns = [("user", "hi"), ("assistant", "ho"), ("user", "Assistant: is a word")]
+    row = {"prompt": prompt, "chosen": "good", "rejected": "bad"}
+    [pair] = load(data(row), PromptForm(chat=True)).train
+    assert pair.prompt == [{"role": role, "content": text} for role, text in turns]
+    question = {**row, "prompt": "Human: a word. Assistant: another?"}
+    [pair] = load(data(question), PromptForm(chat=True)).train
+    assert pair.prompt == [{"role": "user", "content": question["prompt"]}]
+
+
+def test_tools_and_the_system_of_sharegpt_are_read_as_in_a_task(data):
+    tools = [{"name": "north"}]
+    row = {"prompt": "hi", "chosen": "good", "rejected": "bad", "tools": tools}
+    assert load(data(row), PromptForm(True, None, "tools")).train[0].prompt == [{**USER, "tools": tools}]
+    assert load(data(row), PromptForm(True)).train[0].prompt == [USER]
+    row = {"prompt": [{"from": "human", "value": "hi"}], "chosen": "good", "rejected": "bad", "system": "Be short."}
+    assert load(data(row), PromptForm(True, "Be brief.")).train[0].prompt == [{**SYSTEM, "content": "Be short."}, USER]
 
 
 def test_the_beginning_of_the_chats_is_the_prompt_where_the_column_is_a_part_of_it(data):

@@ -13,7 +13,7 @@ from pipeline.models.generation import Decoding, generate
 from pipeline.models.loading import position_limit
 from pipeline.models.prompt_lengths import check_prompt_lengths
 from pipeline.models.text import decode, encode_completions, encode_prompts, plain_text
-from pipeline.rewards.pairs import Pair, RankedText, prompt_pairs
+from pipeline.rewards.pairs import HELD_OUT, Pair, RankedText, prompt_pairs
 from pipeline.rewards.pairs.settings import SampledPairs
 from pipeline.runtime.distributed import NOTHING_ELSE, gather_rows
 from pipeline.runtime.memory import BatchSize
@@ -46,6 +46,8 @@ def sample_pairs(
     during: AbstractContextManager = NOTHING_ELSE,
 ) -> tuple[list[Pair], list[RankedSample]]:
     """Sample completions of every prompt of `rows` and pair them; all pairs and samples, on every process.
+
+    Samples are given of held-out prompts alone.
 
     Every process draws and ranks the samples of its blocks of prompts. Each block has a seed of its own, so the
     samples are the same for any number of processes. `during` is as in `gather_rows`.
@@ -82,7 +84,7 @@ def _pair_samples(
     for number, (row, prompt) in enumerate(zip(block, chosen["prompt"], strict=True)):
         reference = RankedText(references[number], ids[number], values[number])
         pairs = prompt_pairs(settings, prompt, split, row, drawn[number], [reference])
-        distinct = {sample.text: sample for sample in drawn[number]}.values()
+        distinct = {sample.text: sample for sample in drawn[number]}.values() if split == HELD_OUT else ()
         by_prompt.append((pairs, [RankedSample(split, row, s.text, s.ids, s.value) for s in distinct]))
     return by_prompt
 
