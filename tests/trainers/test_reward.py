@@ -1,5 +1,6 @@
 """Reward modelling on TRL's trainer: it learns, resumes to the same bit, and saves the adapter and the head alone."""
 
+import os
 import signal
 from dataclasses import fields, replace
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_resume import log_of, same_weights, survives_every_kill
+from transformers import Trainer
+from two_processes import run_in_two
 
 from pipeline.models.loading import lora_config
 from pipeline.models.reward_model import RewardNetwork
@@ -59,6 +62,32 @@ def reward(taught, tokenizer, examples, model_config, tmp_path, fresh_accelerate
         return trainer
 
     return train
+
+
+def test_two_processes_do_not_search_for_unused_weights(reward, tmp_path, capfd):
+    def train() -> None:
+        assert reward(max_steps=2, save_strategy="no", eval_strategy="no").accelerator.num_processes == 2
+
+    run_in_two(train, tmp_path)
+    assert "find_unused_parameters" not in capfd.readouterr().err  # torch warns of a search that finds none
+
+
+@pytest.mark.parametrize("is_sharded", [True, False])
+def test_a_network_that_is_sharded_is_moved_in_slices_alone(reward, tmp_path, is_sharded):
+    def train() -> None:
+        if is_sharded:
+            os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+        moved, move = [], Trainer._move_model_to_device
+
+        def noted(trainer, model, device) -> None:
+            moved.append(model)
+            move(trainer, model, device)
+
+        Trainer._move_model_to_device = noted
+        trainer = reward(max_steps=1, save_strategy="no", eval_strategy="no")
+        assert bool(trainer.sharding.roots) == is_sharded and (not moved) == is_sharded
+
+    run_in_two(train, tmp_path)
 
 
 def held_out_accuracy(trainer) -> float:

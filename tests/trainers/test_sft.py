@@ -1,10 +1,12 @@
 """Supervised fine-tuning: labels, the loss against TRL's own, restarts, and what is saved."""
 
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import PartialState
 from datasets import load_dataset
 from peft import PeftModel
 from transformers import (
@@ -21,9 +23,10 @@ from two_processes import run_in_two
 
 from pipeline.models.loading import load_model, load_tokenizer, lora_config
 from pipeline.models.text import encode_completions, encode_prompts
+from pipeline.trainers.huggingface.arguments import uses_all_weights
 from pipeline.trainers.huggingface.completion_head import CompletionHeadSFTTrainer
 from pipeline.trainers.huggingface.gather_weights import check_sharding
-from pipeline.trainers.huggingface.sft import build_sft_trainer, sft_arguments, sft_dataset, uses_all_weights
+from pipeline.trainers.huggingface.sft import build_sft_trainer, sft_arguments, sft_dataset
 
 SETTINGS = {
     "per_device_train_batch_size": 8,
@@ -108,6 +111,16 @@ def test_tokenised_examples_are_kept_in_a_cache(tokenizer, base_directory, model
     assert first != cache_files(tokenizer, completion_only_loss=False)
     tokenizer.add_tokens(["north"])
     assert first != cache_files(tokenizer)
+
+
+def test_only_files_have_a_cache_to_wait_for(tokenizer, examples, tmp_path, monkeypatch):
+    entered = []
+    monkeypatch.setattr(PartialState, "local_main_process_first", lambda state: nullcontext(entered.append(state)))
+    in_memory = sft_dataset(tokenizer, examples)
+    assert not in_memory.cache_files and not entered
+    examples.to_json(tmp_path / "rows.jsonl")
+    rows = load_dataset("json", data_files=str(tmp_path / "rows.jsonl"), cache_dir=str(tmp_path), split="train")
+    assert list(sft_dataset(tokenizer, rows)["labels"]) == list(in_memory["labels"]) and len(entered) == 1
 
 
 def test_the_seed_alone_draws_the_adapter(make_trainer):

@@ -25,7 +25,7 @@ from pipeline.models.text import encode_prompts
 from pipeline.rewards.pairs import CHOICE, HELD_OUT, TRAIN, Pair
 from pipeline.runtime.devices import has_accelerator
 from pipeline.runtime.distributed import without_engine
-from pipeline.trainers.huggingface.arguments import complete_arguments
+from pipeline.trainers.huggingface.arguments import complete_arguments, decide_ddp_search
 from pipeline.trainers.huggingface.resumable import ResumableTrainer
 from pipeline.trainers.logs import MetricsFileCallback
 
@@ -96,12 +96,13 @@ class ResumableRewardTrainer(ResumableTrainer, RewardTrainer):
     section = "reward"
 
     def __init__(self, *args, **kwargs) -> None:
+        self._shards = shards_models()  # the block below says no
         with without_engine():  # the network is sharded as PPO's is, not by accelerate
             super().__init__(*args, **kwargs)
-        self.sharding, self.is_distributed_loading_by_transformers = Sharding(), shards_models()
+        self.sharding, self.is_distributed_loading_by_transformers = Sharding(), self._shards
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
-        if not shards_models():  # else a slice of it is moved, when the training begins
+        if not self._shards:  # else a slice of it is moved, when the training begins
             super()._move_model_to_device(model, device)
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
@@ -167,6 +168,7 @@ def build_reward_trainer(
     network = RewardNetwork.create(model, lora)
     if args.disable_dropout:
         remove_dropout(network)  # TRL's own switch finds torch's dropout modules only
+    decide_ddp_search(args, model.config)
     evaluated = CHOICE if any(pair.split == CHOICE for pair in pairs) else HELD_OUT
     datasets = {
         split: pair_dataset(tokenizer, [p for p in pairs if p.split == split], model.config.is_encoder_decoder)

@@ -9,7 +9,7 @@ from accelerate import PartialState
 from accelerate.utils import set_seed
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from transformers import DataCollator, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import TrainOutput
 from trl import SFTConfig
 
@@ -21,7 +21,7 @@ from pipeline.models.speech import reads_sound
 from pipeline.runtime.devices import has_accelerator
 from pipeline.runtime.distributed import launched_engine
 from pipeline.runtime.messages import say
-from pipeline.trainers.huggingface.arguments import complete_arguments
+from pipeline.trainers.huggingface.arguments import complete_arguments, decide_ddp_search
 from pipeline.trainers.huggingface.completion_head import CompletionHeadSFTTrainer, ResumableSFTTrainer
 from pipeline.trainers.huggingface.encoder_decoder import (
     EncoderDecoderCollator,
@@ -91,8 +91,7 @@ def build_sft_trainer(
     train_examples, validation_examples = _prepare_splits(model, args, tokenizer, train, validation, where)
     if args.padding_free and not args.packing:
         args.max_length = None  # the examples are cut, and TRL refuses to cut them without padding
-    if args.ddp_find_unused_parameters is None and uses_all_weights(model.config):
-        args.ddp_find_unused_parameters = False  # transformers lets DDP search, at each step, under an adapter
+    decide_ddp_search(args, model.config)
     if peft_config is not None:
         set_seed(args.seed)  # TRL draws the adapter before transformers sets the seed
     trainer = trainer_class(model, args)(
@@ -108,17 +107,6 @@ def build_sft_trainer(
     if isinstance(trainer.model, PeftModel):
         check_adapter(trainer.model)
     return trainer
-
-
-def uses_all_weights(config: PretrainedConfig) -> bool:
-    """Tell whether every pass reads all weights of a model: no experts, no dropped layers, no parts for images.
-
-    Of models that come with code of their own nothing is known.
-    """
-    keys = config.to_dict()
-    drops_layers = any(value for key, value in keys.items() if key.endswith("layerdrop"))
-    has_experts = any("expert" in key or "router" in key for key in config.get_text_config().to_dict())
-    return not (drops_layers or has_experts or "auto_map" in keys or config.get_text_config() is not config)
 
 
 def _collator(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> DataCollator | None:

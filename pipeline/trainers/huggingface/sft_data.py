@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 from accelerate import PartialState
 from datasets import Dataset
@@ -47,7 +48,8 @@ def sft_dataset(
             "length": lengths,
         }
 
-    with PartialState().local_main_process_first():  # the other processes read its cache
+    # Where there are files the other processes read its cache; rows in memory have none.
+    with PartialState().local_main_process_first() if split.cache_files else nullcontext():
         return split.map(
             encode,
             batched=True,
