@@ -55,8 +55,8 @@ def encode_completions(
 ) -> list[list[int]]:
     """Tokenise completions, each ending with EOS: what the model should write after `encode_prompts(prompts)`.
 
-    Prompt and completion are tokenised apart, so no token merges across the boundary and the ids seen in training
-    are the ids generation starts from.
+    Prompt and completion are tokenised apart: no token merges across the boundary, and the ids seen in training are
+    those that generation starts from. An answer in a chat has no space that a tokenizer puts in front of texts.
     """
     pairs = list(zip(prompts, completions, strict=True))
     texts = [completion for prompt, completion in pairs if isinstance(prompt, str)]
@@ -64,7 +64,7 @@ def encode_completions(
         texts = [f" {text.lstrip()}" for text in texts]
     chats = [pair for pair in pairs if not isinstance(pair[0], str)]
     plain = iter(tokenizer(text_target=texts, add_special_tokens=False)["input_ids"] if texts else [])
-    turns = iter(_tokenise(tokenizer, [_render_answer(tokenizer, *chat) for chat in chats]))
+    turns = iter(_encode_answers(tokenizer, chats))
     eos, ends = tokenizer.eos_token_id, {*getattr(tokenizer, "turn_ends", ())}
     return [
         [*next(plain), eos] if isinstance(prompt, str) else _until_end(tokenizer, next(turns), eos, ends)
@@ -249,6 +249,19 @@ def _bare_answer(text: str, before: str, after: str) -> str:
 def _tokenise(tokenizer: PreTrainedTokenizerBase, rendered: list[str]) -> list[list[int]]:
     # A chat template writes the special tokens itself.
     return tokenizer(rendered, add_special_tokens=False)["input_ids"] if rendered else []
+
+
+def _encode_answers(tokenizer: PreTrainedTokenizerBase, chats: Sequence[tuple]) -> list[list[int]]:
+    answers = [_render_answer(tokenizer, *chat) for chat in chats]
+    apart = _tokenise(tokenizer, answers)
+    line, word, both = _tokenise(tokenizer, ["\n", "yes", "\nyes"])
+    if line + word == both:
+        return apart
+    # The tokenizer puts a space in front of every text: the whole chat is cut where the tokens of its prompt end.
+    starts = [render_chat(tokenizer, prompt, generation_prompt=True) for prompt, _ in chats]
+    prompts, wholes = _tokenise(tokenizer, starts), _tokenise(tokenizer, list(map(str.__add__, starts, answers)))
+    rows = zip(prompts, wholes, apart, strict=True)
+    return [whole[len(ids) :] if whole[: len(ids)] == ids else alone for ids, whole, alone in rows]
 
 
 def _encode_plain(tokenizer: PreTrainedTokenizerBase, texts: list[str], encoder_decoder: bool) -> list[list[int]]:

@@ -4,7 +4,7 @@ import shutil
 from datetime import datetime
 
 import pytest
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaTokenizer, PreTrainedTokenizerFast
 
 from pipeline.models import text as text_module
 from pipeline.models.config import ModelConfig
@@ -179,3 +179,21 @@ def test_a_template_that_leaves_out_tools_or_calls_is_refused(prompt, completion
     assert chat_problems(tokenizer, [USER, "plain"], ["4", "4"]) == [None, None]
     [problem] = chat_problems(tokenizer, [prompt], [completion])
     assert "leaves out the tool" in problem and "add" in problem and "model.chat_template" in problem
+
+
+def test_a_space_in_front_of_every_text_is_not_put_in_front_of_an_answer():
+    """SentencePiece's `▁yes` begins a text; after the `\n` of a generation prompt the model has learnt `yes`."""
+    letters = [*"▁abcdefghijklmnopqrstuvwxyz?<>|", *(f"<0x{byte:02X}>" for byte in range(256))]
+    merges = [("y", "e"), ("ye", "s"), ("▁", "yes")]
+    vocabulary = ["<unk>", "<s>", "</s>", *letters, *("".join(pair) for pair in merges)]
+    tokenizer = LlamaTokenizer(vocab={word: number for number, word in enumerate(vocabulary)}, merges=merges)
+    assert tokenizer.tokenize("yes") == ["▁yes"]
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    )
+    chat = [{"role": "user", "content": "ok?"}]
+    (prompt,), (answer,) = encode_prompts(tokenizer, [chat]), encode_completions(tokenizer, [chat], ["yes"])
+    assert tokenizer.convert_ids_to_tokens(answer) == ["yes", "</s>"]
+    whole = render_chat(tokenizer, [*chat, {"role": "assistant", "content": "yes"}])
+    assert tokenizer(whole, add_special_tokens=False)["input_ids"][: len(prompt) + len(answer)] == prompt + answer
