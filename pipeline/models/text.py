@@ -255,12 +255,11 @@ def _encode_answers(tokenizer: PreTrainedTokenizerBase, chats: Sequence[tuple]) 
     answers = [_render_answer(tokenizer, *chat) for chat in chats]
     apart = _tokenise(tokenizer, answers)
     line, word, both = _tokenise(tokenizer, ["\n", "yes", "\nyes"])
-    if line + word == both:
+    if line + word == both:  # else the tokenizer puts a space in front of every text: the whole chat is cut
         return apart
-    # The tokenizer puts a space in front of every text: the whole chat is cut where the tokens of its prompt end.
     starts = [render_chat(tokenizer, prompt, generation_prompt=True) for prompt, _ in chats]
-    prompts, wholes = _tokenise(tokenizer, starts), _tokenise(tokenizer, list(map(str.__add__, starts, answers)))
-    rows = zip(prompts, wholes, apart, strict=True)
+    wholes = _tokenise(tokenizer, list(map(str.__add__, starts, answers)))
+    rows = zip(_tokenise(tokenizer, starts), wholes, apart, strict=True)
     return [whole[len(ids) :] if whole[: len(ids)] == ids else alone for ids, whole, alone in rows]
 
 
