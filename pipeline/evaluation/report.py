@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from pipeline.evaluation.agreement import RewardAgreement
+from pipeline.evaluation.closed_forms import holm
 from pipeline.evaluation.clusters import Clusters, clustered_score
 from pipeline.evaluation.config import BASELINES, CONTROL
 from pipeline.evaluation.decodings import BestOfN, DecodingScores
@@ -12,7 +13,7 @@ from pipeline.evaluation.gains import Gains, Shares, paired_shares
 from pipeline.evaluation.power import equivalence_margin, smallest_difference
 from pipeline.evaluation.predictions import Prediction, cross_entropy
 from pipeline.evaluation.recognition import Recognition
-from pipeline.evaluation.significance import PairedTests, compare_texts, compare_values, holm
+from pipeline.evaluation.significance import PairedTests, compare_texts, compare_values
 from pipeline.evaluation.text_statistics import TextStatistics, text_statistics
 from pipeline.metrics import Metric, Score
 
@@ -174,10 +175,7 @@ class ReportExample:
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """What report.json holds; `references` are the text statistics of the first references, for comparison.
-
-    `lower_is_better` names the metrics that count errors.
-    """
+    """What report.json holds; `references` are the text statistics of the first references, for comparison."""
 
     systems: dict[str, System]
     comparisons: list[SystemComparison]
@@ -192,7 +190,7 @@ class EvaluationReport:
     cost: list[StageCost] = field(default_factory=list)
     reward_agreement: dict[str, RewardAgreement] = field(default_factory=dict)
     recognition: dict[str, Recognition] = field(default_factory=dict)
-    lower_is_better: list[str] = field(default_factory=list)
+    lower_is_better: list[str] = field(default_factory=list)  # metrics that count errors
 
 
 def score_system(
@@ -208,7 +206,6 @@ def score_system(
     nats, perplexity = cross_entropy(predictions)
     kl, entropy = kl_estimate(outputs.measures), entropy_estimate(outputs.measures)
     applicable = {name: [value for value in values if value == value] for name, values in outputs.rewards.items()}
-    tokens = sum(len(prediction.completion_ids) for prediction in predictions)
     return System(
         metrics={metric.name: _score(metric, texts, test, resampling) for metric in metrics},
         mean_reward=_mean(scores) if scores else None,
@@ -222,7 +219,7 @@ def score_system(
         entropy_error=entropy.error,
         samples=len(outputs.measures),
         sampled_length=_mean([sample.tokens for sample in outputs.measures]),
-        length=tokens / len(predictions),
+        length=_mean([len(prediction.completion_ids) for prediction in predictions]),
         finished=_mean([float(prediction.finished) for prediction in predictions]),
         texts=text_statistics(texts, test.first_references, None if test.are_sounds else test.prompts),
         same_weights_as_sft=same_weights_as_sft,

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from pipeline.evaluation.closed_forms import holm
 from pipeline.evaluation.crossed import crossed_comparison
 from pipeline.evaluation.power import equivalence_margin, p_text, signed_text, size_text, smallest_difference
 from pipeline.evaluation.run_files import Run, RunComparison, compare_to_sft, read_rows, run_metrics
@@ -15,7 +16,7 @@ from pipeline.evaluation.seeds import (
     seeds_verdict,
     summarise_seeds,
 )
-from pipeline.evaluation.significance import SIGNIFICANT, compare_texts, holm
+from pipeline.evaluation.significance import SIGNIFICANT, compare_texts
 
 BY_SEED = ("seed", "eval.control")  # settings that differ between the seeds of one experiment
 

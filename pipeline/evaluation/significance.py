@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-from scipy.special import bdtr
 
+from pipeline.evaluation.closed_forms import mcnemar, smallest_p
 from pipeline.evaluation.clusters import Clusters, single_examples
 from pipeline.evaluation.power import student_interval
 from pipeline.metrics import Metric
@@ -118,19 +118,6 @@ def _choose_test(
     if binary or clusters.count < SMALL:
         return PairedTests(bootstrap, p_randomisation, p_randomisation, RANDOMISATION)
     return PairedTests(bootstrap, p_randomisation, bootstrap.p_value, BOOTSTRAP)
-
-
-def mcnemar(values_a: Sequence[float], values_b: Sequence[float]) -> float:
-    """Compute the mid-p of McNemar's test, two-sided, of values that are 0 or 1."""
-    differences = np.asarray(values_b, dtype=np.float64) - np.asarray(values_a, dtype=np.float64)
-    wins, losses = int((differences > 0).sum()), int((differences < 0).sum())
-    n, fewer = wins + losses, min(wins, losses)
-    if n == 0:
-        return 1.0
-    below = float(bdtr(fewer - 1, n, 0.5)) if fewer else 0.0
-    exactly = float(bdtr(fewer, n, 0.5)) - below
-    # Half of what is as extreme as observed counts; with equal wins and losses the two tails share their middle.
-    return 1 - exactly / 2 if wins == losses else 2 * below + exactly
 
 
 def paired_bootstrap(
@@ -249,33 +236,12 @@ def _swaps(n_clusters: int, n_trials: int, seed: int) -> np.ndarray:
 def _randomised_p(delta: float, trials: np.ndarray, differing: int) -> float:
     # Sums of floats in another order: a tie must not be lost to rounding.
     extreme = np.abs(trials) >= abs(delta) - 1e-9
-    return max((1 + int(extreme.sum())) / (len(trials) + 1), _smallest_p(differing))
-
-
-def _smallest_p(differing: int) -> float:
-    """Return the chance that the signs of all differences agree, of so many clusters in which the systems differ.
-
-    No p is below it: from a handful of examples, any difference would be certain.
-    """
-    return min(1.0, 2.0 ** (1 - differing))
+    return max((1 + int(extreme.sum())) / (len(trials) + 1), smallest_p(differing))
 
 
 def _differing(are_different: Sequence[bool], clusters: Clusters) -> int:
     """Count the clusters with an example in which the systems differ."""
     return len({number for number, differs in zip(clusters.numbers, are_different, strict=True) if differs})
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Correct p-values for their number by Holm's step-down method (Holm 1979), in the order given.
-
-    Rejecting those below a level keeps the chance of any false rejection among all of them below that level.
-    """
-    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
-    adjusted, largest = [0.0] * len(p_values), 0.0
-    for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
-        adjusted[i] = largest
-    return adjusted
 
 
 def _resampled_rows(clusters: Clusters, n_resamples: int, seed: int) -> Rows:
@@ -301,7 +267,7 @@ def _compare(
     # counts the observed difference as one of the scatter, so that p is never 0.
     extreme = np.abs(resampled - resampled.mean()) >= abs(delta)
     # A handful of differences scatters too little.
-    p_value = max((1 + int(extreme.sum())) / (len(resampled) + 1), _smallest_p(differing))
+    p_value = max((1 + int(extreme.sum())) / (len(resampled) + 1), smallest_p(differing))
     if 1 < clusters.count < SMALL:
         error = _jackknife_error(clusters, resample)
         return Comparison(delta, *student_interval(delta, error, clusters.count - 1, CONFIDENCE), p_value, error)

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
+from pipeline.evaluation.closed_forms import holm
 from pipeline.evaluation.crossed import crossed_comparison, seeds_alone
 from pipeline.evaluation.power import equivalence_margin, p_cell, p_text, size_text, smallest_difference
-from pipeline.evaluation.significance import holm, paired_bootstrap_means
+from pipeline.evaluation.significance import paired_bootstrap_means
 from pipeline.metrics.resampling import bootstrap_indices, with_full_set
 
 EXAMPLES = 200

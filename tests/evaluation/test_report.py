@@ -8,6 +8,7 @@ import pytest
 from evaluation_toys import BAD, BLEU, GOOD, MIXED, REFERENCES, TER, TEST, make_report, prediction
 
 from pipeline.evaluation.assemble import Details, all_examples, training_stages
+from pipeline.evaluation.closed_forms import holm
 from pipeline.evaluation.divergence import SampleMeasure
 from pipeline.evaluation.gains import paired_shares
 from pipeline.evaluation.pages.render import write_report
@@ -15,7 +16,6 @@ from pipeline.evaluation.report import Outputs, Resampling, TestSet, compared_pa
 from pipeline.evaluation.significance import (
     RANDOMISATION,
     Comparison,
-    holm,
     paired_bootstrap,
     paired_randomisation,
 )

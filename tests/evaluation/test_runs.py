@@ -7,11 +7,11 @@ from evaluation_toys import BAD, GOOD, MIXED, TEST, make_report
 
 from pipeline.cli.compare_command import compare_command
 from pipeline.evaluation.assemble import Details, all_examples
+from pipeline.evaluation.closed_forms import holm
 from pipeline.evaluation.pages.render import write_report
 from pipeline.evaluation.pages.runs_pages import comparison_tables
 from pipeline.evaluation.run_files import load_run
 from pipeline.evaluation.runs import compare_runs
-from pipeline.evaluation.significance import holm
 
 METRICS = [{"name": "bleu", "options": {}}]
 

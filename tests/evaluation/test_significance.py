@@ -10,6 +10,7 @@ import pytest
 from sacrebleu.metrics import BLEU
 from sacrebleu.significance import PairedTest
 
+from pipeline.evaluation.closed_forms import holm, mcnemar
 from pipeline.evaluation.clusters import Clusters, clustered_score
 from pipeline.evaluation.config import EvalConfig
 from pipeline.evaluation.gains import paired_shares
@@ -20,8 +21,6 @@ from pipeline.evaluation.significance import (
     Comparison,
     compare_texts,
     compare_values,
-    holm,
-    mcnemar,
     paired_bootstrap,
     paired_bootstrap_means,
     paired_randomisation,
