@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from accelerate.commands.launch import launch_command_parser
 from demo_run import OWN, write_demo
 
 import pipeline
@@ -364,6 +365,29 @@ def test_launch_options_follow_the_machine(monkeypatch):
         assert process_count(default_launch_options()) == devices
     monkeypatch.setattr(process_group, "default_config_file", "recipe.yaml")
     assert default_launch_options() == []
+
+
+def test_processes_with_accelerators_share_the_cores(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    two_machines = ["--multi_gpu", "--num_processes", "16", "--num_machines", "2"]
+
+    def threads(options):
+        return (
+            launch_command_parser()
+            .parse_args(process_group.stage_command("sft", "recipe.yaml", [], options)[3:])
+            .num_cpu_threads_per_process
+        )
+
+    assert threads(default_launch_options()) == 4 and threads(two_machines) == 2
+    assert threads([*two_machines, "--num_processes", "64"]) == 1
+    assert threads([*two_machines, "--num_cpu_threads_per_process", "3"]) == 3
+    assert threads(["--cpu", "--num_processes", "1"]) is None
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")  # which accelerate takes
+    assert threads(default_launch_options()) is None
 
 
 def test_the_number_of_processes_is_the_one_accelerate_starts():

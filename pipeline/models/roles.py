@@ -21,7 +21,7 @@ def load_frozen(model: PreTrainedModel, directory: Path) -> PeftModel:
 
 def load_role(network: PeftModel, directory: Path, name: str) -> None:
     """Add the adapter that is saved in `directory` under the name of its role; the policy's computes as before."""
-    network.load_adapter(str(directory), name, torch_device=str(network.get_base_model().device))
+    network.load_adapter(str(directory), name, torch_device="cpu")  # read there, then copied to where its base is
     remove_dropout(network)
     switch_to(network, POLICY)
 

@@ -102,7 +102,8 @@ class SharedModel(nn.Module):
         nn.init.zeros_(self.value_head.bias)
         self.register_buffer("logit_offset", suppression(len(head), self.suppressed), persistent=False)
         self.register_buffer("first_logit_offset", suppression(len(head), self.suppressed_first), persistent=False)
-        self._initial = {} if lora is None else {n: p.detach().clone() for n, p in self._named_policy()}
+        policy = [] if lora is None else self._named_policy()
+        self._initial = {name: weight.detach().to("cpu", copy=True) for name, weight in policy}
         remove_dropout(self)
         if self.padding_free and not self._packing_agrees():
             self.padding_free = False

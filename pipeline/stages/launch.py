@@ -91,7 +91,7 @@ def stage_command(stage: str, path: Path, overrides: Sequence[str], options: Seq
     # Not accelerate itself: its traceback would bury the message of the stage.
     launcher = [sys.executable, "-m", "pipeline.stages.first_failure"]
     script = SCRIPTS / f"{script_of(stage)}.py"
-    return [*launcher, *options, str(script), str(path), *overrides, *stage_option(stage)]
+    return [*launcher, *thread_options(options), *options, str(script), str(path), *overrides, *stage_option(stage)]
 
 
 def launch_and_ask(command: Sequence[str]) -> tuple[int, str]:
@@ -133,12 +133,26 @@ def process_count(options: Sequence[str]) -> int:
         return 1
     here = torch.accelerator.device_count()
     count = arguments.num_processes or (config.num_processes if config else here)
-    machines = arguments.num_machines or (config.num_machines if config else 1)
+    machines = _machine_count(arguments, config)
     kinds = (DistributedType.NO, DistributedType.MULTI_CPU, None)  # accelerate starts a MULTI_CPU by MPI, or as one
     several = arguments.multi_gpu or arguments.use_fsdp or arguments.use_deepspeed or here > 1
     if config is not None:
         several = several or config.distributed_type not in kinds
     return max(1, count // machines * machines) if several else 1  # as many on each machine
+
+
+def thread_options(options: Sequence[str]) -> list[str]:
+    """Return options by which the processes of a machine with accelerators share its CPU cores.
+
+    Accelerate gives each of them one thread, and what they do before their models are on a GPU takes minutes. There
+    are none where OMP_NUM_THREADS or the options say how many.
+    """
+    arguments, config = _read(options)
+    chosen = arguments.num_cpu_threads_per_process is not None or "OMP_NUM_THREADS" in os.environ
+    if chosen or arguments.cpu or not has_accelerator():
+        return []
+    here = process_count(options) // _machine_count(arguments, config)
+    return ["--num_cpu_threads_per_process", str(max(1, torch.get_num_threads() // max(1, here)))]
 
 
 def machine_rank(options: Sequence[str]) -> int:
@@ -175,6 +189,10 @@ def sharding_engine(options: Sequence[str]) -> str | None:
     in_file = config.fsdp_config.get("fsdp_version") if config is not None and engine == "FSDP" else None
     version = in_file if in_file is not None and str(arguments.fsdp_version) == "1" else arguments.fsdp_version
     return "FSDP1" if engine == "FSDP" and str(version) == "1" else engine
+
+
+def _machine_count(arguments: argparse.Namespace, config: ClusterConfig | None) -> int:
+    return arguments.num_machines or (config.num_machines if config else 1)
 
 
 def _read(options: Sequence[str]) -> tuple[argparse.Namespace, ClusterConfig | None]:

@@ -12,6 +12,8 @@ from ppo_toys import training_steps
 from pretended_gpu import GPU, pretended_gpu
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pipeline.models.shared import SharedModel
+
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["model.from_scratch.hidden_size=32", "model.from_scratch.num_attention_heads=2"]
@@ -100,6 +102,20 @@ def test_ppo_on_one_gpu(make_trainer, examples, settings):
         trainer.train()
         assert trainer.shared.language_model.device == GPU and mode.operations > 1000
     assert training_steps(trainer.output_dir)
+
+
+def test_probe_passes_are_made_on_the_gpu(make_trainer, monkeypatch):
+    probed, agrees = [], SharedModel._packing_agrees
+
+    def noted(shared: SharedModel) -> bool:
+        probed.append(shared.language_model.device)
+        return agrees(shared)
+
+    monkeypatch.setattr(SharedModel, "_packing_agrees", noted)
+    with pretended_gpu():
+        shared = make_trainer().shared
+        assert probed == [GPU] and shared.padding_free
+        assert all(weight.is_cpu for weight in shared._initial.values())  # of a GPU they would take memory
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import PreTrainedModel
 
 from pipeline.models.completion_lengths import reference_length
+from pipeline.models.sharding import shards_models
 from pipeline.models.shared import SharedModel
 from pipeline.rewards import Reward
 from pipeline.rewards.learned import AdapterReward
@@ -76,6 +77,8 @@ def build_shared_model(
             f"ppo.value_model: reward_model needs one learned reward whose adapter is over the policy's base, found "
             f"{len(learned)}; use adapter"
         )
+    if not shards_models() and model.device != PartialState().device:
+        model.to(PartialState().device)  # now: on a CPU the probe passes over a large model take minutes
     shared = SharedModel(
         model,
         peft_config if args.use_peft else None,
