@@ -17,6 +17,10 @@ NOTHING_ELSE = nullcontext()
 PATIENCE = 20.0  # seconds: a network file system may show late what another machine has written
 
 
+class MainProcessError(ValueError):
+    """What failed on the main process, in its words, on another process."""
+
+
 def gather_rows(
     blocks: Sequence[Sequence[int]],
     compute: Callable[[list[int]], Iterable[T]],
@@ -38,8 +42,8 @@ def on_main(function: Callable[[], T]) -> T:
     """Call `function` on the main process and return its result on every process.
 
     Raises:
-        ValueError, OSError, FloatingPointError: what the main process raised; on the others a ValueError with the same
-            message.
+        ValueError, OSError, FloatingPointError: what the main process raised; on the others a MainProcessError with
+            the same message.
     """
     outcome: list[object] = [None, None]
     if PartialState().is_main_process:
@@ -50,7 +54,7 @@ def on_main(function: Callable[[], T]) -> T:
             raise
     result, problem = broadcast_object_list(outcome)
     if problem is not None:
-        raise ValueError(problem)
+        raise MainProcessError(problem)
     return result
 
 

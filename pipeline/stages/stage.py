@@ -19,12 +19,12 @@ from pipeline.models.hub import fetch_commit
 from pipeline.recipe import Recipe
 from pipeline.runtime.abort import record_failure
 from pipeline.runtime.devices import APPLE_GPU_IDLE, has_accelerator, has_apple_gpu
-from pipeline.runtime.distributed import launched_engine, on_main, shared_directory_problem
+from pipeline.runtime.distributed import MainProcessError, launched_engine, on_main, shared_directory_problem
 from pipeline.runtime.libraries import choose_attention_kernels, limit_kernel_cache, quiet_libraries
 from pipeline.runtime.memory import is_out_of_memory, peak_memory_mib
 from pipeline.runtime.messages import one_line, say
 from pipeline.runtime.signals import Stopped
-from pipeline.runtime.watchdog import timeout_minutes
+from pipeline.runtime.watchdog import VARIABLE, timeout_minutes
 from pipeline.stages.directory import (
     FINISHED,
     STARTED,
@@ -50,6 +50,7 @@ OUT_OF_MEMORY = (
 OUT_OF_MEMORY_IN_EVAL = "out of memory with one text at a time: set model.dtype: bfloat16 ({error})"
 # gloo raises plain RuntimeErrors, so its errors are known by their words alone.
 GLOO_WORDS = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", "Connection refused")
+SLOW_PROCESS = f" (where it is only slow, set {VARIABLE} to more minutes)"
 CODE_IS_RUN = "model.trust_remote_code is true: Python code that comes with the recipe's models is run"
 
 
@@ -71,13 +72,14 @@ class StageEnd:
     """How a stage ends that was not done: its exit code and message.
 
     A process that `failed` leaves its message for the launcher too; it is a `consequence` where the cause is another
-    process.
+    process, and is not printed where that one prints the same.
     """
 
     exit_code: int
     message: str
     failed: bool = False
     consequence: bool = False
+    is_printed: bool = True
 
 
 def run_stage(recipe: Recipe, stage: str, body: StageBody) -> int:
@@ -234,13 +236,17 @@ def outcome_of(stage: str, error: BaseException) -> StageEnd | None:
             return StageEnd(
                 128 + signal.SIGINT, f"{stage}: ended by Ctrl-C; the same command continues from the last checkpoint"
             )
+        case MainProcessError():
+            return StageEnd(1, str(error), failed=True, consequence=True, is_printed=False)
         case ValueError() | OSError() | FloatingPointError():
             return StageEnd(1, str(error), failed=True)
     if isinstance(error, LastPassError) or is_out_of_memory(error):
         advice = OUT_OF_MEMORY_IN_EVAL if stage == "eval" else OUT_OF_MEMORY
         return StageEnd(1, advice.format(section=script_of(stage), error=error), failed=True)
     if is_lost_connection(error):
-        return StageEnd(1, f"another process is gone or does not answer: {error}", failed=True, consequence=True)
+        hint = SLOW_PROCESS if "Timed out" in str(error) else ""
+        lost = f"another process is gone or does not answer{hint}: {error}"
+        return StageEnd(1, lost, failed=True, consequence=True)
     return None
 
 
@@ -253,14 +259,16 @@ def is_lost_connection(error: BaseException) -> bool:
 
 
 def end_with(stage: str, outcome: StageEnd) -> int:
-    """Print the message of an outcome, on each process that failed, else once; return its exit code."""
+    """Print the message of an outcome, on each process that failed by itself, else once; return its exit code."""
     if not outcome.failed:
         say(outcome.message)
         return outcome.exit_code
-    if os.environ.get("RELAY_TRACEBACK"):
-        traceback.print_exc()
     state, sentence = PartialState(), f"{stage}: {one_line(outcome.message)}"
     record_failure(sentence, outcome.consequence)
+    if not outcome.is_printed:
+        return outcome.exit_code
+    if os.environ.get("RELAY_TRACEBACK"):
+        traceback.print_exc()
     rank = f"process {state.process_index} of {state.num_processes}: " if state.num_processes > 1 else ""
     print(f"error: {rank}{sentence}", file=sys.stderr, flush=True)
     return outcome.exit_code

@@ -7,16 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
 from demo_run import complete, recipe_with
 from torch.distributed import DistBackendError
+from two_processes import run_in_two
 
 from pipeline.recipe import load_recipe
+from pipeline.runtime.distributed import on_main
 from pipeline.runtime.signals import Stopped
 from pipeline.stages import stage as stage_module
 from pipeline.stages.directory import RunDirectory, set_aside
 from pipeline.stages.fingerprint import stage_fingerprint, stage_status
 from pipeline.stages.plan import missing_input
-from pipeline.stages.stage import CannotStartError, begin_stage, finish_stage, outcome_of, run_stage
+from pipeline.stages.stage import CannotStartError, begin_stage, end_with, finish_stage, outcome_of, run_stage
 
 
 def test_a_stage_from_begin_to_end():
@@ -161,4 +164,25 @@ def test_an_error_that_another_process_caused_is_a_consequence(monkeypatch):
     assert [outcome_of("ppo", error) for error in lost] == [None, None]  # a single process has nobody to lose
     monkeypatch.setattr(stage_module, "PartialState", TwoProcesses)
     assert all(outcome_of("ppo", error).consequence for error in lost)
+    slow = outcome_of("eval", RuntimeError("[gloo] Timed out waiting 1830000ms for recv operation to complete"))
+    assert "RELAY_TIMEOUT_MINUTES" in slow.message and "RELAY_TIMEOUT" not in outcome_of("ppo", lost[1]).message
     assert outcome_of("ppo", other) is None
+
+
+def test_what_fails_on_the_main_process_is_said_by_it_alone(tmp_path, capfd):
+    """The launcher names it, whichever process has ended first."""
+
+    def fail() -> None:
+        raise OSError(28, "No space left on device", "report.json")
+
+    def end() -> None:
+        rank = PartialState(cpu=True).process_index
+        os.environ["TORCHELASTIC_ERROR_FILE"] = str(tmp_path / f"record-{rank}")
+        with pytest.raises((OSError, ValueError)) as raised:
+            on_main(fail)
+        assert end_with("eval", outcome_of("eval", raised.value)) == 1
+
+    run_in_two(end, tmp_path)
+    assert capfd.readouterr().err.count("No space left") == 1
+    records = [json.loads((tmp_path / f"record-{rank}").read_text())["message"]["extraInfo"] for rank in (0, 1)]
+    assert [record["consequence"] for record in records] == [False, True]
