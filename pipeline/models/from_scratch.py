@@ -24,6 +24,7 @@ from pipeline.models.config import FromScratchConfig
 from pipeline.models.loading import language_model_class
 from pipeline.models.processors import save_processor
 from pipeline.models.speech_from_scratch import speech_config, speech_generation_config, train_speech_tokenizer
+from pipeline.runtime.seeds import keep_random_state
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 
@@ -85,7 +86,7 @@ def _build(
         model_config = _architecture(config, tokenizer)
         _end_prompts(tokenizer, config.is_encoder_decoder)
     tokenizer.model_max_length = config.max_position_embeddings
-    with torch.random.fork_rng():
+    with keep_random_state():
         torch.manual_seed(seed)
         model = language_model_class(model_config).from_config(model_config)
         if config.architecture == "t5":

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
@@ -16,6 +17,15 @@ def derive_seed(seed: int, purpose: str, *numbers: int) -> int:
     """
     words = (seed, int.from_bytes(purpose.encode()), *numbers)
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def keep_random_state(enabled: bool = True) -> AbstractContextManager:
+    """Put the states of torch's generators back after a block: that of the CPU, and of the GPU of this process.
+
+    Left alone, torch keeps those of every GPU that the process sees, and warns of it.
+    """
+    devices = [torch.cuda.current_device()] if enabled and torch.cuda.is_available() else []
+    return torch.random.fork_rng(devices, enabled)
 
 
 def random_state() -> dict[str, object]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from trl import SFTConfig
 
@@ -23,6 +24,7 @@ from pipeline.rewards.rows import compute_row_rewards
 from pipeline.runtime.distributed import on_main
 from pipeline.runtime.memory import BatchSize
 from pipeline.runtime.messages import say
+from pipeline.runtime.seeds import keep_random_state
 from pipeline.stages.directory import FINISHED, RunDirectory, read_record
 from pipeline.stages.eval_inputs import report_rewards
 from pipeline.stages.inputs import held_out_metrics
@@ -33,7 +35,7 @@ from pipeline.trainers.huggingface.gather_weights import restore_router
 from pipeline.trainers.ppo.checkpoint import STATE_FILE, TrainerState
 from pipeline.trainers.ppo.held_out import HeldOutData, evaluate_held_out
 from pipeline.trainers.ppo.reward_scales import scale_rewards
-from pipeline.trainers.ppo.setup import make_accelerator
+from pipeline.trainers.precision import mixed_precision
 
 
 def sft_keys(recipe: Recipe, run: RunDirectory, stage: str) -> dict[str, Any]:
@@ -127,8 +129,10 @@ def evaluate_as_ppo(
 ) -> dict[str, float]:
     """Compute what PPO's evaluation would log of a policy that is this checkpoint."""
     args, tokenizer = recipe.ppo, load_tokenizer(base, recipe.model)
-    accelerator = make_accelerator(args, checkpoint.parent.parent)
-    model = load_policy(checkpoint, base, recipe.model).to(accelerator.device).eval()
+    device = PartialState().device
+    # Not PPO's accelerator: that of SFT's trainer is there, and may have another precision.
+    is_bf16 = mixed_precision("ppo", args.bf16) == "bf16"
+    model = load_policy(checkpoint, base, recipe.model).to(device).eval()
     examples = task.validation
     if args.eval_examples:
         examples = examples.select(range(min(args.eval_examples, len(examples))))
@@ -140,7 +144,8 @@ def evaluate_as_ppo(
         prompt_ids: Sequence[Sequence[int]], decoding: Decoding, seed: int | None = None, rank: int = 0
     ) -> Completions:
         def attempt(rows: int) -> list[list[int]]:
-            with torch.random.fork_rng(enabled=seed is not None), accelerator.autocast():
+            autocast = torch.autocast(device.type, torch.bfloat16, enabled=is_bf16)
+            with keep_random_state(seed is not None), autocast:
                 if seed is not None:
                     seed_samples(model, decoding, seed, rank, len(prompt_ids))
                 return generate(model, tokenizer, prompt_ids, decoding, rows)

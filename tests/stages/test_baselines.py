@@ -2,18 +2,23 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from accelerate import Accelerator
 from demo_run import complete, recipe_with
 
 from pipeline.recipe import RecipeError
-from pipeline.rewards import build_rewards
-from pipeline.stages.baselines import scaled_as_in_ppo, sft_keys, stretched, time_factor
+from pipeline.rewards import RewardConfig, build_rewards
+from pipeline.stages import baselines
+from pipeline.stages.baselines import evaluate_as_ppo, scaled_as_in_ppo, sft_keys, stretched, time_factor
 from pipeline.stages.directory import RunDirectory
 from pipeline.stages.engines import engine_problem
 from pipeline.stages.fingerprint import needed_stages, stage_settings, stage_status
 from pipeline.stages.launch import stage_command
 from pipeline.stages.plan import missing_input, plan_stages
+from pipeline.trainers.ppo.config import PPOConfig
 
 BOTH = "eval.baselines=[sft_by_metric, sft_longer]"
 
@@ -124,3 +129,24 @@ def test_an_engine_that_shards_trains_the_longer_sft_alone():
 def test_baselines_that_cannot_be_made_are_refused(overrides, words):
     with pytest.raises(RecipeError, match=words):
         recipe_with(*overrides)
+
+
+def test_a_checkpoint_is_evaluated_in_the_precision_of_ppo(
+    taught_directory, model_config, examples, monkeypatch, fresh_accelerate
+):
+    """SFT's trainer has given accelerate its own, which stays for the life of the process."""
+    Accelerator(mixed_precision="bf16", cpu=True)
+    seen, write = [], baselines.generate
+
+    def generate(*given):
+        seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+        return write(*given)
+
+    monkeypatch.setattr(baselines, "generate", generate)
+    monkeypatch.setattr(baselines, "held_out_metrics", lambda *_: None)
+    task = SimpleNamespace(validation=examples.select(range(2)), strip_thoughts=False)
+    for bf16, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        settings = PPOConfig(rewards=(RewardConfig("constant"),), bf16=bf16, response_length=4)
+        recipe = SimpleNamespace(ppo=settings, model=model_config, seed=0)
+        figures = evaluate_as_ppo(recipe, task, build_rewards(settings.rewards), taught_directory, taught_directory)
+        assert seen.pop() == dtype and figures["eval_reward"] == figures["eval_reward/constant"]

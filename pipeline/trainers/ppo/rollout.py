@@ -17,7 +17,7 @@ from pipeline.models.shared import PolicyOutputs, SharedModel
 from pipeline.models.text import decode
 from pipeline.rewards import RewardLog
 from pipeline.runtime.memory import in_smaller_batches
-from pipeline.runtime.seeds import derive_seed
+from pipeline.runtime.seeds import derive_seed, keep_random_state
 from pipeline.trainers.ppo.moving_reference import MovingReference
 from pipeline.trainers.ppo.scores import RunningMoments
 
@@ -149,7 +149,7 @@ class CompletionWriter:
         The samples are those of process `rank`; None: of this one.
         """
         model, rank = self.shared.language_model, self.accelerator.process_index if rank is None else rank
-        with torch.random.fork_rng(enabled=sample_seed is not None), self.accelerator.autocast():
+        with keep_random_state(sample_seed is not None), self.accelerator.autocast():
             if sample_seed is not None:
                 seed_samples(model, decoding, sample_seed, rank, len(prompt_ids))
             ids = self.generate(prompt_ids, decoding)
