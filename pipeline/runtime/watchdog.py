@@ -57,6 +57,11 @@ def enter(phase: str) -> None:
     _progress.enter(phase)
 
 
+def make_progress() -> None:
+    """Note that the main thread gets on in the phase that it is in."""
+    _progress.enter(_progress.phase)
+
+
 @contextmanager
 def watched(directory: Path) -> Iterator[None]:
     """End this process if the block makes no call of `enter` for `timeout_minutes`.

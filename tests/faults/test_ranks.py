@@ -188,6 +188,15 @@ def test_a_process_alone_is_watched_where_that_is_asked_for(monkeypatch, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+def test_each_block_of_an_evaluation_is_progress(make_trainer, examples, monkeypatch):
+    """An evaluation may take longer than a phase may; it stays one phase, whatever the blocks of a process."""
+    trainer = make_trainer(validation=examples.select(range(6)), local_rollout_forward_batch_size=2)
+    entered, enter = [], watchdog._progress.enter
+    monkeypatch.setattr(watchdog._progress, "enter", lambda phase: (entered.append(phase), enter(phase)))
+    trainer.evaluate()
+    assert entered == ["the evaluation after PPO step 0"] * 4
+
+
 def test_the_process_that_is_furthest_behind_is_named(tmp_path, monkeypatch):
     """Not the one that has waited longest: another may have come late to where it hangs."""
     monkeypatch.setattr(watchdog._progress, "phase", "the update")

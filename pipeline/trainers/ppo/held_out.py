@@ -13,6 +13,7 @@ from pipeline.models.sequences import length_sorted_chunks
 from pipeline.rewards import RewardOutputs
 from pipeline.runtime.distributed import NOTHING_ELSE, gather_rows, on_main
 from pipeline.runtime.seeds import derive_seed
+from pipeline.runtime.watchdog import make_progress
 from pipeline.trainers.ppo.checks import check_prompt_ids
 from pipeline.trainers.ppo.config import PPOConfig
 from pipeline.trainers.ppo.inputs import EvalData, held_out_sets
@@ -164,6 +165,7 @@ def complete_held_out(
     sample_seed: int | None = None,
 ) -> list[HeldOutCompletion]:
     """Complete and score the prompts at `rows` of the held-out data."""
+    make_progress()  # a whole evaluation may take longer than a process is waited for
     ids = [data.prompt_ids[row] for row in rows]
     completions = write(ids, decoding) if sample_seed is None else write(ids, decoding, sample_seed, 0)
     rewards = compute_rewards(data.examples.select(rows), completions.texts, completions.ids)
