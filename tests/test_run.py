@@ -457,7 +457,7 @@ def test_a_command_ended_by_a_signal_of_its_own():
 
 SEVERAL = """\
 import pathlib, os, signal, sys, time
-rank, times = os.environ["RANK"], []
+rank, times = os.environ.get("RANK", "0"), []
 def note(number, frame):
     times.append(number)
     if len(times) == 2 and sys.argv[1] == "polite":
@@ -472,28 +472,29 @@ for _ in range(1200):
 """
 
 
-def signal_again_and_again(times):
-    """Send this process SIGINT, and again whenever both workers have noted it."""
+def signal_again_and_again(times, processes):
+    """Send this process SIGINT, and again whenever all processes of the stage have noted it."""
 
     def send():
         for number in range(times):
-            while not all(Path(f"told-{rank}-{number}.txt").exists() for rank in (0, 1)):
+            while not all(Path(f"told-{rank}-{number}.txt").exists() for rank in range(processes)):
                 time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=send, daemon=True).start()
 
 
-@pytest.mark.parametrize(("kind", "times"), [("polite", 2), ("deaf", 3)])
-def test_ctrl_c_again_reaches_processes_that_torch_started(kind, times, monkeypatch, capfd):
-    """Each is in a session of its own: the second ends it in its own way, the third kills it."""
+@pytest.mark.parametrize(("processes", "kind", "times"), [(2, "polite", 2), (2, "deaf", 3), (1, "polite", 2)])
+def test_ctrl_c_again_reaches_every_process_of_a_stage(processes, kind, times, monkeypatch, capfd):
+    """Torch starts several in sessions of their own: the second ends them in their own way, the third kills them."""
     Path("several.py").write_text(SEVERAL)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    options = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-    command = [sys.executable, "-m", "pipeline.stages.first_failure", *options, "--dynamo_backend", "no"]
-    signal_again_and_again(times)
-    assert launch([*command, "--main_process_port", "0", "several.py", kind]) == 130
-    for rank in (0, 1):
+    kinds = {1: ["--cpu"], 2: ["--multi_gpu", "--main_process_port", "0"]}
+    options = [*kinds[processes], "--num_processes", str(processes), "--num_machines", "1"]
+    command = [sys.executable, "-m", "pipeline.stages.first_failure", *options]
+    signal_again_and_again(times, processes)
+    assert launch([*command, "--mixed_precision", "no", "--dynamo_backend", "no", "several.py", kind]) == 130
+    for rank in range(processes):
         assert not process_is_alive(int(Path(f"pid-{rank}.txt").read_text()))
         assert kind == "deaf" or Path(f"stopped-{rank}.txt").read_text() == "SIGINT SIGINT"
     assert "Traceback" not in capfd.readouterr().err
