@@ -14,7 +14,7 @@ from pipeline.models.prompts import encode_rows
 from pipeline.models.text import decode
 from pipeline.runtime.distributed import NOTHING_ELSE, gather_rows
 from pipeline.runtime.memory import BatchSize
-from pipeline.runtime.seeds import derive_seed
+from pipeline.runtime.seeds import derive_seed, keep_random_state
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def complete_prompts(
             torch.manual_seed(seed)
         return generate(model, tokenizer, prompts, decoding, size)
 
-    with torch.random.fork_rng(enabled=seed is not None):
+    with keep_random_state(seed is not None):
         return batches.run(attempt)
 
 

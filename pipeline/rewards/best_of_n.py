@@ -20,7 +20,7 @@ from pipeline.rewards import Handling, Reward
 from pipeline.rewards.rows import compute_row_rewards
 from pipeline.runtime.distributed import gather_rows
 from pipeline.runtime.memory import BatchSize
-from pipeline.runtime.seeds import derive_seed
+from pipeline.runtime.seeds import derive_seed, keep_random_state
 
 REFERENCES, BEST_OF_N = "references", "best_of_n"  # the choices of `sft.from`
 BLOCK = 32  # prompts whose samples are drawn under one seed
@@ -80,7 +80,7 @@ def best_samples(
         drawn_with = derive_seed(seed, "best of n", block[0])
 
         def draw(size: int) -> list[list[int]]:
-            with torch.random.fork_rng():
+            with keep_random_state():
                 torch.manual_seed(drawn_with)
                 return generate(model, tokenizer, prompts, decoding, size)
 

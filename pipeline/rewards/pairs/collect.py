@@ -17,7 +17,7 @@ from pipeline.rewards.pairs import HELD_OUT, Pair, RankedText, prompt_pairs
 from pipeline.rewards.pairs.settings import SampledPairs
 from pipeline.runtime.distributed import NOTHING_ELSE, gather_rows
 from pipeline.runtime.memory import BatchSize
-from pipeline.runtime.seeds import derive_seed
+from pipeline.runtime.seeds import derive_seed, keep_random_state
 
 BLOCK = 256  # prompts whose samples are drawn under one seed
 DECODER_PREFIX = 2  # tokens a decoder starts from: start token and language code
@@ -116,7 +116,7 @@ def _draw_samples(
     repeated = [p for p in prompts for _ in range(count)]
 
     def draw(size: int) -> list[list[int]]:
-        with torch.random.fork_rng():
+        with keep_random_state():
             torch.manual_seed(seed)
             return generate(model, tokenizer, repeated, decoding, size)
 
