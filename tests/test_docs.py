@@ -82,7 +82,7 @@ def test_a_command_is_taken(page, command, monkeypatch):
     elif program == "python":
         assert words[0].startswith(("tests/", "recipes/")) and (ROOT / words[0]).is_file()
     else:
-        assert program in ("pip", "sbatch") and all(
+        assert program in ("pip", "sbatch", "source") and all(
             (ROOT / word).is_file() for word in words if word.startswith("docs")
         )
 

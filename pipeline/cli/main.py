@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 COMMANDS = {
     "init": "write a recipe for your own data, and check it with the first rows",
     "recipes": "list the recipes that are installed, show one, or copy one with its data",
-    "check": "check a recipe and print what a run of it would do; nothing is written",
+    "check": "check a recipe and print what a run of it would do; no run begins",
     "run": "run the stages of a recipe; the same command continues an interrupted run",
     "watch": "show the curves and samples of a run in the browser while it trains",
     "report": "print the verdict of a run, or open its report",

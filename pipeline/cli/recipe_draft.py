@@ -48,7 +48,7 @@ SFT = {
 SCRATCH_RATE = "  learning_rate: 5e-4          # the default, 3e-5, is for pretrained models\n"
 TEXT = """\
 # SFT, then PPO, then a report that says whether PPO beat SFT. What is not here has a default.
-#   relay check {file}     # the plan; nothing is written
+#   relay check {file}     # the plan; no run begins
 #   relay run {file}
 name: {name}
 seed: 0

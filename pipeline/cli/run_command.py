@@ -23,7 +23,7 @@ examples:
   relay run quickstart.yaml --seeds 0,1,2
 """
 CHECK = """\
-Check a recipe and print what a run of it would do; nothing is written, no model is loaded.
+Check a recipe and print what a run of it would do; no run directory is made, no model is loaded.
 
 examples:
   relay check quickstart

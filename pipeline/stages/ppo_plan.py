@@ -3,16 +3,21 @@
 from pipeline.models.completion_lengths import reference_length
 from pipeline.models.loading import load_config, load_tokenizer
 from pipeline.recipe import Recipe
+from pipeline.recipe.document import Document
 from pipeline.stages.lengths import missing_length
 from pipeline.stages.task import task_config
-from pipeline.tasks import load_task, task_module
+from pipeline.tasks import TaskError, load_task, task_module
 from pipeline.trainers.ppo.config import LEARNED, PPOConfig
 
 MANY_EPOCHS = 2  # in more passes the rollout is of a policy that has moved on
 
 
 def ppo_choices(recipe: Recipe) -> str:
-    """Describe what Relay chooses where the recipe says nothing: learning rates, value function and lengths."""
+    """Describe what Relay chooses where the recipe says nothing: learning rates, value function and lengths.
+
+    Raises:
+        RecipeError: the rows are read for a length, and no stage could use them.
+    """
     ppo = recipe.ppo
     value = "no value function"
     if ppo.value_loss_weight:
@@ -34,7 +39,9 @@ def _lengths(recipe: Recipe) -> str:
         tokenizer, config = load_tokenizer(path, recipe.model), load_config(path, recipe.model)
         task = load_task(recipe.task.name, task_config(recipe))
         length = reference_length(tokenizer, config, task.prompts, missing_length(recipe))
-    except (ValueError, OSError):  # the stage says what is wrong
+    except TaskError as error:
+        raise (recipe.source or Document("recipe")).restate(error) from error
+    except (ValueError, OSError):  # of a tokenizer or a chat template: the stage says what is wrong
         return later
     return f"response_length {length}, by the length of the references"
 

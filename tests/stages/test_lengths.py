@@ -4,6 +4,7 @@ import pytest
 from demo_run import recipe_with
 
 from pipeline import run
+from pipeline.recipe import RecipeError
 from pipeline.rewards import RewardConfig
 from pipeline.stages.directory import RunDirectory
 from pipeline.stages.lengths import missing_length
@@ -48,6 +49,8 @@ def test_the_plan_shows_what_ppo_uses(taught_directory, capsys):
     external = recipe_with(FREE, f"ppo.sft_model_path={taught_directory}", "ppo.use_peft=false")
     assert "learning_rate 1e-06 (all weights)" in ppo_choices(external)
     assert ppo_choices(external).endswith("response_length 8, by the length of the references")
+    with pytest.raises(RecipeError, match="must be below the 10"):
+        ppo_choices(recipe_with(FREE, f"ppo.sft_model_path={taught_directory}", "task.ppo_examples=99"))
     group = recipe_with("ppo.group_baseline=true", "ppo.num_generations=2")
     assert "no value function; response_length 8" in ppo_choices(group)
     assert run.main(["recipe.yaml", FREE, "ppo.num_ppo_epochs=4", "--dry-run"]) == 0
