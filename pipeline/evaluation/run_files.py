@@ -1,11 +1,15 @@
 """What a finished evaluation left in its run directory: the report, its settings, and the predictions."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.evaluation.clusters import Clusters, cluster_by, single_examples
 from pipeline.metrics import Metric, load_metric
+from pipeline.runtime.files import sha256
+
+READ_STAGES = ("sft", "reward", "ppo")  # of the same run
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class ScoredRows:
 
 
 def load_run(path: Path) -> Run:
-    """Read a run directory whose eval stage is finished.
+    """Read a run directory whose eval stage is finished; a warning of the report names models that were made again.
 
     Raises:
         ValueError: there is no report in it, or one that is not whole.
@@ -65,13 +69,24 @@ def load_run(path: Path) -> Run:
     file = path / "eval" / "report.json"
     try:
         report = json.loads(file.read_text(encoding="utf-8"))
-        settings = json.loads((path / "eval" / "stage.json").read_text(encoding="utf-8"))["settings"]
+        record = json.loads((path / "eval" / "stage.json").read_text(encoding="utf-8"))
+        settings = record["settings"]
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"{str(path)!r} holds no finished evaluation ({file} and stage.json next to it); "
             "run its eval stage first, and give the run's directory, such as runs/quickstart"
         ) from error
-    return Run(path, report, settings)
+    warnings = [*_outdated(path, record.get("inputs", {})), *report.get("warnings", ())]
+    return Run(path, {**report, "warnings": warnings}, settings)
+
+
+def _outdated(path: Path, inputs: Mapping[str, str]) -> list[str]:
+    """Name the stages whose records are not those that the evaluation read; one without a folder was not copied."""
+    files = {name: path / name / "stage.json" for name in READ_STAGES if name in inputs and (path / name).is_dir()}
+    changed = [name for name, file in files.items() if not file.is_file() or sha256(file) != inputs[name]]
+    verb = "was" if len(changed) == 1 else "were"
+    warning = f"{' and '.join(changed)} {verb} made again or interrupted after this evaluation; run the recipe again"
+    return [warning] if changed else []
 
 
 def compare_to_sft(run: Run) -> list[RunComparison]:

@@ -1,18 +1,22 @@
 """The commands of `relay` that need no training: recipes, check, report, and what is said of wrong words."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from demo_run import RECIPE, write_demo
+from demo_run import OWN, RECIPE, complete, write_demo
 
 from pipeline.cli import report_command
 from pipeline.cli.main import COMMANDS, main
 from pipeline.cli.recipe_files import RECIPES, recipe_files, recipe_path
+from pipeline.evaluation.run_files import load_run
+from pipeline.evaluation.runs import compare_runs
 from pipeline.recipe import load_recipe
 from pipeline.stages import plan
+from pipeline.stages.directory import RunDirectory
 from pipeline.tasks import load_task
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -157,6 +161,27 @@ def test_report_prints_the_verdict_and_opens_the_page(monkeypatch, capsys):
     assert opened == [(folder / "report.html").resolve().as_uri()]
     monkeypatch.setattr(report_command.webbrowser, "open", lambda url: False)
     assert main(["report", "runs/demo", "--open"]) == 1 and "no browser" in capsys.readouterr().err
+
+
+def test_report_and_compare_warn_of_models_that_were_made_again(capsys):
+    write_demo()
+    for recipe in (load_recipe("recipe.yaml"), load_recipe("recipe.yaml", ["name=other"])):
+        complete(recipe, *OWN)
+        report = {"verdict": "PPO is better.", "findings": [], "warnings": [], "comparisons": [], "systems": {}}
+        report |= {"settings": {}}
+        (RunDirectory.of(recipe).eval / "report.json").write_text(json.dumps(report))
+    assert main(["report", "runs/demo"]) == 0 and "warning" not in capsys.readouterr().out
+    Path("runs/demo/ppo/stage.json").unlink()  # as in a stage that was interrupted
+    assert main(["report", "runs/demo"]) == 0
+    assert "warning: ppo was made again or interrupted after" in capsys.readouterr().out
+    Path("runs/other/sft/stage.json").write_text("{}")
+    runs = [load_run(Path(name)) for name in ("runs/demo", "runs/other")]
+    [warning] = runs[1].report["warnings"]
+    assert warning.startswith("sft was made again")
+    first, second = (warning for warning in compare_runs(runs).warnings if "made again" in warning)
+    assert first.startswith("demo: ppo was") and second.startswith("other: sft was")
+    shutil.rmtree("runs/demo/ppo")  # a report that was copied without its models
+    assert main(["report", "runs/demo"]) == 0 and "warning" not in capsys.readouterr().out
 
 
 def test_a_missing_stage_is_asked_for_with_a_command_that_is_there(monkeypatch):
