@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from pipeline.cli.parsers import make_parser
 from pipeline.evaluation.pages.page import print_table, visible
 from pipeline.evaluation.pages.tables import Table
 from pipeline.models.generation import Watch, generate
-from pipeline.models.prompt_lengths import unfit_prompts
+from pipeline.models.prompt_lengths import answer_room, unfit_prompts
 from pipeline.models.sampling import Decoding
 from pipeline.models.speech import reads_sound
 from pipeline.models.text import decode, encode_prompts
@@ -36,12 +36,13 @@ INTERACTIVE = "a line is a prompt, an empty line begins a new chat, Ctrl-C stops
 
 @dataclass(frozen=True)
 class Writer:
-    """A model in memory, and how it answers."""
+    """A model in memory, and how it answers: in fewer tokens than its default where no more fit after a prompt."""
 
     finished: FinishedModel
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     decoding: Decoding
+    length_is_given: bool  # by --max-new-tokens
 
     def prompt(self, text: str) -> str | list[Message]:
         """Return what the model reads of a text."""
@@ -56,9 +57,13 @@ class Writer:
         if reads_sound(self.model.config):
             raise ValueError("this model hears sound, and generate has texts alone for prompts; see docs/speech.md")
         ids = encode_prompts(self.tokenizer, [prompt], self.model.config.is_encoder_decoder)
-        for reason in unfit_prompts(ids, self.decoding.max_new_tokens, self.model.config, "--max-new-tokens").values():
+        decoding, room = self.decoding, answer_room(ids[0], self.model.config)
+        if not self.length_is_given and room is not None:
+            decoding = replace(decoding, max_new_tokens=max(1, min(decoding.max_new_tokens, room)))
+        key = "--max-new-tokens" if self.length_is_given else "PROMPT"
+        for reason in unfit_prompts(ids, decoding.max_new_tokens, self.model.config, key).values():
             raise ValueError(reason)
-        return decode(self.tokenizer, generate(self.model, self.tokenizer, ids, self.decoding, 1, watch))[0]
+        return decode(self.tokenizer, generate(self.model, self.tokenizer, ids, decoding, 1, watch))[0]
 
     def show(self, prompt: str | list[Message]) -> str:
         """Print an answer, in a terminal token by token, and return it."""
@@ -98,7 +103,8 @@ def load_writer(finished: FinishedModel, arguments: argparse.Namespace) -> Write
     """Load a model, and seed what it draws."""
     model, tokenizer = finished.source.load()
     torch.manual_seed(arguments.seed)  # after the load, which may draw numbers too
-    return Writer(finished, model, tokenizer, finished.decoding(arguments.max_new_tokens, arguments.temperature))
+    length = arguments.max_new_tokens
+    return Writer(finished, model, tokenizer, finished.decoding(length, arguments.temperature), length is not None)
 
 
 def print_side_by_side(arguments: argparse.Namespace) -> None:
@@ -170,7 +176,9 @@ def generate_parser() -> argparse.ArgumentParser:
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--compare", action="store_true", help="show the answers of base, SFT and PPO side by side")
     shown.add_argument("--interactive", action="store_true", help="answer line after line; a chat where there is one")
-    parser.add_argument("--max-new-tokens", type=positive, metavar="N", help="default: as in the run's evaluation")
+    parser.add_argument(
+        "--max-new-tokens", type=positive, metavar="N", help="default: as in the run's evaluation"
+    )
     parser.add_argument("--temperature", type=float, metavar="T", help="draw a sample; default: the likeliest tokens")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sample")
     return parser

@@ -16,6 +16,14 @@ def decoder_room(config: PretrainedConfig) -> int | None:
     return None if limit is None else limit - (MOST_GIVEN if reads_sound(config) else DECODER_PREFIX)
 
 
+def answer_room(prompt: Sequence[int], config: PretrainedConfig) -> int | None:
+    """Return how many tokens the model can write after a prompt (token ids); None where there is no limit."""
+    limit = position_limit(config)
+    if limit is None or config.is_encoder_decoder:
+        return decoder_room(config)
+    return limit - len(prompt)
+
+
 def unfit_prompts(
     prompts: Sequence[Sequence[int]], new_tokens: int, config: PretrainedConfig, key: str
 ) -> dict[int, str]:

@@ -128,6 +128,16 @@ def test_a_terminal_gets_the_answer_token_by_token(trained, capsys, monkeypatch)
     assert capsys.readouterr().out == whole and len([text for text in pieces if text.strip()]) > 1
 
 
+def test_an_answer_is_as_long_as_the_model_has_room_for(trained, capsys):
+    folder = str(RUN / "sft")  # of 64 positions, while 128 tokens are the default
+    assert main(["generate", folder, "say north\n"]) == 0
+    assert capsys.readouterr().out.startswith(answer_of(RUN / "sft", "say north\n"))
+    assert main(["generate", folder, "say north\n", "--max-new-tokens", "128"]) == 2
+    assert "--max-new-tokens: the prompt of" in capsys.readouterr().err
+    assert main(["generate", folder, "say north " * 40]) == 2
+    assert "PROMPT: the prompt of" in capsys.readouterr().err
+
+
 def test_systems_stand_side_by_side(trained, capsys):
     assert main(["generate", "runs/demo", "say north", "--compare"]) == 0
     text = capsys.readouterr().out
