@@ -128,7 +128,7 @@ def test_seeds_run_one_after_the_other_and_are_summed_up(behaviour, capsys, monk
     assert len(compared) == 1 and launched() == []
 
 
-@pytest.mark.parametrize("seeds", ["1", "1,1", "1,x", "-1,2", ""])
+@pytest.mark.parametrize("seeds", ["1", "1,1", "0,00", "1,x", "-1,2", ""])
 def test_seeds_that_are_none(seeds, capsys):
     with pytest.raises(SystemExit) as caught:
         run.main(["recipe.yaml", f"--seeds={seeds}"])
@@ -230,7 +230,7 @@ def test_stages_after_one_that_runs_start_anew(behaviour, capsys):
 
 
 def test_a_selected_stage_without_its_input_names_the_command_that_makes_it(behaviour, capsys):
-    command = "accelerate launch pipeline/sft.py recipe.yaml seed=1"
+    command = "relay run recipe.yaml seed=1 --only sft"
     for selection in (["--only", "ppo"], ["--from", "ppo"], ["--only", "eval"]):
         assert run.main(["recipe.yaml", *selection, "seed=1"]) == 2
         message = f"error: {selection[1]}: no finished sft stage in runs/demo/sft; run: {command}\n"
@@ -238,7 +238,7 @@ def test_a_selected_stage_without_its_input_names_the_command_that_makes_it(beha
     assert run.main(["recipe.yaml", "--only", "sft", "seed=1"]) == 0
     assert run.main(["recipe.yaml", "--from", "ppo"]) == 2
     said = capsys.readouterr().err
-    assert "other settings (seed: 1 -> 0)" in said and said.endswith(" pipeline/sft.py recipe.yaml\n")
+    assert "other settings (seed: 1 -> 0)" in said and said.endswith(" relay run recipe.yaml --only sft\n")
     assert run.main(["recipe.yaml", "--from", "ppo", "seed=1"]) == 0
     assert launched() == ["sft", "ppo", "eval"]
 
@@ -262,6 +262,8 @@ def test_a_recipe_that_cannot_run_starts_nothing(behaviour, capsys):
         (["recipe.yaml", "ppo.kl_coeff=1"], "override 'ppo.kl_coeff=1': ppo.kl_coeff: unknown key"),
         (["recipe.yaml", "eval.metrics=[blue]"], "override 'eval.metrics=[blue]': eval.metrics.0: unknown metric"),
         (["none.yaml"], "none.yaml: no such recipe file"),
+        (["recipe.yaml", "--", "ppo.kl_coef=0.02"], "after -- come options of accelerate launch alone, found 'ppo.kl"),
+        (["recipe.yaml", "--", "--config_file", "train.en"], "train.en: no configuration of accelerate launch"),
         (["recipe.yaml", "--", "--config_file", "none.yaml"], "The passed configuration file `none.yaml` does not"),
         (["recipe.yaml", "--", "--multi_gpu", "--num_processes", "5"], "recipe.yaml:5: ppo.per_device_train_batch"),
     ):

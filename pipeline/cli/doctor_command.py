@@ -31,7 +31,7 @@ from pipeline.stages.chain import Selection, run_chain
 from pipeline.stages.directory import PACKAGES
 from pipeline.stages.engines import engine_problem
 from pipeline.stages.launch import default_launch_options, process_count, sharding_engine
-from pipeline.stages.plan import IN_CLONE, count, device_name
+from pipeline.stages.plan import count, device_name
 from pipeline.trainers.precision import native_bf16
 
 EXAMPLE = """\
@@ -39,6 +39,7 @@ examples:
   relay doctor
   relay doctor --tests
 """
+IN_CLONE = (Path(__file__).resolve().parents[2] / "pyproject.toml").is_file()  # and not installed from a wheel
 CONSTRAINTS = Path(__file__).with_name("constraints.txt")  # in a clone a link to the file at its top
 TABLE_WIDTH = 120  # columns: a narrower terminal wraps lines, where it would cut paths
 STAGES = ("sft", "reward", "ppo", "eval")

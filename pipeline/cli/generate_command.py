@@ -176,9 +176,7 @@ def generate_parser() -> argparse.ArgumentParser:
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--compare", action="store_true", help="show the answers of base, SFT and PPO side by side")
     shown.add_argument("--interactive", action="store_true", help="answer line after line; a chat where there is one")
-    parser.add_argument(
-        "--max-new-tokens", type=positive, metavar="N", help="default: as in the run's evaluation"
-    )
+    parser.add_argument("--max-new-tokens", type=positive, metavar="N", help="default: as in the run's evaluation")
     parser.add_argument("--temperature", type=float, metavar="T", help="draw a sample; default: the likeliest tokens")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sample")
     return parser

@@ -14,7 +14,7 @@ def recipe_files() -> dict[str, Path]:
 
 def recipe_path(name: str) -> Path:
     """Return the file that `name` means: a path, or the name of a recipe where no such file exists."""
-    return Path(name) if Path(name).exists() else recipe_files().get(name, Path(name))
+    return Path(name) if Path(name).is_file() else recipe_files().get(name, Path(name))
 
 
 def first_sentence(file: Path) -> str:

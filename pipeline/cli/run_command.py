@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.cli.parsers import Parser
-from pipeline.cli.recipe_files import recipe_path
+from pipeline.cli.recipe_files import recipe_files, recipe_path
 from pipeline.recipe import split_recipe_argument
+from pipeline.runtime.messages import did_you_mean
 from pipeline.stages.chain import Selection, run_chain, run_seeds
 from pipeline.stages.directory import STAGES
 
@@ -42,12 +43,17 @@ def check_command(argv: Sequence[str]) -> int:
 
 
 def run_found_recipe(arguments: argparse.Namespace, options: Sequence[str]) -> int:
-    """Run a recipe that is given by its file or by its name; return 2 where none is given."""
+    """Run a recipe that is given by its file or by its name; return 2 where none is given, or it is unknown."""
     words = arguments.words
     if not words or "=" in words[0]:
         print("error: name a recipe: a file, or one that relay recipes list shows", file=sys.stderr)
         return 2
-    return run_selected(arguments, options, recipe_path(words[0]), words[1:])
+    path = recipe_path(words[0])
+    if not path.suffix and (path.is_dir() or not path.exists()):
+        hint = did_you_mean(words[0], recipe_files())
+        print(f"error: no recipe {words[0]!r}{hint}; relay recipes list names them", file=sys.stderr)
+        return 2
+    return run_selected(arguments, options, path, words[1:])
 
 
 def run_script(argv: Sequence[str], description: str | None) -> int:
@@ -101,7 +107,8 @@ def chain_parser(prog: str | None = None, description: str | None = None) -> arg
 
 def seed_list(text: str) -> list[int]:
     """Return `0,1,2` as numbers, two or more, none twice."""
-    seeds = text.split(",")
-    if len(seeds) < 2 or len(set(seeds)) != len(seeds) or not all(seed.isdecimal() for seed in seeds):
+    words = text.split(",")
+    seeds = [int(word) for word in words if word.isdecimal()]
+    if len(seeds) < 2 or len(set(seeds)) < len(words):
         raise argparse.ArgumentTypeError(f"expected two or more different whole numbers such as 0,1,2, found {text!r}")
-    return [int(seed) for seed in seeds]
+    return seeds

@@ -18,7 +18,7 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
 from rich.console import Console
 
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, RecipeError
 from pipeline.runtime.devices import has_accelerator
 from pipeline.stages.directory import RunDirectory, script_of, set_aside, stage_option
 from pipeline.stages.fingerprint import stage_status
@@ -196,10 +196,27 @@ def _machine_count(arguments: argparse.Namespace, config: ClusterConfig | None) 
 
 
 def _read(options: Sequence[str]) -> tuple[argparse.Namespace, ClusterConfig | None]:
-    """Parse the options as accelerate launch does, and its configuration file if it takes one."""
+    """Parse the options as accelerate launch does, and its configuration file if it takes one.
+
+    Raises:
+        RecipeError: a word is no option, such as an override of the recipe, or the file is no configuration.
+        FileNotFoundError: the `--config_file` does not exist.
+    """
     arguments = launch_command_parser().parse_args([*options, "stage.py"])
-    uses_file = arguments.config_file or (Path(default_config_file).is_file() and not arguments.cpu)
-    return arguments, load_config_from_file(arguments.config_file) if uses_file else None
+    if arguments.training_script != "stage.py":
+        word = arguments.training_script
+        raise RecipeError(
+            f"after -- come options of accelerate launch alone, found {word!r}; overrides come before --"
+        )
+    if not arguments.config_file and (arguments.cpu or not Path(default_config_file).is_file()):
+        return arguments, None
+    try:
+        return arguments, load_config_from_file(arguments.config_file)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # accelerate and YAML raise errors of many kinds
+        file = arguments.config_file or default_config_file
+        raise RecipeError(f"{file}: no configuration of accelerate launch ({error})") from error
 
 
 def launch(command: Sequence[str]) -> int:

@@ -28,7 +28,6 @@ from pipeline.tasks.counts import count_examples
 from pipeline.trainers.ppo.algorithms import describe_algorithm
 
 SHOWN_DIFFERENCES = 8
-IN_CLONE = (Path(__file__).resolve().parents[2] / "pyproject.toml").is_file()  # and not installed from a wheel
 
 
 @dataclass(frozen=True)
@@ -127,13 +126,14 @@ def missing_input(recipe: Recipe, stage: str) -> str | None:
 
 
 def typed_command(recipe: Recipe, stage: str) -> str:
-    """Return the command that a user types to run one stage of a recipe."""
+    """Return the command that a user types to run one stage of a recipe: by its script at the top of a clone."""
     source = recipe.source
     recipe_file = str(RunDirectory.of(recipe).path / "recipe.yaml")
     arguments = [recipe_file] if source is None else [source.file, *source.overrides]
-    if not IN_CLONE:
+    script = f"pipeline/{script_of(stage)}.py"
+    if not Path(script).is_file():
         return shlex.join(["relay", "run", *arguments, "--only", stage])
-    return shlex.join(["accelerate", "launch", f"pipeline/{script_of(stage)}.py", *arguments, *stage_option(stage)])
+    return shlex.join(["accelerate", "launch", script, *arguments, *stage_option(stage)])
 
 
 def show_plan(

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from demo_run import OWN, RECIPE, complete, write_demo
+from demo_run import OWN, complete, write_demo
 
 from pipeline.cli import report_command
 from pipeline.cli.main import COMMANDS, main
@@ -112,6 +112,9 @@ def test_an_unknown_recipe_is_named_with_the_one_that_may_be_meant(capsys):
 def test_a_recipe_is_found_by_file_before_name():
     assert recipe_path("quickstart") == ROOT / "recipes" / "quickstart.yaml"
     assert recipe_path("mine.yaml") == Path("mine.yaml")
+    Path("quickstart").mkdir()
+    assert recipe_path("quickstart") == ROOT / "recipes" / "quickstart.yaml"
+    Path("quickstart").rmdir()
     Path("quickstart").write_text("")
     assert recipe_path("quickstart") == Path("quickstart")
 
@@ -133,6 +136,14 @@ def test_check_prints_the_plan_and_writes_nothing(folder, capsys):
 def test_a_recipe_has_to_be_named(command, words, capsys):
     assert main([command, *words]) == 2
     assert capsys.readouterr().err.startswith("error: name a recipe")
+
+
+def test_a_misspelt_name_of_a_recipe_is_named_with_the_one_that_may_be_meant(capsys):
+    Path("quik").mkdir()
+    for name, hint in (("quikstart", "did you mean 'quickstart'"), ("quik", "relay recipes list")):
+        assert main(["check", name]) == 2
+        assert f"no recipe {name!r}" in (error := capsys.readouterr().err) and hint in error
+    assert main(["check", "mine.yaml"]) == 2 and "mine.yaml: no such recipe file" in capsys.readouterr().err
 
 
 def test_run_hands_everything_to_the_chain(monkeypatch):
@@ -187,9 +198,9 @@ def test_report_and_compare_warn_of_models_that_were_made_again(capsys):
 def test_a_missing_stage_is_asked_for_with_a_command_that_is_there(monkeypatch):
     write_demo()
     recipe = load_recipe("recipe.yaml", ["seed=3"])
-    assert RECIPE and plan.typed_command(recipe, "sft") == "accelerate launch pipeline/sft.py recipe.yaml seed=3"
-    monkeypatch.setattr(plan, "IN_CLONE", False)
     assert plan.typed_command(recipe, "sft") == "relay run recipe.yaml seed=3 --only sft"
+    monkeypatch.chdir(ROOT)
+    assert plan.typed_command(recipe, "sft") == "accelerate launch pipeline/sft.py recipe.yaml seed=3"
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])

@@ -83,7 +83,7 @@ def test_beginning_again_keeps_what_can_be_resumed_and_sets_the_rest_aside():
 
 def test_missing_input_names_the_stage_and_the_command_that_makes_it():
     recipe, run = recipe_with("seed=2"), RunDirectory.of(recipe_with())
-    command = "run: accelerate launch pipeline/{}.py recipe.yaml seed=2"
+    command = "run: relay run recipe.yaml seed=2 --only {}"
     assert missing_input(recipe, "sft") is None
     for _ in ("absent", "partial"):
         problem = missing_input(recipe, "ppo")
