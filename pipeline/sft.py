@@ -19,7 +19,7 @@ from pipeline.stages.directory import RunDirectory
 from pipeline.stages.early_checks import check_later_stages
 from pipeline.stages.endings import check_endings
 from pipeline.stages.stage import run_stage
-from pipeline.stages.task import base_model_path, left_out_record, load_recipe_task, template_record
+from pipeline.stages.task import left_out_record, load_recipe_task, sft_base, template_record
 from pipeline.stages.training_examples import with_training_examples
 from pipeline.trainers.huggingface.gather_weights import check_sharding, save_plain_model
 from pipeline.trainers.huggingface.resumable import last_checkpoint
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
 def train_sft(recipe: Recipe, run: RunDirectory, stage: str) -> dict[str, object]:
     """Train SFT or a baseline, then save the model as plain weights."""
     (recipe, task), output = load_recipe_task(recipe, run), run.stage(stage)
-    base, arguments = base_model_path(recipe, run), sft_arguments(sft_keys(recipe, run, stage), output, recipe.seed)
+    base, arguments = sft_base(recipe, run, output), sft_arguments(sft_keys(recipe, run, stage), output, recipe.seed)
     check_sharding(arguments, recipe.model.load_in_4bit and recipe.sft.use_peft)
     model, tokenizer = load_model(base, recipe.model, frozen=recipe.sft.use_peft), load_tokenizer(base, recipe.model)
     check_later_stages(recipe, task, model, tokenizer)  # before the hours of this stage

@@ -175,6 +175,7 @@ def load_model(path: str | Path, config: ModelConfig, frozen: bool = False) -> P
     check_loaded_weights(model, path, info)
     if "state_dict" in source:
         _name_after(model, path)
+    _mend_generation_config(model)
     if "output_router_logits" in model.config.get_text_config().to_dict():
         model.config.get_text_config().output_router_logits = False  # for training alone: TRL asks for it by itself
     if frozen and config.load_in_4bit:
@@ -207,6 +208,15 @@ def _name_after(model: PreTrainedModel, path: str) -> None:
     model.name_or_path = model.config.name_or_path = str(path)
     if (Path(path) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path)
+
+
+def _mend_generation_config(model: PreTrainedModel) -> None:
+    """Remove sampling keys that transformers calls inconsistent: it would not save them with the trained model."""
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:
+        for key in ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"):
+            setattr(model.generation_config, key, None)
 
 
 def _in_4_bits(config: ModelConfig, dtype: torch.dtype | str) -> dict[str, object]:

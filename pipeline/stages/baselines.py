@@ -31,7 +31,7 @@ from pipeline.stages.inputs import held_out_metrics
 from pipeline.stages.task import base_model_path
 from pipeline.tasks import Task
 from pipeline.trainers.checkpoints import list_checkpoints, require_intact
-from pipeline.trainers.huggingface.gather_weights import restore_router
+from pipeline.trainers.huggingface.gather_weights import restore_settings
 from pipeline.trainers.ppo.checkpoint import STATE_FILE, TrainerState
 from pipeline.trainers.ppo.held_out import HeldOutData, evaluate_held_out
 from pipeline.trainers.ppo.reward_scales import scale_rewards
@@ -109,7 +109,7 @@ def choose_checkpoint(recipe: Recipe, run: RunDirectory, task: Task, directory: 
 
     def save() -> None:
         model = load_policy(directory / "checkpoints" / f"checkpoint-{state.best_step}", base, recipe.model)
-        restore_router(model.config, load_config(base, recipe.model))
+        restore_settings(model.config, load_config(base, recipe.model))
         model.save_pretrained(directory)
 
     on_main(save)

@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from pipeline.models.from_scratch import build_from_scratch
-from pipeline.models.loading import load_config, load_tokenizer
+from pipeline.models.loading import load_config, load_tokenizer, plain_model_directory
 from pipeline.models.prompt_lengths import check_prompt_lengths, unfit_prompts
 from pipeline.models.prompts import encode_prompts_of
 from pipeline.models.text import (
@@ -127,6 +127,12 @@ def _tokenizer_path(recipe: Recipe, run: RunDirectory, task: Task) -> Path | str
 def base_model_path(recipe: Recipe, run: RunDirectory) -> Path | str:
     """Return the model that SFT starts from; `load_recipe_task` builds one from scratch."""
     return run.base if recipe.model.from_scratch is not None else recipe.model.model_name_or_path
+
+
+def sft_base(recipe: Recipe, run: RunDirectory, directory: Path) -> Path | str:
+    """Return the same with plain weights: an adapter is merged into its base, in `directory`, for another over it."""
+    path = base_model_path(recipe, run)
+    return plain_model_directory(path, recipe.model, directory / "base") if recipe.sft.use_peft else path
 
 
 def _renderable(task: Task, tokenizer: PreTrainedTokenizerBase) -> Task:

@@ -12,7 +12,7 @@ from pipeline.models.config import ModelConfig
 from pipeline.models.loading import load_config, merged
 from pipeline.models.processors import save_processor
 
-ROUTER_KEYS = ("output_router_logits", "router_aux_loss_coef")
+CHANGED_KEYS = ("output_router_logits", "router_aux_loss_coef", "use_cache")
 
 
 def check_sharding(arguments: TrainingArguments, in_4_bits: bool) -> None:
@@ -52,10 +52,10 @@ def whole_weights(trainer: Trainer) -> dict[str, Tensor] | None:
     return weights
 
 
-def restore_router(saved: PretrainedConfig, base: PretrainedConfig) -> None:
-    """Give a mixture of experts the router's settings of its base again: TRL changes them for its own loss."""
+def restore_settings(saved: PretrainedConfig, base: PretrainedConfig) -> None:
+    """Give a model the settings of its base that training changes: of a router, for TRL's loss, and of the cache."""
     before = base.get_text_config().to_dict()
-    for key in ROUTER_KEYS:
+    for key in CHANGED_KEYS:
         if key in before:
             setattr(saved.get_text_config(), key, before[key])
 
@@ -69,7 +69,7 @@ def save_plain_model(trainer: Trainer, base: Path | str, config: ModelConfig, di
     if trainer.is_world_process_zero():
         if isinstance(model, PeftModel):
             model, weights = merged(model, base, config, weights), None
-        restore_router(model.config, load_config(base, config))
+        restore_settings(model.config, load_config(base, config))
         model.save_pretrained(directory, state_dict=weights)
         save_processor(trainer.processing_class, model.config, directory)
     trainer.accelerator.wait_for_everyone()

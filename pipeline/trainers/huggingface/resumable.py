@@ -11,7 +11,7 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from pipeline.runtime.seeds import of_this_process, random_state, restore_random_state
@@ -213,6 +213,29 @@ class ResumableTrainer(Trainer):
                 torch.save({"processes": loops}, folder / LOOP_FILE)
                 self.state.save_to_json(str(folder / "trainer_state.json"))
         keep_newest(Path(self.args.output_dir), self.args.save_total_limit, best)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        """Load the weights of a checkpoint under the names that they have in the model."""
+        if not self._load_whole(resume_from_checkpoint, self.model if model is None else model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        """Load the weights of the best checkpoint under the names that they have in the model."""
+        if not self._load_whole(self.state.best_model_checkpoint, self.model):
+            super()._load_best_model()
+
+    def _load_whole(self, checkpoint: str, model: nn.Module) -> bool:
+        """Load all weights of a model of transformers, if it is whole on this process; return whether it was done.
+
+        Files have the names of the Hub, which differ from those of many modules: transformers' trainer would leave
+        such weights as they are.
+        """
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if sharded or isinstance(model, PeftModel) or not isinstance(model, PreTrainedModel):
+            return False
+        saved = type(model).from_pretrained(checkpoint, dtype=model.dtype)
+        model.load_state_dict(saved.state_dict())
+        return True
 
     def _finalize_training(self, *args, **kwargs):
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:

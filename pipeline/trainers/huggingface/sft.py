@@ -87,6 +87,7 @@ def build_sft_trainer(
         ValueError: `sft.max_length` leaves no example, or the adapter does not fit the model.
     """
     args.max_length = _max_length(model, args)
+    _leave_out_router_loss(model, args)
     _join_micro_batches(model, args)
     train_examples, validation_examples = _prepare_splits(model, args, tokenizer, train, validation, where)
     if args.padding_free and not args.packing:
@@ -106,7 +107,16 @@ def build_sft_trainer(
     )
     if isinstance(trainer.model, PeftModel):
         check_adapter(trainer.model)
+        _widen_trained_weights(trainer.model)
     return trainer
+
+
+def _widen_trained_weights(network: PeftModel) -> None:
+    """Put what trains over 4 bits back into float32: TRL casts it to bfloat16, where small steps are rounded away."""
+    if "quantization_config" in network.get_base_model().config.to_dict():
+        for weight in network.parameters():
+            if weight.requires_grad:
+                weight.data = weight.data.float()
 
 
 def _collator(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> DataCollator | None:
@@ -125,14 +135,23 @@ def trainer_class(model: PreTrainedModel, args: SFTConfig) -> type[ResumableSFTT
     if model.config.is_encoder_decoder:
         return EncoderDecoderSFTTrainer
     has_triton = torch.cuda.is_available() or torch.xpu.is_available()
-    # With Triton TRL's own LM head skips the tokens without loss; only TRL computes these losses.
-    if has_triton or _has_router(model) or args.loss_type != "nll":
+    if _has_router(model) or args.loss_type != "nll":  # only TRL computes these losses
+        return ResumableSFTTrainer
+    # With Triton TRL's own LM head skips the tokens without loss; but it smooths labels in the evaluation too.
+    if has_triton and not args.label_smoothing_factor:
         return ResumableSFTTrainer
     return CompletionHeadSFTTrainer
 
 
 def _has_router(model: PreTrainedModel) -> bool:
     return "output_router_logits" in model.config.get_text_config().to_dict()
+
+
+def _leave_out_router_loss(model: PreTrainedModel, args: SFTConfig) -> None:
+    """Train a mixture of experts without the loss of its router where TRL cannot compute it."""
+    if _has_router(model) and "num_experts" not in model.config.get_text_config().to_dict():
+        args.router_aux_loss_coef = 0.0
+        say(f"sft: no loss of the router: TRL does not know how many experts a {model.config.model_type!r} has")
 
 
 def _join_micro_batches(model: PreTrainedModel, args: SFTConfig) -> None:
@@ -152,6 +171,8 @@ def _join_micro_batches(model: PreTrainedModel, args: SFTConfig) -> None:
 def _max_length(model: PreTrainedModel, args: SFTConfig) -> int | None:
     """Return `sft.max_length`, at most what the model can read: TRL's default ignores that."""
     limit = decoder_room(model.config) if reads_sound(model.config) else position_limit(model.config)
+    if limit is not None and model.config.is_encoder_decoder and not reads_sound(model.config):
+        limit -= len(decoder_prefix(model)) - 1  # the decoder reads these, then all tokens but the last
     return min([length for length in (args.max_length, limit) if length is not None], default=None)
 
 
@@ -163,7 +184,7 @@ def _prepare_splits(
     validation: Dataset,
     where: RowPlaces,
 ) -> tuple[Dataset, Dataset | None]:
-    """Tokenise the splits and cut their examples, but not those that are packed: packing splits what is too long."""
+    """Tokenise the splits and cut their examples, but not those that packing splits where they are too long."""
 
     embeddings = model.get_input_embeddings().num_embeddings  # weights that are sharded have no shape of their own
 
@@ -177,7 +198,8 @@ def _prepare_splits(
         )
         for column in ("input_ids", "labels"):
             check_token_ids(examples[column], embeddings, f"examples of {name}")
-        return truncate_examples(examples, None if packs else args.max_length, name, args.dataset_num_proc, where)
+        splits = packs and args.packing_strategy != "bfd"
+        return truncate_examples(examples, None if splits else args.max_length, name, args.dataset_num_proc, where)
 
     train_examples = prepare(train, args.packing, "train")
     if args.eval_strategy == "no":
