@@ -215,7 +215,7 @@ def test_a_stage_refuses_engines_that_shard_otherwise_than_it_does(recipe, capsy
 def test_a_stage_without_its_input_names_the_command(recipe, capsys):
     path = recipe()
     assert ppo_stage.main([path]) == 2
-    assert f"run: relay run {path} --only sft" in capsys.readouterr().err
+    assert f"run: accelerate launch pipeline/sft.py {path}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
