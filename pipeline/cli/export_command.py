@@ -80,15 +80,16 @@ def copy_adapter(finished: FinishedModel, target: Path) -> None:
     source = finished.source
     if not all((Path(source.path) / file).is_file() for file in ADAPTER_FILES):
         raise ValueError(f"--adapter: {str(source.path)!r} is a whole model without an adapter; remove --adapter")
-    target.mkdir(parents=True, exist_ok=True)
-    for file in ADAPTER_FILES:
-        shutil.copy(Path(source.path) / file, target)
-    settings = json.loads((target / ADAPTER_FILE).read_text(encoding="utf-8"))
+    model = source.base or source.path  # not by the adapter, whose settings name the base as it was in training
+    tokenizer, config = load_tokenizer(model, source.config), load_config(model, source.config)
+    settings = json.loads((Path(source.path) / ADAPTER_FILE).read_text(encoding="utf-8"))
     base = source.base or settings["base_model_name_or_path"]
     settings["base_model_name_or_path"] = str(Path(base).resolve()) if Path(base).is_dir() else str(base)
+    target.mkdir(parents=True, exist_ok=True)  # all is read, so nothing half is left where that fails
+    for file in ADAPTER_FILES:
+        shutil.copy(Path(source.path) / file, target)
     (target / ADAPTER_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    tokenizer = load_tokenizer(source.path, source.config)
-    save_processor(tokenizer, load_config(source.path, source.config), target)
+    save_processor(tokenizer, config, target)
 
 
 def export_parser() -> argparse.ArgumentParser:

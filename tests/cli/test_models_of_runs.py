@@ -224,6 +224,18 @@ def test_an_adapter_of_a_run_that_was_moved_names_the_base_where_it_is_now(train
     assert settings["base_model_name_or_path"] == str(Path("elsewhere/sft").resolve())
 
 
+def test_an_adapter_of_a_run_that_was_copied_names_the_base_of_the_copy(trained, tmp_path, monkeypatch):
+    settings = RUN / "ppo" / "adapter_config.json"
+    settings.write_text(settings.read_text().replace('"runs/demo/sft"', json.dumps(str((RUN / "sft").resolve()))))
+    copied = shutil.copytree(RUN, tmp_path / "others" / "copied")
+    monkeypatch.chdir(tmp_path / "others")
+    assert main(["export", "copied", "adapter", "--adapter"]) == 0
+    settings = json.loads(Path("adapter/adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str((copied / "sft").resolve())
+    (copied / "sft" / "tokenizer.json").write_text("{")
+    assert main(["export", "copied", "half", "--adapter"]) == 2 and not Path("half").exists()
+
+
 def test_the_recipe_of_an_older_version_names_models_and_does_not_train(trained, capsys):
     file = RUN / "recipe.yaml"
     text = file.read_text().replace("ppo:\n", "ppo:\n  whiten_advantages: false\n  former_key: {a: 1}\n")
