@@ -141,7 +141,7 @@ def _read_csv(path: Path, broken: list[str] | None, delimiter: str) -> Iterator[
         try:
             for fields in reader:
                 if not header:
-                    header = _checked_header(path, fields)
+                    header = _checked_header(path, fields, delimiter)
                 elif fields and len(fields) != len(header):
                     problem = f"found {len(fields)} fields, and the first line names {len(header)} columns"
                     _leave_out(_BrokenRowError(f"{path}:{start}: {problem} ({', '.join(header)})"), broken)
@@ -155,8 +155,13 @@ def _read_csv(path: Path, broken: list[str] | None, delimiter: str) -> Iterator[
             ) from error
 
 
-def _checked_header(path: Path, names: list[str]) -> list[str]:
+def _checked_header(path: Path, names: list[str], delimiter: str) -> list[str]:
     twice = [name for index, name in enumerate(names) if name in names[:index]]
     if twice:
         raise TaskError(f"task.path: {path}:1: the first line names the column {twice[0]!r} twice; rename one")
+    if len(names) == 1 and delimiter == "," and (other := next((sign for sign in ";\t" if sign in names[0]), None)):
+        raise TaskError(
+            f"task.path: {path}:1: the file seems to be separated by {other!r}, found the one column {names[0]!r}; "
+            "save it with commas, or with tabs as .tsv"
+        )
     return names

@@ -98,6 +98,8 @@ def test_directories_of_save_to_disk(tmp_path, kind):
         ("a.csv", b"question,answer\nq,a\n\nq,a,b\n", "path", "/a.csv:4: found 3 fields"),
         ("a.csv", b"question,answer\nq,a\nq\n", "path", "/a.csv:3: found 1 fields"),
         ("a.csv", b"question,answer,question\nq,a,q\n", "path", "the column 'question' twice"),
+        ("a.csv", b"question;answer\nq;a, or b\n", "path", "separated by ';'"),
+        ("a.csv", b"question\tanswer\nq\ta\n", "path", "as .tsv"),
         ("a.tsv", b'question\tanswer\nq\ta\n"q" he said\ta\n', "path", "/a.tsv:3: not a valid row"),
         ("a.csv", b'question,answer\n"q,a\nq,a\n', "path", "/a.csv:2: not a valid row"),
         ("a.parquet", b"question", "path", "cannot be read as parquet"),
