@@ -16,6 +16,7 @@ examples:
   relay recipes copy quickstart            # quickstart.yaml and phrasebook/ in this folder
   relay recipes copy quickstart --to work
 """
+COMMANDS_OF_COPY = {"python pipeline/run.py recipes/": "relay run ", "python recipes/": "python "}
 
 
 def recipes_command(argv: Sequence[str]) -> int:
@@ -58,6 +59,7 @@ def recipes_parser() -> argparse.ArgumentParser:
 def copy_recipe(file: Path, folder: Path) -> list[Path]:
     """Copy a recipe, its data folders and its code into `folder`; return what was written.
 
+    The commands in its comments become those of the copy, which stands in no clone.
     What is there already is left alone: recipes share their data.
 
     Raises:
@@ -72,7 +74,10 @@ def copy_recipe(file: Path, folder: Path) -> list[Path]:
         if not (folder / source.name).exists():
             (shutil.copytree if source.is_dir() else shutil.copyfile)(source, folder / source.name)
             written.append(folder / source.name)
-    shutil.copyfile(file, target)
+    text = file.read_text(encoding="utf-8")
+    for command, other in COMMANDS_OF_COPY.items():
+        text = text.replace(command, other)
+    target.write_text(text, encoding="utf-8")
     return written
 
 

@@ -97,6 +97,10 @@ def test_a_copied_recipe_reads_the_data_that_is_copied_with_it(capsys):
     error = capsys.readouterr().err
     assert error.startswith("error: recipes copy: quickstart.yaml exists") and "--to" in error
     assert main(["recipes", "copy", "xquad", "--to", "deep/er"]) == 0 and Path("deep/er/xquad.yaml").is_file()
+    assert main(["recipes", "copy", "digits_whisper", "--to", "deep"]) == 0
+    comment = Path("deep/digits_whisper.yaml").read_text().partition("name:")[0]
+    assert "python digit_strings.py" in comment and Path("deep/digit_strings.py").is_file()
+    assert "relay run digits_whisper.yaml" in comment and "recipes/" not in comment
     assert main(["recipes", "copy", "gsm8k", "--to", "math"]) == 0  # its reward comes with it
     assert sorted(path.name for path in Path("math").iterdir()) == ["gsm8k.yaml", "last_number.py"]
     assert main(["recipes", "copy", "digits_whisper", "--to", "sound"]) == 0  # and what makes its data
