@@ -77,8 +77,8 @@ def test_the_report_waits_for_the_baselines():
     recipe = recipe_with("eval.baselines=[sft_longer]")
     complete(recipe, "sft", "ppo")
     assert "no finished sft_longer stage" in missing_input(recipe, "eval")
-    assert "pipeline/sft.py recipe.yaml" in missing_input(recipe, "eval")
-    assert missing_input(recipe, "eval").endswith("--stage sft_longer")
+    assert "relay run recipe.yaml" in missing_input(recipe, "eval")
+    assert missing_input(recipe, "eval").endswith("--only sft_longer")
 
 
 def test_sft_is_stretched_to_the_time_of_sft_and_ppo():
