@@ -168,7 +168,7 @@ def test_lines_are_answered_one_by_one(trained, capsys, monkeypatch):
     assert main(["generate", "runs/demo", "--interactive", "--system", "sft"]) == 0
     captured = capsys.readouterr()
     assert captured.out.split("\n")[:2] == [answer_of(RUN / "sft", f"say {p}\n") for p in ("north", "south")]
-    assert "error: generate: --max-new-tokens: the prompt of " in captured.err and "64 positions" in captured.err
+    assert "error: generate: PROMPT: the prompt of " in captured.err and "64 positions" in captured.err
 
 
 def test_a_chat_remembers_its_turns_until_an_empty_line(trained, capsys, monkeypatch):

@@ -48,7 +48,7 @@ def test_the_report_needs_the_control_and_shows_it():
     recipe = recipe_with("control=true")
     complete(recipe, "sft", "ppo")
     assert "no finished control stage" in missing_input(recipe, "eval")
-    assert missing_input(recipe, "eval").endswith("pipeline/ppo.py recipe.yaml control=true --stage control")
+    assert missing_input(recipe, "eval").endswith("relay run recipe.yaml control=true --only control")
     complete(recipe, "control", "eval")
     policy = control_policy(recipe)
     assert policy == RunDirectory.of(recipe).control and control_kind(policy) == "shuffled scores"
