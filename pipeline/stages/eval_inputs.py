@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 from accelerate import PartialState
 from datasets import Dataset
@@ -92,21 +91,12 @@ def prediction_keys(
     ]
     keys = {}
     for source in sources:
-        states = {str(path): _state_of(path, recipe) for path in _paths_of(source, sft)}
+        read = (source.path, source.base, None if sft is None else sft.path)
+        states = ["" if path is None else model_state(str(path), recipe.model.revision_of(path)) for path in read]
         content = [source.name, asdict(source.config), states, shared]
-        if None not in states.values():
+        if None not in states:
             keys[source.name] = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
     return keys
-
-
-def _paths_of(source: Source, sft: Source | None) -> list[Path | str]:
-    """Return the models that are read for a system: its own, its base, and the SFT model it is compared with."""
-    paths = [source.path, source.base, None if sft is None else sft.path]
-    return [path for path in paths if path is not None]
-
-
-def _state_of(path: Path | str, recipe: Recipe) -> str | None:
-    return model_state(str(path), recipe.model.revision_of(path))
 
 
 def _final_temperature(recipe: Recipe) -> float:

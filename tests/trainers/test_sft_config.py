@@ -254,7 +254,7 @@ REWARD_CHANGES: dict[str, Change] = {
     "center_rewards_coefficient": Change(1.0, lambda b, a: a.logged("loss")[0] > b.logged("loss")[0]),
     "disable_dropout": Change(False),
     # transformers looks for unused parameters by itself where the model is not one of its own.
-    "ddp_find_unused_parameters": ddp("find_unused_parameters", False),
+    "ddp_find_unused_parameters": ddp("find_unused_parameters", True),
 }
 
 

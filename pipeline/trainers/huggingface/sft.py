@@ -149,7 +149,8 @@ def _has_router(model: PreTrainedModel) -> bool:
 
 def _leave_out_router_loss(model: PreTrainedModel, args: SFTConfig) -> None:
     """Train a mixture of experts without the loss of its router where TRL cannot compute it."""
-    if _has_router(model) and "num_experts" not in model.config.get_text_config().to_dict():
+    config = model.config.get_text_config()
+    if _has_router(model) and "num_experts" not in {*config.to_dict(), *config.attribute_map}:
         args.router_aux_loss_coef = 0.0
         say(f"sft: no loss of the router: TRL does not know how many experts a {model.config.model_type!r} has")
 
