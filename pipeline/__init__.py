@@ -1,5 +1,6 @@
 """Relay: one recipe runs SFT, PPO and an evaluation that says whether RL beat SFT."""
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -17,6 +18,9 @@ WAITING_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 # and `tasks` would hide those of the user. Relay imports itself as `pipeline.rewards`.
 _HERE = Path(__file__).resolve().parent
 sys.path[:] = [entry for entry in sys.path if not entry or Path(entry).resolve() != _HERE]
+
+# Where it is imported, bitsandbytes warns that it lacks a kernel for CPUs, also where nothing is held in 4 bits.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 if not any(name in os.environ for name in WAITING_VARIABLES):
     os.environ["GOMP_SPINCOUNT"] = "1000"

@@ -52,14 +52,20 @@ class KeptPredictions:
     def find(self, names: Sequence[str]) -> dict[str, SystemPredictions]:
         """Read what is kept of these systems, by system; a file that is not whole counts as missing."""
         read = {name: self._read(name) for name in names}
-        return {name: predictions for name, predictions in read.items() if predictions is not None}
+        found = {name: predictions for name, predictions in read.items() if predictions is not None}
+        for name in found:
+            if not self._file(name).is_file():
+                self.keep(name, found[name])  # those of an evaluation that was set aside, which may be deleted
+        return found
 
     def keep(self, name: str, predictions: SystemPredictions) -> None:
         """Write what a system wrote."""
         if name in self.keys:
-            file = self.run / "eval" / "texts" / f"{name}.{self.keys[name]}.json"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, json.dumps(asdict(predictions), ensure_ascii=False))
+            self._file(name).parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._file(name), json.dumps(asdict(predictions), ensure_ascii=False))
+
+    def _file(self, name: str) -> Path:
+        return self.run / "eval" / "texts" / f"{name}.{self.keys[name]}.json"
 
     def _read(self, name: str) -> SystemPredictions | None:
         files = self.run.glob(f"eval*/texts/{name}.{self.keys[name]}.json") if name in self.keys else ()
