@@ -52,11 +52,11 @@ class KeptPredictions:
     def find(self, names: Sequence[str]) -> dict[str, SystemPredictions]:
         """Read what is kept of these systems, by system; a file that is not whole counts as missing."""
         read = {name: self._read(name) for name in names}
-        found = {name: predictions for name, predictions in read.items() if predictions is not None}
-        for name in found:
+        whole = {name: predictions for name, predictions in read.items() if predictions is not None}
+        for name, predictions in whole.items():
             if not self._file(name).is_file():
-                self.keep(name, found[name])  # those of an evaluation that was set aside, which may be deleted
-        return found
+                self.keep(name, predictions)  # those of an evaluation that was set aside, which may be deleted
+        return whole
 
     def keep(self, name: str, predictions: SystemPredictions) -> None:
         """Write what a system wrote."""

@@ -67,10 +67,10 @@ def classifier_warnings(recipe: Recipe, task: Task) -> list[str]:
     Raises:
         ValueError: its chat template cannot render them.
     """
-    found = reward_classifier(recipe)
-    if found is None:
+    classifier = reward_classifier(recipe)
+    if classifier is None:
         return []
-    key, path, template = found
+    key, path, template = classifier
     reader = ClassifierReader.of(path, recipe.model, template)
     prompts = sorted(task.prompts["prompt"][:], key=lambda prompt: len(plain_text(prompt)))[-LONGEST:]
     try:
