@@ -48,7 +48,8 @@ def command(script: str, recipe: str | Path, *overrides: str) -> list[str]:
 
 def environment(device: str) -> dict[str, str]:
     cpu = device == "cpu"
-    return {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true" if cpu else "false"}
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": paths, "ACCELERATE_USE_CPU": "true" if cpu else "false"}
 
 
 def run(arguments: list[str], device: str) -> str:

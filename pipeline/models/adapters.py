@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.models.hub import unreadable
+from pipeline.models.kernels.fused_layers import fuse_layers
 from pipeline.models.speech import reads_sound
 from pipeline.models.weights import shown_weights
 
@@ -97,6 +98,11 @@ def check_adapter(model: PeftModel) -> None:
             "its weights between input embedding and LM head (tie_word_embeddings), so that an adapter on it "
             "cannot be merged; leave it out, or train a copy of it with lora_modules_to_save"
         )
+
+
+def fuse_adapter(model: PeftModel) -> None:
+    """Let the adapter's layers compute in few kernels on a GPU."""
+    fuse_layers(model)
 
 
 def _adapter_on_shared_weights(model: PeftModel) -> str | None:

@@ -34,6 +34,7 @@ from pipeline.models.hub import (
     read_tokenizer,
     unreadable,
 )
+from pipeline.models.kernels.fused_layers import fuse_layers
 from pipeline.models.processors import save_processor
 from pipeline.models.quantized import use_one_product
 from pipeline.models.speech import reads_sound
@@ -173,6 +174,7 @@ def load_model(path: str | Path, config: ModelConfig, frozen: bool = False) -> P
     except (pickle.UnpicklingError, SafetensorError) as error:
         raise unreadable(path, "weights", "weight files", error) from error
     check_loaded_weights(model, path, info)
+    fuse_layers(model)
     if "state_dict" in source:
         _name_after(model, path)
     _mend_generation_config(model)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from pipeline.models.adapters import adapter_config, attach_adapter, check_adapter, save_adapter
+from pipeline.models.adapters import adapter_config, attach_adapter, check_adapter, fuse_adapter, save_adapter
 from pipeline.models.hub import ADAPTER_FILE
 from pipeline.models.sequences import Sequences
 from pipeline.models.slices import whole_on_main
@@ -95,6 +95,7 @@ class RewardNetwork(nn.Module):
         check_adapter(network)
         head = nn.Linear(width, 1, bias=False, dtype=torch.float32)  # a bias would cancel out of every pair
         nn.init.normal_(head.weight, std=(width + 1) ** -0.5)
+        fuse_adapter(network)
         return cls(network, head)
 
     @classmethod

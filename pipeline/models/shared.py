@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pipeline.models.adapters import adapter_config, check_adapter
+from pipeline.models.adapters import adapter_config, check_adapter, fuse_adapter
 from pipeline.models.dropout import remove_dropout
 from pipeline.models.kernels.lm_head import suppression, token_logprobs
 from pipeline.models.kernels.packing import disable_packing, enable_packing, pack, packed_states
@@ -93,6 +93,7 @@ class SharedModel(nn.Module):
             lora = adapter_config(model, lora)
             self.network = get_peft_model(model, lora)
             check_adapter(self.network)
+            fuse_adapter(self.network)
         if value_adapter:
             self.network.add_adapter(VALUE, lora)
             train_own_adapters(self.network)

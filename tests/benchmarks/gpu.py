@@ -2,8 +2,9 @@
 
 PPO against TRL 1.12's `PPOTrainer`, completions without a value function against TRL 1.16's `RLOOTrainer`, ways to
 write completions, SFT against TRL's `SFTTrainer`, and an evaluation against its own decodes. Every side runs once, in
-a process of its own, on a model of random weights. Sides that are compared have the same prompts, LoRA rank and
-length. Each first step warms up and is not counted; the evaluation counts its start. All together takes a few minutes.
+a process of its own, on a model of random weights. All load together and are measured one after the other. Sides that
+are compared have the same prompts, LoRA rank and length. Each first step warms up and is not counted; the evaluation
+counts its loading. All together takes a few minutes, and up to 70 GB of the GPU: TRL's PPO alone 34.
 TRL 1.12 runs in an environment of its own: `--trl12` names its Python, or a folder that holds the package alone, for
 a machine without a network. `--device cpu --tiny` shows that the script works.
 """
@@ -16,10 +17,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
+READY = "ready"  # what a worker says by `measuring.wait_for_turn`
 QWEN = {
     "vocab_size": 151936,
     "hidden_size": 896,
@@ -109,26 +112,47 @@ def specification(args: argparse.Namespace, model: Path, vocabulary: int) -> dic
     }
 
 
-def run_side(side: str, spec: dict, trl12: Path | None) -> dict:
-    """The report of one side from a fresh process, or `error`: a side that fails must not cost the others."""
-    worker, _, own = SIDES[side]
-    python, path = sys.executable, [str(ROOT), str(HERE)]
-    if worker == "trl_worker.py":
-        if trl12 is None:
+class Side:
+    """One side in a process of its own."""
+
+    def __init__(self, name: str, spec: dict, trl12: Path | None, folder: Path) -> None:
+        """Start it. TRL 1.12's is not started without its environment."""
+        worker, _, own = SIDES[name]
+        python, path, self.process = sys.executable, [str(ROOT), str(HERE)], None
+        if worker == "trl_worker.py":
+            if trl12 is None:
+                return
+            python, path = (python, [str(trl12), str(HERE)]) if trl12.is_dir() else (str(trl12), [str(HERE)])
+        cuda = spec["device"] == "cuda"
+        fixed = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join([*path, os.environ.get("PYTHONPATH", "")])}
+        fixed |= {"ACCELERATE_USE_CPU": str(not cuda).lower()} | ({} if cuda else {"CUDA_VISIBLE_DEVICES": ""})
+        script, *arguments = worker.split()
+        file = folder / f"{list(SIDES).index(name)}.json"
+        file.write_text(json.dumps(spec | own | {"takes_turns": True}))
+        self._errors, pipe = file.with_suffix(".log"), subprocess.PIPE
+        command = [python, str(HERE / script), *arguments, str(file)]
+        with self._errors.open("w") as errors:
+            self.process = subprocess.Popen(
+                command, stdin=pipe, stdout=pipe, stderr=errors, text=True, env={**os.environ, **fixed}
+            )
+
+    def load(self) -> None:
+        """Wait until it has loaded what it needs, or has failed."""
+        while self.process is not None and self.process.stdout.readline() not in (f"{READY}\n", ""):
+            pass
+
+    def measure(self) -> dict:
+        """Give it its turn; its report, or `error` alone: a side that fails must not cost the others."""
+        if self.process is None:
             return {"error": "no environment of TRL 1.12; name one with --trl12"}
-        python, path = (sys.executable, [str(trl12), str(HERE)]) if trl12.is_dir() else (str(trl12), [str(HERE)])
-    cuda = spec["device"] == "cuda"
-    fixed = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join([*path, os.environ.get("PYTHONPATH", "")])}
-    fixed |= {"ACCELERATE_USE_CPU": "false"} if cuda else {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-    name, *arguments = worker.split()
-    with tempfile.TemporaryDirectory() as directory:
-        file = Path(directory) / "spec.json"
-        file.write_text(json.dumps(spec | own))
-        command = [python, str(HERE / name), *arguments, str(file)]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **fixed})
-    if done.returncode:
-        return {"error": " ".join((done.stderr.strip().splitlines() or ["no message"])[-1].split())[:300]}
-    return json.loads(done.stdout.splitlines()[-1])
+        with suppress(BrokenPipeError):
+            self.process.stdin.write("go\n")
+            self.process.stdin.flush()
+        written = self.process.stdout.read()
+        if self.process.wait():
+            lines = self._errors.read_text().strip().splitlines() or ["no message"]
+            return {"error": " ".join(lines[-1].split())[:300]}
+        return json.loads(written.splitlines()[-1])
 
 
 def rows(side: str, report: dict) -> list[list[str]]:
@@ -164,7 +188,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     parser.add_argument("--trl12", type=Path, help="the Python of an environment with TRL 1.12, or a folder with it")
     parser.add_argument("--json", type=Path, help="write every report here")
     args = parser.parse_args(argv)
-    start, reports = time.perf_counter(), {}
+    start, reports, sides = time.perf_counter(), {}, {}
     print("| side | episodes/s | generate, score, update | tokens/s | peak GB |\n| --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as directory:
         specs = {}
@@ -175,7 +199,11 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
                 dtype = "bfloat16" if args.device == "cuda" else "float32"
                 model = build(Path(directory) / name, sizes, dtype, args.device)
                 specs[name] = specification(args, model, sizes["vocab_size"])
-            reports[side] = run_side(side, specs[name], args.trl12)
+            sides[side] = Side(side, specs[name], args.trl12, Path(directory))
+        for side in sides.values():
+            side.load()
+        for side in sides:
+            reports[side] = sides[side].measure()
             for row in rows(side, reports[side]):
                 print("| " + " | ".join(row) + " |", flush=True)
     seconds = time.perf_counter() - start

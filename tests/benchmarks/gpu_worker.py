@@ -16,7 +16,7 @@ import torch
 import transformers
 import trl
 from datasets import Dataset
-from measuring import Phases
+from measuring import Phases, wait_for_turn
 from peft import LoraConfig, get_peft_model
 from relay_worker import parity
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, TrainerCallback
@@ -94,6 +94,7 @@ def trl_rloo(spec: dict) -> dict:
 
         trainer._generate_single_turn = phases.around(generate, "score", "generate")
         trainer._generate_and_score_completions = scored
+        wait_for_turn(spec)
         trainer.train()
         phases.mark("update")
         phases.end_step()
@@ -103,6 +104,7 @@ def trl_rloo(spec: dict) -> dict:
 def generation(spec: dict) -> dict:
     """Tokens a second of ways to write the same number of tokens, with the adapter unmerged."""
     from pipeline.models import generation
+    from pipeline.models.adapters import fuse_adapter
     from pipeline.models.generation import Decoding, generate
     from pipeline.models.kernels.packing import enable_packing
 
@@ -123,10 +125,11 @@ def generation(spec: dict) -> dict:
 
         return write
 
+    wait_for_turn(spec)
     ways = {"transformers generate, no adapter": library, "static shapes, no adapter": relay({spec["device"]})}
     speeds = {name: _tokens_a_second(write, spec) for name, write in ways.items()}
     enable_packing(model)
-    get_peft_model(model, lora(spec))
+    fuse_adapter(get_peft_model(model, lora(spec)))
     for name, devices in (("decode loop", set()), ("static shapes", {spec["device"]})):
         speeds[name] = _tokens_a_second(relay(devices), spec)
     return {"tokens_a_second": speeds, "memory": used(), "versions": VERSIONS}
@@ -183,6 +186,7 @@ def sft(spec: dict) -> dict:
         file = Path(directory) / "metrics.jsonl"
         trainer = build_sft_trainer(load(spec), args, tokenizer, rows, rows, lora(spec), file)
         trainer.add_callback(clock)
+        wait_for_turn(spec)
         trainer.train()
     return clock.report(spec)
 
@@ -208,6 +212,7 @@ def trl_sft(spec: dict) -> dict:
             peft_config=lora(spec),
             callbacks=[clock],
         )
+        wait_for_turn(spec)
         trainer.train()
     return clock.report(spec)
 
@@ -247,6 +252,7 @@ def evaluation(spec: dict) -> dict:
         }
         with (folder / "recipe.yaml").open("w") as file:
             YAML(typ="safe").dump(recipe, file)
+        wait_for_turn(spec)
         start = time.perf_counter()
         with patch.object(predictions, "generate", timed):
             code = stage.main([str(folder / "recipe.yaml")])

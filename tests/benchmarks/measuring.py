@@ -4,6 +4,7 @@ It imports neither torch nor this project, because TRL's worker runs it in an en
 """
 
 import json
+import sys
 import time
 from collections.abc import Callable
 from functools import wraps
@@ -15,6 +16,16 @@ def resident(kind: str) -> int:
     """Bytes of this process: `VmRSS` now, or `VmHWM` at its highest (ru_maxrss would count the parent's)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(kind + ":"))
+
+
+READY = "ready"
+
+
+def wait_for_turn(spec: dict) -> None:
+    """Say that everything is loaded, and wait until the sides before this one have been measured."""
+    if spec.get("takes_turns"):
+        print(READY, flush=True)
+        sys.stdin.readline()
 
 
 class Phases:

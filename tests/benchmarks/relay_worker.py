@@ -14,7 +14,7 @@ import torch
 import transformers
 import trl
 from datasets import Dataset
-from measuring import Phases
+from measuring import Phases, wait_for_turn
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -52,6 +52,7 @@ def run(spec: dict) -> str:
         )
         trainer._prompt_ids = spec["prompts"]  # the very tokens that TRL gets
         _watch(trainer, phases, lengths, spec["forced"])
+        wait_for_turn(spec)
         for _ in range(spec["steps"] + 1):
             rollout = trainer.collect_rollout(trainer.prompt_rows(trainer.state.step))
             trainer.update(trainer.compute_advantages(rollout)[0])

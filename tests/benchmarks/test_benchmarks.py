@@ -1,6 +1,7 @@
 """The benchmarks still run: our side of each on a tiny model, and their arithmetic by hand."""
 
 import json
+from pathlib import Path
 
 import decoding
 import encoder_decoder
@@ -101,14 +102,16 @@ def test_scaling_takes_the_slowest_of_all_processes(tmp_path, monkeypatch):
 def test_the_comparison_on_a_gpu_runs_on_a_cpu_too(tmp_path, capsys, fresh_accelerate, monkeypatch):
     """Our sides in this process; of TRL's, the one that has no environment here."""
 
-    def run_side(side: str, spec: dict, trl12: None) -> dict:
-        worker, _, own = gpu.SIDES[side]
-        if worker == "relay_worker.py":
-            return json.loads(run(spec | own))
-        return run_true_side(side, spec, trl12) if "1.12" in side else gpu_worker.SIDES[worker.split()[1]](spec | own)
+    class Here(gpu.Side):
+        def __init__(self, name: str, spec: dict, trl12: None, folder: Path) -> None:
+            (self.worker, *arguments), _, own = gpu.SIDES[name][0].split(), *gpu.SIDES[name][1:]
+            self.spec, self.process = spec | own, None
+            self.side = gpu_worker.SIDES[arguments[0]] if arguments else lambda spec: json.loads(run(spec))
 
-    run_true_side = gpu.run_side
-    monkeypatch.setattr(gpu, "run_side", run_side)
+        def measure(self) -> dict:
+            return super().measure() if self.worker == "trl_worker.py" else self.side(self.spec)
+
+    monkeypatch.setattr(gpu, "Side", Here)
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
     monkeypatch.setattr(gpu_worker.torch.cuda, "is_available", lambda: False)
     sides = [side for side in gpu.SIDES if "TRL" not in side or "1.12" in side]

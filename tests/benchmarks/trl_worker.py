@@ -12,7 +12,7 @@ import torch
 import transformers
 import trl
 from datasets import Dataset
-from measuring import Phases
+from measuring import Phases, wait_for_turn
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
@@ -62,6 +62,7 @@ def main() -> None:
             peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **spec["lora"]),
         )
         _watch(trainer, phases, lengths, tokenizer.pad_token_id)
+        wait_for_turn(spec)
         trainer.train()
     used = torch.cuda.max_memory_allocated() if cuda else None
     print(phases.report(spec["batch"], lengths, _versions(), used))

@@ -13,7 +13,7 @@ from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import TrainOutput
 from trl import SFTConfig
 
-from pipeline.models.adapters import adapter_config, check_adapter
+from pipeline.models.adapters import adapter_config, check_adapter, fuse_adapter
 from pipeline.models.decoder_start import decoder_prefix
 from pipeline.models.loading import position_limit
 from pipeline.models.prompt_lengths import check_token_ids, decoder_room
@@ -108,6 +108,7 @@ def build_sft_trainer(
     if isinstance(trainer.model, PeftModel):
         check_adapter(trainer.model)
         _widen_trained_weights(trainer.model)
+        fuse_adapter(trainer.model)
     return trainer
 
 
