@@ -25,7 +25,7 @@ test-fast: $(VENV)/.installed
 
 # What only a GPU can show, on the first one.
 test-gpu: $(VENV)/.installed
-	$(OFFLINE) CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} ACCELERATE_USE_CPU=false $(RUN) -m pytest tests/test_gpu.py -ra
+	$(OFFLINE) CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} ACCELERATE_USE_CPU=false $(RUN) -m pytest tests/test_gpu.py -ra --numprocesses 6
 
 # The fast tests once more, with the oldest and with the newest libraries that pyproject.toml allows.
 test-versions: test-oldest test-newest

@@ -195,22 +195,19 @@ def _attention(
     function = _function(implementation, module)
     if packing is None:
         return function(module, query, key, value, attention_mask, **kwargs)
-    split = packing.num_prompt_tokens
-    packed = [x[0].transpose(0, 1) for x in (query, key, value)]
+    unread = len(packing.ids) - packing.num_prompt_tokens - packing.num_completion_tokens
+    parts = packing.num_prompt_tokens, packing.num_completion_tokens, unread  # whose gradients are one row again
+    of_prompts, of_completions, _ = zip(*(x[0].transpose(0, 1).split(parts) for x in (query, key, value)), strict=True)
     masks = packing.attention_masks(query.dtype, implementation == "eager")
-    prompts = [_rows(x[:split], packing.prompt_at, packing.prompt_mask) for x in packed]
+    prompts = [_rows(x, packing.prompt_at, packing.prompt_mask) for x in of_prompts]
     outputs = [_attend(function, module, *prompts, masks[0], packing.prompt_at, kwargs)]
     if packing.num_completion_tokens:
-        query, *completions = (
-            _rows(x[split : split + packing.num_completion_tokens], packing.completion_at, packing.completion_mask)
-            for x in packed
-        )
+        query, *completions = (_rows(x, packing.completion_at, packing.completion_mask) for x in of_completions)
         readable = (
             prompts[1:] if packing.prompt_of is None else [x.index_select(0, packing.prompt_of) for x in prompts[1:]]
         )
         key, value = (torch.cat(pair, dim=1) for pair in zip(readable, completions, strict=True))
         outputs.append(_attend(function, module, query, key, value, masks[1], packing.completion_at, kwargs))
-    unread = len(packing.ids) - split - packing.num_completion_tokens
     if unread:
         outputs.append(outputs[0].new_zeros(unread, *outputs[0].shape[1:]))
     return torch.cat(outputs).unsqueeze(0), None
