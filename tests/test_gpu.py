@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 from demo_run import write_demo
+from peft import LoraConfig, get_peft_model
 
 from pipeline.models import generation
+from pipeline.models.adapters import adapter_config, fuse_adapter
 from pipeline.models.generation import Decoding, generate
 from pipeline.models.kernels import static_decode
 from pipeline.trainers.checkpoints import list_checkpoints
@@ -139,6 +141,11 @@ def test_tokens_are_those_of_a_cpu(device, architecture, decoding, monkeypatch, 
         return rows
 
     model = build(architecture, attn_implementation="sdpa")
+    torch.manual_seed(1)
+    network = get_peft_model(
+        model, adapter_config(model, LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    )
+    fuse_adapter(network.eval())  # which changes nothing on a CPU
     expected = written(model, set())
     model = model.to(device)
     assert written(model, {device}) == expected and written(model, {device}) == expected
