@@ -39,6 +39,11 @@ def guess_columns(data: Dataset) -> dict[str, str]:
         return _prompt_key(prompt, row) | _answer_key(answer, row[answer])
     if chats:
         return {"messages": chats[0]}
+    if any("rejected" in name.lower() for name in row):
+        raise TaskError(
+            f"task: the rows are pairs of answers without a column of the prompt ({', '.join(row)}); they belong in "
+            "reward.pairs, and the task needs rows with a prompt and its answer"
+        )
     if len(texts) == 2:
         return {"prompt": f"{{{texts[0]}}}\n", "completion": texts[1]}
     raise TaskError(

@@ -53,3 +53,9 @@ def test_columns_are_guessed_and_the_task_reads_them(row, keys, tmp_path):
 def test_columns_that_say_nothing_are_named(row):
     with pytest.raises(TaskError, match=f"among {', '.join(row)}"):
         guess_columns(Dataset.from_list([row]))
+
+
+def test_pairs_without_a_prompt_are_no_prompt_and_its_answer():
+    hello, bye = (f"\n\nHuman: Hi\n\nAssistant: {answer}" for answer in ("Hello", "Bye"))
+    with pytest.raises(TaskError, match=r"pairs of answers .*\(chosen, rejected\).* reward\.pairs"):
+        guess_columns(Dataset.from_list([{"chosen": hello, "rejected": bye}]))
