@@ -245,10 +245,13 @@ def rows_without_reward(by_name: dict[str, Tensor], failures: Collection[int]) -
     return [row for row in nothing.nonzero().flatten().tolist() if row not in failures]
 
 
-def as_completions(prompts: Sequence, texts: Sequence[str]) -> list:
-    """Completions as reward functions expect them: texts, or for chat prompts one assistant message each."""
+def as_completions(prompts: Sequence, texts: Sequence) -> list:
+    """Completions as reward functions expect them: texts, or for chat prompts one assistant message each.
+
+    What the data has as a list of messages already stays as it is.
+    """
     return [
-        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+        text if isinstance(prompt, str) or not isinstance(text, str) else [{"role": "assistant", "content": text}]
         for prompt, text in zip(prompts, texts, strict=True)
     ]
 

@@ -115,6 +115,7 @@ def test_chat_completions_are_message_lists():
     completions = as_completions(CHAT, COMPLETIONS)
     assert score(brevity, CHAT, completions).tolist() == [-len(text) for text in COMPLETIONS]
     assert as_completions(PROMPTS, COMPLETIONS) == COMPLETIONS
+    assert as_completions(CHAT, completions) == completions
     mixed = as_completions([PROMPTS[0], CHAT[1]], COMPLETIONS)
     assert mixed == [COMPLETIONS[0], [{"role": "assistant", "content": COMPLETIONS[1]}]]
 

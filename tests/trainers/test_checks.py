@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config
 from pipeline.models.loading import position_limit
 from pipeline.models.shared import SharedModel
 from pipeline.trainers.huggingface.sft import build_sft_trainer, sft_arguments
-from pipeline.trainers.ppo.checks import check_prompt_ids, check_special_tokens
+from pipeline.trainers.ppo.checks import check_prompt_ids, check_special_tokens, first_examples
 
 
 def test_no_rows(make_trainer, examples):
@@ -30,6 +30,16 @@ def test_held_out_prompts_need_room_too(make_trainer, examples):
     long = Dataset.from_list([{"prompt": "say " + "north " * 60, "references": ["x"], "tag": "x"}])
     with pytest.raises(ValueError, match=r"1 of 1 prompts of eval_dataset leave no room for 4 tokens in the 64 pos"):
         make_trainer(validation=long)
+
+
+def test_rewards_are_tried_on_references_where_the_data_has_them():
+    call = [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "north"}}]}]
+    rows = {"prompt": ["a", "b", "c"], "completion": [call] * 3, "references": [["red", "blue"], ["one"], ["two"]]}
+    assert first_examples(Dataset.from_dict(rows))["completion"] == ["red", "one"]
+    given = [{"role": "assistant", "content": "red"}]
+    answered = Dataset.from_dict({"prompt": ["a"], "completion": [given], "references": [[]]})
+    assert first_examples(answered)["completion"] == [given]
+    assert first_examples(Dataset.from_dict({"prompt": ["a"], "references": ["red"]}))["completion"] == [""]
 
 
 def test_prompts_are_looked_at_one_by_one(taught):

@@ -534,11 +534,15 @@ def test_several_completions_of_each_prompt(make_trainer):
     assert len(set(rollout.completions[:4])) > 1
 
 
-def test_chat_prompts(make_trainer, examples, tokenizer):
+@pytest.mark.parametrize("has_answers", [False, True])
+def test_chat_prompts(make_trainer, examples, tokenizer, has_answers):
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}</s>{% endif %}{% endfor %}"
     )
     chat = Dataset.from_list([{"prompt": [{"role": "user", "content": text}]} for text in examples["prompt"]])
+    if has_answers:  # messages, as in TRL's data
+        answers = [[{"role": "assistant", "content": text}] for text in examples["completion"]]
+        chat = chat.add_column("completion", answers)
 
     def reward(prompts, completions, **columns):
         assert all(prompt[-1]["role"] == "user" for prompt in prompts)

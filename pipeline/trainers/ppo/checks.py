@@ -64,9 +64,15 @@ def check_inputs(
 
 
 def first_examples(dataset: Dataset) -> dict[str, list]:
-    """Take two examples for the rewards to score, with empty completions where the data has none."""
+    """Take two examples for the rewards to score, with empty completions where the data has none.
+
+    A reference goes before the completion, which may be a message that calls a tool and has no text.
+    """
     first = dataset[: min(2, len(dataset))]
-    return {"completion": [""] * len(first["prompt"]), **first}
+    completions, references = first.get("completion", [""] * len(first["prompt"])), first.get("references")
+    if references and all(texts and isinstance(texts, list) and isinstance(texts[0], str) for texts in references):
+        completions = [texts[0] for texts in references]
+    return {**first, "completion": completions}
 
 
 def check_start(
