@@ -1,6 +1,8 @@
 """LoRA layers and norms in few kernels against those of peft and transformers."""
 
 import copy
+import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from test_decoding import build
 from torch import Tensor, nn
+from torch.nn import functional
 
 from pipeline.models.kernels import fused_layers
 from pipeline.models.kernels.fused_layers import FusedLoraLinear, fuse_layers
@@ -181,18 +184,67 @@ def test_a_norm_by_hand_under_autocast():
     assert output.dtype == torch.bfloat16 and output.tolist() == [[0.578125, 2.3125]]  # x / sqrt(2.5 + 0.5) * weight
 
 
-def test_norms_that_add_one_to_their_weights_stay():
-    class Shifted(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight, self.variance_epsilon = nn.Parameter(torch.zeros(4)), 1e-6
+class Norm(nn.Module):
+    """A norm of `width` weights that computes what it is given."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.nn.functional.rms_norm(x, (4,), 1 + self.weight, self.variance_epsilon)
+    def __init__(self, compute: Callable, weight: Tensor) -> None:
+        super().__init__()
+        self.compute, self.weight, self.variance_epsilon = compute, nn.Parameter(weight), 1e-6
 
-    model = nn.Sequential(Shifted())
+    def forward(self, x: Tensor) -> Tensor:
+        return self.compute(x, self.weight)
+
+
+def shifted(x: Tensor, weight: Tensor) -> Tensor:
+    return functional.rms_norm(x, weight.shape, 1 + weight)
+
+
+def centred(x: Tensor, weight: Tensor) -> Tensor:
+    return functional.layer_norm(x, weight.shape, weight)
+
+
+def for_each_head(x: Tensor, weight: Tensor) -> Tensor:
+    return weight * functional.rms_norm(x, (x.shape[-1],))
+
+
+@pytest.mark.parametrize(
+    ("compute", "weight"),
+    [
+        (shifted, torch.zeros(8)),
+        (centred, torch.full((8,), 0.01)),
+        (for_each_head, torch.ones(2, 8)),
+        (centred, torch.empty(0)),
+        (shifted, torch.empty(8, device="meta")),
+    ],
+)
+def test_other_norms_stay(compute, weight):
+    model = nn.Sequential(Norm(compute, weight))
     fuse_layers(model)
-    assert type(model[0]) is Shifted
-    with torch.device("meta"):
-        model = nn.Sequential(Shifted())
+    assert type(model[0]) is Norm
+
+
+def test_a_norm_of_another_precision_than_its_input_is_left_to_transformers():
+    """T5 in float16 keeps some layers, and with them its states, in float32, and casts in its norms."""
+    plain = build("t5").half()
+    fused = copy.deepcopy(plain)
+    fuse_layers(fused)
+    name = next(name for name, m in plain.named_modules() if hasattr(m, "variance_epsilon"))
+    norms = [model.get_submodule(name) for model in (plain, fused)]
+    x = torch.randn(2, norms[0].weight.numel())
+    outputs = [norm(x) for norm in norms]
+    assert outputs[0].dtype == outputs[1].dtype == torch.float16 and torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_fused_model_is_copied_and_pickled(again):
+    model = build("llama")
     fuse_layers(model)
+    other = again(model)
+    ids = torch.arange(1, 6).unsqueeze(0)
+    assert torch.equal(other(ids).logits, model(ids).logits)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.zero_()
+    assert model(ids).logits.any()  # nothing is shared
+    names = [name for name, m in model.named_modules() if isinstance(m, fused_layers._FusedRMSNorm)]
+    assert names == [name for name, m in other.named_modules() if isinstance(m, fused_layers._FusedRMSNorm)]
