@@ -76,9 +76,8 @@ class RewardCall:
             ) from error
 
     def _prepare(self, rows: Sequence[int], log: CallLog) -> Callable[[], object]:
-        aligned = self._aligned
-        if len(rows) < len(self.completions):
-            aligned = {key: [values[row] for row in rows] for key, values in aligned.items()}
+        # Copies: what a function does to its lists must reach neither the next one nor what PPO learns from.
+        aligned = {key: [_copied(values[row]) for row in rows] for key, values in self._aligned.items()}
         tools = {"trainer_state": self._trainer_state, "log_metric": log.log_metric, "log_extra": log.log_extra}
         positional, named = matching_arguments(self.name, self.function, {**aligned, **tools})
         return lambda: self.function(*positional, **named)
@@ -152,6 +151,13 @@ def run_calls(calls: Sequence[RewardCall], meanwhile: Callable[[], object] | Non
     outcomes = await_together(coroutines, together[0].handling.timeout, run_others)
     for call, outcome, log in zip(together, outcomes, logs, strict=True):
         call.run(outcome, log)
+
+
+def _copied(value: object) -> object:
+    """Copy a list or mapping with those in it; a list whose first item is neither holds none."""
+    if isinstance(value, list):
+        return [_copied(item) for item in value] if value and isinstance(value[0], list | dict) else list(value)
+    return {key: _copied(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def merged_log(logs: Sequence[RewardLog]) -> RewardLog:

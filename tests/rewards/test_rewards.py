@@ -1,6 +1,7 @@
 """Rewards: how they are looked up, what they are called with, how they are weighed, and which results are refused."""
 
 import asyncio
+import copy
 import sys
 import types
 
@@ -105,6 +106,30 @@ def test_a_function_is_called_as_trl_calls_it(module):
     ((*given, others),) = calls
     assert given == [PROMPTS, COMPLETIONS, ids, references] and others["source"] == source
     assert others.keys() == {"source", "trainer_state", "log_metric", "log_extra"}
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, CHAT])
+def test_a_function_that_edits_what_it_is_given_edits_copies(prompts):
+    completions, columns, seen = as_completions(prompts, COMPLETIONS), copy.deepcopy(COLUMNS), []
+    given = [COLUMNS[name] for name in ("completion_ids", "references", "source")]
+
+    def edits(prompts, completions, completion_ids, references, source):
+        seen.append(copy.deepcopy((prompts, completions, completion_ids, references, source)))
+        completion_ids[0].pop()
+        references[0].append("?")
+        for texts in (prompts, completions, source):
+            texts.reverse()
+        if not isinstance(prompts[0], str):
+            prompts[0][0]["content"] = completions[0][0]["content"] = "?"
+        return [1.0, 1.0]
+
+    async def later(prompts, completions, completion_ids, references, source):
+        return edits(prompts, completions, completion_ids, references, source)
+
+    rewards = [Reward("a", edits), Reward("b", edits), Reward("c", later)]
+    compute_rewards(rewards, prompts, completions, columns)
+    assert seen == [(prompts, as_completions(prompts, COMPLETIONS), *given)] * 3
+    assert columns == COLUMNS
 
 
 def test_chat_completions_are_message_lists():
