@@ -10,9 +10,11 @@ from typing import Any
 from datasets import Dataset, Features, Value
 from transformers import PreTrainedTokenizerBase, WhisperTokenizer
 
+from pipeline.models import left_out
 from pipeline.runtime.files import sha256
 
-SOURCE = sha256(Path(__file__))  # in the key of cached tokens: `datasets` does not see that a module has changed
+# In the key of cached tokens: `datasets` does not see that a module has changed.
+SOURCE = sha256(Path(__file__)) + sha256(Path(left_out.__file__))
 Messages = list[dict[str, Any]]
 # Chat templates that write the date write this one, so that a prompt has the same tokens on every day.
 TEMPLATE_DATE = datetime(2024, 7, 26)
@@ -140,7 +142,7 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, chat: Messages, generation_p
     """Render a chat by the tokenizer's chat template, with the tools that its first message may hold as `tools`.
 
     Raises:
-        ValueError: there is no template, it cannot be filled, or it leaves out tools or their calls.
+        ValueError: there is no template, it cannot be filled, or it leaves out a message, tools or their calls.
     """
     name = tokenizer.name_or_path
     if tokenizer.chat_template is None:
@@ -150,28 +152,26 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, chat: Messages, generation_p
         )
     tools = chat[0].get("tools") if chat else None
     messages = [{key: value for key, value in message.items() if key != "tools"} for message in chat]
-    try:
+
+    def fill(messages: Messages) -> str:
         template = tokenizer.get_chat_template(tools=tools)
-        text = tokenizer.apply_chat_template(
+        return tokenizer.apply_chat_template(
             messages,
             tools=tools,
             chat_template=_DATE_MACRO + template if "strftime_now" in template else template,
             add_generation_prompt=generation_prompt,
             tokenize=False,
         )
+
+    try:
+        text = fill(messages)
     except Exception as error:  # a template comes with a model and may do anything that its sandbox allows, or tries
         raise ValueError(
             f"the chat template of {name!r} cannot be filled with the data's messages "
             f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); use another template or model"
         ) from error
-    calls = [call for message in messages for call in message.get("tool_calls") or ()]
-    for kind, functions in (("tool_calls", calls), ("tools", tools or [])):
-        names = [str(function.get("function", function).get("name")) for function in functions]
-        if missing := [function for function in names if function not in text]:
-            raise ValueError(
-                f"the chat template of {name!r} leaves out the {kind} of a chat ({', '.join(missing[:3])}); set "
-                "model.chat_template to one that writes them, or use another model"
-            )
+    if problem := left_out.functions_problem(messages, tools, text) or left_out.message_problem(messages, text, fill):
+        raise ValueError(f"the chat template of {name!r} {problem}")
     return text
 
 

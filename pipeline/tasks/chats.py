@@ -16,6 +16,7 @@ FURTHER_KEYS = ("tool_calls", "tool_call_id", "name")
 SHAREGPT = {"role": "from", "content": "value"}
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
 SHAREGPT_ROLES |= {"observation": "tool"}
+FOREIGN_ROLES = ("human", "prompter", "gpt", "chatgpt", "bot")  # names that chat templates leave out or refuse
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")  # of messages whose thoughts are not in their content
 TRANSCRIPT_ROLES = {"Human": "user", "Assistant": "assistant"}
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -175,7 +176,7 @@ def _read_message(message: object, column: str, names: Mapping[str, str]) -> Mes
         )
     role = require_text(message[keys["role"]], "the role of a message")
     read: Message = {"role": names.get(role, role), "content": _joined_parts(message.get(keys["content"]))}
-    if names and read["role"] not in ROLES:
+    if (names or role in FOREIGN_ROLES) and read["role"] not in ROLES:
         raise Unusable(
             f"a message in the column {column!r} has the role {role!r}; map it to one of {', '.join(ROLES)} in "
             f"task.messages_from, such as {{{_hint(keys, names, role)}}}"
@@ -204,7 +205,7 @@ def _joined_parts(content: object) -> object:
 def _hint(keys: Mapping[str, str], names: Mapping[str, str], role: str) -> str:
     """Return what task.messages_from may be: what it is, and one role more."""
     mapped = {key: name for key, name in names.items() if key not in keys and SHAREGPT_ROLES.get(key) != name}
-    likely = "assistant" if "call" in role or "bot" in role else "user"
+    likely = "assistant" if any(part in role for part in ("call", "bot", "gpt")) else "user"
     return ", ".join(f"{key}: {name}" for key, name in {**keys, **mapped, role: likely}.items())
 
 

@@ -22,7 +22,7 @@ def guess_columns(data: Dataset) -> dict[str, str]:
     """Return the keys of a task over columns that fit the first row: `messages`, or a prompt and its answer.
 
     Raises:
-        TaskError: no columns are known by their names or by what they hold.
+        TaskError: no columns are known by their names or by what they hold, or a chat cannot be read.
     """
     row = data[0]
     texts = [name for name, value in row.items() if isinstance(value, str) and value.strip()]
@@ -46,6 +46,9 @@ def guess_columns(data: Dataset) -> dict[str, str]:
         )
     if len(texts) == 2:
         return {"prompt": f"{{{texts[0]}}}\n", "completion": texts[1]}
+    for name in row:
+        if name.lower() in CHATS and isinstance(row[name], list):
+            _read_chat(name, row)
     raise TaskError(
         f"task: cannot tell which columns hold prompts and answers among {', '.join(row)}; say it, such as "
         f"prompt={next(iter(row))} references={list(row)[-1]}"
@@ -90,7 +93,14 @@ def _answer_key(column: str, value: object) -> dict[str, str]:
 
 def _holds_answered_chat(column: str, row: Row) -> bool:
     try:
-        split_answer(read_messages(column, row), column)
-    except Unusable:
+        _read_chat(column, row)
+    except TaskError:
         return False
     return True
+
+
+def _read_chat(column: str, row: Row) -> None:
+    try:
+        split_answer(read_messages(column, row), column)
+    except Unusable as reason:
+        raise TaskError(f"task.messages: {reason}") from reason

@@ -181,6 +181,23 @@ def test_a_template_that_leaves_out_tools_or_calls_is_refused(prompt, completion
     assert "leaves out the tool" in problem and "add" in problem and "model.chat_template" in problem
 
 
+ZEPHYR = (
+    "{% for m in messages %}{% if m['role'] in ('user', 'assistant', 'system') %}{{ '<|' + m['role'] + '|>\n' }}"
+    "{{ m['content'] | trim | replace('&', '&amp;') + eos_token }}{% endif %}{% endfor %}" + START
+)
+
+
+@pytest.mark.parametrize(
+    ("role", "advice"), [("human", "human: user}"), ("developer", "developer: system}"), ("system", "another model")]
+)
+def test_a_template_that_leaves_out_a_message_is_refused(role, advice):
+    template = ZEPHYR.replace(", 'system'", "") if role == "system" else ZEPHYR
+    chats = [[{"role": role, "content": "Add."}, *USER], [{"role": "user", "content": " 2 & 2? "}]]
+    problem, none = chat_problems(tokenizer_with(template), chats, ["4", "4"])
+    assert f"leaves out the message of the role {role!r}" in problem and advice in problem
+    assert none is None  # a text that is written in another way is not left out
+
+
 def test_a_space_in_front_of_every_text_is_not_put_in_front_of_an_answer():
     """SentencePiece's `▁yes` begins a text; after the `\n` of a generation prompt the model has learnt `yes`."""
     letters = [*"▁abcdefghijklmnopqrstuvwxyz?<>|", *(f"<0x{byte:02X}>" for byte in range(256))]

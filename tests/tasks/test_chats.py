@@ -97,6 +97,18 @@ def test_the_advice_for_an_unknown_role_of_sharegpt_can_be_followed(tmp_path, na
     assert example["prompt"] == [USER, {"role": "assistant", "content": "add"}]
 
 
+@pytest.mark.parametrize(("role", "meant"), [("human", "user"), ("prompter", "user"), ("gpt", "assistant")])
+def test_names_of_sharegpt_in_messages_of_a_role_are_refused_with_what_maps_them(tmp_path, role, meant):
+    turns = [USER, ANSWER, USER, ANSWER]
+    turns[0 if meant == "user" else 1] = {**turns[0 if meant == "user" else 1], "role": role}
+    path = write_lines(tmp_path / "data.jsonl", [{"m": turns}] * 3)
+    keys = {"prompt": None, "completion": None, "messages": "m"}
+    assert f"{{role: role, content: content, {role}: {meant}}}" in refusal(single(path, **keys))
+    names = {"role": "role", "content": "content", role: meant}
+    example = load_task("columns", single(path, **keys, messages_from=names)).train[0]
+    assert example["prompt"] == [USER, ANSWER, USER]
+
+
 def test_a_null_value_of_sharegpt_is_an_empty_content(tmp_path):
     turns = [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": None}]
     path = write_lines(tmp_path / "data.jsonl", [{"m": turns}] * 3)

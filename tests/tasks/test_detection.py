@@ -59,3 +59,9 @@ def test_pairs_without_a_prompt_are_no_prompt_and_its_answer():
     hello, bye = (f"\n\nHuman: Hi\n\nAssistant: {answer}" for answer in ("Hello", "Bye"))
     with pytest.raises(TaskError, match=r"pairs of answers .*\(chosen, rejected\).* reward\.pairs"):
         guess_columns(Dataset.from_list([{"chosen": hello, "rejected": bye}]))
+
+
+def test_a_chat_that_cannot_be_read_is_named_with_its_reason():
+    turns = [{"role": "prompter", "content": "Hi"}, TURNS[1]]
+    with pytest.raises(TaskError, match=r"task\.messages: .* 'prompter'; .* task\.messages_from"):
+        guess_columns(Dataset.from_list([{"messages": turns}]))
