@@ -10,6 +10,7 @@ import datasets
 import pyarrow
 from datasets import Dataset, DatasetDict
 from huggingface_hub import constants
+from pyarrow import compute
 
 from pipeline.runtime.hub import HubAnswer, ask_hub
 from pipeline.tasks.encoding import check_text
@@ -17,6 +18,7 @@ from pipeline.tasks.text_rows import DELIMITERS, Row, first_line, has_lines, rea
 from pipeline.tasks.types import TaskError
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+WRITTEN_DATE = r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d$"  # as pyarrow writes one
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def _read_with_datasets(path: Path) -> Dataset | None:
         return None
     if suffix == ".parquet" and not len(dataset):
         raise TaskError(f"task.path: the file {str(path)!r} has no rows")
-    return dataset if suffix == ".parquet" or (len(dataset) and not _has_dates(dataset)) else None
+    return dataset if suffix == ".parquet" or (len(dataset) and not _was_changed(dataset)) else None
 
 
 def _read_csv(path: Path) -> Dataset:
@@ -131,9 +133,31 @@ def _csv_rows(path: Path, state: str) -> Iterator[Row]:
         yield row
 
 
-def _has_dates(dataset: Dataset) -> bool:
-    """Return whether a column holds dates: JSON has none, but the reader makes them from texts that look like one."""
-    return any(word in str(dataset.features) for word in ("timestamp", "date32", "date64", "time32", "time64"))
+def _was_changed(dataset: Dataset) -> bool:
+    """Return whether the JSON reader may have changed a value.
+
+    It reads a file in pieces, makes dates of texts that look like one, and turns those of a piece into texts of
+    another form where other pieces hold other texts. A whole number beyond 2**53 loses digits beside a broken one.
+    """
+    if any(word in str(dataset.features) for word in ("timestamp", "date32", "date64", "time32", "time64")):
+        return True
+    for column in dataset.data.itercolumns():
+        huge = compute.greater_equal(compute.abs(column), 2.0**53) if pyarrow.types.is_floating(column.type) else []
+        texts = [leaf for chunk in column.chunks for leaf in _leaves(chunk) if pyarrow.types.is_string(leaf.type)]
+        dates = (compute.match_substring_regex(leaf, WRITTEN_DATE) for leaf in texts)
+        if any(compute.any(found).as_py() for found in (huge, *dates) if len(found)):
+            return True
+    return False
+
+
+def _leaves(array: pyarrow.Array) -> Iterator[pyarrow.Array]:
+    """Yield the arrays of values in an array of lists and mappings."""
+    parts = [array.flatten()] if pyarrow.types.is_list(array.type) else []
+    parts = array.flatten() if pyarrow.types.is_struct(array.type) else parts
+    for part in parts:
+        yield from _leaves(part)
+    if not parts:
+        yield array
 
 
 def _in_memory(path: Path, rows: list[Row]) -> Dataset:

@@ -222,6 +222,21 @@ def test_values_stay_what_they_are(tmp_path, answer, expected):
     assert expected is None or all(isinstance(value, expected) for value in values)
 
 
+def test_a_piece_of_a_file_in_which_all_texts_are_dates_keeps_them(tmp_path):
+    first = {"question": "q", "answer": "none", "more": [{"on": "none"}], "long": "x" * (10 << 20)}  # one piece
+    dates = {"question": "q", "answer": "2020-01-01", "more": [{"on": "2020-01-01T10:00:00"}], "long": ""}
+    task = load_task("columns", single(write_lines(tmp_path / "a.jsonl", [first, dates, dates])))
+    assert task.train["completion"][:] == ["none"] and task.test["completion"][:] == ["2020-01-01"]
+    assert task.test[0]["more"] == [{"on": "2020-01-01T10:00:00"}]
+
+
+def test_huge_whole_numbers_keep_their_digits(tmp_path):
+    for number, other in ((2**53 + 1, 0.5), (12345678901234567890123, 1)):
+        rows = [{"question": "q", "answer": value} for value in (number, number, other, number)]
+        task = load_task("columns", single(write_lines(tmp_path / "a.jsonl", rows), completion="{answer}"))
+        assert [*task.train["completion"], *task.validation["completion"]] == [str(number)] * 2 + [str(other)]
+
+
 def test_a_cache_that_cannot_be_written_is_no_need(tmp_path, monkeypatch):
     def no_room(*arguments, **options):
         raise OSError(30, "Read-only file system")
