@@ -120,9 +120,18 @@ def read_text(expression: str, row: Row) -> str:
     for name in names:
         _text_or_number(_field(name, row), f"{{{name}}}")
     try:
-        return expression.format(**row)
+        return expression.format(**{column: _with_whole_numbers(row[column]) for column in map(column_of, names)})
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise Unusable(f"the template {expression!r} cannot be filled ({error})") from error
+
+
+def _with_whole_numbers(value: Any) -> Any:
+    """Return a value whose whole numbers are of type int: a table makes 18.0 of an 18 that is beside a 2.5."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return int(value)
+    if isinstance(value, dict):
+        return {key: _with_whole_numbers(item) for key, item in value.items()}
+    return [_with_whole_numbers(item) for item in value] if isinstance(value, list) else value
 
 
 def messages_as_text(column: str) -> Unusable:

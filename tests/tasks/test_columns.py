@@ -129,6 +129,16 @@ def test_templates(tmp_path):
     assert example["completion"] == "3"
 
 
+def test_whole_numbers_beside_broken_ones_stay_whole_in_texts(tmp_path):
+    numbers = [18, 18, 2.5, -0.25]
+    rows = [{"q": n, "n": {"all": [n, 1.5]}} for n in numbers]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    keys = {"prompt": "{q} {n[all][0]} {q:.1f}", "completion": "{q}", "references": "{n[all][0]}"}
+    task = load_task("columns", single(path, **keys))
+    assert [task.train[0][key] for key in ("prompt", "completion", "references")] == ["18 18 18.0", "18", ["18"]]
+    assert (task.validation["completion"][0], task.test["completion"][0]) == ("2.5", "-0.25")
+
+
 CHAT = [
     {"role": "user", "content": "Hallo"},
     {"role": "assistant", "content": "Tag!"},
