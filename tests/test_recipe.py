@@ -491,6 +491,15 @@ def test_the_number_of_processes_counts_in_the_batch():
         check_recipe(recipe, num_processes=7)
 
 
+def test_a_warm_up_as_long_as_the_run_is_refused_by_the_number_of_processes():
+    recipe = load_recipe(write(), ["ppo.max_steps=4", "ppo.value_warmup_steps=3"])
+    check_recipe(recipe, num_processes=6)
+    recipe = load_recipe(write(), ["ppo.total_episodes=640", "ppo.value_warmup_steps=5"])
+    check_recipe(recipe, num_processes=1)
+    with pytest.raises(RecipeError, match=r"^override .*: ppo\.value_warmup_steps: must be below the 5 PPO steps"):
+        check_recipe(recipe, num_processes=4)
+
+
 def test_checking_leaves_nothing_behind():
     check_recipe(load_recipe(write()))
     assert sorted(os.listdir()) == ["recipe.yaml"]

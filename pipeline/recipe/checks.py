@@ -28,6 +28,7 @@ from pipeline.rewards.learned import (
 from pipeline.runtime.libraries import quiet_libraries
 from pipeline.tasks import columns, preferences, task_module
 from pipeline.tasks.counts import count_examples
+from pipeline.trainers.ppo.config_checks import check_steps
 
 # Keys whose values are paths, wherever in a recipe.
 PATH_KEYS = {"output_dir", "data_dir", "path", "source", "target", "control", "model"}
@@ -213,7 +214,7 @@ def _generated_lengths(recipe: Recipe) -> dict[KeyPath, int]:
 
 
 def _check_batches(recipe: Recipe, num_processes: int, document: Document) -> None:
-    """Refuse batches of no example, and a PPO batch of more prompts than there are."""
+    """Refuse batches of no example, a PPO batch of more prompts than there are, and a warm-up as long as PPO."""
     for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if recipe.sft.arguments.get(key, 1) < 1:
             raise document.error(("sft", key), f"must be at least 1, found {recipe.sft.arguments[key]}")
@@ -221,7 +222,10 @@ def _check_batches(recipe: Recipe, num_processes: int, document: Document) -> No
     if counts.sft is not None and counts.sft < 1:
         rule = f"must be below the {counts.sft + held_out} training examples, found {held_out}"
         raise document.error(("task", "ppo_examples"), rule)
-    if recipe.ppo is None or counts.ppo is None:
+    if recipe.ppo is None:
+        return
+    check_steps(recipe.ppo, num_processes)
+    if counts.ppo is None:
         return
     copies = recipe.ppo.num_generations
     size = recipe.ppo.batch_size(num_processes) // copies

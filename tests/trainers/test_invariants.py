@@ -104,7 +104,7 @@ def count_passes(trainer: PPOTrainer) -> list[int]:
         {"value_model": "adapter"},
         {"gradient_checkpointing": True},
         {"entropy_coef": 0.01},
-        {"sync_ref_model": True},
+        {"sync_ref_model": True, "ref_model_sync_steps": 2},
     ],
     ids=str,
 )

@@ -11,6 +11,7 @@ from pipeline.rewards import RewardConfig, build_rewards
 from pipeline.stages.directory import RunDirectory
 from pipeline.stages.inputs import sft_model_path
 from pipeline.trainers.ppo.config import PPOConfig
+from pipeline.trainers.ppo.config_checks import check_steps
 
 REWARDS = (RewardConfig("constant"),)
 
@@ -190,6 +191,30 @@ def test_bad_combinations_are_refused_by_name(settings):
     assert refuses(settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "least"),
+    [
+        ({"value_warmup_steps": 3}, 4),
+        ({"warmup_steps": 7, "num_ppo_epochs": 2}, 4),  # of two optimizer steps each
+        ({"ref_model_sync_steps": 3, "sync_ref_model": True}, 4),
+        ({"sync_ref_model": True}, 513),
+    ],
+)
+def test_steps_beyond_the_run_are_refused_by_name(settings, least):
+    key = "ref_model_sync_steps" if "sync_ref_model" in settings else next(iter(settings))
+    batch = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, **settings}
+    with pytest.raises(ValueError, match=rf"^ppo\.{key}: must be below the \d+ .* of this run"):
+        check_steps(PPOConfig(REWARDS, total_episodes=8 * (least - 1), **batch), 2)
+    check_steps(PPOConfig(REWARDS, total_episodes=8 * least, **batch), 2)
+    with pytest.raises(ValueError, match=rf"^ppo\.{key}: .*; lower it, or make the run longer, found \d+$"):
+        check_steps(PPOConfig(REWARDS, total_episodes=8 * least, **batch), 4)
+
+
+def test_a_trainer_refuses_steps_beyond_its_run(make_trainer):
+    with pytest.raises(ValueError, match=r"^ppo\.value_warmup_steps: must be below the 3 PPO steps of this run"):
+        make_trainer(value_warmup_steps=3)
+
+
 def test_the_defaults_are_complete():
     assert PPOConfig(REWARDS).batch_size(2) == 256
 
@@ -273,7 +298,7 @@ CHANGES: dict[str, tuple[object, dict]] = {
     "stop_strings": (("r",), {}),
     "kl_target": (1.0, {}),
     "ref_model_mixup_alpha": (0.1, {"sync_ref_model": True, "ref_model_sync_steps": 1}),
-    "ref_model_sync_steps": (1, {"sync_ref_model": True}),
+    "ref_model_sync_steps": (1, {"sync_ref_model": True, "ref_model_sync_steps": 2, "total_episodes": 24}),
     "kl_horizon": (100, {"kl_target": 1.0}),
     "target_kl": (1e-6, {}),
     "cliprange_high": (1e-3, {}),

@@ -36,6 +36,26 @@ def check_sizes(args: Any) -> None:
         require(holds, name, rule, getattr(args, name))
 
 
+def check_steps(args: Any, num_processes: int) -> None:
+    """Refuse keys that count steps and reach beyond the run, which is shorter with more processes."""
+    steps, updates = args.num_steps(num_processes), args.num_optimizer_steps(num_processes)
+    syncs, run = args.sync_ref_model, f"{steps} PPO steps of this run"
+    for holds, name, rule in (
+        (args.value_warmup_steps < steps, "value_warmup_steps", f"the {run}, or only the value function learns"),
+        (
+            args.warmup_steps < updates,
+            "warmup_steps",
+            f"the {updates} optimizer steps of this run, or learning_rate is never reached",
+        ),
+        (
+            not syncs or args.ref_model_sync_steps < steps,
+            "ref_model_sync_steps",
+            f"the {run}, or sync_ref_model never moves the reference (TRL counts optimizer steps)",
+        ),
+    ):
+        require(holds, name, f"must be below {rule}; lower it, or make the run longer", getattr(args, name))
+
+
 def check_combinations(args: Any) -> None:
     """Refuse options that need another one, exclude it, or would do nothing."""
     for rules in (_run_rules, _group_rules, _reference_rules, _kl_rules, _value_rules, _score_rules):

@@ -21,6 +21,7 @@ from pipeline.runtime.messages import say
 from pipeline.runtime.schedules import schedule_values, value_at
 from pipeline.trainers.logs import TrainingLog
 from pipeline.trainers.ppo.config import PPOConfig
+from pipeline.trainers.ppo.config_checks import check_steps
 from pipeline.trainers.ppo.inputs import Policy
 from pipeline.trainers.ppo.reward_scales import weights_at
 from pipeline.trainers.precision import mixed_precision
@@ -47,7 +48,7 @@ def make_accelerator(args: PPOConfig, directory: Path) -> Accelerator:
     """Make the accelerator of a run, with its precision and the trackers that are installed.
 
     Raises:
-        ValueError: a precision that this machine does not have.
+        ValueError: a precision that this machine does not have, or as `check_steps`.
     """
     with without_engine():  # PPO shards its model itself, and accelerate sees processes with models of their own
         accelerator = Accelerator(
@@ -58,6 +59,7 @@ def make_accelerator(args: PPOConfig, directory: Path) -> Accelerator:
             # No buffer of a language model is trained; sent with a pass, one process could not repeat that pass alone.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
+    check_steps(args, accelerator.num_processes)
     if has_apple_gpu():
         say(APPLE_GPU_IDLE)
     return accelerator
