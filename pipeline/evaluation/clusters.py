@@ -60,9 +60,10 @@ class Clusters:
 
 
 def cluster_by(labels: Sequence[object]) -> Clusters:
-    """Put examples with equal labels (any values of JSON) into one cluster."""
+    """Put examples with equal labels (values of JSON, dates, decimal numbers) into one cluster."""
     numbers: dict[str, int] = {}
-    return Clusters(tuple(numbers.setdefault(json.dumps(x, sort_keys=True), len(numbers)) for x in labels))
+    names = (json.dumps(label, sort_keys=True, default=str) for label in labels)
+    return Clusters(tuple(numbers.setdefault(name, len(numbers)) for name in names))
 
 
 def single_examples(n_examples: int) -> Clusters:

@@ -1,5 +1,8 @@
 """Clusters of examples: by hand, against the same data without copies, and in simulations whose truth is known."""
 
+from datetime import datetime
+from decimal import Decimal
+
 import numpy as np
 import pytest
 from evaluation_toys import BAD, BLEU, GOOD, MIXED, REFERENCES, TER, make_report
@@ -20,6 +23,8 @@ from pipeline.metrics.resampling import bootstrap_indices
 
 def test_labels_become_numbers_in_order():
     assert cluster_by(["b", "a", "b", ["a"], None]).numbers == (0, 1, 0, 2, 3)
+    days = [datetime(2026, 1, day) for day in (2, 1, 2)]
+    assert cluster_by(days).numbers == (0, 1, 0) and cluster_by([Decimal("1.5"), Decimal("1.5")]).numbers == (0, 0)
     assert cluster_by(["x", "y"]).single and not cluster_by(["x", "x"]).single
     assert cluster_by([]).count == 0 and single_examples(3).numbers == (0, 1, 2)
     assert sizes_text(1190, 240) == "1,190 examples in 240 clusters" and sizes_text(5, 5) == "5 examples"
