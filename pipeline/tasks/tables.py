@@ -12,12 +12,15 @@ from datasets import Dataset, DatasetDict
 from huggingface_hub import constants
 from pyarrow import compute
 
+from pipeline.runtime.files import sha256
 from pipeline.runtime.hub import HubAnswer, ask_hub
+from pipeline.tasks import text_rows
 from pipeline.tasks.encoding import check_text
 from pipeline.tasks.text_rows import DELIMITERS, Row, first_line, has_lines, read_text_rows
 from pipeline.tasks.types import TaskError
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+SOURCE = sha256(Path(text_rows.__file__))
 WRITTEN_DATE = r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d$"  # as pyarrow writes one
 
 
@@ -118,7 +121,7 @@ def _read_with_datasets(path: Path) -> Dataset | None:
 
 def _read_csv(path: Path) -> Dataset:
     """Read a file with Python's csv module: that of `datasets` fills short rows and renames columns without a word."""
-    return Dataset.from_generator(_csv_rows, gen_kwargs={"path": path, "state": _state(path)})
+    return Dataset.from_generator(_csv_rows, gen_kwargs={"path": path, "state": _state(path) + SOURCE})
 
 
 def _state(path: Path) -> str:
@@ -128,7 +131,7 @@ def _state(path: Path) -> str:
 
 
 def _csv_rows(path: Path, state: str) -> Iterator[Row]:
-    """Yield the rows of a file; `state` makes `datasets` read a changed file again."""
+    """Yield the rows of a file; `state` makes `datasets` read again what changed: the file, or how it is read."""
     for _, row in read_text_rows(path):
         yield row
 

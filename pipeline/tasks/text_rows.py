@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from pipeline.tasks.types import TaskError
 
 MAX_CSV_FIELD = 2**31 - 1  # the csv module stops at 131,072 characters, less than a long document
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+QUOTED_FIELD = re.compile(r'"([^"]|"")*"')
+SEVERAL_LINES = re.compile(r"[\r\n]")
 _A_LIST = "expected a list of objects, one for each example"
 Row = dict[str, Any]
 
@@ -136,12 +139,19 @@ def _json_kind(value: object) -> str:
 def _read_csv(path: Path, broken: list[str] | None, delimiter: str) -> Iterator[tuple[int, Row]]:
     csv.field_size_limit(MAX_CSV_FIELD)  # of the process: the module has no other way
     header, start = [], 1
+    quoting = csv.QUOTE_NONE if delimiter == "\t" and _is_unquoted(path) else csv.QUOTE_MINIMAL
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        reader = csv.reader(file, delimiter=delimiter, strict=True, quoting=quoting)
         try:
             for fields in reader:
                 if not header:
                     header = _checked_header(path, fields, delimiter)
+                elif delimiter == "\t" and any("\t" in field and SEVERAL_LINES.search(field) for field in fields):
+                    raise TaskError(
+                        f"task.path: {path}:{start}: a field that starts with a quote runs over tabs and lines up to "
+                        f"line {reader.line_num}; double the quotes inside fields and put each field into quotes, or "
+                        "write the rows into a .jsonl file"
+                    )
                 elif fields and len(fields) != len(header):
                     problem = f"found {len(fields)} fields, and the first line names {len(header)} columns"
                     _leave_out(_BrokenRowError(f"{path}:{start}: {problem} ({', '.join(header)})"), broken)
@@ -153,6 +163,17 @@ def _read_csv(path: Path, broken: list[str] | None, delimiter: str) -> Iterator[
                 f"task.path: {path}:{start}: not a valid row ({error}); a field that starts with a quote ends with "
                 "one, and quotes inside it are doubled"
             ) from error
+
+
+def _is_unquoted(path: Path) -> bool:
+    """Return whether quotes in a file of tabs are letters like others: each line is a row, and no field is quoted."""
+    tabs = None
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        for line in (line.rstrip("\r\n") for line in file):
+            tabs = line.count("\t") if tabs is None else tabs
+            if line and (line.count("\t") != tabs or any(map(QUOTED_FIELD.fullmatch, line.split("\t")))):
+                return False
+    return True
 
 
 def _checked_header(path: Path, names: list[str], delimiter: str) -> list[str]:

@@ -53,6 +53,17 @@ def test_quoted_csv_fields_may_hold_anything_and_be_long(tmp_path):
     assert task.test["completion"][0] == "NA" and task.test["n"][0] == "null"  # words, not missing values
 
 
+def test_quotes_in_a_file_of_tabs_without_quoted_fields_are_letters(tmp_path):
+    lines = ["question\tanswer", '"Hi\ta', '"Hi" he said\t"a', 'Hi\ta"', '"\t5"', "Hi\ta"]
+    (tmp_path / "a.tsv").write_text("\ufeff" + "\r\n".join(lines) + "\r\n\r\n", encoding="utf-8")
+    task = load_task("columns", single(tmp_path / "a.tsv"))
+    assert task.train["prompt"][:] == ['"Hi', '"Hi" he said', "Hi"]
+    assert task.train["completion"][:] == ["a", '"a', 'a"'] and task.validation["prompt"][0] == '"'
+    quoted = ["question\tanswer", '"Hi\nyou"\ta', '"a ""b"" c"\ta', "Hi\ta"]  # as spreadsheets write them
+    (tmp_path / "a.tsv").write_text("\n".join(quoted), encoding="utf-8")
+    assert load_task("columns", single(tmp_path / "a.tsv")).train["prompt"][:] == ["Hi\nyou"]
+
+
 def test_parquet(tmp_path):
     Dataset.from_list(ROWS).to_parquet(str(tmp_path / "a.parquet"))
     task = load_task("columns", single(tmp_path / "a.parquet"))
@@ -100,7 +111,8 @@ def test_directories_of_save_to_disk(tmp_path, kind):
         ("a.csv", b"question,answer,question\nq,a,q\n", "path", "the column 'question' twice"),
         ("a.csv", b"question;answer\nq;a, or b\n", "path", "separated by ';'"),
         ("a.csv", b"question\tanswer\nq\ta\n", "path", "as .tsv"),
-        ("a.tsv", b'question\tanswer\nq\ta\n"q" he said\ta\n', "path", "/a.tsv:3: not a valid row"),
+        ("a.tsv", b'question\tanswer\n"q"\ta\n"q" he said\ta\n', "path", "/a.tsv:3: not a valid row"),
+        ("a.tsv", b'question\tanswer\nq\t"a"\n"q\ta\nq\ta\nq"\ta\n', "path", "/a.tsv:3: a field"),
         ("a.csv", b'question,answer\n"q,a\nq,a\n', "path", "/a.csv:2: not a valid row"),
         ("a.parquet", b"question", "path", "cannot be read as parquet"),
         ("a.txt", b"question", "path", "must end in .json, .jsonl, "),
