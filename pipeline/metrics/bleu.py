@@ -4,7 +4,7 @@ from typing import Any
 
 from sacrebleu.metrics import BLEU
 
-from pipeline.metrics.checks import check_options
+from pipeline.metrics.checks import check_least, check_options
 from pipeline.metrics.sacrebleu_metric import SacrebleuMetric, settings
 from pipeline.metrics.text import UNSPACED_LANGUAGES, language_code
 
@@ -28,9 +28,11 @@ def load(name: str, language: str | None = None, **options: Any) -> SacrebleuMet
     prediction is long enough for (`effective_order`): otherwise every text below four words would be worth nothing.
 
     Raises:
-        ValueError: an unknown option, tokenizer or smoothing method; a tokenizer whose package is not installed.
+        ValueError: an unknown option, tokenizer or smoothing method; an order that is none; a tokenizer whose package
+            is not installed.
     """
     check_options(name, options, OPTIONS)
+    check_least(name, options, {"max_ngram_order": 1})
     tokenizer = options.get("tokenize") or TOKENIZERS.get(language_code(language), "13a")
     if tokenizer not in BLEU.TOKENIZERS:
         raise ValueError(f"metric {name}: unknown tokenizer {tokenizer!r}; there are: {', '.join(BLEU.TOKENIZERS)}")

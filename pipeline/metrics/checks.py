@@ -44,3 +44,14 @@ def check_options(metric: str, options: Mapping[str, Any], known: Mapping[str, t
         if misplaced or not isinstance(value, known[option]):
             expected = " or ".join("null" if kind is type(None) else kind.__name__ for kind in known[option])
             raise ValueError(f"metric {metric}: option {option!r} must be {expected}, found {value!r}")
+
+
+def check_least(metric: str, options: Mapping[str, Any], least: Mapping[str, int]) -> None:
+    """Refuse a number of an option below the one that `least` gives for it.
+
+    Raises:
+        ValueError: names the metric and the option.
+    """
+    for option, number in least.items():
+        if options.get(option, number) < number:
+            raise ValueError(f"metric {metric}: option {option!r} must be at least {number}, found {options[option]}")

@@ -4,7 +4,7 @@ from typing import Any
 
 from sacrebleu.metrics import CHRF
 
-from pipeline.metrics.checks import check_options
+from pipeline.metrics.checks import check_least, check_options
 from pipeline.metrics.sacrebleu_metric import SacrebleuMetric, settings
 
 OPTIONS = {
@@ -23,8 +23,9 @@ def load(name: str, language: str | None = None, **options: Any) -> SacrebleuMet
     It needs no tokenizer, so it is the same for every language.
 
     Raises:
-        ValueError: an unknown option.
+        ValueError: an unknown option, or an order that is none.
     """
     check_options(name, options, OPTIONS)
+    check_least(name, options, {"char_order": 1, "word_order": 0})
     scorer = CHRF(**options)
     return SacrebleuMetric(name, settings(scorer), True, scorer, scorer)

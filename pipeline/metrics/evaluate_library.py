@@ -73,6 +73,9 @@ class EvaluateMetric:
         value = result.get(self.key or (numbers[0] if len(numbers) == 1 else None))
         if not isinstance(value, Real | list):
             raise ValueError(f"metric {self.name!r}: choose by the option `key` one of {', '.join(result)}")
+        if isinstance(value, list) and (len(value) != len(predictions) or not all(isinstance(x, Real) for x in value)):
+            problem = f"{self.key!r} is a list, but not of one number for each prediction"
+            raise ValueError(f"metric {self.name!r}: {problem}; choose by `key` another of {', '.join(result)}")
         return value
 
 

@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.metrics import load_metric
+from pipeline.metrics import Metric, load_metric
 from pipeline.metrics.sacrebleu_metric import short_references
 from pipeline.models.prompt_lengths import check_token_ids
 from pipeline.models.prompts import encode_prompts_of
@@ -13,7 +13,7 @@ from pipeline.rewards import RewardError, build_rewards, check_rewards
 from pipeline.rewards.classifier import ClassifierReader
 from pipeline.rewards.constant import constant_reward
 from pipeline.runtime.distributed import launched_engine, on_main
-from pipeline.runtime.messages import say
+from pipeline.runtime.messages import one_line, say
 from pipeline.stages.reward_inputs import check_data_pairs, reward_classifier
 from pipeline.tasks import Task, preferences
 
@@ -24,12 +24,12 @@ def check_later_stages(recipe: Recipe, task: Task, model: PreTrainedModel, token
     """Try on the model that SFT starts from what PPO and the evaluation need.
 
     Raises:
-        ValueError: prompts with unknown tokens, a model that PPO or the evaluation cannot take, or pairs of a data set
-            that no reward model can learn from.
+        ValueError: prompts with unknown tokens, a model that PPO or the evaluation cannot take, a metric that fails,
+            or pairs of a data set that no reward model can learn from.
         RewardError: a reward that fails on the first rows of the data.
     """
     check_prompts(task, model, tokenizer)
-    say(*metric_warnings(recipe, task))
+    say(*on_main(lambda: metric_warnings(recipe, task)))
     if launched_engine() is None:  # no weights are whole under one
         check_causal(model)
         if recipe.ppo is not None:
@@ -43,10 +43,26 @@ def check_later_stages(recipe: Recipe, task: Task, model: PreTrainedModel, token
 
 
 def metric_warnings(recipe: Recipe, task: Task) -> list[str]:
-    """Say which metrics do not fit the references of the test split."""
+    """Try each metric on references of the first test rows; say which do not fit the references of the test split.
+
+    Raises:
+        ValueError: naming a metric that fails there.
+    """
     metrics = [load_metric(metric.name, task.language, **metric.options) for metric in recipe.eval.metrics]
     references = task.test["references"][:]
+    for metric in metrics:
+        _try_metric(metric, references[:2])
     return [f"warning: {text}" for metric in metrics if (text := short_references(metric, references))]
+
+
+def _try_metric(metric: Metric, references: list[list[str]]) -> None:
+    try:
+        scores = [float(score) for score in metric.sample_scores([texts[0] for texts in references], references)]
+    except Exception as error:  # a metric may be a script of anyone
+        problem = f"fails on references of the first test rows ({type(error).__name__}: {one_line(error)})"
+        raise ValueError(f"eval.metrics: {metric.name}: {problem}") from error
+    if len(scores) != len(references):
+        raise ValueError(f"eval.metrics: {metric.name}: sample_scores gave {len(scores)} for {len(references)} texts")
 
 
 def check_prompts(task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

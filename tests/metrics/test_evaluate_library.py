@@ -112,6 +112,14 @@ def test_key_of_a_list_with_a_number_for_each_example(script):
     assert metric.corpus_score(["a", "b"], [["a"], ["c"]], n_bootstrap=0).value == pytest.approx(0.3)
 
 
+@pytest.mark.parametrize("key", ["precisions", "words"])
+def test_a_list_without_a_number_for_each_example_is_refused(script, key):
+    body = 'return {"precisions": [0.1, 0.2, 0.3], "words": ["x"] * len(pairs), "score": 0.5}'
+    metric = load_metric(script("lists", FLAT, body), key=key)
+    with pytest.raises(ValueError, match=f"'{key}' is a list, but not of one number for each .* of precisions, words"):
+        metric.sample_scores(["a", "b"], [["a"], ["c"]])
+
+
 def test_lower_is_better_turns_the_sign_of_samples_only(script):
     metric = load_metric(script("errors", FLAT, SHARE), higher_is_better=False)
     assert metric.sample_scores(["a"], [["a"]]) == [-5.0]

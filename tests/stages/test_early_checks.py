@@ -117,6 +117,28 @@ def test_a_reward_that_fails_on_the_first_rows_is_refused_before_sft(recipe, cap
     assert code == 1 and error.startswith("error: sft: ") and f"early_rewards.{name}" in error and words in error
 
 
+METRICS = """\
+from types import SimpleNamespace
+
+def make(scores):
+    methods = dict.fromkeys(["resampled_scores", "corpus_score"], scores)
+    return SimpleNamespace(name="mine", signature="", higher_is_better=True, sample_scores=scores, **methods)
+
+def fails():
+    return make(lambda predictions, references: [1 / 0 for _ in predictions])
+
+def means():
+    return make(lambda predictions, references: [1.0])
+"""
+
+
+@pytest.mark.parametrize(("name", "words"), [("fails", "ZeroDivisionError"), ("means", "gave 1 for 2 texts")])
+def test_a_metric_that_fails_on_the_first_rows_is_refused_before_sft(recipe, capfd, name, words):
+    Path("early_metrics.py").write_text(METRICS)
+    code, error = refusal(sft.main, capfd, recipe, f"eval.metrics=[bleu, early_metrics.{name}]")
+    assert code == 1 and error.startswith("error: sft: eval.metrics: mine: ") and words in error
+
+
 def test_a_reward_of_single_tokens_is_refused_where_scores_are_shuffled(recipe, capfd):
     overrides = ["ppo.rewards=[early_rewards.each]", "control=true"]
     code, error = refusal(sft.main, capfd, recipe, *overrides)
