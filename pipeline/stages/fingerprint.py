@@ -23,6 +23,7 @@ from pipeline.stages.digests import (
     remember_digests,
 )
 from pipeline.stages.directory import FINISHED, STAGES, RunDirectory, last_section, read_record
+from pipeline.stages.moved_inputs import StageState, as_named_now
 from pipeline.tasks import preferences, speech, task_module
 
 ABSENT = "absent"
@@ -206,14 +207,31 @@ def _recorded_state(run: RunDirectory, stage: str) -> dict[str, Any]:
 
 
 def stage_status(run: RunDirectory, recipe: Recipe, stage: str) -> Status:
-    """Tell whether a stage is done with these settings, was interrupted, was made with others, or is not there."""
+    """Tell whether a stage is done with these settings, was interrupted, was made with others, or is not there.
+
+    Where only paths differ, or settings without effect, it is as it was: see `as_named_now`.
+    """
     file = run.record_file(stage)
     if file is None:
         return "absent"
     record = _recorded_state(run, stage)
     if record.get("fingerprint") != stage_fingerprint(recipe, stage, record.get("inputs")):
-        return "changed"
+        before, now = _compared_states(run, recipe, stage, record)
+        if before is None or not before.is_same(now):
+            return "changed"
     return "complete" if file.name == FINISHED else "partial"
+
+
+def _compared_states(
+    run: RunDirectory, recipe: Recipe, stage: str, record: Mapping[str, Any]
+) -> tuple[StageState | None, StageState]:
+    """Return what a stage was made of, None where the record does not say it whole, and what it would be made of."""
+    inputs, files = stage_inputs(recipe, stage, record.get("inputs")), data_files(recipe, stage)
+    now = StageState(stage_settings(recipe, stage), inputs, list(map(str, files)))
+    if any(key not in record for key in STATE):
+        return None, now
+    before = StageState(record["settings"], record["inputs"], [path for path, *_ in record["stamps"]])
+    return as_named_now(before, now, run.record_file(stage).name == FINISHED)
 
 
 def setting_differences(run: RunDirectory, recipe: Recipe, stage: str) -> list[str]:
@@ -221,16 +239,15 @@ def setting_differences(run: RunDirectory, recipe: Recipe, stage: str) -> list[s
     record = _recorded_state(run, stage)
     if "settings" not in record:
         return ["its record cannot be read"]
-    before, after = record["settings"], stage_settings(recipe, stage)
-    keys = [key for key in dict.fromkeys([*after, *before]) if _shown(before, key) != _shown(after, key)]
-    lines = [f"{key}: {_shown(before, key)} -> {_shown(after, key)}" for key in keys]
-    if "inputs" in record:
-        lines += _input_differences(record["inputs"], stage_inputs(recipe, stage, record["inputs"]))
-    return lines
+    compared, now = _compared_states(run, recipe, stage, record)
+    before = compared or StageState(record["settings"], record.get("inputs", now.inputs), [])
+    keys = [k for k in dict.fromkeys([*now.settings, *before.settings]) if _shown(before, k) != _shown(now, k)]
+    lines = [f"{key}: {_shown(before, key)} -> {_shown(now, key)}" for key in keys]
+    return [*lines, *_input_differences(before.inputs, now.inputs)]
 
 
-def _shown(settings: Mapping[str, Any], key: str) -> str:
-    return json.dumps(settings[key], ensure_ascii=False) if key in settings else "(not set)"
+def _shown(state: StageState, key: str) -> str:
+    return json.dumps(state.settings[key], ensure_ascii=False) if key in state.settings else "(not set)"
 
 
 def _input_differences(before: Mapping[str, str], after: Mapping[str, str]) -> Sequence[str]:

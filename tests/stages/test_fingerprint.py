@@ -123,7 +123,7 @@ def test_differences_name_each_setting_with_both_values():
         "ppo.kl_coef: 0.05 -> 0.1",
     ]
     assert setting_differences(RunDirectory.of(other), recipe_with("ppo=null"), "eval")[-1] == (
-        "ppo.run_name: null -> (not set)"
+        "ppo.load_best_model_at_end: true -> (not set)"
     )
     assert setting_differences(RunDirectory.of(recipe), recipe, "eval") == []
 
