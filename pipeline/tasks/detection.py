@@ -15,16 +15,22 @@ PROMPTS += ("problem", "passage", "text")
 ANSWERS = ("references", "completion", "response", "responses", "answer", "answers", "output", "target", "tgt")
 ANSWERS += ("summary", "highlights", "solution", "translation", "chosen")
 CHATS = ("messages", "conversations", "conversation", "chat", "dialog")
+LOOKED_AT = 200  # rows, for a value where the first has none
 CONTEXTS = ("input", "context")  # what an instruction or a question is about, where a data set has it apart
 
 
 def guess_columns(data: Dataset) -> dict[str, str]:
     """Return the keys of a task over columns that fit the first row: `messages`, or a prompt and its answer.
 
+    Where the first row has no value, the first value of the column counts.
+
     Raises:
         TaskError: no columns are known by their names or by what they hold, or a chat cannot be read.
     """
     row = data[0]
+    for name in [name for name, value in row.items() if value is None]:
+        values = data.select_columns(name)[:LOOKED_AT][name]
+        row[name] = next((value for value in values if value is not None), None)
     texts = [name for name, value in row.items() if isinstance(value, str) and value.strip()]
     pair = row.get("translation")
     if isinstance(pair, dict) and len(pair) == 2:

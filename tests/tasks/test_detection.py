@@ -55,6 +55,13 @@ def test_columns_that_say_nothing_are_named(row):
         guess_columns(Dataset.from_list([row]))
 
 
+def test_a_column_that_is_null_in_the_first_row_is_looked_at_further_on():
+    rows = [{"instruction": "Greet", "input": None, "output": None, "note": None}] * 2
+    rows += [{"instruction": "Greet", "input": "Hi", "output": "Hello", "note": None}]
+    keys = {"prompt": "{instruction}\n{input}\n", "completion": "output"}
+    assert guess_columns(Dataset.from_list(rows)) == keys
+
+
 def test_pairs_without_a_prompt_are_no_prompt_and_its_answer():
     hello, bye = (f"\n\nHuman: Hi\n\nAssistant: {answer}" for answer in ("Hello", "Bye"))
     with pytest.raises(TaskError, match=r"pairs of answers .*\(chosen, rejected\).* reward\.pairs"):
