@@ -2,7 +2,7 @@
 
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,7 +66,8 @@ def plan_stages(recipe: Recipe, only: str | None, start: str | None, force: bool
         elif stage not in chosen:
             plan.append(PlannedStage(stage, "not selected", f"--only {only}" if only else f"--from {start}"))
         else:
-            plan.append(plan_stage(run, recipe, stage, force))
+            made_again = {planned.stage for planned in plan if planned.action == "run"}
+            plan.append(plan_stage(run, recipe, stage, force, made_again))
     return plan
 
 
@@ -91,13 +92,16 @@ def not_needed(recipe: Recipe) -> dict[str, str]:
     return absent
 
 
-def plan_stage(run: RunDirectory, recipe: Recipe, stage: str, force: bool) -> PlannedStage:
-    """Decide what to do with a selected stage. One whose earlier stage is made again counts as changed."""
+def plan_stage(
+    run: RunDirectory, recipe: Recipe, stage: str, force: bool, made_again: Collection[str] = ()
+) -> PlannedStage:
+    """Decide what to do with a selected stage. One that reads a stage which is `made_again` counts as changed."""
     status = stage_status(run, recipe, stage)
     if status == "absent":
         return PlannedStage(stage, "run", "not started yet")
-    if status == "changed":
-        differences = setting_differences(run, recipe, stage)
+    outdated = [f"{name}: made again" for name in needed_stages(recipe, stage) if name in made_again]
+    if status == "changed" or outdated:
+        differences = setting_differences(run, recipe, stage) or outdated
         more = [f"and {len(differences) - SHOWN_DIFFERENCES} more"] if len(differences) > SHOWN_DIFFERENCES else []
         changes = "; ".join([*differences[:SHOWN_DIFFERENCES], *more])
         return PlannedStage(stage, "run", f"changed since {run.stage(stage)} was made: {changes}", replaces=True)

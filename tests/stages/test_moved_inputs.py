@@ -10,6 +10,7 @@ from demo_run import DATA_FILES, OWN, RECIPE, complete, recipe_with
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.stages.directory import RunDirectory
 from pipeline.stages.fingerprint import setting_differences, stage_status
+from pipeline.stages.plan import plan_stages
 from pipeline.stages.stage import begin_stage
 
 COLUMNS = "task={name: columns, path: '%s', data_dir: %s, prompt: q, completion: a, train: '%s', validation: '%s', "
@@ -137,6 +138,9 @@ def test_pairs_may_lie_elsewhere():
     write_rows(Path("two/train.jsonl"), 5, "edited")
     assert statuses(moved, "sft", "reward") == ["complete", "changed"]
     assert differences(moved, "reward") == ["two/train.jsonl: its contents changed"]
+    plan = plan_stages(moved, only=None, start=None, force=False)
+    assert [planned.action for planned in plan] == ["skip", "run", "run", "run"]
+    assert plan[2].reason.endswith("was made: reward: made again") and plan[2].replaces
     hub = recipe_with(REWARD % ("nobody/pairs", "."), LEARNED)
     assert statuses(hub, "reward") == ["changed"]
     complete(hub, "reward")
