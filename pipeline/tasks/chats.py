@@ -6,7 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from pipeline.tasks.examples import Unusable, describe_value, messages_as_text, require_text
+from pipeline.tasks.examples import (
+    Unusable,
+    column_of,
+    describe_value,
+    messages_as_text,
+    placeholders,
+    require_text,
+)
 from pipeline.tasks.text_rows import Row
 
 Message = dict[str, Any]
@@ -71,6 +78,15 @@ def with_system(chat: Sequence[Message], system: str | None) -> list[Message]:
     if system is None or (chat and chat[0]["role"] == "system"):
         return list(chat)
     return [{"role": "system", "content": system}, *chat]
+
+
+def system_of(row: Row, expressions: Iterable[str | None], system: str | None) -> str | None:
+    """Return the text in the column `system` of a row, unless one of the `expressions` reads it; else `system`."""
+    text = row.get("system")
+    if not isinstance(text, str) or not text.strip():
+        return system
+    read = {column_of(field) for one in expressions if one for field in placeholders(one, "prompt") or [one]}
+    return system if "system" in read else text
 
 
 def with_tools(chat: Sequence[Message], tools: object) -> list[Message]:

@@ -27,10 +27,10 @@ class Config:
 
     `messages` is a column of chat messages, each with a role and a content, in place of the three: the last assistant
     message is the completion and those before it are the prompt; what follows it, and keys of a message other than
-    those of tool calls, are left out. Messages of `from` and `value` are ShareGPT's, which may have a column `system`;
-    `messages_from` maps other names: `{role: speaker, content: text, customer: user}`. `prompt` and `completion` may
-    be columns of messages too, as TRL has them. `system` is put in front of a chat that does not begin with a system
-    message, and `tools` is a column of the functions that a chat may call, used where the data have it.
+    those of tool calls, are left out. Messages of `from` and `value` are ShareGPT's; `messages_from` maps other names:
+    `{role: speaker, content: text, customer: user}`. `prompt` and `completion` may be columns of messages too, as TRL
+    has them. A chat that does not begin with a system message gets the text in the column `system` of its row, or
+    `system` where it has none; `tools` is a column of the functions that a chat may call, used where the data have it.
 
     With `chat` plain prompts become the turn of a user. As `auto` it is what `run.py` decides from the model: true
     where a pretrained model's tokenizer has a chat template.

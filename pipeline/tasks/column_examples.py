@@ -10,10 +10,10 @@ from pipeline.runtime.files import sha256
 from pipeline.tasks.chats import (
     Message,
     as_user_turn,
-    is_sharegpt,
     join_turns,
     read_messages,
     split_answer,
+    system_of,
     with_system,
     with_tools,
 )
@@ -150,19 +150,14 @@ def make_example(values: Row, row: Row, config: Config, chats: bool) -> Row:
     if isinstance(prompt, list) != chats or (isinstance(completion, list) and not chats):
         raise Unusable(f"the prompt is a {'text' if chats else 'chat'}, and that of the first row is not")
     if chats:
-        prompt = with_system(prompt, _sharegpt_system(config, row) or config.system)
+        columns = (config.prompt, config.completion, config.references)
+        prompt = with_system(prompt, system_of(row, columns, config.system))
         prompt = with_tools(prompt, None if config.tools is None else row.get(config.tools))
     return {
         "prompt": prompt,
         "completion": completion,
         "references": references or ([completion] if isinstance(completion, str) else []),
     }
-
-
-def _sharegpt_system(config: Config, row: Row) -> str | None:
-    """Return the text in the column `system`, which ShareGPT's rows have beside their messages."""
-    text, messages = row.get("system"), row.get(config.messages)
-    return text if isinstance(text, str) and text.strip() and is_sharegpt(messages) else None
 
 
 def _key_of_prompt(config: Config) -> str:

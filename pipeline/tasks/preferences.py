@@ -11,9 +11,9 @@ from pipeline.tasks import columns
 from pipeline.tasks.chats import (
     Message,
     as_user_turn,
-    is_sharegpt,
     read_messages,
     split_transcripts,
+    system_of,
     with_system,
     with_tools,
 )
@@ -212,8 +212,7 @@ def _read_pair(
             raise Unusable(f"{error}{f', such as prompt: {column}' if column else ''}") from error
     if form is not None and form.chat:
         prompt = as_user_turn(prompt) if isinstance(prompt, str) else prompt
-        system = row.get("system") if is_sharegpt(row.get(config.prompt)) else None
-        prompt = with_system(prompt, system if isinstance(system, str) and system.strip() else form.system)
+        prompt = with_system(prompt, system_of(row, (config.prompt, config.chosen, config.rejected), form.system))
         prompt = with_tools(prompt, None if form.tools is None else row.get(form.tools))
     elif form is not None and not isinstance(prompt, str):
         raise Unusable(

@@ -68,10 +68,29 @@ def test_messages_written_as_text_are_no_text_of_a_prompt_or_an_answer(tmp_path,
     assert load_task("columns", single(path, **template)).train  # whoever means the braces can say so
 
 
-def test_sharegpt_is_recognised_with_its_system_column(tmp_path):
-    turns = [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]
-    example = first(tmp_path, {"conversations": turns, "system": "Be brief."}, messages="conversations")
+@pytest.mark.parametrize(
+    ("row", "keys"),
+    [
+        ({"m": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]}, {"messages": "m"}),
+        ({"m": [USER, ANSWER]}, {"messages": "m"}),
+        ({"prompt": [USER], "completion": "4"}, {"prompt": "prompt", "completion": "completion"}),
+        ({"q": "2 + 2?", "a": "4"}, {"prompt": "{q}\n", "completion": "a", "chat": True}),
+    ],
+)
+def test_chats_begin_with_the_column_system(tmp_path, row, keys):
+    example = first(tmp_path, {**row, "system": "Be brief."}, **keys, system="Other.")
     assert (example["prompt"], example["completion"]) == ([SYSTEM, USER], "4")
+    for nothing in (None, " ", 3):
+        example = first(tmp_path, {**row, "system": nothing}, **keys, system="Be brief.")
+        assert example["prompt"] == [SYSTEM, USER]
+
+
+@pytest.mark.parametrize(
+    "keys", [{"prompt": "{system}\n{q}", "completion": "q"}, {"prompt": "q", "references": "system"}]
+)
+def test_a_column_system_that_is_read_otherwise_is_no_message(tmp_path, keys):
+    example = first(tmp_path, {"q": "2 + 2?", "system": "Add."}, **keys, chat=True)
+    assert [message["role"] for message in example["prompt"]] == ["user"]
 
 
 def test_names_of_the_data_are_mapped(tmp_path):

@@ -139,13 +139,17 @@ def test_a_transcript_is_read_as_its_turns(data):
     assert pair.prompt == [{"role": "user", "content": question["prompt"]}]
 
 
-def test_tools_and_the_system_of_sharegpt_are_read_as_in_a_task(data):
+def test_tools_and_the_column_system_are_read_as_in_a_task(data):
     tools = [{"name": "north"}]
     row = {"prompt": "hi", "chosen": "good", "rejected": "bad", "tools": tools}
     assert load(data(row), PromptForm(True, None, "tools")).train[0].prompt == [{**USER, "tools": tools}]
     assert load(data(row), PromptForm(True)).train[0].prompt == [USER]
-    row = {"prompt": [{"from": "human", "value": "hi"}], "chosen": "good", "rejected": "bad", "system": "Be short."}
-    assert load(data(row), PromptForm(True, "Be brief.")).train[0].prompt == [{**SYSTEM, "content": "Be short."}, USER]
+    for prompt in ("hi", [USER], [{"from": "human", "value": "hi"}]):
+        row = {"prompt": prompt, "chosen": "good", "rejected": "bad", "system": "Be short."}
+        [pair] = load(data(row), PromptForm(True, "Be brief.")).train
+        assert pair.prompt == [{**SYSTEM, "content": "Be short."}, USER]
+    [pair] = load(data(row | {"prompt": "hi"}, prompt="{system} {prompt}"), PromptForm(True)).train
+    assert pair.prompt == [{**USER, "content": "Be short. hi"}]
 
 
 def test_the_beginning_of_the_chats_is_the_prompt_where_the_column_is_a_part_of_it(data):
