@@ -457,6 +457,19 @@ def test_a_command_ended_by_a_signal_of_its_own():
     assert launch([sys.executable, "-S", "-c", "raise SystemExit(5)"]) == 5
 
 
+def test_a_run_that_ignores_a_signal_goes_on():
+    """As under nohup when the terminal is closed, and in the background of a script at Ctrl-C."""
+    Path("touched.py").write_text("import pathlib, time; pathlib.Path('ready.txt').touch(); time.sleep(0.5)")
+    for number in (signal.SIGHUP, signal.SIGINT):
+        before = signal.signal(number, signal.SIG_IGN)
+        try:
+            signal_when_ready(number)
+            assert launch([sys.executable, "-S", "touched.py"]) == 0
+        finally:
+            signal.signal(number, before)
+        Path("ready.txt").unlink()
+
+
 SEVERAL = """\
 import pathlib, os, signal, sys, time
 rank, times = os.environ.get("RANK", "0"), []

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -26,13 +26,23 @@ class Stopped(Exception):  # not an error: the run was told to stop
 def stop_signals() -> Iterator[None]:
     """Make SIGTERM or Ctrl-C stop a trainer after its step and a checkpoint; a second Ctrl-C aborts at once."""
     _received.clear()
-    before = {number: signal.signal(number, _request_stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with handled(dict.fromkeys((signal.SIGTERM, signal.SIGINT), _request_stop)):
+            yield
+    finally:
+        _received.clear()
+
+
+@contextmanager
+def handled(handlers: Mapping[int, object]) -> Iterator[None]:
+    """Install signal handlers for the time of a block; a signal that is ignored, as under nohup, stays ignored."""
+    heard = {number: handler for number, handler in handlers.items() if signal.getsignal(number) != signal.SIG_IGN}
+    before = {number: signal.signal(number, handler) for number, handler in heard.items()}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        _received.clear()
 
 
 def _request_stop(number: int, frame: object) -> None:

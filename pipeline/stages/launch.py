@@ -7,8 +7,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -20,6 +20,7 @@ from rich.console import Console
 
 from pipeline.recipe import Recipe, RecipeError
 from pipeline.runtime.devices import has_accelerator
+from pipeline.runtime.signals import handled
 from pipeline.stages.directory import RunDirectory, script_of, set_aside, stage_option
 from pipeline.stages.fingerprint import stage_status
 from pipeline.stages.first_failure import CAUSE_FILE, GRACE_SECONDS
@@ -262,17 +263,6 @@ def pass_on(number: int, groups: list[int], times: int) -> None:
     for group in told:
         with suppress(ProcessLookupError):
             os.killpg(group, number if times < 3 else signal.SIGKILL)
-
-
-@contextmanager
-def handled(handlers: Mapping[int, object]) -> Iterator[None]:
-    """Install signal handlers for the time of a block."""
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def end_groups(groups: Sequence[int]) -> None:

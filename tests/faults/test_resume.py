@@ -346,3 +346,11 @@ def test_signals_are_noted_and_the_second_ctrl_c_aborts(fresh_accelerate):
         os.kill(os.getpid(), signal.SIGINT)
     assert requested_stop() is None
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a script
+    try:
+        with stop_signals():
+            os.kill(os.getpid(), signal.SIGINT)
+            assert requested_stop() is None
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before[0])
