@@ -23,6 +23,10 @@ _UNSPACED_RANGES = (
     (0x1780, 0x17FF),
 )
 UNSPACED_LANGUAGES = frozenset({"zh", "yue", "ja", "th", "lo", "km", "my", "bo", "dz"})
+# Signs of numbers, which make them other numbers: a minus in front, and what stands between two digits.
+_NUMBER_SIGNS = re.compile(r"(?<!\w)[-\u2212](?=\d)|(?<=\d)[.,/](?=\d)")
+_PLAIN_SIGNS = {"\u2212": "-", ",": "."}
+_THOUSANDS = {sign: re.compile(rf"(?<=\d)(?<!\b0)[{sign}](?=\d{{3}}(?!\d))") for sign in (",", ".,")}
 ENGLISH_ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
@@ -87,14 +91,18 @@ def normalise_answer(text: str, language: str | None) -> str:
     """Normalise an answer as SQuAD does: lower case, no punctuation, no English articles, single spaces.
 
     Source: Rajpurkar et al., SQuAD: 100,000+ Questions for Machine Comprehension of Text (2016). Differences: every
-    Unicode punctuation mark goes, not just ASCII's. Articles go only from English and from text of unknown language:
-    `an` is a German preposition, `a` a Spanish one. A step that would leave nothing is not taken, since otherwise an
-    empty prediction would be right where the answer is the option `A` or the sign `-`.
+    Unicode punctuation mark goes, not just ASCII's, but not the signs of numbers: -5, 3.5 (also written 3,5) and 1/2
+    are not 5, 35 and 12. Commas between thousands go, outside English points too. Articles go only from English and
+    from text of unknown language: `an` is a German preposition, `a` a Spanish one. A step that would leave nothing is
+    not taken, since otherwise an empty prediction would be right where the answer is the option `A` or the sign `-`.
     """
     spaced = " ".join(unicodedata.normalize("NFC", text).lower().split())
-    plain = "".join(char for char in spaced if not _is_punctuation(char))
+    is_english = language_code(language) in (None, "en")
+    grouped = _THOUSANDS["," if is_english else ".,"].sub("", spaced)
+    signs = {match.start(): _PLAIN_SIGNS.get(match[0], match[0]) for match in _NUMBER_SIGNS.finditer(grouped)}
+    plain = "".join(signs.get(i, "" if _is_punctuation(char) else char) for i, char in enumerate(grouped))
     plain = " ".join(plain.split()) or spaced
-    if language_code(language) not in (None, "en"):
+    if not is_english:
         return plain
     return " ".join(ENGLISH_ARTICLES.sub(" ", plain).split()) or plain
 

@@ -20,7 +20,7 @@ def load(name: str, language: str | None = None, **options: Any) -> MeanMetric:
     """
     check_options(name, options, {})
     articles = "no" if language_code(language) in (None, "en") else "yes"
-    return MeanMetric(name, f"case:lc|punct:no|articles:{articles}", partial(_best_f1, language))
+    return MeanMetric(name, f"case:lc|punct:numbers|articles:{articles}", partial(_best_f1, language))
 
 
 def _best_f1(language: str | None, prediction: str, references: Sequence[str]) -> float:

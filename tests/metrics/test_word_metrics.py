@@ -135,6 +135,17 @@ def test_stemmer_is_for_english_only():
         ("+", ["-"], "en", 0.0),
         ("-", ["-"], "en", 1.0),
         ("U\u0308ber", ["über"], "de", 1.0),
+        ("-5", ["5"], None, 0.0),
+        ("(\u22125)", ["-5."], None, 1.0),
+        ("A-5", ["A5"], None, 1.0),
+        ("3.5", ["35"], None, 0.0),
+        ("3,5", ["3.5"], "de", 1.0),
+        ("1/2", ["12"], None, 0.0),
+        ("1,234,000.5", ["1234000.5"], None, 1.0),
+        ("3.125", ["3125"], "en", 0.0),
+        ("0,125", ["0.125"], "en", 1.0),
+        ("1.000,5", ["1000,5"], "de", 1.0),
+        ("1999.", ["in 1999, or", "1999"], None, 1.0),
     ],
 )
 def test_exact_match(prediction, references, language, expected):
@@ -142,7 +153,7 @@ def test_exact_match(prediction, references, language, expected):
 
 
 def test_normalised_answer():
-    assert normalise_answer(" The cat's, an¿ 3.5%  A-team ", "en") == "cats 35 ateam"
+    assert normalise_answer(" The cat's, an¿ 3.5%  A-team ", "en") == "cats 3.5 ateam"
     assert normalise_answer(string.punctuation + "x", None) == "x"
 
 
