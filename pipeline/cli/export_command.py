@@ -68,7 +68,7 @@ def export_model(finished: FinishedModel, target: Path, adapter: bool, name: str
         save_processor(tokenizer, model.config, target)
     facts = card_facts(finished.recipe, finished.run, finished.source.name)
     facts = replace(facts, is_adapter=adapter, path=name)
-    (target / "README.md").write_text(model_card(facts, report_of(finished.run)), encoding="utf-8")
+    (target / "README.md").write_text(model_card(facts, report_of(finished.recipe, finished.run)), encoding="utf-8")
 
 
 def copy_adapter(finished: FinishedModel, target: Path) -> None:

@@ -57,9 +57,10 @@ def find_model(path: Path, system: str | None, systems: tuple[str, ...] = SYSTEM
     recipe = load_stored_recipe(recipe_file)
     sources = finished_sources(recipe, run)
     name = system or ("ppo" if "ppo" in sources else "sft")
-    if name == "ppo" and name in sources and not is_current(run, "ppo", "sft"):
+    if name == "ppo" and name in sources and not is_current(recipe, run, "ppo", "sft"):
+        made_elsewhere = f" in {recipe.ppo.sft_model_path!r}" if recipe.sft_is_external else ""
         raise ValueError(
-            f"{str(path)!r}: the sft stage was made again after ppo, which was trained from what it was before; run "
+            f"{str(path)!r}: the sft stage{made_elsewhere} was made again after ppo, which was trained from what it was before; run "
             "ppo again, or name --system sft"
         )
     if name not in systems or name not in sources:
@@ -93,10 +94,18 @@ def finished_sources(recipe: Recipe, run: RunDirectory) -> dict[str, Source]:
     return sources
 
 
-def is_current(run: RunDirectory, stage: str, *needed: str) -> bool:
-    """Tell whether stages that a finished stage has read are those of the run now, as far as its record says."""
-    read = read_record(run.record_file(stage)).get("inputs", {})
-    return all(read[name] == record_digest(run.stage(name)) for name in needed if name in read)
+def is_current(recipe: Recipe, run: RunDirectory, stage: str, *needed: str) -> bool:
+    """Tell whether stages that a finished stage has read are as they were then, as far as its record says.
+
+    An SFT model of another run is the stage `sft`; one that no stage has made is taken to be the same.
+    """
+    read, places = read_record(run.record_file(stage)).get("inputs", {}), {name: run.stage(name) for name in needed}
+    if recipe.sft_is_external and "sft" in needed:
+        del places["sft"]
+        model = Path(sft_model_path(recipe, run)).expanduser()
+        if RunDirectory(model.parent).record_file(model.name) is not None:
+            places[str(Path(recipe.ppo.sft_model_path).expanduser())] = model
+    return all(read[name] == record_digest(place) for name, place in places.items() if name in read)
 
 
 def is_chat_run(recipe: Recipe | None) -> bool:
@@ -121,9 +130,9 @@ def prompt_from(recipe: Recipe | None, text: str, has_template: bool) -> str | l
     return text
 
 
-def report_of(run: RunDirectory) -> dict | None:
+def report_of(recipe: Recipe, run: RunDirectory) -> dict | None:
     """Return report.json of a run's evaluation; None where there is none, or one of models that were made again."""
     file = run.eval / "report.json"
-    if not is_current(run, "eval", *TRAINED):
+    if not is_current(recipe, run, "eval", *TRAINED):
         return None
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None

@@ -10,6 +10,7 @@ from pipeline.metrics import Metric, load_metric
 from pipeline.runtime.files import sha256
 
 READ_STAGES = ("sft", "reward", "ppo")  # of the same run
+RECORDS = ("stage.json", "started.json")  # of a stage that is finished, or that has begun
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,15 @@ def load_run(path: Path) -> Run:
 
 
 def _outdated(path: Path, inputs: Mapping[str, str]) -> list[str]:
-    """Name the stages whose records are not those that the evaluation read; one without a folder was not copied."""
+    """Name the stages whose records are not those that the evaluation read; one without a folder was not copied.
+
+    A model of another run is named by its path, which is relative to the folder that the run was made in.
+    """
     files = {name: path / name / "stage.json" for name in READ_STAGES if name in inputs and (path / name).is_dir()}
+    for name in inputs:
+        folders = [start / name for start in (path.resolve().parent.parent, Path()) if "/" in name]
+        made = [folder for folder in folders if any((folder / record).is_file() for record in RECORDS)]
+        files |= {name: folder / "stage.json" for folder in made[:1]}
     changed = [name for name, file in files.items() if not file.is_file() or sha256(file) != inputs[name]]
     verb = "was" if len(changed) == 1 else "were"
     warning = f"{' and '.join(changed)} {verb} made again or interrupted after this evaluation; run the recipe again"

@@ -178,7 +178,7 @@ def test_report_prints_the_verdict_and_opens_the_page(monkeypatch, capsys):
     assert main(["report", "runs/demo", "--open"]) == 1 and "no browser" in capsys.readouterr().err
 
 
-def test_report_and_compare_warn_of_models_that_were_made_again(capsys):
+def test_report_and_compare_warn_of_models_that_were_made_again(capsys, monkeypatch):
     write_demo()
     for recipe in (load_recipe("recipe.yaml"), load_recipe("recipe.yaml", ["name=other"])):
         complete(recipe, *OWN)
@@ -195,6 +195,15 @@ def test_report_and_compare_warn_of_models_that_were_made_again(capsys):
     assert warning.startswith("sft was made again")
     first, second = (warning for warning in compare_runs(runs).warnings if "made again" in warning)
     assert first.startswith("demo: ppo was") and second.startswith("other: sft was")
+    external = load_recipe("recipe.yaml", ["name=third", "ppo.sft_model_path=runs/other/sft"])
+    complete(external, "ppo", "eval")
+    shutil.copy("runs/demo/eval/report.json", "runs/third/eval")
+    assert load_run(Path("runs/third")).report["warnings"] == []
+    Path("runs/other/sft/stage.json").write_text('{"seed": 1}')
+    assert load_run(Path("runs/third")).report["warnings"][0].startswith("runs/other/sft was made again")
+    monkeypatch.chdir("runs")
+    assert load_run(Path("third")).report["warnings"][0].startswith("runs/other/sft was made again")
+    monkeypatch.chdir("..")
     shutil.rmtree("runs/demo/ppo")  # a report that was copied without its models
     assert main(["report", "runs/demo"]) == 0 and "warning" not in capsys.readouterr().out
 

@@ -52,12 +52,31 @@ def test_a_policy_is_not_offered_over_another_sft_model():
     complete(recipe, "sft", "ppo", "eval")
     (run.path / "recipe.yaml").write_text(Path("recipe.yaml").read_text())
     (run.eval / "report.json").write_text("{}")
-    assert find_model(run.path, None).source.name == "ppo" and report_of(run) == {}
+    assert find_model(run.path, None).source.name == "ppo" and report_of(recipe, run) == {}
     record = json.loads((run.sft / "stage.json").read_text())
     (run.sft / "stage.json").write_text(json.dumps(record | {"made": "again"}))
     with pytest.raises(ValueError, match="the sft stage was made again after ppo"):
         find_model(run.path, None)
-    assert find_model(run.path, "sft").source.name == "sft" and report_of(run) is None
+    assert find_model(run.path, "sft").source.name == "sft" and report_of(recipe, run) is None
+
+
+def test_a_policy_is_not_offered_over_another_sft_model_of_another_run():
+    complete(recipe_with("name=first"), "sft")
+    recipe, sft = recipe_with("ppo.sft_model_path=runs/first/sft"), Path("runs/first/sft")
+    run = RunDirectory.of(recipe)
+    complete(recipe, "ppo", "eval")
+    (run.eval / "report.json").write_text("{}")
+    assert find_model(run.path, None).source.name == "ppo" and report_of(recipe, run) == {}
+    record = json.loads((sft / "stage.json").read_text())
+    (sft / "stage.json").write_text(json.dumps(record | {"made": "again"}))
+    with pytest.raises(ValueError, match="the sft stage in 'runs/first/sft' was made again after ppo"):
+        find_model(run.path, None)
+    assert find_model(run.path, "sft").source.name == "sft" and report_of(recipe, run) is None
+    (sft / "stage.json").unlink()  # as while it is trained
+    with pytest.raises(ValueError, match="was made again after ppo"):
+        find_model(run.path, None)
+    (sft / "started.json").unlink()  # a model that no stage has made
+    assert find_model(run.path, None).source.name == "ppo"
 
 
 def test_cards_are_written_for_the_models_that_the_recipe_makes(monkeypatch):
