@@ -27,7 +27,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from ppo_toys import SMALL, colours
+from ppo_toys import colours, small
 from speech_toys import TONES, spoken_examples
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,7 +39,6 @@ from pipeline.models.prompts import encode_rows
 from pipeline.models.sequences import Sequences, make_sequences
 from pipeline.models.states import completion_states, lm_head
 from pipeline.models.text import encode_completions
-from pipeline.trainers.ppo.config import PPOConfig
 from pipeline.trainers.ppo.trainer import PPOTrainer
 
 torch.set_num_threads(1)
@@ -310,7 +309,7 @@ def make_trainer(taught, tokenizer, examples, model_config, tmp_path, fresh_acce
     ) -> PPOTrainer:
         return PPOTrainer(
             model=model or taught(),
-            args=PPOConfig(**{**SMALL, **settings}),
+            args=small(**settings),
             processing_class=processing_class,
             reward_funcs=reward,
             train_dataset=train,

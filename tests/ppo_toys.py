@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.rewards import RewardConfig
+from pipeline.trainers.ppo.config import PPOConfig
 from pipeline.trainers.ppo.trainer import PPOTrainer
 
 COLOURS = ("red", "blue", "green", "white", "black")
@@ -29,6 +30,13 @@ SMALL: dict[str, Any] = {
     "value_learning_rate": 5e-3,
     "adam_epsilon": 1e-5,
 }
+
+
+def small(**settings: Any) -> PPOConfig:
+    """`SMALL` with some settings, and without the value function's learning rate where there is none."""
+    merged = {**SMALL, **settings}
+    without = PPOConfig(**{**merged, "value_learning_rate": None})
+    return PPOConfig(**merged) if without.value_loss_weight else without
 
 
 def colours(prompts: list, completions: list, **columns: list) -> list[float]:

@@ -28,9 +28,10 @@ def run(recipe: Path, *arguments: str) -> None:
 
 
 def write_recipe(base: dict, algorithm: str, file: Path) -> Path:
-    """Write the recipe with an algorithm, without the keys that the algorithm sets."""
+    """Write the recipe with an algorithm, without the keys that the algorithm sets or has no use for."""
     preset = ALGORITHMS[algorithm]
-    kept = {k: v for k, v in base["ppo"].items() if k not in preset.defines and k not in preset.suggests}
+    own = {*preset.defines, *preset.suggests, *(() if algorithm == "ppo" else ("value_learning_rate",))}
+    kept = {k: v for k, v in base["ppo"].items() if k not in own}
     with file.open("w") as stream:
         YAML(typ="safe").dump({**base, "ppo": {**kept, "algorithm": algorithm}}, stream)
     return file

@@ -64,6 +64,7 @@ def run(spec: dict) -> str:
 
 
 def _settings(spec: dict) -> PPOConfig:
+    is_grouped = spec.get("generations", 1) > 1
     return PPOConfig(
         rewards=(RewardConfig("constant"),),
         total_episodes=spec["batch"] * (spec["steps"] + 1),
@@ -72,11 +73,11 @@ def _settings(spec: dict) -> PPOConfig:
         local_rollout_forward_batch_size=spec["batch"],
         num_ppo_epochs=spec["epochs"],
         num_generations=spec.get("generations", 1),
-        group_baseline=spec.get("generations", 1) > 1,
+        group_baseline=is_grouped,
         response_length=spec["response_length"],
         temperature=spec["temperature"],
         learning_rate=1e-5,
-        value_learning_rate=1e-5,
+        value_learning_rate=None if is_grouped else 1e-5,
         lam=0.95,
         score_scaling="none",
         missing_eos_penalty=None,

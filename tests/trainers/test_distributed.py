@@ -9,13 +9,12 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset
-from ppo_toys import SMALL, colours, read_metrics, weights
+from ppo_toys import SMALL, colours, read_metrics, small, weights
 from two_processes import run_in_two
 
 from pipeline.models.config import ModelConfig
 from pipeline.models.loading import load_model, load_policy, load_tokenizer, lora_config
 from pipeline.trainers.checkpoints import list_checkpoints
-from pipeline.trainers.ppo.config import PPOConfig
 from pipeline.trainers.ppo.trainer import PPOTrainer
 
 # The likeliest token is always taken: nothing that is drawn can hide a difference of weights, or make one.
@@ -68,7 +67,7 @@ class Setting:
         """A trainer that writes to `root/name`."""
         return PPOTrainer(
             model=load_model(self.directory, self.config).to(dtype),
-            args=PPOConfig(**{**SMALL, **settings}),
+            args=small(**settings),
             processing_class=load_tokenizer(self.directory, self.config),
             reward_funcs=colours,
             train_dataset=self.examples,

@@ -138,6 +138,11 @@ BAD_COMBINATIONS: tuple[dict, ...] = (
     {"value_model": "reward_model"},
     {"value_warmup_steps": 1, "vf_coef": 0.0},
     {"kl_placement": "loss"},
+    {"kl_placement": "loss", "kl_estimator": "k2", "kl_coef": 0.0},
+    {"target_kl": 0.01},
+    {"value_learning_rate": 1e-4, "vf_coef": 0.0},
+    {"value_learning_rate": 1e-4, "algorithm": "grpo"},
+    {"cliprange_value": 0.1, "num_generations": 2, "group_baseline": True},
     {"kl_estimator": "k3"},
     {"kl_estimator": "k2", "kl_placement": "reward"},
     {"kl_target": 6.0, "kl_coef": 0.0},
@@ -213,6 +218,14 @@ def test_steps_beyond_the_run_are_refused_by_name(settings, least):
 def test_a_trainer_refuses_steps_beyond_its_run(make_trainer):
     with pytest.raises(ValueError, match=r"^ppo\.value_warmup_steps: must be below the 3 PPO steps of this run"):
         make_trainer(value_warmup_steps=3)
+
+
+def test_keys_that_act_are_taken():
+    for passes in ({"num_ppo_epochs": 2}, {"num_mini_batches": 2}):
+        assert PPOConfig(REWARDS, target_kl=0.01, **passes).target_kl
+    values = {"value_learning_rate": 1e-4, "cliprange_value": 0.1, "vf_coef": 0.1}
+    assert PPOConfig(REWARDS, num_generations=2, group_baseline=True, **values).value_loss_weight
+    assert PPOConfig(REWARDS, algorithm="dapo").kl_placement == "loss"  # which sets kl_coef 0 itself
 
 
 def test_the_defaults_are_complete():

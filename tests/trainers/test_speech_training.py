@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ppo_toys import SMALL
+from ppo_toys import SMALL, small
 from pretended_gpu import pretended_gpu
 from transformers import WhisperProcessor
 
@@ -64,7 +64,7 @@ def make_ppo(taught_whisper, whisper_tokenizer, spoken, whisper_config, tmp_path
     def make(output: str = "ppo", validation=None, targets="decoder-linear", tokenizer=None, **settings) -> PPOTrainer:
         return PPOTrainer(
             model=taught_whisper(),
-            args=PPOConfig(**{**SMALL, **SPEECH, **settings}),
+            args=small(**{**SPEECH, **settings}),
             processing_class=tokenizer or whisper_tokenizer,
             reward_funcs=metric_reward(load_metric("wer")),
             train_dataset=spoken,

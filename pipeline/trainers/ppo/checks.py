@@ -246,7 +246,7 @@ def check_kl(kl: float, limit: float | None, step: int, best_step: int) -> None:
         kept = f"; the best checkpoint so far is that of step {best_step}" if best_step else ""
         raise FloatingPointError(
             f"PPO step {step}: the KL to the reference is {kl:.3g} nats per episode, beyond ppo.max_kl {limit:g}{kept}"
-            "; lower ppo.learning_rate, raise ppo.kl_coef or set ppo.target_kl"
+            "; lower ppo.learning_rate, raise ppo.kl_coef or set ppo.kl_target"
         )
 
 

@@ -82,6 +82,13 @@ def _run_rules(args: Any) -> list[Rule]:
             "must be above 1 + cliprange_high, or the clip below it never acts",
             args.dual_clip,
         ),
+        (
+            args.target_kl is not None and args.num_ppo_epochs * args.num_mini_batches == 1,
+            "target_kl",
+            "does nothing where a rollout has one optimizer step (num_ppo_epochs x num_mini_batches): it ends those "
+            "after the first; use kl_target or max_kl",
+            args.target_kl,
+        ),
     ]
 
 
@@ -151,6 +158,12 @@ def _kl_rules(args: Any) -> list[Rule]:
             args.kl_estimator,
         ),
         (
+            args.kl_placement != "reward" and not args.kl_coef and args.algorithm is None,  # which sets both
+            "kl_placement",
+            "does nothing with kl_coef 0; remove it",
+            args.kl_placement,
+        ),
+        (
             args.kl_target is not None and not args.kl_coef,
             "kl_target",
             "needs a kl_coef above 0 to start from",
@@ -163,6 +176,7 @@ def _kl_rules(args: Any) -> list[Rule]:
 def _value_rules(args: Any) -> list[Rule]:
     """Return the rules of the value function."""
     is_adapter, is_trained = args.value_model != "head", bool(args.value_loss_weight)
+    own_clip = args.cliprange_value != type(args).cliprange_value
     idle = "does nothing without a value function; set vf_coef"
     return [
         (
@@ -186,6 +200,13 @@ def _value_rules(args: Any) -> list[Rule]:
         (args.value_warmup_steps and not is_trained, "value_warmup_steps", idle, args.value_warmup_steps),
         (args.value_lam is not None and not is_trained, "value_lam", idle, args.value_lam),
         (is_adapter and not is_trained, "value_model", idle, args.value_model),
+        (
+            args.value_learning_rate is not None and not is_trained,
+            "value_learning_rate",
+            idle,
+            args.value_learning_rate,
+        ),
+        (own_clip and not is_trained, "cliprange_value", idle, args.cliprange_value),
     ]
 
 
