@@ -19,6 +19,7 @@ from pipeline.tasks.chats import Message, as_user_turn, with_system
 SYSTEMS = ("base", "sft", "ppo")
 TRAINED = ("sft", "ppo")
 NEW_TOKENS = 128  # of a model without a recipe
+FOLDER_STATE = 64  # characters of a folder's state in a record; a commit of the Hub has 40
 
 
 @dataclass(frozen=True)
@@ -58,16 +59,33 @@ def find_model(path: Path, system: str | None, systems: tuple[str, ...] = SYSTEM
     sources = finished_sources(recipe, run)
     name = system or ("ppo" if "ppo" in sources else "sft")
     if name == "ppo" and name in sources and not is_current(recipe, run, "ppo", "sft"):
-        made_elsewhere = f" in {recipe.ppo.sft_model_path!r}" if recipe.sft_is_external else ""
+        place = f" in {recipe.ppo.sft_model_path!r}" if recipe.sft_is_external else ""
         raise ValueError(
-            f"{str(path)!r}: the sft stage{made_elsewhere} was made again after ppo, which was trained from what it was before; run "
-            "ppo again, or name --system sft"
+            f"{str(path)!r}: the sft stage{place} was made again after ppo, which was trained from what it was before; "
+            "run ppo again, or name --system sft"
         )
     if name not in systems or name not in sources:
         finished = [trained for trained in TRAINED if trained in sources]
         there = f"finished: {', '.join(finished)}" if finished else "run its recipe first"
         raise ValueError(f"{str(path)!r} has no finished {name} stage; {there}")
+    check_place(run, sources[name])
     return FinishedModel(sources[name], recipe, run)
+
+
+def check_place(run: RunDirectory, source: Source) -> None:
+    """Refuse a model from a folder that is not there: its path would be taken for an id of the Hub.
+
+    Raises:
+        ValueError: with the path.
+    """
+    states = [read_record(run.record_file(stage)).get("inputs", {}) for stage in (*TRAINED, "eval")]
+    for path in filter(None, (source.path, source.base)):
+        was_folder = any(len(read.get(str(Path(path).expanduser()), "")) == FOLDER_STATE for read in states)
+        if was_folder and not Path(path).expanduser().is_dir():
+            raise ValueError(
+                f"{str(run.path)!r}: its recipe names the model {str(path)!r}, and that folder is neither here nor "
+                "where the run was made; run this in the folder that has it"
+            )
 
 
 def find_systems(path: Path) -> list[FinishedModel]:
@@ -80,6 +98,8 @@ def find_systems(path: Path) -> list[FinishedModel]:
     if newest.recipe is None or newest.run is None:
         raise ValueError(f"{str(path)!r} is no run directory (it has no recipe.yaml), so there is nothing to compare")
     sources = finished_sources(newest.recipe, newest.run)
+    for source in sources.values():
+        check_place(newest.run, source)
     return [FinishedModel(source, newest.recipe, newest.run) for source in sources.values()]
 
 

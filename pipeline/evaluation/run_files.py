@@ -87,10 +87,11 @@ def _outdated(path: Path, inputs: Mapping[str, str]) -> list[str]:
     A model of another run is named by its path, which is relative to the folder that the run was made in.
     """
     files = {name: path / name / "stage.json" for name in READ_STAGES if name in inputs and (path / name).is_dir()}
-    for name in inputs:
-        folders = [start / name for start in (path.resolve().parent.parent, Path()) if "/" in name]
-        made = [folder for folder in folders if any((folder / record).is_file() for record in RECORDS)]
-        files |= {name: folder / "stage.json" for folder in made[:1]}
+    for name in (name for name in inputs if "/" in name):
+        folders = (start / name for start in (path.resolve().parent.parent, Path()))
+        made = next((folder for folder in folders if any((folder / record).is_file() for record in RECORDS)), None)
+        if made is not None:
+            files[name] = made / "stage.json"
     changed = [name for name, file in files.items() if not file.is_file() or sha256(file) != inputs[name]]
     verb = "was" if len(changed) == 1 else "were"
     warning = f"{' and '.join(changed)} {verb} made again or interrupted after this evaluation; run the recipe again"

@@ -71,6 +71,19 @@ class RunDirectory:
         files = (self.stage(stage) / name for name in (FINISHED, STARTED))
         return next((file for file in files if file.exists()), None)
 
+    def find_model(self, path: str, recipe: Recipe) -> str:
+        """Return the path of a model; one that is not here is looked for in the folder that the run was made in."""
+        depth = len(Path(recipe.output_dir).parts)  # the run is below it, unless output_dir is absolute or was changed
+        parents = self.path.resolve().parents
+        if (
+            Path(path).expanduser().exists()
+            or Path(recipe.output_dir).expanduser().is_absolute()
+            or depth >= len(parents)
+        ):
+            return path
+        found = parents[depth] / path
+        return str(found) if found.is_dir() else path
+
     def save_recipe(self, recipe: Recipe) -> Path:
         """Write `recipe.yaml`: `load_recipe` reads an equal recipe back; versions are comments at its top."""
         yaml, text = YAML(typ="safe", pure=True), StringIO()

@@ -24,7 +24,7 @@ from pipeline.tasks import Task
 
 def sft_model_path(recipe: Recipe, run: RunDirectory) -> Path | str:
     """Return the SFT model that PPO starts from and is compared with."""
-    return recipe.ppo.sft_model_path if recipe.sft_is_external else run.sft
+    return run.find_model(recipe.ppo.sft_model_path, recipe) if recipe.sft_is_external else run.sft
 
 
 def reward_model_path(recipe: Recipe, run: RunDirectory) -> Path | str:

@@ -126,7 +126,8 @@ def _tokenizer_path(recipe: Recipe, run: RunDirectory, task: Task) -> Path | str
 
 def base_model_path(recipe: Recipe, run: RunDirectory) -> Path | str:
     """Return the model that SFT starts from; `load_recipe_task` builds one from scratch."""
-    return run.base if recipe.model.from_scratch is not None else recipe.model.model_name_or_path
+    path = recipe.model.model_name_or_path
+    return run.base if recipe.model.from_scratch is not None else run.find_model(path, recipe)
 
 
 def sft_base(recipe: Recipe, run: RunDirectory, directory: Path) -> Path | str:

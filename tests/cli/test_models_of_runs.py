@@ -53,6 +53,28 @@ def test_the_sft_model_may_be_one_from_elsewhere():
     assert find_model(RUN, None).source.path == "some/model"
 
 
+def test_models_beside_a_run_are_found_from_any_folder(monkeypatch):
+    for folder in ("base", "models/sft"):
+        Path(folder).mkdir(parents=True)
+        (Path(folder) / "config.json").write_text("{}")
+    complete(recipe_with("model={model_name_or_path: base}", "ppo.sft_model_path=models/sft"), "ppo")
+    top, run = Path.cwd(), RUN.resolve()
+    for folder in ("runs", "runs/demo", "/"):
+        monkeypatch.chdir(top / folder)
+        source = find_model(run, None).source
+        assert (source.path, source.base) == (run / "ppo", str(top / "models/sft"))
+        assert [find_model(run, name).source.path for name in ("base", "sft")] == [
+            str(top / "base"),
+            str(top / "models/sft"),
+        ]
+    monkeypatch.chdir(top)
+    assert find_model(RUN, None).source.base == "models/sft"
+    Path("models").rename("elsewhere")
+    with pytest.raises(ValueError, match="'models/sft', and that folder is neither here nor where the run was made"):
+        find_model(RUN, None)
+    assert find_model(RUN, "base").source.path == "base"
+
+
 def test_a_folder_with_a_model_needs_no_run():
     Path("model").mkdir()
     Path("model/config.json").write_text("{}")
