@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, Features, Json, List, Value
 
@@ -22,11 +23,13 @@ from pipeline.tasks.examples import (
     Reader,
     Unusable,
     check_columns,
+    labels_of,
     leave_out,
     read_prompt,
     read_references,
     read_row,
     read_text,
+    with_label_names,
 )
 from pipeline.tasks.tables import SourceTable
 from pipeline.tasks.text_rows import Row
@@ -60,6 +63,7 @@ def make_examples(config: Config, table: SourceTable) -> tuple[Dataset, SourceTa
         _example,
         fn_kwargs={
             "readers": readers,
+            "labels": labels_of(data.features),
             "names": names,
             "config": config,
             "chats": chats,
@@ -102,6 +106,7 @@ def _may_call_tools(config: Config, data: Dataset) -> bool:
 def _example(
     row: Row,
     readers: Sequence[Reader],
+    labels: Mapping[str, Any],
     names: Mapping[str, str],
     config: Config,
     chats: bool,
@@ -112,7 +117,7 @@ def _example(
 
     `source` changes with the code, and so does the key of what `datasets` caches of the examples, such as tokens.
     """
-    values, problem = read_row(readers, row)
+    values, problem = read_row(readers, with_label_names(row, labels))
     example = dict.fromkeys(("prompt", "completion", "references"))
     if problem is None:
         try:

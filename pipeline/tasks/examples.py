@@ -1,9 +1,11 @@
 """Make prompt, completion and references from a row of data, by column names and templates."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from string import Formatter
 from typing import Any
+
+from datasets import ClassLabel, Features, List
 
 from pipeline.runtime.messages import did_you_mean
 from pipeline.tasks.known_shapes import task_keys
@@ -64,6 +66,26 @@ def check_columns(
             shape = f"; rows like these are read by {keys}" if keys else ""
             there = f"there are: {', '.join(columns)}{shape}"
             raise TaskError(f"task.{key}: no column {column!r} in {table.place}{hint} {there}")
+
+
+def labels_of(features: Features) -> dict[str, Any]:
+    """Return the features of the columns that hold labels, or lists or mappings with labels."""
+    return {column: feature for column, feature in features.items() if "ClassLabel" in str(feature)}
+
+
+def with_label_names(row: Row, labels: Mapping[str, Any]) -> Row:
+    """Return a row with the names of its labels, which are numbers in a table; a label that is missing is null."""
+    return row | {column: _label_names(row[column], feature) for column, feature in labels.items()}
+
+
+def _label_names(value: Any, feature: Any) -> Any:
+    if isinstance(feature, ClassLabel):
+        return None if value is None or value < 0 else feature.int2str(value)
+    if isinstance(feature, List) and isinstance(value, list):
+        return [_label_names(item, feature.feature) for item in value]
+    if isinstance(feature, dict) and isinstance(value, dict):
+        return {key: _label_names(item, feature[key]) for key, item in value.items()}
+    return value
 
 
 def read_row(readers: Sequence[Reader], row: Row) -> tuple[list[Any], str | None]:

@@ -21,10 +21,12 @@ from pipeline.tasks.examples import (
     Reader,
     Unusable,
     check_columns,
+    labels_of,
     leave_out,
     read_prompt,
     read_row,
     read_text,
+    with_label_names,
 )
 from pipeline.tasks.known_shapes import pair_keys, prompt_of_pairs
 from pipeline.tasks.parts import select_part
@@ -178,7 +180,9 @@ def _load(config: Config, form: PromptForm | None) -> Preferences:
                 check_columns(table, key, getattr(read, key), pair_keys)
         readers: list[Reader] = [("chosen", config.chosen, partial(_read_pair, config=read, form=form))]
         readers += [] if config.margin is None else [("margin", config.margin, _margin)]
-        rows = without_repeated_prompts([read_row(readers, row) for row in table.dataset])
+        labels = labels_of(table.dataset.features)
+        rows = [read_row(readers, with_label_names(row, labels)) for row in table.dataset]
+        rows = without_repeated_prompts(rows)
         table, kept = leave_out(table, [problem for _, problem in rows], config.skip_broken_rows)
         pairs[part] = [Preference(*rows[index][0][0][:3], *rows[index][0][1:]) for index in kept]
         places[part] = table.where

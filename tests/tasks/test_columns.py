@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 from column_data import ROWS, config, refusal, row_refusal, single, write_lines
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, List, Value
 
 from pipeline.recipe import RecipeError, check_recipe, load_recipe
 from pipeline.rewards import Reward, compute_rewards
@@ -137,6 +137,21 @@ def test_whole_numbers_beside_broken_ones_stay_whole_in_texts(tmp_path):
     task = load_task("columns", single(path, **keys))
     assert [task.train[0][key] for key in ("prompt", "completion", "references")] == ["18 18 18.0", "18", ["18"]]
     assert (task.validation["completion"][0], task.test["completion"][0]) == ("2.5", "-0.25")
+
+
+def test_labels_are_their_names_in_texts(tmp_path):
+    label = ClassLabel(names=["bad", "good"])
+    features = Features({"q": Value("string"), "y": label, "all": List(label), "map": {"y": label}})
+    rows = [{"q": "q", "y": y, "all": [1, 0], "map": {"y": 1}} for y in (1, 0, 1, -1, None)]
+    Dataset.from_list(rows, features=features).save_to_disk(str(tmp_path / "labels"))
+    parts = {"train": "train[:1]", "validation": "train[1:2]", "test": "train[2:3]"}
+    keys = {"prompt": "{y} {map[y]}?", "completion": "y", "references": "all"}
+    task = load_task("columns", single(tmp_path / "labels", **{**keys, **parts}))
+    assert [task.train[0][key] for key in keys] == ["good good?", "good", ["good", "bad"]]
+    assert (task.train[0]["y"], task.validation[0]["completion"]) == (1, "bad")  # rewards get the number
+    for test, row in (("train[3:4]", 3), ("train[4:]", 4)):  # no label
+        message = refusal(single(tmp_path / "labels", **{**keys, **parts, "test": test}))
+        assert "{y} is null or missing" in message and f"in row {row} of" in message
 
 
 CHAT = [
