@@ -61,8 +61,8 @@ def find_model(path: Path, system: str | None, systems: tuple[str, ...] = SYSTEM
     if name == "ppo" and name in sources and not is_current(recipe, run, "ppo", "sft"):
         place = f" in {recipe.ppo.sft_model_path!r}" if recipe.sft_is_external else ""
         raise ValueError(
-            f"{str(path)!r}: the sft stage{place} was made again after ppo, which was trained from what it was before; "
-            "run ppo again, or name --system sft"
+            f"{str(path)!r}: the sft stage{place} was made again after ppo, which was trained from what it was "
+            "before; run ppo again, or name --system sft"
         )
     if name not in systems or name not in sources:
         finished = [trained for trained in TRAINED if trained in sources]
