@@ -6,6 +6,12 @@ from dataclasses import dataclass, field
 
 from pipeline.rewards.results import RewardError, as_number, excerpt
 
+# Figures of the trainer's own, those of its evaluations without `eval_`; `/` stands for all that follows it.
+OWN_FIGURES = (
+    *("objective/", "policy/", "loss/", "val/", "reward/", "reward_share/", "lr", "episode", "step"),
+    *("reward", "length", "finished"),
+)
+
 
 @dataclass(frozen=True)
 class RewardLog:
@@ -39,7 +45,7 @@ class CallLog:
         """Return the logged numbers with their names.
 
         Raises:
-            RewardError: a name that is no text, or a value that is no number.
+            RewardError: a name that is no text or one of the trainer's own, or a value that is no number.
         """
         checked = []
         for name, value in self.metrics:
@@ -48,6 +54,11 @@ class CallLog:
                 raise RewardError(
                     f"reward {self.name!r} called log_metric({excerpt(name)}, {excerpt(value)}), expected a name and "
                     "a number"
+                )
+            if _is_own(name, OWN_FIGURES):
+                raise RewardError(
+                    f"reward {self.name!r} called log_metric({name!r}, ...), a figure of the trainer's own; log it "
+                    "under another name"
                 )
             checked.append((name, number))
         return checked
@@ -65,6 +76,10 @@ class CallLog:
                     f"expected a name and one value for each of {size} completions"
                 )
         return self.extras
+
+
+def _is_own(name: str, own: Sequence[str]) -> bool:
+    return name in own or name.startswith(tuple(each for each in own if each.endswith("/")))
 
 
 def matching_arguments(

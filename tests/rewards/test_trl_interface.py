@@ -132,6 +132,25 @@ def test_what_cannot_be_logged_is_refused(log, message):
         ask(mine, on_error="skip")
 
 
+@pytest.mark.parametrize(
+    ("name", "is_own"),
+    [
+        *((name, True) for name in ("reward", "reward/mine", "lr", "step", "length", "val/x", "reward_share/mine")),
+        *((name, False) for name in ("reward_hacking", "length_penalty", "step_accuracy", "lru_hits", "mine/reward")),
+    ],
+)
+def test_names_of_the_trainers_figures_are_refused_and_no_others(name, is_own):
+    def mine(completions, log_metric):
+        log_metric(name, 1.0)
+        return LENGTHS
+
+    if is_own:
+        with pytest.raises(RewardError, match=rf"^reward 'mine' called log_metric\('{name}', .* the trainer's own; "):
+            ask(mine, on_error="skip")
+    else:
+        assert ask(mine).log.metrics == {name: [1.0]}
+
+
 def test_two_rewards_of_one_name_are_logged_apart():
     rewards = as_rewards(
         [lambda completions: [1.0] * 4, lambda completions: LENGTHS, Reward("<lambda>_2", only_texts)]

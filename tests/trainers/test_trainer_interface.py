@@ -236,13 +236,18 @@ def test_what_rewards_log_is_in_the_files(build, examples):
     assert all(row["prompt"] in row["verdict"] and row["reward/judge"] == row["score"] for row in rows)
 
 
-def test_a_metric_may_not_have_a_name_of_the_trainers(build):
+@pytest.mark.parametrize(("name", "whose"), [("objective/kl", "trainer's own"), ("words", "metric of the evaluation")])
+def test_a_metric_may_not_have_a_name_of_the_trainers(build, examples, name, whose):
     def judge(prompts, completions, log_metric):
-        log_metric("objective/kl", 1.0)
+        log_metric(name, 1.0)
         return colours(prompts, completions)
 
-    with pytest.raises(RewardError, match="log_metric: 'objective/kl' is a figure of the trainer's own"):
-        build(reward_funcs=judge).train()
+    with pytest.raises(RewardError, match=rf"log_metric\('{name}', \.\.\.\), a .*{whose}"):
+        trainer = build(  # which refuses the former before it trains
+            reward_funcs=judge, eval_dataset=examples.select(range(4)), compute_metrics=lambda *_: {"words": 1.0}
+        )
+        assert name == "words"
+        trainer.train()
 
 
 @pytest.mark.parametrize("on_error", ["skip", "zero", "stop"])

@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from pipeline.models.generation import Completions, Decoding
 from pipeline.models.sequences import length_sorted_chunks
-from pipeline.rewards import RewardOutputs
+from pipeline.rewards import RewardError, RewardOutputs
 from pipeline.runtime.distributed import NOTHING_ELSE, gather_rows, on_main
 from pipeline.runtime.seeds import derive_seed
 from pipeline.runtime.watchdog import make_progress
@@ -120,6 +120,9 @@ class HeldOutEvaluator:
 
         Each prompt has `num_generations_eval` completions: one is greedy, several are samples that follow from the
         seed, the same at every step and for any number of processes.
+
+        Raises:
+            RewardError: a reward logs a number under the name of a metric.
         """
         args, compute_metrics = self.args, self.compute_metrics
         copies, logged = args.num_generations_eval, RewardMetrics()
@@ -130,7 +133,13 @@ class HeldOutEvaluator:
         size, write = args.local_rollout_forward_batch_size, self.writer.write
         during = self.writer.gathered()
         figures = evaluate_held_out(repeated, size, write, decoding, keep, compute_metrics, seed, during)
-        return figures | named_metrics(logged.metrics, "eval_")
+        named = named_metrics(logged.metrics, "eval_")
+        if taken := sorted(figures.keys() & named.keys()):
+            name = taken[0].removeprefix("eval_")
+            raise RewardError(
+                f"a reward called log_metric({name!r}, ...), a metric of the evaluation; use another name"
+            )
+        return figures | named
 
 
 def evaluate_held_out(

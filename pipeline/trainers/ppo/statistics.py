@@ -12,12 +12,6 @@ from pipeline.rewards import RewardError
 from pipeline.runtime.devices import float64_device, in_float64
 from pipeline.trainers.ppo.rollout import Rollout
 
-# How the names of the trainer's figures start.
-OWN_FIGURES = (
-    *("objective/", "policy/", "loss/", "val/", "reward/", "reward_share/", "lr", "episode", "step"),
-    *("eval_reward", "eval_length", "eval_finished"),
-)
-
 
 def rollout_statistics(
     rollout: Rollout, returns: Tensor, kl_penalties: Tensor, num_generations: int, step: int, accelerator: Accelerator
@@ -69,16 +63,10 @@ def sample_rows(rollout: Rollout) -> list[dict[str, object]]:
 
 
 def named_metrics(metrics: Mapping[str, Sequence[float]], prefix: str = "") -> dict[str, float]:
-    """Average what reward functions logged, over their calls and all processes; every process calls it.
-
-    Raises:
-        RewardError: a name that is one of the trainer's own figures.
-    """
+    """Average what reward functions logged, over their calls and all processes; every process calls it."""
     gathered = gather_object([dict(metrics)])
     averages = {}
     for name in sorted({name for each in gathered for name in each}):
-        if f"{prefix}{name}".startswith(OWN_FIGURES):
-            raise RewardError(f"log_metric: {name!r} is a figure of the trainer's own; log it under another name")
         numbers = [number for each in gathered for number in each.get(name, ())]
         averages[f"{prefix}{name}"] = math.fsum(numbers) / len(numbers)
     return averages
