@@ -56,7 +56,7 @@ def tokenizer_problem(recipe: Recipe) -> str | None:
 def describe_row(recipe: Recipe, task: Task, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
     """Return the lines about the first training row."""
     row = task.train[0]
-    prompt, reference = row["prompt"], row["references"][0]
+    prompt, reference = row["prompt"], (row["references"] or [plain_text(row["completion"])])[0]
     lines = ["the first prompt:", *_indented(_rendered(prompt, tokenizer)), "its reference:", *_indented(reference)]
     ids: list[int] = []
     if tokenizer is not None:
@@ -67,6 +67,8 @@ def describe_row(recipe: Recipe, task: Task, tokenizer: PreTrainedTokenizerBase 
         whose = "" if recipe.model.from_scratch is None else " (by a tokenizer of these rows; a run makes one of all)"
         lines += [f"tokens: {len(prompt_ids)} of the prompt, {len(ids)} of the reference{whose}:"]
         lines += _indented(" ".join(shown) + more)
+    if not row["references"]:
+        return [*lines, "rewards: not tried, because the chat template writes the reference of a tool call"]
     return lines + describe_rewards(recipe, task, task.train.select([0]), reference, ids)
 
 

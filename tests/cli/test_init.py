@@ -82,6 +82,15 @@ def test_a_model_that_is_not_here_is_said_and_the_recipe_is_written(questions, c
     assert "  say north 0" in text and load_recipe("recipe.yaml").model.model_name_or_path == "nobody/nothing"
 
 
+def test_a_tool_call_of_a_model_that_is_not_here_is_shown_as_it_is(capsys):
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+    chat = [{"role": "user", "content": "say north"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    Path("calls.jsonl").write_text((json.dumps({"messages": chat}) + "\n") * 10)
+    assert main(["init", "--model", "nobody/nothing", "--data", "calls.jsonl"]) == 0
+    text = capsys.readouterr().out
+    assert '"name": "add"' in text and "rewards: not tried, because the chat template" in text
+
+
 def test_two_files_of_parallel_text_are_split(capsys):
     for side in ("en", "de"):
         Path(f"corpus.{side}").write_text("".join(f"{side} text of line {number}\n" for number in range(20)))
