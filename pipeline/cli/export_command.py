@@ -46,11 +46,13 @@ def find_model_of_run(run: Path, system: str | None) -> FinishedModel:
     """Find a trained model of a run.
 
     Raises:
-        ValueError: as `find_model`, or it is no run directory.
+        ValueError: as `find_model`, or it is no run directory, or only its SFT model is finished and not asked for.
     """
     finished = find_model(run, system, TRAINED)
     if finished.recipe is None:
         raise ValueError(f"{str(run)!r} is no run directory (it has no recipe.yaml)")
+    if system is None and finished.recipe.ppo is not None and finished.source.name == "sft":
+        raise ValueError(f"{str(run)!r}: ppo is not finished; run its recipe again, or name --system sft")
     return finished
 
 
@@ -97,6 +99,6 @@ def export_parser() -> argparse.ArgumentParser:
     parser = make_parser("export", __doc__, EXAMPLE)
     parser.add_argument("run", type=Path, metavar="RUN", help="a run directory, such as runs/quickstart")
     parser.add_argument("directory", type=Path, metavar="DIR", help="a folder that is new or empty")
-    parser.add_argument("--system", choices=TRAINED, help="default: ppo, or sft where there is no ppo")
+    parser.add_argument("--system", choices=TRAINED, help="default: ppo, or sft of a recipe without ppo")
     parser.add_argument("--adapter", action="store_true", help="PPO's adapter alone, over the SFT model where it is")
     return parser

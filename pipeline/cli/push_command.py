@@ -131,7 +131,7 @@ def push_parser() -> argparse.ArgumentParser:
     parser = make_parser("push", __doc__, EXAMPLE)
     parser.add_argument("run", type=Path, metavar="RUN", help="a run directory, such as runs/quickstart")
     parser.add_argument("id", metavar="ID", help="the repository, such as my-name/my-model")
-    parser.add_argument("--system", choices=TRAINED, help="default: ppo, or sft where there is no ppo")
+    parser.add_argument("--system", choices=TRAINED, help="default: ppo, or sft of a recipe without ppo")
     parser.add_argument("--adapter", action="store_true", help="the adapter alone; its base has to be on the Hub")
     parser.add_argument("--dry-run", action="store_true", help="show what would be sent, and send nothing")
     return parser

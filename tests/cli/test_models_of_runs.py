@@ -239,6 +239,17 @@ def test_an_adapter_is_exported_alone_and_finds_its_base(trained, capsys):
     assert "--adapter: " in (error := capsys.readouterr().err) and "without an adapter" in error
 
 
+def test_an_sft_model_does_not_pass_for_a_policy_that_is_not_finished(trained, capsys):
+    (RUN / "ppo/stage.json").rename(RUN / "ppo/started.json")
+    for words in (["export", "runs/demo", "policy"], ["push", "runs/demo", "me/policy", "--dry-run"]):
+        assert main(words) == 2 and not Path("policy").exists()
+        assert "ppo is not finished; run its recipe again, or name --system sft" in capsys.readouterr().err
+    assert main(["export", "runs/demo", "model", "--system", "sft"]) == 0
+    recipe = recipe_with("ppo=null", "eval.systems=[base, sft]", "model={from_scratch: {hidden_size: 32}}")
+    RunDirectory.of(recipe).save_recipe(recipe)
+    assert main(["export", "runs/demo", "other"]) == 0  # there is no other
+
+
 def test_an_adapter_of_a_run_that_was_moved_names_the_base_where_it_is_now(trained):
     RUN.rename("elsewhere")
     assert main(["export", "elsewhere", "adapter", "--adapter"]) == 0
