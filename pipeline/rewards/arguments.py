@@ -11,6 +11,7 @@ OWN_FIGURES = (
     *("objective/", "policy/", "loss/", "val/", "reward/", "reward_share/", "lr", "episode", "step"),
     *("reward", "length", "finished"),
 )
+OWN_COLUMNS = ("step", "prompt", "completion", "score", "reward/")  # of samples.jsonl
 
 
 @dataclass(frozen=True)
@@ -67,13 +68,18 @@ class CallLog:
         """Return the logged columns, which have `size` values each.
 
         Raises:
-            RewardError: a name that is no text, or another number of values.
+            RewardError: a name that is no text or one of the trainer's own, or another number of values.
         """
         for column, values in self.extras.items():
             if not isinstance(column, str) or len(values) != size:
                 raise RewardError(
                     f"reward {self.name!r} called log_extra({excerpt(column)}, ...) with {len(values)} values, "
                     f"expected a name and one value for each of {size} completions"
+                )
+            if _is_own(column, OWN_COLUMNS):
+                raise RewardError(
+                    f"reward {self.name!r} called log_extra({column!r}, ...), a column of the trainer's own; log it "
+                    "under another name"
                 )
         return self.extras
 

@@ -151,6 +151,25 @@ def test_names_of_the_trainers_figures_are_refused_and_no_others(name, is_own):
         assert ask(mine).log.metrics == {name: [1.0]}
 
 
+@pytest.mark.parametrize(
+    ("column", "is_own"),
+    [
+        *((name, True) for name in ("step", "prompt", "completion", "score", "reward/mine")),
+        *((name, False) for name in ("steps", "prompts", "scores", "rewards", "reward")),
+    ],
+)
+def test_columns_of_the_samples_are_refused_and_no_others(column, is_own):
+    def mine(completions, log_extra):
+        log_extra(column, completions)
+        return LENGTHS
+
+    if is_own:
+        with pytest.raises(RewardError, match=rf"^reward 'mine' called log_extra\('{column}', .* the trainer's own; "):
+            ask(mine, on_error="skip")
+    else:
+        assert list(ask(mine).log.extras) == [column]
+
+
 def test_two_rewards_of_one_name_are_logged_apart():
     rewards = as_rewards(
         [lambda completions: [1.0] * 4, lambda completions: LENGTHS, Reward("<lambda>_2", only_texts)]

@@ -222,6 +222,7 @@ def test_what_rewards_log_is_in_the_files(build, examples):
     async def judge(prompts, completions, tag, trainer_state, log_metric, log_extra):
         states.append((trainer_state.global_step, trainer_state.max_steps))
         log_metric("judge/size", float(len(completions)))
+        log_metric("length_judged", 1.0)  # no figure of the trainer's, though one begins like it
         log_extra("verdict", [f"{name}!" for name in tag])
         return colours(prompts, completions)
 
@@ -230,6 +231,7 @@ def test_what_rewards_log_is_in_the_files(build, examples):
     trainer.train()
     assert [line["judge/size"] for line in training_steps(trainer.output_dir)] == [8.0] * 3
     assert {line.get("eval_judge/size") for line in read_metrics(trainer.output_dir)} == {None, 4.0}
+    assert all(line["length_judged"] == 1.0 for line in training_steps(trainer.output_dir))
     assert states[0] == (0, 1) and set(states[1:]) == {(step, 3) for step in range(4)}
     rows = [json.loads(line) for line in (trainer.output_dir / "samples.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1] * 8 + [2] * 8 + [3] * 8
