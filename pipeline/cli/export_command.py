@@ -4,11 +4,13 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.cli.finished_models import TRAINED, FinishedModel, find_model, report_of
+from pipeline.cli.finished_models import FAILURES, TRAINED, FinishedModel, find_model, report_of
 from pipeline.cli.parsers import make_parser
 from pipeline.evaluation.pages.model_card import model_card
 from pipeline.models.hub import ADAPTER_FILE
@@ -34,12 +36,30 @@ def export_command(argv: Sequence[str]) -> int:
     try:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise ValueError(f"{str(target)!r} exists; give a folder that is new or empty")
-        export_model(find_model_of_run(arguments.run, arguments.system), target, arguments.adapter, str(target))
-    except (ValueError, OSError) as error:
+        finished = find_model_of_run(arguments.run, arguments.system)
+        with whole_or_absent(target) as folder:
+            export_model(finished, folder, arguments.adapter, str(target))
+    except FAILURES as error:
         print(f"error: export: {error}", file=sys.stderr)
         return 2
     print(target)
     return 0
+
+
+@contextmanager
+def whole_or_absent(target: Path) -> Iterator[Path]:
+    """Give a folder beside a new `target`, or in an empty one, whose files go to `target` once the block has ended."""
+    exists = target.is_dir()
+    beside = target if exists else target.parent
+    beside.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=beside, prefix=".export-") as made:
+        folder = Path(made) / "model"
+        yield folder
+        if not exists:
+            folder.rename(target)
+            return
+        for file in folder.iterdir():  # a folder that is there may be one that cannot be renamed, such as a mount
+            file.rename(target / file.name)
 
 
 def find_model_of_run(run: Path, system: str | None) -> FinishedModel:
@@ -87,7 +107,7 @@ def copy_adapter(finished: FinishedModel, target: Path) -> None:
     settings = json.loads((Path(source.path) / ADAPTER_FILE).read_text(encoding="utf-8"))
     base = source.base or settings["base_model_name_or_path"]
     settings["base_model_name_or_path"] = str(Path(base).resolve()) if Path(base).is_dir() else str(base)
-    target.mkdir(parents=True, exist_ok=True)  # all is read, so nothing half is left where that fails
+    target.mkdir(parents=True, exist_ok=True)
     for file in ADAPTER_FILES:
         shutil.copy(Path(source.path) / file, target)
     (target / ADAPTER_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -4,6 +4,8 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from pipeline.evaluation.systems import Answering, Source
 from pipeline.models.config import ModelConfig
 from pipeline.models.hub import CONFIG_FILES
@@ -18,6 +20,7 @@ from pipeline.tasks.chats import Message, as_user_turn, with_system
 
 SYSTEMS = ("base", "sft", "ppo")
 TRAINED = ("sft", "ppo")
+FAILURES = (ValueError, OSError, FloatingPointError, SafetensorError)  # the last where weights find a full disk
 NEW_TOKENS = 128  # of a model without a recipe
 FOLDER_STATE = 64  # characters of a folder's state in a record; a commit of the Hub has 40
 

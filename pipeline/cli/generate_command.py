@@ -11,7 +11,15 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.cli.finished_models import SYSTEMS, FinishedModel, find_model, find_systems, is_chat_run, prompt_from
+from pipeline.cli.finished_models import (
+    FAILURES,
+    SYSTEMS,
+    FinishedModel,
+    find_model,
+    find_systems,
+    is_chat_run,
+    prompt_from,
+)
 from pipeline.cli.parsers import make_parser
 from pipeline.evaluation.pages.page import print_table, visible
 from pipeline.evaluation.pages.tables import Table
@@ -93,7 +101,7 @@ def generate_command(argv: Sequence[str]) -> int:
         else:
             writer = load_writer(find_model(arguments.path, arguments.system), arguments)
             writer.show(writer.prompt(arguments.prompt))
-    except (ValueError, OSError, FloatingPointError) as error:
+    except FAILURES as error:
         print(f"error: generate: {error}", file=sys.stderr)
         return 2
     return 0

@@ -11,7 +11,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 
 from pipeline.cli.export_command import export_model, find_model_of_run
-from pipeline.cli.finished_models import TRAINED
+from pipeline.cli.finished_models import FAILURES, TRAINED
 from pipeline.cli.parsers import make_parser
 from pipeline.evaluation.pages.page import visible
 from pipeline.runtime.libraries import quiet_libraries
@@ -48,7 +48,7 @@ def push_command(argv: Sequence[str]) -> int:
                 print("nothing was sent (--dry-run)")
                 return 0
             return upload(folder, arguments.id, f"{finished.source.name} model, with its card")
-    except (ValueError, OSError) as error:
+    except FAILURES as error:
         print(f"error: push: {one_line(error)}", file=sys.stderr)
         return 2
 

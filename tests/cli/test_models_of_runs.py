@@ -11,6 +11,7 @@ import torch
 from demo_run import complete, recipe_with
 from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from pipeline.cli.finished_models import NEW_TOKENS, find_model, prompt_from
@@ -237,6 +238,30 @@ def test_an_adapter_is_exported_alone_and_finds_its_base(trained, capsys):
         assert (AutoModelForCausalLM.from_pretrained(RUN / "sft").eval()(ids).logits - logits).abs().max() > 0.1
     assert main(["export", "runs/demo", "sft", "--adapter", "--system", "sft"]) == 2
     assert "--adapter: " in (error := capsys.readouterr().err) and "without an adapter" in error
+
+
+@pytest.mark.parametrize("target", ["new", "new/folder", "empty"])
+def test_a_model_is_exported_whole_or_not_at_all(trained, target, capsys, monkeypatch):
+    Path("empty").mkdir()
+    full = "I/O error: No space left on device (os error 28)"
+
+    def fail(*_: object) -> None:
+        raise SafetensorError(full)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.cli.export_command.save_processor", fail)  # after the weights
+        assert main(["export", "runs/demo", target]) == 2
+        assert capsys.readouterr().err == f"error: export: {full}\n"
+        assert not list(Path().rglob("*export-*")) and not list(Path("empty").iterdir())
+        assert target == "empty" or not Path(target).exists()
+        assert main(["push", "runs/demo", "me/model", "--dry-run"]) == 2
+        assert capsys.readouterr().err == f"error: push: {full}\n"
+    assert main(["export", "runs/demo", target]) == 0
+    assert not list(Path().rglob("*export-*")) and Path(target, "model.safetensors").is_file()
+    assert Path(target).stat().st_mode == RUN.stat().st_mode
+    monkeypatch.setattr("pipeline.cli.generate_command.load_writer", fail)
+    assert main(["generate", "runs/demo", "say north"]) == 2
+    assert f"error: generate: {full}\n" in capsys.readouterr().err
 
 
 def test_an_sft_model_does_not_pass_for_a_policy_that_is_not_finished(trained, capsys):
