@@ -15,12 +15,13 @@ RECORDS = ("stage.json", "started.json")  # of a stage that is finished, or that
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its directory, report.json, and the flat settings its evaluation was made with."""
+    """A finished run: its directory, report.json, and the flat settings and inputs its evaluation was made with."""
 
     path: Path
     report: dict
     settings: dict
     label: str = ""
+    inputs: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -77,8 +78,9 @@ def load_run(path: Path) -> Run:
             f"{str(path)!r} holds no finished evaluation ({file} and stage.json next to it); "
             "run its eval stage first, and give the run's directory, such as runs/quickstart"
         ) from error
-    warnings = [*_outdated(path, record.get("inputs", {})), *report.get("warnings", ())]
-    return Run(path, {**report, "warnings": warnings}, settings)
+    inputs = record.get("inputs", {})
+    warnings = [*_outdated(path, inputs), *report.get("warnings", ())]
+    return Run(path, {**report, "warnings": warnings}, settings, inputs=inputs)
 
 
 def _outdated(path: Path, inputs: Mapping[str, str]) -> list[str]:

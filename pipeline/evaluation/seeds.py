@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean, stdev
 
 import numpy as np
@@ -78,7 +79,7 @@ def summarise_pair(runs: Sequence[Run], a: str, b: str, only: str | None = None)
     """Summarise b - a by each measure that all runs have, in the order of the report, or by one measure alone."""
     gains = [gain for run in runs for gain in read_comparisons(run, a, b)]
     rows = [[read_rows(run, system) for system in (a, b)] for run in runs]
-    sft_models, metrics = count_models(runs, "sft"), run_metrics(runs[0])
+    sft_models, metrics = count_sft_models(runs), run_metrics(runs[0])
     summaries = []
     for metric in dict.fromkeys(gain.metric for gain in gains if only in (None, gain.metric)):
         group = [gain for gain in gains if gain.metric == metric]
@@ -89,12 +90,24 @@ def summarise_pair(runs: Sequence[Run], a: str, b: str, only: str | None = None)
     return summaries
 
 
-def count_models(runs: Sequence[Run], system: str) -> int:
-    """Count the models that a system is in the runs, by their texts; 0 where these are missing or of other prompts."""
-    rows = [read_rows(run, system) for run in runs]
+def count_sft_models(runs: Sequence[Run]) -> int:
+    """Count the SFT models of the runs by their records, or by their texts where a record does not name one.
+
+    0 where texts are missing or of other prompts. Models that wrote the same may have been trained anew all the same.
+    """
+    models = [_sft_model(run) for run in runs]
+    if None not in models:
+        return len(set(models))
+    rows = [read_rows(run, "sft") for run in runs]
     if not rows[0].keys or any(row.keys != rows[0].keys for row in rows):
         return 0
     return len({row.texts for row in rows})
+
+
+def _sft_model(run: Run) -> str | None:
+    """Return the state of a run's SFT model in its record, or the path of one from outside; None without both."""
+    path = run.settings.get("ppo.sft_model_path")
+    return run.inputs.get("sft") if path is None else run.inputs.get(str(Path(path).expanduser()), path)
 
 
 def _summary(
@@ -208,7 +221,13 @@ def controls_over_seeds(seeds: Sequence[SeedSummary], runs: Sequence[Run]) -> li
 
 
 def _share_a_control(runs: Sequence[Run]) -> bool:
-    """Tell whether one control stands in several runs: all its texts repeat, and are not those of SFT."""
+    """Tell whether one control stands in several runs, by their records, or else because all its texts repeat.
+
+    Texts that are those of SFT tell nothing.
+    """
+    controls = [run.inputs.get(CONTROL) for run in runs]
+    if None not in controls:
+        return len(set(controls)) < len(controls)
     texts = [read_rows(run, CONTROL).texts for run in runs]
     moved = [own for own, run in zip(texts, runs, strict=True) if own and own != read_rows(run, "sft").texts]
     return len(set(moved)) < len(moved)

@@ -38,6 +38,13 @@ def evaluated(tmp_path):
     return make
 
 
+def record_inputs(path, **inputs):
+    """Write what the evaluation of a run has read into its record."""
+    file = path / "eval" / "stage.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"inputs": inputs}))
+    return path
+
+
 def compared(*paths):
     return compare_runs([load_run(path) for path in paths])
 
@@ -72,6 +79,18 @@ def test_it_is_told_whether_sft_was_reseeded(evaluated):
     assert any("trained anew" in line for line in found.findings) and found.seeds[0].sft_models == 2
 
 
+def test_records_tell_better_than_texts_whether_sft_was_reseeded(evaluated):
+    texts = [GOOD, GOOD[:11] + BAD[11:]]
+    runs = [record_inputs(evaluated(f"a-{n}", ppo, seed=n), sft=f"{n}") for n, ppo in enumerate(texts)]
+    assert any("trained anew" in line for line in compared(*runs).findings)  # though they wrote the same
+    place, other = {"ppo.sft_model_path": "runs/a/sft"}, GOOD[:1] + MIXED[1:]
+    runs = [evaluated(f"b-{n}", ppo, seed=n, sft=[MIXED, other][n], **place) for n, ppo in enumerate(texts)]
+    assert any("one SFT model" in line for line in compared(*runs).findings)
+    for number, run in enumerate(runs):
+        record_inputs(run, **{"runs/a/sft": f"{number}"})  # it was made again between them
+    assert compared(*runs).seeds[0].sft_models == 2
+
+
 @pytest.mark.parametrize("wins", [True, False])
 def test_the_words_of_the_control_need_a_win_over_all_seeds(evaluated, wins):
     texts = [GOOD, GOOD[:11] + BAD[11:], GOOD[:10] + BAD[10:]]
@@ -93,11 +112,13 @@ def test_a_control_that_seeds_share_earns_no_words(evaluated):
     texts = [GOOD, GOOD[:11] + BAD[11:], GOOD[:10] + BAD[10:]]
     for shared in (True, False):
         controls = [{"control": ["no"] * (1 if shared else n + 1) + BAD[1 if shared else n + 1 :]} for n in range(3)]
-        found = compared(
-            *(evaluated(f"{shared}-{n}", texts[n], seed=n, sft=BAD, others=controls[n]) for n in range(3))
-        )
-        (line,) = [line for line in found.findings if line.startswith("Over the 3 seeds: The control")]
+        runs = [evaluated(f"{shared}-{n}", texts[n], seed=n, sft=BAD, others=controls[n]) for n in range(3)]
+        (line,) = [line for line in compared(*runs).findings if line.startswith("Over the 3 seeds: The control")]
         assert ("seeds share a control" in line) is shared and ("which the reward earned" in line) is not shared
+        for number, run in enumerate(runs):  # the records know better than the texts
+            record_inputs(run, control="one" if not shared else f"{number}")
+        (line,) = [line for line in compared(*runs).findings if line.startswith("Over the 3 seeds: The control")]
+        assert ("seeds share a control" in line) is not shared
 
 
 def test_a_control_with_a_signal_is_not_called_one_without(evaluated):
