@@ -45,7 +45,7 @@ def check_command(argv: Sequence[str]) -> int:
 def run_found_recipe(arguments: argparse.Namespace, options: Sequence[str]) -> int:
     """Run a recipe that is given by its file or by its name; return 2 where none is given, or it is unknown."""
     words = arguments.words
-    if not words or "=" in words[0]:
+    if not words or ("=" in words[0] and not Path(words[0]).is_file()):
         print("error: name a recipe: a file, or one that relay recipes list shows", file=sys.stderr)
         return 2
     path = recipe_path(words[0])

@@ -48,10 +48,11 @@ def _parse(argv: Sequence[str], description: str, stages: Sequence[str] = ()) ->
 def split_recipe_argument(arguments: Sequence[str]) -> tuple[Path, list[str]]:
     """Split positional arguments into the recipe's path and the overrides: the first is the path unless it has a `=`.
 
-    Without a path it is recipes/quickstart.yaml, in the current directory or else where Relay is installed from.
+    A file that is there may have one in its path, too. Without a path it is recipes/quickstart.yaml, in the current
+    directory or else where Relay is installed from.
     """
     words = [word for word in arguments if word]
-    if words and "=" not in words[0]:
+    if words and ("=" not in words[0] or Path(words[0]).is_file()):
         return Path(words[0]), words[1:]
     installed = Path(__file__).resolve().parent.parent.parent / DEFAULT_RECIPE
     return DEFAULT_RECIPE if DEFAULT_RECIPE.is_file() or not installed.is_file() else installed, words

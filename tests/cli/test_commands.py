@@ -14,7 +14,7 @@ from pipeline.cli.main import COMMANDS, main
 from pipeline.cli.recipe_files import RECIPES, recipe_files, recipe_path
 from pipeline.evaluation.run_files import load_run
 from pipeline.evaluation.runs import compare_runs
-from pipeline.recipe import load_recipe
+from pipeline.recipe import load_recipe, split_recipe_argument
 from pipeline.stages import plan
 from pipeline.stages.directory import RunDirectory
 from pipeline.tasks import load_task
@@ -140,6 +140,16 @@ def test_check_prints_the_plan_and_writes_nothing(folder, capsys):
 def test_a_recipe_has_to_be_named(command, words, capsys):
     assert main([command, *words]) == 2
     assert capsys.readouterr().err.startswith("error: name a recipe")
+
+
+def test_the_path_of_a_recipe_may_have_an_equals_sign(capsys):
+    write_demo()
+    file = Path("sweeps/lr=1e-5/recipe.yaml")
+    file.parent.mkdir(parents=True)
+    Path("recipe.yaml").rename(file)
+    assert main(["check", str(file), "seed=1", "--only", "sft"]) == 0
+    assert f"{file} -> runs/demo" in capsys.readouterr().out
+    assert split_recipe_argument([str(file), "seed=1"]) == (file, ["seed=1"])  # of the command of a stage
 
 
 def test_a_misspelt_name_of_a_recipe_is_named_with_the_one_that_may_be_meant(capsys):
