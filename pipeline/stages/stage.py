@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from safetensors import SafetensorError
 from torch.distributed import DistError
 
 from pipeline.models.hub import fetch_commit
@@ -45,7 +46,8 @@ from pipeline.trainers.ppo.exchange import LastPassError
 StageBody = Callable[[Recipe, RunDirectory], dict[str, object]]
 OUT_OF_MEMORY = (
     "out of memory: lower {section}.per_device_train_batch_size and raise {section}.gradient_accumulation_steps by "
-    "as much, which changes no result, or set {section}.gradient_checkpointing: true ({error})"
+    "as much, which changes no result, or set {section}.gradient_checkpointing: true; with other settings the stage "
+    "starts again from its first step ({error})"
 )
 OUT_OF_MEMORY_IN_EVAL = "out of memory with one text at a time: set model.dtype: bfloat16 ({error})"
 # gloo raises plain RuntimeErrors, so its errors are known by their words alone.
@@ -238,7 +240,7 @@ def outcome_of(stage: str, error: BaseException) -> StageEnd | None:
             )
         case MainProcessError():
             return StageEnd(1, str(error), failed=True, consequence=True, is_printed=False)
-        case ValueError() | OSError() | FloatingPointError():
+        case ValueError() | OSError() | FloatingPointError() | SafetensorError():  # the last: weights on a full disk
             return StageEnd(1, str(error), failed=True)
     if isinstance(error, LastPassError) or is_out_of_memory(error):
         advice = OUT_OF_MEMORY_IN_EVAL if stage == "eval" else OUT_OF_MEMORY

@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from demo_run import complete, recipe_with
+from safetensors import SafetensorError
 from torch.distributed import DistBackendError
 from two_processes import run_in_two
 
@@ -132,6 +133,8 @@ def test_a_stage_decides_whether_it_begins(run_empty, capsys):
         (KeyboardInterrupt(), 130, "ended by Ctrl-C"),
         (Stopped(signal.SIGTERM, 3), 143, "checkpoint of step 3"),
         (torch.OutOfMemoryError("CUDA out of memory."), 1, "lower sft.per_device_train_batch_size"),
+        (torch.OutOfMemoryError("CUDA out of memory."), 1, "starts again from its first step"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), 1, "error: sft: I/O error: No space"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
