@@ -18,6 +18,7 @@ from pipeline.rewards import Reward
 from pipeline.rewards.classifier import ClassifierReward, check_classifier
 from pipeline.rewards.metric import text_of
 from pipeline.runtime.memory import BatchSize
+from pipeline.runtime.messages import yaml_text
 
 CALIBRATION_ROWS = 256
 OPTIONS = {"batch_size": int, "template": str}
@@ -168,6 +169,8 @@ def check_learned_options(options: Mapping[str, Any], is_adapter: bool) -> None:
                 f"ppo.rewards: 'learned' has the options batch_size (a number) and template (a text), found {key}: "
                 f"{value!r}"
             )
+        if key == "batch_size" and (isinstance(value, bool) or value < 1):
+            raise ValueError(f"ppo.rewards: the batch_size of 'learned' must be at least 1, found {yaml_text(value)}")
         if key == "template" and is_adapter:
             raise ValueError("ppo.rewards: 'learned' reads token ids here, so its option template would do nothing")
         if key == "template" and ("{prompt}" not in value or "{completion}" not in value):

@@ -120,6 +120,9 @@ def test_a_weak_reward_is_refused_saying_how_to_override():
     [
         ({"tempalte": "x"}, False, "has the options batch_size"),
         ({"batch_size": "x"}, False, "has the options batch_size"),
+        ({"batch_size": 0}, False, "the batch_size of 'learned' must be at least 1, found 0"),
+        ({"batch_size": -1}, True, "must be at least 1, found -1"),
+        ({"batch_size": True}, True, "must be at least 1, found true"),
         ({"template": "{prompt}{completion}"}, True, "reads token ids here, so its option template would do nothing"),
         ({"template": "{prompt}"}, False, "the template needs {prompt} and {completion} in it"),
         (
