@@ -451,6 +451,8 @@ SCRATCH = "model.from_scratch.max_position_embeddings (64)"
         ("ppo.per_device_train_batch_size=0", "ppo.per_device_train_batch_size", ["at least 1, found 0"]),
         ("sft.per_device_train_batch_size=0", "sft.per_device_train_batch_size", ["at least 1, found 0"]),
         ("ppo.metric_for_best_model=reward", "ppo.metric_for_best_model", ["did you mean 'eval_reward'?"]),
+        ("ppo.metric_for_best_model=eval_reward/blue", "ppo.metric_for_best_model",
+         ["must be one of ppo.rewards, so of eval_reward/bleu, found", "did you mean 'eval_reward/bleu'?"]),
         ("sft.metric_for_best_model=loss", "sft.metric_for_best_model", ["did you mean 'eval_loss'?"]),
         ("ppo.run_name=x", "ppo.run_name", ["report_to is empty", "set ppo.report_to"]),
         ("model={from_scratch: {}, use_peft: false, lora_r: 4}", "model.lora_r", ["no stage has use_peft: true"]),

@@ -73,15 +73,21 @@ def _check_metrics_and_rewards(recipe: Recipe, document: Document) -> None:
             rule = f"{loaded.name} is better where it is {'higher' if loaded.higher_is_better else 'lower'}"
             raise document.error(("ppo", "greater_is_better"), f"must be {right}: {rule}")
     rewards = recipe.ppo.rewards if recipe.ppo is not None else ()
-    if recipe.ppo is not None and not any(is_user_code(reward.name) for reward in rewards):  # which may log others
-        logged, name = [f"eval_{each}" for each in (*LOGGED_BY_PPO, *names)], recipe.ppo.metric_for_best_model
-        if name not in logged and not name.startswith("eval_reward/"):
-            rule = f"must be logged by PPO's evaluations, found {name!r}{did_you_mean(name, logged)}"
-            raise document.error(("ppo", "metric_for_best_model"), f"{rule}; name a metric of eval.metrics")
     try:
-        build_rewards(rewards, recipe.language, constant_reward())
+        built = build_rewards(rewards, recipe.language, constant_reward())
     except (ValueError, TypeError) as error:
         raise document.restate(error, _refused_reward(rewards, recipe.language)) from error
+    if recipe.ppo is None:
+        return
+    name, by_reward = recipe.ppo.metric_for_best_model, [f"eval_reward/{reward.name}" for reward in built]
+    if name.startswith("eval_reward/") and name not in by_reward:
+        rule = f"must be one of ppo.rewards, so of {', '.join(by_reward)}, found {name!r}"
+        raise document.error(("ppo", "metric_for_best_model"), f"{rule}{did_you_mean(name, by_reward)}")
+    if not any(is_user_code(reward.name) for reward in rewards):  # which may log others
+        logged = [*(f"eval_{each}" for each in (*LOGGED_BY_PPO, *names)), *by_reward]
+        if name not in logged:
+            rule = f"must be logged by PPO's evaluations, found {name!r}{did_you_mean(name, logged)}"
+            raise document.error(("ppo", "metric_for_best_model"), f"{rule}; name a metric of eval.metrics")
 
 
 def _refused_reward(rewards: Sequence[RewardConfig], language: str | None) -> KeyPath:

@@ -155,6 +155,7 @@ BAD_COMBINATIONS: tuple[dict, ...] = (
     {"shuffle_scores": True, "reward_shaping": "prefix"},
     {"reward_shaping": "prefix", "gamma": 0.99},
     {"max_steps": 5, "total_episodes": 100},
+    {"greater_is_better": False},
 )
 
 

@@ -238,5 +238,11 @@ def _score_rules(args: Any) -> list[Rule]:
             "does nothing without the reward learned in ppo.rewards",
             args.reward_model_path,
         ),
+        (
+            args.metric_for_best_model == "eval_reward" and not args.greater_is_better,
+            "greater_is_better",
+            "must be true for eval_reward, which PPO raises: the worst policy would be kept",
+            args.greater_is_better,
+        ),
         ("" in args.stop_strings, "stop_strings", "must not hold an empty text", args.stop_strings),
     ]
