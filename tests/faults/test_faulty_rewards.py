@@ -323,7 +323,7 @@ def test_zero_pays_nothing_and_learns_from_it(make_trainer, examples):
     assert rollout.scored.all() and rollout.scores[3] == 0.0 and len(rollout.failures) == 1
 
 
-def test_prefixes_that_fail_cost_their_completion_alone(make_trainer, examples):
+def test_prefixes_that_fail_cost_their_completion_alone(make_trainer, examples, capfd):
     trainer = make_trainer(on_reward_error="skip", reward_shaping="prefix")
     rows = trainer.prompt_rows(0)
     reward = sometimes([examples["tag"][rows[3]]])
@@ -339,6 +339,8 @@ def test_prefixes_that_fail_cost_their_completion_alone(make_trainer, examples):
     assert rollout.scored.tolist() == [True] * 3 + [False] + [True] * 4 and not rollout.token_scores[3].any()
     keep = rollout.scored
     torch.testing.assert_close(rollout.token_scores[keep], whole.token_scores[keep])
+    assert len(rollout.failures) == 1 and trainer.compute_advantages(rollout)[1]["objective/reward_errors"] == 1
+    assert "ppo.on_reward_error" in capfd.readouterr().err
 
 
 def test_a_step_without_any_score_ends_the_run(make_trainer, examples):
@@ -346,6 +348,16 @@ def test_a_step_without_any_score_ends_the_run(make_trainer, examples):
     with pytest.raises(RewardError, match="PPO step 1: no completion has a score"):
         trainer.train()
     assert not list(trainer.checkpoints.glob("checkpoint-*"))
+
+
+def test_a_function_may_fail_on_the_empty_text_that_stands_for_no_completion(make_trainer, examples):
+    def divides(completions):
+        return [1 / len(text) for text in completions]
+
+    prompts = examples.select_columns(["prompt"])
+    make_trainer(reward=divides, train=prompts, on_reward_error="skip")
+    with pytest.raises(RewardError, match="ZeroDivisionError"):
+        make_trainer(reward=divides, train=prompts)
 
 
 def test_a_broken_function_is_refused_before_the_first_step(make_trainer):

@@ -198,10 +198,11 @@ def prefix_scores(
     examples: Dataset,
     decode: Callable[[Sequence[Sequence[int]]], list[str]],
     compute_rewards: ComputeRewards,
-) -> Tensor:
+) -> tuple[RewardOutputs, Tensor]:
     """What each token adds to the score of the text so far, [B, C]; the sum over a completion is its score.
 
-    A completion with a prefix that a reward failed on has NaN in its row.
+    A completion with a prefix that a reward failed on has NaN in its row where failures are skipped. The rewards are
+    returned with the first such failure of each completion among theirs.
 
     Raises:
         RewardError: a reward scores single tokens itself.
@@ -217,8 +218,12 @@ def prefix_scores(
     potentials = torch.zeros(0)
     if spans:
         repeated = examples.select([row for row, _ in spans])
-        potentials = compute_rewards(repeated, decode(prefixes), prefixes).weighted_sum
-    return prefix_increments(spans, potentials, [len(ids) for ids in completion_ids], rewards.weighted_sum)
+        outputs = compute_rewards(repeated, decode(prefixes), prefixes)
+        potentials = outputs.weighted_sum
+        of_prefixes = {spans[n][0]: outputs.failures[n] for n in sorted(outputs.failures, reverse=True)}
+        rewards = replace(rewards, failures=of_prefixes | dict(rewards.failures))
+    lengths = [len(ids) for ids in completion_ids]
+    return rewards, prefix_increments(spans, potentials, lengths, rewards.weighted_sum)
 
 
 def prefix_increments(

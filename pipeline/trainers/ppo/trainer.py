@@ -1,7 +1,4 @@
-"""Proximal policy optimisation of a language model on `accelerate`: roll out, estimate advantages, update, log.
-
-The package's docstring says what is different from TRL's, and names the sources.
-"""
+"""Proximal policy optimisation of a language model on `accelerate`: roll out, estimate advantages, update, log."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -39,7 +36,7 @@ from pipeline.trainers.ppo.trl_arguments import refuse_trainer_arguments
 
 
 class PPOTrainer:
-    """PPO with one base model in every role. Constructor names are TRL's.
+    """PPO with one base model in every role. Constructor names are TRL's; the package's docstring says what is not.
 
     Args:
         model: The SFT policy: a causal or encoder-decoder model, a PeftModel (merged), or a directory or Hub id.
@@ -165,7 +162,8 @@ class PPOTrainer:
             self.state = replace(self.state, reward_deviations=deviations)
         if self.args.reward_shaping == "prefix":
             with self.gathered():
-                token_scores = prefix_scores(rewards, completions, examples, self.writer.decode, self.compute_rewards)
+                given = (completions, examples, self.writer.decode, self.compute_rewards)
+                rewards, token_scores = prefix_scores(rewards, *given)
         else:
             token_scores = rewards.token_scores(self.scaled_rewards, completions.lengths)
         seen = self.state.score_moments
