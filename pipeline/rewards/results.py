@@ -43,7 +43,8 @@ def as_list(name: str, result: object, completions: list) -> Sequence[object]:
         RewardError: it is no list, or too long or too short, whatever is done about single failures.
     """
     if isinstance(result, Tensor | np.ndarray):
-        result = result.tolist()
+        is_column = result.shape == (len(completions), 1)  # as models give it: numbers, and no lists for tokens
+        result = (result[:, 0] if is_column else result).tolist()
     if not isinstance(result, Sequence) or isinstance(result, str | bytes):
         raise RewardError(
             f"reward {name!r} returned {type(result).__name__}, expected a list of {len(completions)} numbers"

@@ -182,6 +182,8 @@ def test_the_constant():
         torch.tensor([1, 0.5], dtype=torch.float64, requires_grad=True),
         [torch.tensor(1), torch.tensor([0.5])],
         np.array([1, 0.5], dtype=np.float16),
+        torch.tensor([[1.0], [0.5]]),  # as classifiers give it
+        np.array([[1.0], [0.5]]),
         [np.float32(1), np.float64(0.5)],
     ],
     ids=repr,
@@ -330,6 +332,12 @@ def test_each_reward_once():
 def test_lines_that_are_refused(values, message):
     with pytest.raises(ValueError, match=f"^ppo.rewards: {message}"):
         RewardConfig(**values)
+
+
+@pytest.mark.parametrize("weight", [{"weight": float("nan")}, {"weight_schedule": ((0, 1.0), (8, float("inf")))}])
+def test_a_weight_is_finite(weight):
+    with pytest.raises(ValueError, match=r"^ppo\.rewards: the weight of 'mine' must be finite, found (nan|inf)$"):
+        Reward("mine", lambda **_: [1.0], **weight)
 
 
 def test_rewards_are_tried_on_the_data_before_training():
