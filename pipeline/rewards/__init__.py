@@ -18,7 +18,7 @@ from pipeline.rewards.constant import constant_reward
 from pipeline.rewards.metric import metric_reward
 from pipeline.rewards.results import Handling, RewardError, finite_values, is_per_token, token_values
 from pipeline.runtime.messages import did_you_mean
-from pipeline.runtime.schedules import Schedule
+from pipeline.runtime.schedules import Schedule, check_schedule
 from pipeline.runtime.user_code import FORMS, UserCodeError, is_user_code, load_user_object
 
 __all__ = [
@@ -70,6 +70,8 @@ class Reward:
     weight_schedule: Schedule | None = None
 
     def __post_init__(self) -> None:
+        for weight in (self.weight, self.weight if self.weight_schedule is None else self.weight_schedule):
+            check_schedule(f"ppo.rewards: the weight of {self.name!r}", weight, "must be finite", math.isfinite)
         check_score_scaling(self.name, self.score_scaling)
 
 
@@ -277,16 +279,19 @@ def check_rewards(
 ) -> RewardOutputs:
     """Score the completions of a few `examples` of the data, so that a broken reward stops the run before it trains.
 
-    Whatever is done about failures later, a function that fails here would fail throughout. A completion that no
-    reward applies to is refused where `handling` would end the run for it.
+    Whatever is done about failures later, a function that fails here would fail throughout; on empty texts, which
+    stand for completions that the data has not, it may. A completion that no reward applies to is refused where
+    `handling` would end the run for it.
 
     Raises:
         RewardError: as `compute_rewards`.
     """
     columns = {name: values for name, values in examples.items() if name not in ("prompt", "completion")}
     columns["completion_ids"] = [[0]] * len(examples["prompt"])
-    completions = as_completions(examples["prompt"], examples["completion"])
+    answers = examples.get("completion")
+    completions = as_completions(examples["prompt"], [""] * len(examples["prompt"]) if answers is None else answers)
     if handling.on_error != "stop":
         rewards = [*rewards, Reward("", constant_reward(0.0))]
-    state, stopping = TrainerState(epoch=0.0, global_step=0, max_steps=1), Handling("stop", handling.timeout)
-    return compute_rewards(rewards, examples["prompt"], completions, columns, stopping, state)
+    state = TrainerState(epoch=0.0, global_step=0, max_steps=1)
+    handling = handling if answers is None else Handling("stop", handling.timeout)
+    return compute_rewards(rewards, examples["prompt"], completions, columns, handling, state)

@@ -224,8 +224,9 @@ def restore_training(
         state = checkpoint.state
         if resume is None and state.step >= state.total_steps(args, learner.accelerator.num_processes):
             raise ValueError(
-                f"{directory} holds this experiment at its end, step {state.step}, so nothing would be trained: give "
-                "another output_dir, or train(resume_from_checkpoint=False), which removes them and starts anew"
+                f"{directory} holds this experiment at its end, step {state.step}, so nothing would be trained: "
+                "train(resume_from_checkpoint=True) restores its policy; for another run give another output_dir, or "
+                "train(resume_from_checkpoint=False), which removes them and starts anew"
             )
         notes.append(f"continuing from {path}{_restore(path, checkpoint, learner, seed)}")
     record_experiment(directory, experiment)

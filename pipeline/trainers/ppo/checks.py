@@ -64,15 +64,15 @@ def check_inputs(
 
 
 def first_examples(dataset: Dataset) -> dict[str, list]:
-    """Take two examples for the rewards to score, with empty completions where the data has none.
+    """Take two examples for the rewards to score, with a completion each if the data has any.
 
     A reference goes before the completion, which may be a message that calls a tool and has no text.
     """
     first = dataset[: min(2, len(dataset))]
-    completions, references = first.get("completion", [""] * len(first["prompt"])), first.get("references")
+    references = first.get("references")
     if references and all(texts and isinstance(texts, list) and isinstance(texts[0], str) for texts in references):
-        completions = [texts[0] for texts in references]
-    return {**first, "completion": completions}
+        return {**first, "completion": [texts[0] for texts in references]}
+    return first
 
 
 def check_start(
