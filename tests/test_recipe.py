@@ -450,6 +450,7 @@ SCRATCH = "model.from_scratch.max_position_embeddings (64)"
          ["51 x gradient_accumulation_steps 4 x processes 1 = 204 prompts", "200 training examples"]),
         ("ppo.per_device_train_batch_size=0", "ppo.per_device_train_batch_size", ["at least 1, found 0"]),
         ("sft.per_device_train_batch_size=0", "sft.per_device_train_batch_size", ["at least 1, found 0"]),
+        ("reward={per_device_eval_batch_size: 0}", "reward.per_device_eval_batch_size", ["at least 1, found 0"]),
         ("ppo.metric_for_best_model=reward", "ppo.metric_for_best_model", ["did you mean 'eval_reward'?"]),
         ("ppo.metric_for_best_model=eval_reward/blue", "ppo.metric_for_best_model",
          ["must be one of ppo.rewards, so of eval_reward/bleu, found", "did you mean 'eval_reward/bleu'?"]),

@@ -215,9 +215,10 @@ def _generated_lengths(recipe: Recipe) -> dict[KeyPath, int]:
 
 def _check_batches(recipe: Recipe, num_processes: int, document: Document) -> None:
     """Refuse batches of no example, a PPO batch of more prompts than there are, and a warm-up as long as PPO."""
-    for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-        if recipe.sft.arguments.get(key, 1) < 1:
-            raise document.error(("sft", key), f"must be at least 1, found {recipe.sft.arguments[key]}")
+    for section, settings in (("sft", recipe.sft), ("reward", recipe.reward)):
+        for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if settings is not None and settings.arguments.get(key, 1) < 1:
+                raise document.error((section, key), f"must be at least 1, found {settings.arguments[key]}")
     counts, held_out = count_examples(recipe.task.config), recipe.task.config.ppo_examples
     if counts.sft is not None and counts.sft < 1:
         rule = f"must be below the {counts.sft + held_out} training examples, found {held_out}"
