@@ -149,6 +149,8 @@ def pretended_gpu() -> Iterator[PretendedGPU]:
         patch.object(static_step, "can_capture", lambda model: False),
         patch("pipeline.models.kernels.static_decode.can_capture", lambda model: False),
         patch("torch.cuda.get_device_properties", lambda device=None: properties),
+        # Where a backward pass computes layers again, nothing is pretended.
+        patch("pipeline.models.kernels.fused_layers.FUSED_DEVICES", {"cuda", "cpu"}),
     ):
         yield mode
 
