@@ -4,6 +4,7 @@ import atexit
 import os
 import platform
 import shutil
+import signal
 import tempfile
 import threading
 
@@ -41,6 +42,10 @@ from pipeline.models.states import completion_states, lm_head
 from pipeline.models.text import encode_completions
 from pipeline.trainers.ppo.trainer import PPOTrainer
 
+# A suite in the background of a script ignores Ctrl-C, and so would every process that it sends one.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 torch.set_num_threads(1)
 tqdm.monitor_interval = 0  # its thread may hold the lock of all bars in the moment of a fork, in the child for ever
 tqdm.set_lock(threading.RLock())  # the default is one for forked children too: killed in a bar they keep it
